@@ -1,0 +1,86 @@
+//! Index arithmetic of the three branches, as small pure functions. Letters and rules are the specification's:
+//! l = `compress_block`, d = `compress_stride`, l' = `select_block`, n = `select_count`, w = `window`.
+
+use crate::NsaConfig;
+use std::ops::Range;
+
+/// Number of compression blocks of a sequence of `seq_len` tokens: M(T) = 0 if T < l, else ⌊(T − l)/d⌋ + 1.
+pub fn num_blocks(config: &NsaConfig, seq_len: usize) -> usize {
+    match seq_len.checked_sub(config.compress_block()) {
+        None => 0,
+        Some(rest) => rest / config.compress_stride() + 1,
+    }
+}
+
+/// Compression blocks that the query at position `t` sees: those with i·d + l − 1 ≤ t, that is 0..M(t + 1).
+pub fn visible_blocks(config: &NsaConfig, t: usize) -> usize {
+    num_blocks(config, t + 1)
+}
+
+/// Tokens of compression block `i`: i·d .. i·d + l.
+pub fn block_tokens(config: &NsaConfig, i: usize) -> Range<usize> {
+    let start = i * config.compress_stride();
+    start..start + config.compress_block()
+}
+
+/// Whether token `t` completes a compression block: t + 1 ≥ l and (t + 1 − l) mod d = 0.
+pub fn completes_block(config: &NsaConfig, t: usize) -> bool {
+    (t + 1).checked_sub(config.compress_block()).is_some_and(|rest| rest % config.compress_stride() == 0)
+}
+
+/// Number of selection candidates of the query at `t`: blocks 0..=⌊t/l'⌋.
+pub fn num_candidates(config: &NsaConfig, t: usize) -> usize {
+    t / config.select_block() + 1
+}
+
+/// Number of selection blocks of a sequence of `seq_len` tokens, the last possibly partial: ⌈T/l'⌉.
+pub fn num_select_blocks(config: &NsaConfig, seq_len: usize) -> usize {
+    seq_len.div_ceil(config.select_block())
+}
+
+/// Whether candidate `j` of `candidates` is forced: among the first n0 or the last nl.
+pub fn is_forced(config: &NsaConfig, j: usize, candidates: usize) -> bool {
+    j < config.select_initial() || j + config.select_local() >= candidates
+}
+
+/// Tokens of selection block `j` that the query at `t` attends to: j·l' .. min((j + 1)·l', t + 1).
+pub fn select_tokens(config: &NsaConfig, j: usize, t: usize) -> Range<usize> {
+    let start = j * config.select_block();
+    start..(start + config.select_block()).min(t + 1)
+}
+
+/// Weight of compression block `i` in the score of selection block `j`: the number of stride-long chunks of block `j`
+/// that compression block `i` covers (1 2 2 2 1 over i = 4j−1 … 4j+3 for l, d, l' = 32, 16, 64).
+pub fn importance_weight(config: &NsaConfig, i: usize, j: usize) -> usize {
+    let chunks = config.select_block() / config.compress_stride();
+    let span = config.compress_block() / config.compress_stride();
+    // Chunks of block i: i..i + span; chunks of block j: j·chunks..(j + 1)·chunks.
+    let (first, last) = (i.max(j * chunks), (i + span).min((j + 1) * chunks));
+    last.saturating_sub(first)
+}
+
+/// Compression blocks with a non-zero [`importance_weight`] in selection block `j`, out of `blocks`.
+pub fn importance_blocks(config: &NsaConfig, j: usize, blocks: usize) -> Range<usize> {
+    let chunks = config.select_block() / config.compress_stride();
+    let span = config.compress_block() / config.compress_stride();
+    let end = ((j + 1) * chunks).min(blocks);
+    (j * chunks).saturating_sub(span - 1).min(end)..end
+}
+
+/// Positions that the query at `t` attends to in the window branch: t − w < s ≤ t.
+pub fn window_tokens(config: &NsaConfig, t: usize) -> Range<usize> {
+    (t + 1).saturating_sub(config.window())..t + 1
+}
+
+/// Row of position `s` in a ring of `rows` rows.
+pub fn ring_row(rows: usize, s: usize) -> usize {
+    s % rows
+}
+
+/// Token-rows of K and V that one decoding step reads at most with a context of `context` tokens:
+/// M(s) + min(n·l', s) + min(w, s); the paper's Table 4.
+pub fn decode_rows(config: &NsaConfig, context: usize) -> usize {
+    num_blocks(config, context)
+        + (config.select_count() * config.select_block()).min(context)
+        + config.window().min(context)
+}

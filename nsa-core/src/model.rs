@@ -1,0 +1,1 @@
+//! Model configuration: to come with the model crates.
