@@ -1,1 +1,19 @@
-//! To come.
+//! Kernels of Native Sparse Attention: one public function per operation, forward and backward, on backends chosen at
+//! run time.
+//!
+//! - [`op`]: the operator's parts: `compress` (φ), `cmp`, `slc`, `win`, `gate`, `nsa` (whole), `decode`, `dense` (the baseline).
+//! - [`layer`]: what a transformer needs around it: linear, RMSNorm, RoPE, SwiGLU, embedding, cross-entropy, AdamW.
+//! - [`backend`]: which machine code runs them, and why.
+//! - [`mem`]: tensors and buffers in the memory that a backend computes on.
+#![deny(unsafe_code)]
+
+pub mod backend;
+mod cpu;
+pub mod error;
+pub mod layer;
+pub mod mem;
+pub mod op;
+
+pub use backend::{Backend, Why};
+pub use error::{Error, Result};
+pub use mem::{Buffer, Mem, Pages, Rows, Tensor, TensorMut};

@@ -1,0 +1,34 @@
+//! The CPU backend.
+
+/// The host's processor with the instruction set chosen.
+#[derive(Clone, Debug)]
+pub struct Cpu {
+    isa: Isa,
+}
+
+/// Instruction sets with a path of their own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Isa {
+    /// Whatever the target has at least; the compiler vectorises.
+    Portable,
+}
+
+impl std::fmt::Display for Isa {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Portable => "portable",
+        })
+    }
+}
+
+impl Cpu {
+    /// The path that runs everywhere.
+    pub fn portable() -> Self {
+        Self { isa: Isa::Portable }
+    }
+
+    /// The instruction set chosen.
+    pub fn isa(&self) -> Isa {
+        self.isa
+    }
+}

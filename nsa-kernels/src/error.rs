@@ -1,0 +1,42 @@
+//! What can go wrong when an operation is called.
+
+use nsa_core::{ConfigError, LayoutError, ShapeError};
+
+/// Result of an operation.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// Why an operation refused its arguments or could not run.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+pub enum Error {
+    /// The configuration breaks a rule.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The packed layout breaks a rule.
+    #[error(transparent)]
+    Layout(#[from] LayoutError),
+    /// An argument has the wrong shape or dtype.
+    #[error(transparent)]
+    Shape(#[from] ShapeError),
+    /// A value of an argument is out of its range.
+    #[error("{op}: `{arg}` = {value}: {rule}")]
+    Value {
+        /// Operation.
+        op: &'static str,
+        /// Argument.
+        arg: &'static str,
+        /// What was found.
+        value: String,
+        /// The rule that it breaks.
+        rule: &'static str,
+    },
+    /// The backend that was asked for is not there.
+    #[error("backend `{requested}` is not available: {missing}; {advice}")]
+    Backend {
+        /// What was asked for.
+        requested: String,
+        /// What is missing.
+        missing: String,
+        /// What to do about it.
+        advice: String,
+    },
+}

@@ -1,0 +1,1 @@
+//! Layer operations that training and decoding share.

@@ -1,0 +1,284 @@
+//! Tensors in the memory that a backend computes on. Today that is host memory; a device's joins as a variant of
+//! [`Mem`] and of [`Buffer`], and no signature changes.
+
+use crate::Result;
+use nsa_core::view::Strided;
+use nsa_core::{CuSeqlens, ShapeError, View, ViewMut};
+
+/// Read-only memory of some backend.
+#[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
+pub enum Mem<'a, T> {
+    /// The host's.
+    Host(&'a [T]),
+}
+
+/// Writable memory of some backend.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum MemMut<'a, T> {
+    /// The host's.
+    Host(&'a mut [T]),
+}
+
+impl<T> Mem<'_, T> {
+    /// Number of elements.
+    pub fn len(&self) -> usize {
+        match self {
+            Self::Host(data) => data.len(),
+        }
+    }
+
+    /// Whether there is no element.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// A read-only strided tensor, innermost dimension contiguous.
+#[derive(Clone, Copy, Debug)]
+pub struct Tensor<'a, T, const N: usize> {
+    mem: Mem<'a, T>,
+    layout: Strided<N>,
+}
+
+impl<'a, T, const N: usize> Tensor<'a, T, N> {
+    /// Host memory as a row-major tensor.
+    ///
+    /// # Errors
+    /// If `data` is shorter than the shape asks for.
+    pub fn host(data: &'a [T], shape: [usize; N]) -> Result<Self> {
+        Ok(View::new(data, shape)?.into())
+    }
+
+    /// Any memory through any legal layout.
+    ///
+    /// # Errors
+    /// If the layout reaches beyond the memory.
+    pub fn new(mem: Mem<'a, T>, layout: Strided<N>) -> Result<Self> {
+        layout.check_len(mem.len())?;
+        Ok(Self { mem, layout })
+    }
+
+    /// Sizes, outermost first.
+    pub const fn shape(&self) -> [usize; N] {
+        self.layout.shape()
+    }
+
+    /// As a view of host memory.
+    ///
+    /// # Errors
+    /// If the memory is a device's.
+    pub fn to_host(&self) -> Result<View<'a, T, N>> {
+        match self.mem {
+            Mem::Host(data) => Ok(View::with_layout(data, self.layout)?),
+        }
+    }
+
+    /// Checks the shape, for argument `arg` of `op`.
+    ///
+    /// # Errors
+    /// If it is another one.
+    pub fn check(&self, op: &'static str, arg: &str, expected: [usize; N]) -> Result<()> {
+        Ok(ShapeError::check(op, arg, &expected, &self.shape())?)
+    }
+}
+
+impl<'a, T, const N: usize> From<View<'a, T, N>> for Tensor<'a, T, N> {
+    fn from(view: View<'a, T, N>) -> Self {
+        Self { mem: Mem::Host(view.data()), layout: view.layout() }
+    }
+}
+
+/// A writable tensor, row-major without gaps.
+#[derive(Debug)]
+pub struct TensorMut<'a, T, const N: usize> {
+    mem: MemMut<'a, T>,
+    shape: [usize; N],
+}
+
+impl<'a, T, const N: usize> TensorMut<'a, T, N> {
+    /// Host memory as a row-major tensor.
+    ///
+    /// # Errors
+    /// If `data` is shorter than the shape asks for.
+    pub fn host(data: &'a mut [T], shape: [usize; N]) -> Result<Self> {
+        Ok(ViewMut::new(data, shape)?.into())
+    }
+
+    /// Sizes, outermost first.
+    pub const fn shape(&self) -> [usize; N] {
+        self.shape
+    }
+
+    /// As a view of host memory.
+    ///
+    /// # Errors
+    /// If the memory is a device's.
+    pub fn into_host(self) -> Result<ViewMut<'a, T, N>> {
+        match self.mem {
+            MemMut::Host(data) => Ok(ViewMut::new(data, self.shape)?),
+        }
+    }
+
+    /// A shorter borrow of the same tensor.
+    pub fn reborrow(&mut self) -> TensorMut<'_, T, N> {
+        match &mut self.mem {
+            MemMut::Host(data) => TensorMut { mem: MemMut::Host(data), shape: self.shape },
+        }
+    }
+
+    /// A read-only borrow of the same tensor.
+    pub fn as_tensor(&self) -> Tensor<'_, T, N> {
+        let layout = Strided::contiguous(self.shape).expect("checked when made");
+        match &self.mem {
+            MemMut::Host(data) => Tensor { mem: Mem::Host(data), layout },
+        }
+    }
+
+    /// Checks the shape, for argument `arg` of `op`.
+    ///
+    /// # Errors
+    /// If it is another one.
+    pub fn check(&self, op: &'static str, arg: &str, expected: [usize; N]) -> Result<()> {
+        Ok(ShapeError::check(op, arg, &expected, &self.shape)?)
+    }
+}
+
+impl<'a, T, const N: usize> From<ViewMut<'a, T, N>> for TensorMut<'a, T, N> {
+    fn from(view: ViewMut<'a, T, N>) -> Self {
+        let shape = view.shape();
+        Self { mem: MemMut::Host(view.into_data()), shape }
+    }
+}
+
+/// Memory that a caller owns and hands to operations as tensors. Made by `Backend::alloc`.
+#[derive(Debug)]
+pub struct Buffer<T>(Owned<T>);
+
+#[derive(Debug)]
+enum Owned<T> {
+    Host(Vec<T>),
+}
+
+impl<T: Copy> Buffer<T> {
+    pub(crate) fn from_host(data: Vec<T>) -> Self {
+        Self(Owned::Host(data))
+    }
+
+    /// Number of elements.
+    pub fn len(&self) -> usize {
+        self.mem().len()
+    }
+
+    /// Whether there is no element.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The memory.
+    pub fn mem(&self) -> Mem<'_, T> {
+        match &self.0 {
+            Owned::Host(data) => Mem::Host(data),
+        }
+    }
+
+    /// The first elements as a row-major tensor.
+    ///
+    /// # Errors
+    /// If the buffer is shorter than the shape asks for.
+    pub fn tensor<const N: usize>(&self, shape: [usize; N]) -> Result<Tensor<'_, T, N>> {
+        Tensor::new(self.mem(), Strided::contiguous(shape)?)
+    }
+
+    /// The elements from `offset` on as a row-major tensor.
+    ///
+    /// # Errors
+    /// If the buffer is shorter than offset and shape ask for.
+    pub fn tensor_at<const N: usize>(&self, offset: usize, shape: [usize; N]) -> Result<Tensor<'_, T, N>> {
+        let layout = Strided::contiguous(shape)?;
+        layout.check_len(self.len().saturating_sub(offset))?;
+        match &self.0 {
+            Owned::Host(data) => Tensor::new(Mem::Host(&data[offset.min(data.len())..]), layout),
+        }
+    }
+
+    /// The first elements as a writable row-major tensor.
+    ///
+    /// # Errors
+    /// If the buffer is shorter than the shape asks for.
+    pub fn tensor_mut<const N: usize>(&mut self, shape: [usize; N]) -> Result<TensorMut<'_, T, N>> {
+        self.tensor_mut_at(0, shape)
+    }
+
+    /// The elements from `offset` on as a writable row-major tensor.
+    ///
+    /// # Errors
+    /// If the buffer is shorter than offset and shape ask for.
+    pub fn tensor_mut_at<const N: usize>(&mut self, offset: usize, shape: [usize; N]) -> Result<TensorMut<'_, T, N>> {
+        match &mut self.0 {
+            Owned::Host(data) => {
+                let offset = offset.min(data.len());
+                TensorMut::host(&mut data[offset..], shape)
+            }
+        }
+    }
+
+    /// Copies elements from the host to the front.
+    ///
+    /// # Errors
+    /// If `source` is longer than the buffer.
+    pub fn write(&mut self, source: &[T]) -> Result<()> {
+        ShapeError::check("Buffer::write", "source", &[source.len().min(self.len())], &[source.len()])?;
+        match &mut self.0 {
+            Owned::Host(data) => data[..source.len()].copy_from_slice(source),
+        }
+        Ok(())
+    }
+
+    /// Copies elements from the front to the host.
+    ///
+    /// # Errors
+    /// If `target` is longer than the buffer.
+    pub fn read(&self, target: &mut [T]) -> Result<()> {
+        ShapeError::check("Buffer::read", "target", &[target.len().min(self.len())], &[target.len()])?;
+        match &self.0 {
+            Owned::Host(data) => target.copy_from_slice(&data[..target.len()]),
+        }
+        Ok(())
+    }
+}
+
+/// Keys or values of all sequences of a call, `[rows, G, D]` per sequence.
+#[derive(Clone, Copy, Debug)]
+pub enum Rows<'a, T> {
+    /// One packed tensor `[total, G, D]` and the offsets of its sequences.
+    Packed {
+        /// `[total, G, D]`.
+        tensor: Tensor<'a, T, 3>,
+        /// `[S + 1]`.
+        offsets: &'a CuSeqlens,
+    },
+    /// One page table a sequence, as caches hold them.
+    Paged(&'a [Pages<'a, T>]),
+}
+
+impl<'a, T> Rows<'a, T> {
+    /// One packed tensor `[total, G, D]` and the offsets of its sequences.
+    pub fn packed(tensor: Tensor<'a, T, 3>, offsets: &'a CuSeqlens) -> Self {
+        Self::Packed { tensor, offsets }
+    }
+}
+
+/// The pages of one sequence: row r lies in page r / `page_rows` at row r mod `page_rows`, as `[G, D]`.
+#[derive(Clone, Debug)]
+pub struct Pages<'a, T> {
+    /// Pages in order, each `[page_rows, G, D]`.
+    pub pages: Vec<Mem<'a, T>>,
+    /// Rows of a page.
+    pub page_rows: usize,
+    /// Rows in use.
+    pub len: usize,
+    /// G and D.
+    pub row_shape: [usize; 2],
+}
