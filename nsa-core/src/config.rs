@@ -58,7 +58,7 @@ pub struct NsaConfigBuilder {
 }
 
 /// Block sizes of the paper (section 4.1).
-mod paper {
+pub(crate) mod paper {
     macro_rules! sizes {
         ($($name:ident = $value:literal),*) => { $(pub fn $name() -> usize { $value })* };
     }
@@ -183,7 +183,7 @@ impl NsaConfigBuilder {
     }
 }
 
-fn check_i32(field: &'static str, value: usize) -> Result<(), ConfigError> {
+pub(crate) fn check_i32(field: &'static str, value: usize) -> Result<(), ConfigError> {
     if i32::try_from(value).is_err() {
         return Err(ConfigError::new(field, value, "must fit an i32"));
     }

@@ -1,1 +1,0 @@
-//! Model configuration: to come with the model crates.
