@@ -1,5 +1,9 @@
 //! The CPU backend.
 
+#[expect(unsafe_code, reason = "the library's GEMM takes pointers")]
+pub(crate) mod gemm;
+pub(crate) mod layer;
+
 /// The host's processor with the instruction set chosen.
 #[derive(Clone, Debug)]
 pub struct Cpu {

@@ -1,0 +1,16 @@
+//! Bodies of the layer operations.
+//!
+//! Rows are split among threads in tasks whose size depends on the shape alone; whatever sums over rows adds the tasks'
+//! partial sums in order, so that no result depends on the number of threads.
+
+pub mod adamw;
+pub mod add;
+pub mod cross_entropy;
+pub mod embedding;
+pub mod linear;
+mod matmul;
+mod par;
+pub mod rmsnorm;
+pub mod rope;
+pub mod sigmoid;
+pub mod swiglu;

@@ -1,0 +1,92 @@
+//! AdamW over flat ranges of parameters.
+
+use crate::{Backend, Error, Result, Tensor, TensorMut, cpu};
+use nsa_core::Real;
+
+/// The optimizer's settings for one range of parameters.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AdamW {
+    /// Learning rate.
+    pub lr: f64,
+    /// Decay of the mean, in \[0, 1).
+    pub beta1: f64,
+    /// Decay of the mean square, in \[0, 1).
+    pub beta2: f64,
+    /// Added to the root of the mean square.
+    pub eps: f64,
+    /// Share of the parameter that is taken off per unit of learning rate, apart from the gradient.
+    pub weight_decay: f64,
+}
+
+/// Arguments of [`step`].
+#[derive(Debug)]
+pub struct Step<'a, R: Real> {
+    /// Settings.
+    pub config: AdamW,
+    /// Number of this step, the first being 1.
+    pub step: u64,
+    /// Factor on the gradient (clipping, averaging).
+    pub grad_scale: f64,
+    /// Gradient `[P]`.
+    pub grads: Tensor<'a, R, 1>,
+    /// Updated: parameters `[P]`.
+    pub params: TensorMut<'a, R, 1>,
+    /// Updated: mean of the gradient `[P]`, zeros before the first step.
+    pub m: TensorMut<'a, R, 1>,
+    /// Updated: mean square of the gradient `[P]`, zeros before the first step.
+    pub v: TensorMut<'a, R, 1>,
+}
+
+/// Takes one step: with g = `grad_scale`·grad, m ← β₁m + (1 − β₁)g, v ← β₂v + (1 − β₂)g²,
+/// p ← p − lr·(m/(1 − β₁ᵗ) / (√(v/(1 − β₂ᵗ)) + eps) + weight_decay·p).
+///
+/// **Shapes**: on the fields of [`Step`].
+///
+/// **Numerics**: in `R`; powers and factors in f64.
+///
+/// **Source**: arXiv 1711.05101 with a learning rate that multiplies the decay, as in PyTorch; reference twin: a plain
+/// loop in `tests/layer_adamw.rs`.
+///
+/// # Errors
+/// If a shape does not fit, `step` is 0, or a setting is out of its range.
+pub fn step<R: Real>(backend: &Backend, args: Step<'_, R>) -> Result<()> {
+    const OP: &str = "adamw::step";
+    let shape = args.grads.shape();
+    args.params.check(OP, "params", shape)?;
+    args.m.check(OP, "m", shape)?;
+    args.v.check(OP, "v", shape)?;
+    if args.step == 0 {
+        return Err(Error::Value { op: OP, arg: "step", value: "0".to_owned(), rule: "the first step is 1" });
+    }
+    let AdamW { lr, beta1, beta2, eps, weight_decay } = args.config;
+    for (arg, value) in [("beta1", beta1), ("beta2", beta2)] {
+        if !(0.0..1.0).contains(&value) {
+            return Err(Error::Value { op: OP, arg, value: value.to_string(), rule: "must be in [0, 1)" });
+        }
+    }
+    for (arg, value) in [("lr", lr), ("eps", eps), ("weight_decay", weight_decay), ("grad_scale", args.grad_scale)] {
+        if !(value >= 0.0 && value.is_finite()) {
+            let value = value.to_string();
+            return Err(Error::Value { op: OP, arg, value, rule: "must be finite and not negative" });
+        }
+    }
+    match backend {
+        Backend::Cpu(_) => cpu::layer::adamw::step(args),
+    }
+}
+
+/// Sums the squares of a gradient, Σ g²; the norm is the root of the sum over all ranges.
+///
+/// **Shapes**: `[P]`.
+///
+/// **Numerics**: in f64, over blocks of a fixed size, then over the blocks in order.
+///
+/// **Source**: reference twin: a plain loop in `tests/layer_adamw.rs`.
+///
+/// # Errors
+/// If the tensor is not in this backend's memory.
+pub fn sum_of_squares<R: Real>(backend: &Backend, grads: Tensor<'_, R, 1>) -> Result<f64> {
+    match backend {
+        Backend::Cpu(_) => cpu::layer::adamw::sum_of_squares(grads),
+    }
+}

@@ -1,0 +1,115 @@
+//! The linear layer y = x·Wᵀ + b, its weight laid out as PyTorch's `nn.Linear`.
+
+use crate::{Backend, Result, Tensor, TensorMut, cpu};
+use nsa_core::Element;
+
+/// Arguments of [`forward`].
+#[derive(Debug)]
+pub struct Forward<'a, T: Element, W: Element> {
+    /// Input `[N, I]`.
+    pub x: Tensor<'a, T, 2>,
+    /// Weight `[O, I]`.
+    pub weight: Tensor<'a, W, 2>,
+    /// Bias `[O]`.
+    pub bias: Option<Tensor<'a, W, 1>>,
+    /// Written, or added to if `accumulate`: `[N, O]`.
+    pub y: TensorMut<'a, T, 2>,
+    /// Whether the result is added to `y` (a residual connection).
+    pub accumulate: bool,
+}
+
+/// Arguments of [`backward_input`].
+#[derive(Debug)]
+pub struct BackwardInput<'a, W: Element> {
+    /// Gradient of the output `[N, O]`.
+    pub dy: Tensor<'a, W::Acc, 2>,
+    /// Weight `[O, I]`.
+    pub weight: Tensor<'a, W, 2>,
+    /// Written, or added to if `accumulate`: gradient of the input `[N, I]`.
+    pub dx: TensorMut<'a, W::Acc, 2>,
+    /// Whether the result is added to `dx`.
+    pub accumulate: bool,
+}
+
+/// Arguments of [`backward_weight`].
+#[derive(Debug)]
+pub struct BackwardWeight<'a, T: Element> {
+    /// Input of the forward pass `[N, I]`.
+    pub x: Tensor<'a, T, 2>,
+    /// Gradient of the output `[N, O]`.
+    pub dy: Tensor<'a, T::Acc, 2>,
+    /// Added to: gradient of the weight `[O, I]`.
+    pub dw: TensorMut<'a, T::Acc, 2>,
+    /// Added to: gradient of the bias `[O]`.
+    pub db: Option<TensorMut<'a, T::Acc, 1>>,
+}
+
+/// Applies a linear layer: y_no = \[y_no +\] b_o + Σ_i x_ni·w_oi.
+///
+/// **Shapes**: on the fields of [`Forward`]; any of N, I, O may be 0.
+///
+/// **Numerics**: sums in A, rounded to `T` once. The order of summation depends on the shape alone.
+///
+/// **Source**: reference twin: a plain loop in `tests/layer_linear.rs`.
+///
+/// # Errors
+/// If a shape does not fit.
+pub fn forward<T, W>(backend: &Backend, args: Forward<'_, T, W>) -> Result<()>
+where
+    T: Element,
+    W: Element<Acc = T::Acc>,
+{
+    const OP: &str = "linear::forward";
+    let ([n, i], [o, _]) = (args.x.shape(), args.weight.shape());
+    args.weight.check(OP, "weight", [o, i])?;
+    args.y.check(OP, "y", [n, o])?;
+    if let Some(bias) = &args.bias {
+        bias.check(OP, "bias", [o])?;
+    }
+    match backend {
+        Backend::Cpu(_) => cpu::layer::linear::forward(args),
+    }
+}
+
+/// Passes a gradient through a linear layer: dx_ni = \[dx_ni +\] Σ_o dy_no·w_oi.
+///
+/// **Shapes**: on the fields of [`BackwardInput`].
+///
+/// **Numerics**: sums in A.
+///
+/// **Source**: derivative of [`forward`].
+///
+/// # Errors
+/// If a shape does not fit.
+pub fn backward_input<W: Element>(backend: &Backend, args: BackwardInput<'_, W>) -> Result<()> {
+    const OP: &str = "linear::backward_input";
+    let ([n, o], [_, i]) = (args.dy.shape(), args.weight.shape());
+    args.weight.check(OP, "weight", [o, i])?;
+    args.dx.check(OP, "dx", [n, i])?;
+    match backend {
+        Backend::Cpu(_) => cpu::layer::linear::backward_input(args),
+    }
+}
+
+/// Gathers the gradients of a linear layer's weights: dw_oi += Σ_n dy_no·x_ni, db_o += Σ_n dy_no.
+///
+/// **Shapes**: on the fields of [`BackwardWeight`].
+///
+/// **Numerics**: sums in A, in an order that depends on the shape alone.
+///
+/// **Source**: derivative of [`forward`].
+///
+/// # Errors
+/// If a shape does not fit.
+pub fn backward_weight<T: Element>(backend: &Backend, args: BackwardWeight<'_, T>) -> Result<()> {
+    const OP: &str = "linear::backward_weight";
+    let ([n, i], [_, o]) = (args.x.shape(), args.dy.shape());
+    args.dy.check(OP, "dy", [n, o])?;
+    args.dw.check(OP, "dw", [o, i])?;
+    if let Some(db) = &args.db {
+        db.check(OP, "db", [o])?;
+    }
+    match backend {
+        Backend::Cpu(_) => cpu::layer::linear::backward_weight(args),
+    }
+}
