@@ -1,7 +1,20 @@
 //! The configuration of the operator: names and rules of the specification.
 
-use crate::ConfigError;
+use crate::{ConfigError, FileError};
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+use std::path::Path;
+
+/// Reads a configuration from a JSON file.
+///
+/// # Errors
+/// If the file cannot be read, is no JSON of this configuration or breaks one of its rules.
+pub fn read_json<C: DeserializeOwned>(path: impl AsRef<Path>) -> Result<C, FileError> {
+    let path = path.as_ref();
+    let bytes = std::fs::read(path).map_err(|source| FileError::Read { path: path.to_owned(), source })?;
+    serde_json::from_slice(&bytes)
+        .map_err(|error| FileError::Content { path: path.to_owned(), message: error.to_string() })
+}
 
 /// φ: how a compression block becomes one key and one value.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]

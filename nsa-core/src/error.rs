@@ -1,6 +1,8 @@
 //! Typed errors: each names the thing, what was found and the rule it breaks.
 
 use crate::DType;
+use std::io;
+use std::path::PathBuf;
 
 /// A configuration field that breaks a rule.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
@@ -110,4 +112,25 @@ impl ShapeError {
         }
         Err(Self::Shape { op, arg: arg.to_owned(), expected: expected.to_vec(), got: got.to_vec() })
     }
+}
+
+/// A file that cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum FileError {
+    /// It cannot be read.
+    #[error("{}: cannot be read: {source}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// It does not hold what it should.
+    #[error("{}: {message}", path.display())]
+    Content {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        message: String,
+    },
 }

@@ -13,8 +13,8 @@ pub mod select;
 pub mod tokenizer;
 pub mod view;
 
-pub use config::{CompressKind, NsaConfig, NsaConfigBuilder};
+pub use config::{CompressKind, NsaConfig, NsaConfigBuilder, read_json};
 pub use dtype::{DType, Element, Real};
-pub use error::{ConfigError, LayoutError, ShapeError};
+pub use error::{ConfigError, FileError, LayoutError, ShapeError};
 pub use layout::{CuSeqlens, Packing, Seq};
 pub use view::{View, ViewMut};
