@@ -3,7 +3,8 @@
 
 use crate::Result;
 use nsa_core::view::Strided;
-use nsa_core::{CuSeqlens, ShapeError, View, ViewMut};
+use nsa_core::{CuSeqlens, Packing, ShapeError, View, ViewMut};
+use std::ops::RangeInclusive;
 
 /// Read-only memory of some backend.
 #[derive(Clone, Copy, Debug)]
@@ -268,6 +269,38 @@ impl<'a, T> Rows<'a, T> {
     pub fn packed(tensor: Tensor<'a, T, 3>, offsets: &'a CuSeqlens) -> Self {
         Self::Packed { tensor, offsets }
     }
+
+    /// Checks for argument `arg` of `op` that there is one sequence of rows `row_shape` for each of `packing`, sequence
+    /// s with a number of rows in `lens(s)`. Returns those numbers.
+    pub(crate) fn check(
+        &self,
+        op: &'static str,
+        arg: &str,
+        row_shape: [usize; 2],
+        packing: &Packing,
+        lens: impl Fn(usize) -> RangeInclusive<usize>,
+    ) -> Result<Vec<usize>> {
+        let [heads, dim] = row_shape;
+        let got: Vec<usize> = match self {
+            Self::Packed { tensor, offsets } => {
+                tensor.check(op, arg, [offsets.total(), heads, dim])?;
+                (0..offsets.num_seqs()).map(|s| offsets.range(s).len()).collect()
+            }
+            Self::Paged(tables) => {
+                for (s, pages) in tables.iter().enumerate() {
+                    pages.check(op, &format!("{arg} of sequence {s}"), row_shape)?;
+                }
+                tables.iter().map(|pages| pages.len).collect()
+            }
+        };
+        ShapeError::check(op, &format!("sequences of {arg}"), &[packing.num_seqs()], &[got.len()])?;
+        for (s, &len) in got.iter().enumerate() {
+            let allowed = lens(s);
+            let nearest = len.clamp(*allowed.start(), *allowed.end());
+            ShapeError::check(op, &format!("{arg} of sequence {s}"), &[nearest, heads, dim], &[len, heads, dim])?;
+        }
+        Ok(got)
+    }
 }
 
 /// The pages of one sequence: row r lies in page r / `page_rows` at row r mod `page_rows`, as `[G, D]`.
@@ -281,4 +314,19 @@ pub struct Pages<'a, T> {
     pub len: usize,
     /// G and D.
     pub row_shape: [usize; 2],
+}
+
+impl<T> Pages<'_, T> {
+    /// Checks that rows have shape `row_shape` and that whole pages hold all of them.
+    fn check(&self, op: &'static str, arg: &str, row_shape: [usize; 2]) -> Result<()> {
+        let [heads, dim] = row_shape;
+        ShapeError::check(op, arg, &[self.len, heads, dim], &[self.len, self.row_shape[0], self.row_shape[1]])?;
+        let capacity = self.pages.len().saturating_mul(self.page_rows);
+        ShapeError::check(op, &format!("pages of {arg}"), &[self.len.max(capacity)], &[capacity])?;
+        let size = self.page_rows * heads * dim;
+        for page in &self.pages {
+            ShapeError::check(op, &format!("page of {arg}"), &[size], &[page.len().min(size)])?;
+        }
+        Ok(())
+    }
 }

@@ -4,10 +4,22 @@
 pub(crate) mod gemm;
 pub(crate) mod layer;
 
+pub(crate) mod cmp;
+pub(crate) mod dense;
+pub(crate) mod slc;
+pub(crate) mod win;
+
+pub(crate) mod math;
+pub(crate) mod rows;
+pub(crate) mod scratch;
+
+use scratch::Pool;
+
 /// The host's processor with the instruction set chosen.
 #[derive(Clone, Debug)]
 pub struct Cpu {
     isa: Isa,
+    pool: Pool,
 }
 
 /// Instruction sets with a path of their own.
@@ -28,11 +40,16 @@ impl std::fmt::Display for Isa {
 impl Cpu {
     /// The path that runs everywhere.
     pub fn portable() -> Self {
-        Self { isa: Isa::Portable }
+        Self { isa: Isa::Portable, pool: Pool::default() }
     }
 
     /// The instruction set chosen.
     pub fn isa(&self) -> Isa {
         self.isa
+    }
+
+    /// Scratch memory, shared by all clones.
+    pub(crate) fn pool(&self) -> &Pool {
+        &self.pool
     }
 }

@@ -1,6 +1,7 @@
 //! Full causal attention: the baseline that sparse attention is measured against.
 
-use crate::{Backend, Result, Rows, Tensor, TensorMut};
+use super::{BranchGrad, Shapes};
+use crate::{Backend, Result, Rows, Tensor, TensorMut, cpu};
 use nsa_core::{Element, NsaConfig, Packing};
 
 /// Arguments of [`forward`].
@@ -47,4 +48,61 @@ pub struct Backward<'a, T: Element> {
     pub dk: TensorMut<'a, T::Acc, 3>,
     /// Written: `[N, G, Dv]`.
     pub dv: TensorMut<'a, T::Acc, 3>,
+}
+
+/// Softmax attention of each query over all tokens up to its own:
+/// o_t,h = Σ_s p_s v_s,g with p = softmax_s(scale · q_t,h · k_s,g), s ≤ t, g = ⌊h/R⌋.
+///
+/// **Shapes**: on the fields of [`Forward`].
+///
+/// **Numerics**: products, softmax and sums in A; lse natural log; o rounded to `T` once. The result of a query does
+/// not depend on the number of threads nor on what else is in the call.
+///
+/// **Source**: SPEC 1; reference twin `nsa_ref::dense`.
+///
+/// # Errors
+/// If a shape does not fit.
+pub fn forward<T: Element>(backend: &Backend, args: Forward<'_, T>) -> Result<()> {
+    const OP: &str = "dense::forward";
+    let shapes = Shapes::new(OP, args.config, args.packing);
+    let lens = |s| {
+        let end = args.packing.seq(s).end();
+        end..=end
+    };
+    shapes.forward(&args.q, ("k", &args.k), ("v", &args.v), (&args.o, &args.lse), lens)?;
+    match backend {
+        Backend::Cpu(cpu) => cpu::dense::forward(cpu, args),
+    }
+}
+
+/// Gradients of [`forward`] (SPEC 3): δ = Σ do·o, p = exp(scale·q·k − lse), ds = p·(do·v − δ);
+/// dq += scale·ds·k, dk = scale·Σ ds·q, dv = Σ p·do.
+///
+/// **Shapes**: on the fields of [`Backward`].
+///
+/// **Numerics**: in A, summed in an order that depends on the sequence alone: the same bits on any number of threads.
+///
+/// **Source**: SPEC 3; reference twin `nsa_ref::dense`.
+///
+/// # Errors
+/// If a shape does not fit or a sequence has a context.
+pub fn backward<T: Element>(backend: &Backend, args: Backward<'_, T>) -> Result<()> {
+    const OP: &str = "dense::backward";
+    let shapes = Shapes::new(OP, args.config, args.packing);
+    shapes.backward(&BranchGrad {
+        rows: args.packing.num_tokens(),
+        q: &args.q,
+        k: ("k", &args.k),
+        v: ("v", &args.v),
+        o: &args.o,
+        lse: &args.lse,
+        d_o: &args.d_o,
+        gates: None,
+        dq: &args.dq,
+        dk: ("dk", &args.dk),
+        dv: ("dv", &args.dv),
+    })?;
+    match backend {
+        Backend::Cpu(cpu) => cpu::dense::backward(cpu, args),
+    }
 }

@@ -1,6 +1,7 @@
 //! Attention over the selected blocks (SPEC 2.2).
 
-use crate::{Backend, Result, Rows, Tensor, TensorMut};
+use super::{BranchGrad, Shapes};
+use crate::{Backend, Result, Rows, Tensor, TensorMut, cpu};
 use nsa_core::{Element, NsaConfig, Packing};
 
 /// Arguments of [`forward`].
@@ -53,4 +54,65 @@ pub struct Backward<'a, T: Element> {
     pub dk: TensorMut<'a, T::Acc, 3>,
     /// Written: `[N, G, Dv]`.
     pub dv: TensorMut<'a, T::Acc, 3>,
+}
+
+/// Softmax attention of each query over the tokens of its selected blocks up to its own:
+/// o_t,h = Σ_s p_s v_s,g with p = softmax_s(scale · q_t,h · k_s,g), s ≤ t, ⌊s/l'⌋ ∈ `block_indices[t, g]`, g = ⌊h/R⌋.
+/// A query without a block gets o = 0 and lse = −∞.
+///
+/// **Shapes**: on the fields of [`Forward`].
+///
+/// **Numerics**: products, softmax and sums in A; lse natural log; o rounded to `T` once. The result of a query does
+/// not depend on the number of threads nor on what else is in the call.
+///
+/// **Source**: SPEC 2.2; reference twin `nsa_ref::slc`.
+///
+/// # Errors
+/// If a shape does not fit, or a block list is not strictly ascending candidates (0..=⌊t/l'⌋) followed by −1.
+pub fn forward<T: Element>(backend: &Backend, args: Forward<'_, T>) -> Result<()> {
+    const OP: &str = "slc::forward";
+    let shapes = Shapes::new(OP, args.config, args.packing);
+    let lens = |s| {
+        let end = args.packing.seq(s).end();
+        end..=end
+    };
+    shapes.forward(&args.q, ("k", &args.k), ("v", &args.v), (&args.o, &args.lse), lens)?;
+    args.block_indices.check(OP, "block_indices", shapes.selection())?;
+    match backend {
+        Backend::Cpu(cpu) => cpu::slc::forward(cpu, args),
+    }
+}
+
+/// Gradients of [`forward`] (SPEC 3): do^c = g^c·do, δ = Σ do^c·o, p = exp(scale·q·k − lse), ds = p·(do^c·v − δ);
+/// dq += scale·ds·k, dk = scale·Σ ds·q, dv = Σ p·do^c. Selection passes no gradient.
+///
+/// **Shapes**: on the fields of [`Backward`].
+///
+/// **Numerics**: in A, summed in an order that depends on the sequence alone: the same bits on any number of threads.
+///
+/// **Source**: SPEC 3; reference twin `nsa_ref::slc`.
+///
+/// # Errors
+/// If a shape does not fit, a sequence has a context, or a block list is not strictly ascending candidates followed
+/// by −1.
+pub fn backward<T: Element>(backend: &Backend, args: Backward<'_, T>) -> Result<()> {
+    const OP: &str = "slc::backward";
+    let shapes = Shapes::new(OP, args.config, args.packing);
+    shapes.backward(&BranchGrad {
+        rows: args.packing.num_tokens(),
+        q: &args.q,
+        k: ("k", &args.k),
+        v: ("v", &args.v),
+        o: &args.o,
+        lse: &args.lse,
+        d_o: &args.d_o,
+        gates: args.gates.as_ref(),
+        dq: &args.dq,
+        dk: ("dk", &args.dk),
+        dv: ("dv", &args.dv),
+    })?;
+    args.block_indices.check(OP, "block_indices", shapes.selection())?;
+    match backend {
+        Backend::Cpu(cpu) => cpu::slc::backward(cpu, args),
+    }
 }

@@ -1,6 +1,7 @@
 //! Sliding-window attention (SPEC 2.3).
 
-use crate::{Backend, Result, Rows, Tensor, TensorMut};
+use super::{BranchGrad, Shapes};
+use crate::{Backend, Result, Rows, Tensor, TensorMut, cpu};
 use nsa_core::{Element, NsaConfig, Packing};
 
 /// Arguments of [`forward`].
@@ -50,4 +51,62 @@ pub struct Backward<'a, T: Element> {
     pub dk: TensorMut<'a, T::Acc, 3>,
     /// Written: `[N, G, Dv]`.
     pub dv: TensorMut<'a, T::Acc, 3>,
+}
+
+/// Softmax attention of each query over the last w tokens, its own included:
+/// o_t,h = Σ_s p_s v_s,g with p = softmax_s(scale · q_t,h · k_s,g), t − w < s ≤ t, g = ⌊h/R⌋.
+///
+/// **Shapes**: on the fields of [`Forward`].
+///
+/// **Numerics**: products, softmax and sums in A; lse natural log; o rounded to `T` once. The result of a query does
+/// not depend on the number of threads nor on what else is in the call.
+///
+/// **Source**: SPEC 2.3; reference twin `nsa_ref::win`.
+///
+/// # Errors
+/// If a shape does not fit.
+pub fn forward<T: Element>(backend: &Backend, args: Forward<'_, T>) -> Result<()> {
+    const OP: &str = "win::forward";
+    let shapes = Shapes::new(OP, args.config, args.packing);
+    let lens = |s| {
+        let seq = args.packing.seq(s);
+        let reach = (args.config.window() - 1).min(seq.context);
+        seq.rows.len() + reach..=seq.end()
+    };
+    shapes.forward(&args.q, ("k", &args.k), ("v", &args.v), (&args.o, &args.lse), lens)?;
+    match backend {
+        Backend::Cpu(cpu) => cpu::win::forward(cpu, args),
+    }
+}
+
+/// Gradients of [`forward`] (SPEC 3): do^c = g^c·do, δ = Σ do^c·o, p = exp(scale·q·k − lse), ds = p·(do^c·v − δ);
+/// dq += scale·ds·k, dk = scale·Σ ds·q, dv = Σ p·do^c.
+///
+/// **Shapes**: on the fields of [`Backward`].
+///
+/// **Numerics**: in A, summed in an order that depends on the sequence alone: the same bits on any number of threads.
+///
+/// **Source**: SPEC 3; reference twin `nsa_ref::win`.
+///
+/// # Errors
+/// If a shape does not fit or a sequence has a context.
+pub fn backward<T: Element>(backend: &Backend, args: Backward<'_, T>) -> Result<()> {
+    const OP: &str = "win::backward";
+    let shapes = Shapes::new(OP, args.config, args.packing);
+    shapes.backward(&BranchGrad {
+        rows: args.packing.num_tokens(),
+        q: &args.q,
+        k: ("k", &args.k),
+        v: ("v", &args.v),
+        o: &args.o,
+        lse: &args.lse,
+        d_o: &args.d_o,
+        gates: args.gates.as_ref(),
+        dq: &args.dq,
+        dk: ("dk", &args.dk),
+        dv: ("dv", &args.dv),
+    })?;
+    match backend {
+        Backend::Cpu(cpu) => cpu::win::backward(cpu, args),
+    }
 }
