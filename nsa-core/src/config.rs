@@ -35,6 +35,15 @@ pub enum CompressKind {
 ///
 /// Every value satisfies: d | l, d | l', l ≤ l', G | Hq, n ≥ n0 + nl, nl ≥ 1, sizes non-zero and within i32.
 /// Made by [`NsaConfig::builder`] or from JSON (unknown fields are errors), checked once, read-only from then on.
+///
+/// ```
+/// use nsa_core::{CompressKind, NsaConfig};
+/// let config = NsaConfig::builder(16, 1, 128, 128).compress_kind(CompressKind::Mean).window(256).build()?;
+/// assert_eq!((config.group_size(), config.select_block()), (16, 64));
+/// let error = config.to_builder().compress_stride(12).build().unwrap_err();
+/// assert_eq!(error.to_string(), "config field `compress_block` = 32: must be a multiple of compress_stride = 12");
+/// # Ok::<(), nsa_core::ConfigError>(())
+/// ```
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(try_from = "NsaConfigBuilder", into = "NsaConfigBuilder")]
 pub struct NsaConfig(NsaConfigBuilder);

@@ -1,5 +1,16 @@
 //! Index arithmetic of the three branches, as small pure functions. Letters and rules are the specification's:
 //! l = `compress_block`, d = `compress_stride`, l' = `select_block`, n = `select_count`, w = `window`.
+//!
+//! ```
+//! use nsa_core::{NsaConfig, index};
+//! let config = NsaConfig::paper();
+//! assert_eq!(index::num_blocks(&config, 8192), 511);
+//! assert_eq!(index::visible_blocks(&config, 30), 0); // block 0 ends with token 31
+//! assert_eq!(index::num_candidates(&config, 64), 2);
+//! // The scores of selection block 1 take compression blocks 3..8 with weights 1 2 2 2 1.
+//! assert_eq!(index::importance_blocks(&config, 1, 511), 3..8);
+//! assert_eq!((3..8).map(|i| index::importance_weight(&config, i, 1)).collect::<Vec<_>>(), [1, 2, 2, 2, 1]);
+//! ```
 
 use crate::NsaConfig;
 use std::ops::Range;
@@ -78,7 +89,9 @@ pub fn ring_row(rows: usize, s: usize) -> usize {
 }
 
 /// Token-rows of K and V that one decoding step reads at most with a context of `context` tokens:
-/// M(s) + min(n·l', s) + min(w, s); the paper's Table 4.
+/// M(s) + min(n·l', s) + min(w, s).
+///
+/// The paper's Table 4 counts s/d for M(s), which is l/d − 1 more: 2048 instead of 2047 at 8k.
 pub fn decode_rows(config: &NsaConfig, context: usize) -> usize {
     num_blocks(config, context)
         + (config.select_count() * config.select_block()).min(context)

@@ -5,6 +5,16 @@ use std::ops::Range;
 
 /// Offsets of packed sequences, `[S + 1]` i32: start at 0, never decrease, end at the number of rows.
 /// Empty sequences are legal.
+///
+/// ```
+/// use nsa_core::CuSeqlens;
+/// let offsets = CuSeqlens::from_lengths([3, 0, 2])?;
+/// assert_eq!(offsets.as_slice(), [0, 3, 3, 5]);
+/// assert_eq!((offsets.num_seqs(), offsets.total(), offsets.range(2)), (3, 5, 3..5));
+/// let error = CuSeqlens::new(vec![0, 4, 2]).unwrap_err();
+/// assert_eq!(error.to_string(), "cu_seqlens[2] = 2 is below its predecessor 4: offsets must not decrease");
+/// # Ok::<(), nsa_core::LayoutError>(())
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CuSeqlens(Vec<i32>);
 
@@ -86,6 +96,16 @@ impl CuSeqlens {
 
 /// The queries of one call: packed sequences, each continuing a context of tokens that came before.
 /// Training and whole forwards have contexts of 0.
+///
+/// ```
+/// use nsa_core::{CuSeqlens, NsaConfig, Packing};
+/// // One decoding step of two sequences that have 40 and 7 tokens already.
+/// let step = Packing::with_contexts(CuSeqlens::from_lengths([1, 1])?, vec![40, 7])?;
+/// assert_eq!(step.cu_keys()?.as_slice(), [0, 41, 49]);
+/// // Blocks of 8 tokens, one every 4: ⌊(41 − 8)/4⌋ + 1 = 9 and ⌊(8 − 8)/4⌋ + 1 = 1.
+/// assert_eq!(step.cu_blocks(&NsaConfig::small())?.as_slice(), [0, 9, 10]);
+/// # Ok::<(), nsa_core::LayoutError>(())
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Packing {
     cu_seqlens: CuSeqlens,

@@ -1,4 +1,15 @@
 //! Views over host memory: a shape, 64-bit strides in elements, innermost dimension contiguous.
+//!
+//! ```
+//! use nsa_core::view::{Strided, View};
+//! // Keys and values interleaved in one buffer of 2 tokens: each token has 3 numbers of K, then 2 of V.
+//! let buffer = [1, 2, 3, 10, 20, 4, 5, 6, 30, 40];
+//! let k = View::with_layout(&buffer, Strided::new([2, 3], [5, 1])?)?;
+//! let v = View::with_layout(&buffer[3..], Strided::new([2, 2], [5, 1])?)?;
+//! assert_eq!((k.row(1), v.row(1)), (&[4, 5, 6][..], &[30, 40][..]));
+//! assert!(View::new(&buffer, [3, 4]).is_err());
+//! # Ok::<(), nsa_core::ShapeError>(())
+//! ```
 
 use crate::ShapeError;
 
@@ -28,10 +39,14 @@ impl<const N: usize> Strided<N> {
     /// Any strides whose innermost is 1.
     ///
     /// # Errors
-    /// If the innermost stride is not 1 or the reach overflows.
+    /// If the innermost stride is not 1, or the number of elements or the reach overflows.
     pub fn new(shape: [usize; N], strides: [usize; N]) -> Result<Self, ShapeError> {
         if N > 0 && strides[N - 1] != 1 && shape[N - 1] > 1 {
             return Err(error(shape, strides, 0, "the innermost dimension must be contiguous"));
+        }
+        // Strides of 0 repeat elements, so that the reach does not bound their number.
+        if !shape.contains(&0) && shape.iter().try_fold(1usize, |size, &dim| size.checked_mul(dim)).is_none() {
+            return Err(error(shape, strides, 0, "the number of elements overflows"));
         }
         let layout = Self { shape, strides };
         layout.reach_checked().ok_or_else(|| error(shape, strides, 0, "the reach overflows"))?;
@@ -50,12 +65,18 @@ impl<const N: usize> Strided<N> {
 
     /// Number of elements.
     pub fn size(&self) -> usize {
-        self.shape.iter().product()
+        if self.shape.contains(&0) { 0 } else { self.shape.iter().product() }
     }
 
-    /// Whether there are no gaps.
+    /// Whether the elements lie behind one another without gaps, in row-major order.
     pub fn is_contiguous(&self) -> bool {
-        Self::contiguous(self.shape).is_ok_and(|c| c.strides == self.strides) || self.size() <= 1
+        let mut expected = 1;
+        self.shape.contains(&0)
+            || (0..N).rev().all(|axis| {
+                let ok = self.shape[axis] == 1 || self.strides[axis] == expected;
+                expected *= self.shape[axis];
+                ok
+            })
     }
 
     fn reach_checked(&self) -> Option<usize> {
@@ -140,6 +161,7 @@ impl<'a, T> View<'a, T, 2> {
     /// Row `i`: `[shape[1]]`.
     #[inline(always)]
     pub fn row(&self, i: usize) -> &'a [T] {
+        debug_assert!(i < self.layout.shape[0]);
         let start = i * self.layout.strides[0];
         &self.data[start..start + self.layout.shape[1]]
     }

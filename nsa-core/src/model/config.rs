@@ -236,6 +236,15 @@ pub struct Moe {
 /// sizes non-zero and within i32, as are Hq·Dk and Hq·Dv; Dk even (rotation works on pairs); G | Hq; C a multiple of Hq
 /// when Dk is absent; factors positive and finite, `rope_theta` above 1; a `bytes` vocabulary has 256 ids; special ids
 /// lie within the vocabulary; the five fields of a mixture of experts are given together.
+///
+/// ```
+/// use nsa_core::model::{AttentionKind, ModelConfig, ModelFields};
+/// let sparse = ModelConfig::preset("small-10m")?;
+/// // Its twin with full attention.
+/// let dense = ModelConfig::new(ModelFields { attention: AttentionKind::Dense, ..sparse.to_fields() })?;
+/// assert!(sparse.nsa_config().is_some() && dense.nsa_config().is_none());
+/// # Ok::<(), nsa_core::ConfigError>(())
+/// ```
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(try_from = "ModelFields", into = "ModelFields")]
 pub struct ModelConfig {

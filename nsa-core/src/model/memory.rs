@@ -51,6 +51,15 @@ impl MemoryPlan {
 /// - MLP: gate, up and their product 3·F; with experts 3·F_e for each expert visited, plus E router scores.
 ///
 /// The model adds the final norm's input and output 2·C and the token's loss. The logits of a whole batch are never stored.
+/// The plan prints as a table.
+///
+/// ```
+/// use nsa_core::model::{ModelConfig, memory_plan};
+/// let plan = memory_plan(&ModelConfig::preset("paper-27b")?, 8192);
+/// assert_eq!(plan.weights_bytes, 4 * plan.params.total);
+/// println!("{plan}");
+/// # Ok::<(), nsa_core::ConfigError>(())
+/// ```
 pub fn memory_plan(config: &ModelConfig, tokens: usize) -> MemoryPlan {
     let params = param_counts(config);
     let weights_bytes = params.total.saturating_mul(4);
