@@ -146,6 +146,43 @@ impl<'a, T, const N: usize> TensorMut<'a, T, N> {
     }
 }
 
+impl<'a, T: Copy, const N: usize> TensorMut<'a, T, N> {
+    /// Sets every element to `value`.
+    pub fn fill(&mut self, value: T) {
+        let size = self.shape.iter().product();
+        match &mut self.mem {
+            MemMut::Host(data) => data[..size].fill(value),
+        }
+    }
+
+    /// The same elements in another shape.
+    ///
+    /// # Errors
+    /// If the shape has another number of elements.
+    pub fn reshape<const M: usize>(self, shape: [usize; M]) -> Result<TensorMut<'a, T, M>> {
+        let size: usize = self.shape.iter().product();
+        ShapeError::check("TensorMut::reshape", "elements", &[size], &[Strided::contiguous(shape)?.size()])?;
+        Ok(TensorMut { mem: self.mem, shape })
+    }
+}
+
+impl<'a, T: Copy> TensorMut<'a, T, 1> {
+    /// The first `count` elements, and those after them.
+    ///
+    /// # Errors
+    /// If there are fewer.
+    pub fn split_at(self, count: usize) -> Result<(Self, Self)> {
+        let [size] = self.shape;
+        ShapeError::check("TensorMut::split_at", "count", &[count.min(size)], &[count])?;
+        match self.mem {
+            MemMut::Host(data) => {
+                let (first, rest) = data.split_at_mut(count);
+                Ok((Self::host(first, [count])?, Self::host(rest, [size - count])?))
+            }
+        }
+    }
+}
+
 impl<'a, T, const N: usize> From<ViewMut<'a, T, N>> for TensorMut<'a, T, N> {
     fn from(view: ViewMut<'a, T, N>) -> Self {
         let shape = view.shape();

@@ -86,7 +86,10 @@ pub(crate) fn host_rows<'a, T: Element>(rows: &Rows<'a, T>) -> Result<Vec<SeqRow
 }
 
 /// One [`SeqRows`] a sequence of a packed tensor.
-pub(crate) fn packed_rows<'a, T: Element>(tensor: Tensor<'a, T, 3>, offsets: &CuSeqlens) -> Result<Vec<SeqRows<'a, T>>> {
+pub(crate) fn packed_rows<'a, T: Element>(
+    tensor: Tensor<'a, T, 3>,
+    offsets: &CuSeqlens,
+) -> Result<Vec<SeqRows<'a, T>>> {
     let view = tensor.to_host()?;
     let seq = |s| {
         let range = offsets.range(s);
