@@ -61,7 +61,7 @@ impl Backend {
     }
 
     /// A zeroed buffer of `len` elements in this backend's memory.
-    pub fn alloc<T: nsa_core::Element>(&self, len: usize) -> Buffer<T> {
+    pub fn alloc<T: Copy + Default>(&self, len: usize) -> Buffer<T> {
         match self {
             Self::Cpu(_) => Buffer::from_host(vec![T::default(); len]),
         }

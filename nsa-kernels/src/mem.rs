@@ -4,7 +4,7 @@
 use crate::Result;
 use nsa_core::view::Strided;
 use nsa_core::{CuSeqlens, Packing, ShapeError, View, ViewMut};
-use std::ops::RangeInclusive;
+use std::ops::{Range, RangeInclusive};
 
 /// Read-only memory of some backend.
 #[derive(Clone, Copy, Debug)]
@@ -270,6 +270,21 @@ impl<T: Copy> Buffer<T> {
         ShapeError::check("Buffer::write", "source", &[source.len().min(self.len())], &[source.len()])?;
         match &mut self.0 {
             Owned::Host(data) => data[..source.len()].copy_from_slice(source),
+        }
+        Ok(())
+    }
+
+    /// Copies elements `range` of another buffer in the same memory to `offset` on.
+    ///
+    /// # Errors
+    /// If either buffer is too short.
+    pub fn copy_from(&mut self, offset: usize, source: &Self, range: Range<usize>) -> Result<()> {
+        const OP: &str = "Buffer::copy_from";
+        let end = offset.saturating_add(range.len());
+        ShapeError::check(OP, "source", &[range.end.max(range.start)], &[range.end.min(source.len())])?;
+        ShapeError::check(OP, "target", &[end], &[end.min(self.len())])?;
+        match (&mut self.0, &source.0) {
+            (Owned::Host(target), Owned::Host(source)) => target[offset..end].copy_from_slice(&source[range]),
         }
         Ok(())
     }
