@@ -1,4 +1,5 @@
-//! Packed sequences: token-major tensors hold several sequences behind one another, `cu_seqlens` says where each starts.
+//! Packed sequences: token-major tensors hold several sequences behind one another, `cu_seqlens` says where each
+//! starts.
 
 use crate::{LayoutError, NsaConfig, index};
 use std::ops::Range;

@@ -1,5 +1,5 @@
-//! What every crate of Native Sparse Attention (NSA, arXiv 2502.11089) agrees on. It knows no device, starts no thread and
-//! has no unsafe code.
+//! What every crate of Native Sparse Attention (NSA, arXiv 2502.11089) agrees on. It knows no device, starts no thread
+//! and has no unsafe code.
 //!
 //! NSA replaces full causal attention by three cheaper views of the past, each with its own keys and values, joined by
 //! learned gates:
@@ -11,12 +11,12 @@
 //! | module | holds |
 //! |---|---|
 //! | [`config`] | [`NsaConfig`]: heads, dims, block sizes, φ, scale; every rule checked once, JSON or builder |
-//! | [`layout`] | [`CuSeqlens`], [`Packing`]: sequences packed behind one another, with the contexts that they continue |
+//! | [`layout`] | [`CuSeqlens`], [`Packing`]: packed sequences, with the contexts that they continue |
 //! | [`index`] | visible blocks, candidates, importance weights, windows, rows read by a decoding step |
 //! | [`select`] | the selection policy: forced blocks, order, ties, padding |
 //! | [`dtype`] | [`Element`] (f32, f64, bf16, f16) and the type it accumulates in, [`Real`] |
 //! | [`view`] | [`View`], [`ViewMut`]: shape and strides over memory, checked |
-//! | [`model`] | whole models: `config.json`, tensor names and order, parameter counts, memory plan, rotary frequencies |
+//! | [`model`] | whole models: `config.json`, tensors and their order, counts, memory plan, rotary frequencies |
 //! | `tokenizer` | text to tokens and back, streaming (feature `text`) |
 //! | [`error`] | typed errors; each names the field or argument, its value and the rule |
 //!
@@ -42,8 +42,8 @@
 //! ```
 //!
 //! # Numerics
-//! Tensors are stored in f32, bf16, f16 (or f64, the reference's) and accumulated in [`Element::Acc`]; lse is the natural
-//! logarithm. Sequences have at most 2³¹ − 1 tokens, memory offsets are 64-bit.
+//! Tensors are stored in f32, bf16, f16 (or f64, the reference's) and accumulated in [`Element::Acc`]; lse is the
+//! natural logarithm. Sequences have at most 2³¹ − 1 tokens, memory offsets are 64-bit.
 //!
 //! # Features
 //! `text` (off by default): the module `tokenizer`, with the crate tokenizers.

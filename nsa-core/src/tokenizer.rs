@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 /// Name of the tokenizer's file in a checkpoint's folder.
 pub const TOKENIZER_FILE: &str = "tokenizer.json";
 
-/// Tokens without a whole character after which a [`DecodeStream`] takes replacement characters as final. A character has
-/// at most 4 bytes and a token at least one, so text that is merely incomplete never gets here.
+/// Tokens without a whole character after which a [`DecodeStream`] takes replacement characters as final. A character
+/// has at most 4 bytes and a token at least one, so text that is merely incomplete never gets here.
 const MAX_HELD_TOKENS: usize = 32;
 
 /// Text or tokens that a tokenizer cannot translate.
@@ -215,16 +215,16 @@ fn refused(path: &Path, error: &tokenizers::Error) -> TokenizerError {
 /// Text of tokens as they come: never a part of a character.
 ///
 /// What [`DecodeStream::push`] and [`DecodeStream::finish`] return adds up to what [`Tokenizer::decode`] makes of all
-/// tokens. (Two exceptions, both about ill-formed UTF-8 only and both in the number of U+FFFD: a `tokenizer.json` with byte
-/// fallback replaces a whole run of bytes for one ill-formed sequence in it, of which a stream has already shown the
-/// well-formed start; and after 32 tokens without a whole character a stream waits no longer.)
+/// tokens. (Two exceptions, both about ill-formed UTF-8 only and both in the number of U+FFFD: a `tokenizer.json` with
+/// byte fallback replaces a whole run of bytes for one ill-formed sequence in it, of which a stream has already shown
+/// the well-formed start; and after 32 tokens without a whole character a stream waits no longer.)
 #[derive(Clone, Debug)]
 pub struct DecodeStream<'a> {
     tokenizer: &'a Tokenizer,
     /// Of a byte tokenizer: the start of a character.
     bytes: Vec<u8>,
-    /// Of a file's tokenizer: the last tokens shown, as context (how a token reads may depend on the one before), then those
-    /// held back.
+    /// Of a file's tokenizer: the last tokens shown, as context (how a token reads may depend on the one before), then
+    /// those held back.
     ids: Vec<u32>,
     /// How many of `ids` were shown.
     emitted: usize,

@@ -20,7 +20,8 @@ fn written(folder: &Path, tokenizer: &Value) -> Tokenizer {
     Tokenizer::open(&path).expect("a tokenizer")
 }
 
-/// The characters that byte-level tokenizers write bytes as: printable Latin-1 stands for itself, the rest follows from 256.
+/// The characters that byte-level tokenizers write bytes as: printable Latin-1 stands for itself, the rest follows from
+/// 256.
 fn byte_chars() -> Vec<char> {
     let printable = |b: u8| matches!(b, b'!'..=b'~' | 0xA1..=0xAC | 0xAE..=0xFF);
     let mut next = 256;
@@ -35,7 +36,8 @@ fn byte_chars() -> Vec<char> {
         .collect()
 }
 
-/// A byte-level BPE: ids 0..256 are the bytes, then come merges, one of them with half a character in it, and a special token.
+/// A byte-level BPE: ids 0..256 are the bytes, then come merges, one of them with half a character in it, and a special
+/// token.
 fn byte_level() -> Value {
     let chars = byte_chars();
     let token = |bytes: &[u8]| bytes.iter().map(|&b| chars[b as usize]).collect::<String>();
@@ -207,7 +209,7 @@ fn a_model_names_its_tokenizer() {
 proptest! {
     #[test]
     fn byte_streams_add_up_to_the_text(bytes in prop::collection::vec(
-        prop_oneof![any::<u8>(), Just(0xE2), Just(0x82), Just(0xF0), Just(0x9F), Just(0x98), Just(0xAC), Just(0xED)], 0..60,
+        prop_oneof![any::<u8>(), prop::sample::select(&[0xE2, 0x82, 0xF0, 0x9F, 0x98, 0xAC, 0xED][..])], 0..60,
     )) {
         let tokenizer = Tokenizer::bytes();
         let ids: Vec<u32> = bytes.iter().map(|&b| u32::from(b)).collect();

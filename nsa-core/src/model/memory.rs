@@ -40,18 +40,18 @@ impl MemoryPlan {
 
 /// Plans the memory of training with `tokens` tokens a step and of decoding at the longest context.
 ///
-/// Weights, gradients and the two moments of AdamW take 4 bytes a parameter each. Activations are what backward needs and
-/// does not recompute, in f32 elements. A layer keeps a token's
+/// Weights, gradients and the two moments of AdamW take 4 bytes a parameter each. Activations are what backward needs
+/// and does not recompute, in f32 elements. A layer keeps a token's
 ///
 /// - inputs and normalised inputs of both halves: 4·C;
 /// - q: Hq·Dk; keys and values: B·G·(Dk + Dv), with B = 3 branches (1 when dense); the joined output: Hq·Dv;
 /// - NSA besides: outputs of the branches 3·Hq·Dv, lse and gates 6·Hq, block indices G·n; φ: compressed keys and values
-///   G·(Dk + Dv) and for `mlp` twice the hidden width on both sides 4·G·H (before and after GELU), both a block, of which
-///   there is one every d tokens; dense instead: lse Hq;
+///   G·(Dk + Dv) and for `mlp` twice the hidden width on both sides 4·G·H (before and after GELU), both a block, of
+///   which there is one every d tokens; dense instead: lse Hq;
 /// - MLP: gate, up and their product 3·F; with experts 3·F_e for each expert visited, plus E router scores.
 ///
-/// The model adds the final norm's input and output 2·C and the token's loss. The logits of a whole batch are never stored.
-/// The plan prints as a table.
+/// The model adds the final norm's input and output 2·C and the token's loss. The logits of a whole batch are never
+/// stored. The plan prints as a table.
 ///
 /// ```
 /// use nsa_core::model::{ModelConfig, memory_plan};
@@ -86,9 +86,9 @@ pub fn memory_plan(config: &ModelConfig, tokens: usize) -> MemoryPlan {
     }
 }
 
-/// Bytes of the cache of one sequence of `context` tokens, all layers: for NSA the selection branch's rows, one compressed
-/// row for each complete block, a ring of l raw rows for the next block and a ring of w rows for the window; for dense
-/// attention one row a token. A row is G·(Dk + Dv) elements.
+/// Bytes of the cache of one sequence of `context` tokens, all layers: for NSA the selection branch's rows, one
+/// compressed row for each complete block, a ring of l raw rows for the next block and a ring of w rows for the window;
+/// for dense attention one row a token. A row is G·(Dk + Dv) elements.
 pub fn kv_cache_bytes(config: &ModelConfig, context: usize, dtype: DType) -> u64 {
     let rows = match config.nsa_config() {
         Some(nsa) => context + index::num_blocks(&nsa, context) + nsa.compress_block() + nsa.window(),

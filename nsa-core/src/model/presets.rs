@@ -12,12 +12,13 @@ impl ModelConfig {
     ///
     /// - `tiny-1m`, `small-10m`: byte-level, for laptops and demonstrations;
     /// - `medium-45m`, `large-350m`: 32,768 ids of a `tokenizer.json`, context 8192;
-    /// - `bench-4m`: byte-level with dense attention, 4 layers of width 256, whose step time is known for other engines;
+    /// - `bench-4m`: byte-level with dense attention, 4 layers of width 256, whose step time is known for other
+    ///   engines;
     /// - `smollm-135m`: the shape of SmolLM2-135M, dense as published; `attention: nsa` makes it sparse;
     /// - `paper-27b`: the shape of arXiv 2502.11089. The paper publishes layers, widths, heads and expert counts, but
     ///   neither vocabulary nor expert widths: here 102,400 ids and 1472 per expert, chosen so that the total is 27.0B.
-    ///   One token then passes 2.7B parameters in its experts and MLPs and 5.4B in all: attention of the published shape
-    ///   alone has 2.1B, so that no expert width gives both published sums (27B, 3B) at once.
+    ///   One token then passes 2.7B parameters in its experts and MLPs and 5.4B in all: attention of the published
+    ///   shape alone has 2.1B, so that no expert width gives both published sums (27B, 3B) at once.
     ///
     /// # Errors
     /// If no preset has this name.

@@ -15,9 +15,9 @@ pub struct RopeTable {
 
 /// The rotary frequencies of a model.
 ///
-/// θ_i = base^(−2i/Dk). With YaRN, pairs that turn at least `beta_fast` times within the original context keep θ_i, those
-/// that turn at most `beta_slow` times get θ_i/`factor`, and a ramp, linear in i, blends between the two; the ramp's ends
-/// are rounded outwards to whole pairs. The attention factor is 0.1·ln(`factor`) + 1 unless given.
+/// θ_i = base^(−2i/Dk). With YaRN, pairs that turn at least `beta_fast` times within the original context keep θ_i,
+/// those that turn at most `beta_slow` times get θ_i/`factor`, and a ramp, linear in i, blends between the two; the
+/// ramp's ends are rounded outwards to whole pairs. The attention factor is 0.1·ln(`factor`) + 1 unless given.
 ///
 /// **Source**: RoFormer (arXiv 2104.09864), section 3.4; YaRN (arXiv 2309.00071), section 3.
 ///
