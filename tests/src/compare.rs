@@ -1,0 +1,227 @@
+//! Comparison against the error model: truth in f64, and the same mathematics rounded where a kernel rounds. A kernel
+//! is right if its error is about the rounded one's. There is no tolerance to loosen.
+
+use nsa_core::DType;
+
+/// A kernel's largest error, and its worst row's RMS error, over the rounded reference's.
+pub const WORST_RATIO: f64 = 1.5;
+/// A kernel's RMS error over the rounded reference's.
+pub const RMS_RATIO: f64 = 1.1;
+/// Ulps of the accumulator, at the magnitude of the terms, that a kernel's error may reach in any case.
+///
+/// The ratios above compare two draws of rounding noise; over few or short sums that says nothing: with one key the
+/// rounded loops can be exact by luck (0 · 1.5 is still 0) while a kernel that sums in eight lanes is an ulp away. A dot
+/// product of D terms in another order differs by about √D/2 ulps of its result's partial sums, an exp by one or two:
+/// four ulps of the terms' magnitude cover those. It is 2.4e-7 of the largest possible term in f32: no fault hides there.
+const FLOOR_ULPS: f64 = 4.0;
+
+/// What a kernel wrote beside what it should have written.
+#[derive(Clone, Debug)]
+pub struct Compared {
+    /// The output's name.
+    pub tensor: String,
+    /// In f64.
+    pub truth: Vec<f64>,
+    /// Rounded where a kernel rounds.
+    pub rounded: Vec<f64>,
+    /// The kernel's.
+    pub kernel: Vec<f64>,
+    /// Elements of a row.
+    pub row: usize,
+    /// Type that the output is stored in.
+    pub storage: DType,
+    /// Type that the kernel accumulates in.
+    pub accumulator: DType,
+    /// A bound on the terms that the output is summed from (Cauchy–Schwarz over the inputs): results may cancel, the
+    /// noise of their terms does not.
+    pub magnitude: f64,
+}
+
+/// Sizes of an error.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Figures {
+    /// The largest.
+    pub max: f64,
+    /// RMS over all elements.
+    pub rms: f64,
+    /// RMS of the worst row.
+    pub row_rms: f64,
+}
+
+/// The verdict on one output.
+#[derive(Clone, Debug)]
+pub struct Outcome {
+    /// The output's name.
+    pub tensor: String,
+    /// The kernel's error.
+    pub kernel: Figures,
+    /// The rounded reference's error.
+    pub rounded: Figures,
+    /// RMS of the truth.
+    pub size: f64,
+    /// What the kernel's error may be.
+    pub limit: Figures,
+    /// What is wrong, if anything is.
+    pub failure: Option<String>,
+}
+
+impl Outcome {
+    /// The kernel's errors over what they may be, the worst of the three: above 1 is red.
+    pub fn worst_share(&self) -> f64 {
+        let share = |error: f64, limit: f64| if error == 0.0 { 0.0 } else { error / limit };
+        share(self.kernel.max, self.limit.max)
+            .max(share(self.kernel.rms, self.limit.rms))
+            .max(share(self.kernel.row_rms, self.limit.row_rms))
+    }
+}
+
+/// Half an ulp at 1: what one rounding to nearest may cost, relative.
+pub fn unit_roundoff(dtype: DType) -> f64 {
+    let bits = match dtype {
+        DType::Bf16 => 8,
+        DType::F16 => 11,
+        DType::F32 => 24,
+        DType::F64 => 53,
+    };
+    0.5f64.powi(bits)
+}
+
+impl Compared {
+    /// Judges the kernel's output.
+    pub fn judge(&self) -> Outcome {
+        let mut outcome = Outcome {
+            tensor: self.tensor.clone(),
+            kernel: Figures::default(),
+            rounded: Figures::default(),
+            size: 0.0,
+            limit: Figures::default(),
+            failure: None,
+        };
+        if self.kernel.len() != self.truth.len() || self.rounded.len() != self.truth.len() {
+            let lengths = (self.kernel.len(), self.rounded.len(), self.truth.len());
+            outcome.failure = Some(format!("kernel, rounded and truth have {lengths:?} elements"));
+            return outcome;
+        }
+        if let Some(failure) = self.not_finite() {
+            outcome.failure = Some(failure);
+            return outcome;
+        }
+        outcome.kernel = self.figures(&self.kernel);
+        outcome.rounded = self.figures(&self.rounded);
+        let finite: Vec<f64> = self.truth.iter().copied().filter(|x| x.is_finite()).collect();
+        outcome.size = rms(finite.iter().copied());
+        let largest = finite.iter().fold(0.0, |m: f64, x| m.max(x.abs()));
+        outcome.limit = self.limit(&outcome.rounded, largest);
+        outcome.failure = self.broken(&outcome);
+        outcome
+    }
+
+    /// What the kernel's error may be: the ratios over the rounded reference's error, or the floor: the output's own
+    /// rounding to storage and [`FLOOR_ULPS`] of the accumulator.
+    fn limit(&self, rounded: &Figures, largest: f64) -> Figures {
+        let storage = if self.storage == self.accumulator { 0.0 } else { unit_roundoff(self.storage) * largest };
+        let floor = storage + FLOOR_ULPS * unit_roundoff(self.accumulator) * self.magnitude.max(largest);
+        Figures {
+            max: (WORST_RATIO * rounded.max).max(floor),
+            rms: (RMS_RATIO * rounded.rms).max(floor / 2.0),
+            row_rms: (WORST_RATIO * rounded.row_rms).max(floor),
+        }
+    }
+
+    /// NaN anywhere, or infinities that are not the truth's (lse of a row without keys is −∞ in all three).
+    fn not_finite(&self) -> Option<String> {
+        let wrong = |x: f64, truth: f64| x.is_nan() || ((x.is_infinite() || truth.is_infinite()) && x != truth);
+        (0..self.truth.len()).find(|&i| wrong(self.kernel[i], self.truth[i])).map(|i| {
+            let (row, column) = (i / self.row.max(1), i % self.row.max(1));
+            format!("row {row}, column {column}: {} instead of {}", self.kernel[i], self.truth[i])
+        })
+    }
+
+    fn errors<'a>(&'a self, values: &'a [f64]) -> impl Iterator<Item = f64> + 'a {
+        // Infinities are equal here.
+        values.iter().zip(&self.truth).map(|(x, truth)| if truth.is_finite() { x - truth } else { 0.0 })
+    }
+
+    fn figures(&self, values: &[f64]) -> Figures {
+        let errors: Vec<f64> = self.errors(values).collect();
+        Figures {
+            max: errors.iter().fold(0.0, |m: f64, e| m.max(e.abs())),
+            rms: rms(errors.iter().copied()),
+            row_rms: errors.chunks(self.row.max(1)).map(|row| rms(row.iter().copied())).fold(0.0, f64::max),
+        }
+    }
+
+    fn broken(&self, outcome: &Outcome) -> Option<String> {
+        let Outcome { kernel, rounded, limit, .. } = outcome;
+        let mut broken = Vec::new();
+        for (name, error, rounded, limit) in [
+            ("max error", kernel.max, rounded.max, limit.max),
+            ("RMS error", kernel.rms, rounded.rms, limit.rms),
+            ("worst row's RMS error", kernel.row_rms, rounded.row_rms, limit.row_rms),
+        ] {
+            // Written so that NaN fails.
+            if !matches!(error.partial_cmp(&limit), Some(std::cmp::Ordering::Less | std::cmp::Ordering::Equal)) {
+                broken.push(format!("{name} {error:.3e} above {limit:.3e} (rounded reference: {rounded:.3e})"));
+            }
+        }
+        let worst = self.errors(&self.kernel).enumerate().max_by(|a, b| a.1.abs().total_cmp(&b.1.abs()))?;
+        let (i, row) = (worst.0, self.row.max(1));
+        (!broken.is_empty()).then(|| {
+            let place = format!("row {}, column {}", i / row, i % row);
+            format!("{}; worst at {place}: {} instead of {}", broken.join("; "), self.kernel[i], self.truth[i])
+        })
+    }
+}
+
+fn rms(values: impl Iterator<Item = f64>) -> f64 {
+    let (sum, count) = values.fold((0.0, 0usize), |(sum, count), x| (sum + x * x, count + 1));
+    (sum / count.max(1) as f64).sqrt()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn compared(kernel: Vec<f64>) -> Compared {
+        let truth: Vec<f64> = (0..64).map(|i| (f64::from(i) * 0.7).sin()).collect();
+        let rounded = truth.iter().map(|&x| f64::from(x as f32)).collect();
+        Compared {
+            tensor: "o".into(),
+            truth,
+            rounded,
+            kernel,
+            row: 8,
+            storage: DType::F32,
+            accumulator: DType::F32,
+            magnitude: 1.0,
+        }
+    }
+
+    #[test]
+    fn rounding_passes_and_anything_larger_fails() {
+        let rounded = compared(Vec::new()).rounded;
+        assert_eq!(compared(rounded.clone()).judge().failure, None);
+        let mut off = rounded.clone();
+        off[17] += 3e-7;
+        let failure = compared(off).judge().failure.unwrap();
+        assert!(failure.contains("max error") && failure.contains("row 2, column 1"), "{failure}");
+    }
+
+    #[test]
+    fn missing_elements_nan_and_infinities_fail() {
+        let rounded = compared(Vec::new()).rounded;
+        assert!(compared(rounded[1..].to_vec()).judge().failure.is_some());
+        for bad in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
+            let mut kernel = rounded.clone();
+            kernel[9] = bad;
+            assert!(compared(kernel).judge().failure.unwrap().contains("row 1, column 1"));
+        }
+        // A finite value where the truth is −∞ is as wrong.
+        let mut case = compared(rounded);
+        case.truth[3] = f64::NEG_INFINITY;
+        assert!(case.judge().failure.is_some());
+        case.kernel[3] = f64::NEG_INFINITY;
+        case.rounded[3] = f64::NEG_INFINITY;
+        assert_eq!(case.judge().failure, None);
+    }
+}
