@@ -9,9 +9,13 @@ pub(crate) mod dense;
 pub(crate) mod slc;
 pub(crate) mod win;
 
+pub(crate) mod band;
+pub(crate) mod flash;
 pub(crate) mod math;
 pub(crate) mod rows;
 pub(crate) mod scratch;
+pub(crate) mod tasks;
+pub(crate) mod tile;
 
 use scratch::Pool;
 

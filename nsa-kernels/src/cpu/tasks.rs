@@ -1,0 +1,62 @@
+//! Work split into tiles of consecutive tokens. Tiles start at multiples of their size within each sequence, so where
+//! they lie depends on the sequence alone; outputs are token-major, so each tile owns a contiguous part of each.
+
+use nsa_core::Packing;
+use std::ops::Range;
+
+/// Consecutive queries of one sequence.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct QueryTile {
+    /// The sequence.
+    pub(crate) seq: usize,
+    /// Rows of the queries in the packed tensors.
+    pub(crate) rows: Range<usize>,
+    /// Position of the first query.
+    pub(crate) position: usize,
+}
+
+/// The tiles of all sequences in order, `size` queries each but for the last of a sequence. Empty sequences have none.
+pub(crate) fn query_tiles(packing: &Packing, size: usize) -> Vec<QueryTile> {
+    let mut tiles = Vec::with_capacity(packing.num_tokens() / size + packing.num_seqs());
+    for (s, seq) in packing.seqs().enumerate() {
+        for start in seq.rows.clone().step_by(size) {
+            let rows = start..(start + size).min(seq.rows.end);
+            tiles.push(QueryTile { seq: s, position: seq.context + start - seq.rows.start, rows });
+        }
+    }
+    tiles
+}
+
+/// Splits a tensor with `row_len` elements a token into the parts of consecutive ranges of tokens.
+pub(crate) fn split_rows<'a, T>(
+    mut data: &'a mut [T],
+    row_len: usize,
+    ranges: impl Iterator<Item = Range<usize>>,
+) -> Vec<&'a mut [T]> {
+    ranges
+        .map(|range| {
+            let part;
+            (part, data) = std::mem::take(&mut data).split_at_mut(range.len() * row_len);
+            part
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nsa_core::CuSeqlens;
+
+    #[test]
+    fn tiles_cover_every_query_once() {
+        let offsets = CuSeqlens::from_lengths([5, 0, 2]).unwrap();
+        let packing = Packing::with_contexts(offsets, vec![3, 9, 0]).unwrap();
+        let tiles = query_tiles(&packing, 2);
+        let tile = |seq, rows, position| QueryTile { seq, rows, position };
+        assert_eq!(tiles, [tile(0, 0..2, 3), tile(0, 2..4, 5), tile(0, 4..5, 7), tile(2, 5..7, 0)]);
+        let mut data: Vec<usize> = (0..21).collect();
+        let parts = split_rows(&mut data, 3, tiles.iter().map(|t| t.rows.clone()));
+        let starts: Vec<(usize, usize)> = parts.iter().map(|p| (p[0], p.len())).collect();
+        assert_eq!(starts, [(0, 6), (6, 6), (12, 3), (15, 6)]);
+    }
+}

@@ -1,0 +1,277 @@
+//! Micro-kernels: small products of matrices with blocks of the result in registers. Every product of attention,
+//! forward and backward, is one of [`product`]'s; a path for an instruction set replaces this file's constants and
+//! inner loop.
+//!
+//! Rows of queries are packed into panels of [`LANES`] (transposed: `[dim][LANES]`), so keys and values are used as
+//! they lie: scores Sᵀ = K·Qᵀ, then o += (Pᵀ)ᵀ·V, dq += (dSᵀ)ᵀ·K, dk += dSᵀ·Q and dv += Pᵀ·dO all have contiguous rows
+//! on the right. Softmax runs down the keys, one lane a query row, without horizontal sums.
+//!
+//! Roofline: [`BLOCK`]·[`LANES`] products a step read BLOCK + LANES elements, from L1 or L2: bound by arithmetic.
+//! An element of the result is always Σ_p in the order of p from zero, then added to the target: its bits do not
+//! depend on the blocks around it.
+
+use nsa_core::Real;
+use std::ops::Range;
+
+/// Rows of queries in a panel, columns of a block of the result: two vectors of f32 with 128-bit registers.
+pub(crate) const LANES: usize = 8;
+
+/// Rows of a block of the result: with LANES columns it leaves registers for the operands.
+const BLOCK: usize = 4;
+
+/// Columns of a block of one row: as many sums in flight as a block of BLOCK rows has.
+const WIDE: usize = BLOCK * LANES;
+
+/// Keys of a tile: with 128 dims a tile of K or V is 32 KiB in f32.
+pub(crate) const KEYS: usize = 64;
+
+/// The left operand `[M, K]`.
+#[derive(Clone, Copy)]
+pub(crate) enum Left<'a, A> {
+    /// Element (i, p) lies at i · stride + p.
+    Rows {
+        /// The elements.
+        data: &'a [A],
+        /// Distance between rows.
+        stride: usize,
+    },
+    /// Element (i, p) lies at p · stride + i.
+    Columns {
+        /// The elements.
+        data: &'a [A],
+        /// Distance between columns.
+        stride: usize,
+    },
+}
+
+/// The right operand `[K, N]`: element (p, j) lies at p · stride + j.
+#[derive(Clone, Copy)]
+pub(crate) struct Right<'a, A> {
+    /// The elements.
+    pub(crate) data: &'a [A],
+    /// Distance between rows.
+    pub(crate) stride: usize,
+}
+
+/// What happens to the target.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Store {
+    /// It is overwritten.
+    Write,
+    /// The product is added.
+    Add,
+}
+
+/// The target `[M, N]`: row i starts at `row(i)`.
+pub(crate) struct Target<'a, A, F> {
+    /// The elements.
+    pub(crate) data: &'a mut [A],
+    /// Start of a row.
+    pub(crate) row: F,
+    /// What happens to it.
+    pub(crate) store: Store,
+}
+
+/// C[i, j] = or += Σ_p A[i, p]·B[p, j] for i < m, j < n and p in `steps(i)`. Elements of A and B outside the steps are
+/// not read.
+#[inline(always)]
+pub(crate) fn product<A: Real, F: Fn(usize) -> usize>(
+    [m, n]: [usize; 2],
+    left: Left<'_, A>,
+    right: Right<'_, A>,
+    mut target: Target<'_, A, F>,
+    steps: impl Fn(usize) -> Range<usize>,
+) {
+    let mut i = 0;
+    while i + BLOCK <= m {
+        let block_steps = std::array::from_fn(|x| steps(i + x));
+        let mut j = 0;
+        while j + LANES <= n {
+            block::<A, F, BLOCK, LANES>(i, j, left, right, &mut target, &block_steps);
+            j += LANES;
+        }
+        for j in j..n {
+            block::<A, F, BLOCK, 1>(i, j, left, right, &mut target, &block_steps);
+        }
+        i += BLOCK;
+    }
+    for i in i..m {
+        let row_steps = [steps(i)];
+        let mut j = 0;
+        while j + WIDE <= n {
+            block::<A, F, 1, WIDE>(i, j, left, right, &mut target, &row_steps);
+            j += WIDE;
+        }
+        while j + LANES <= n {
+            block::<A, F, 1, LANES>(i, j, left, right, &mut target, &row_steps);
+            j += LANES;
+        }
+        for j in j..n {
+            block::<A, F, 1, 1>(i, j, left, right, &mut target, &row_steps);
+        }
+    }
+}
+
+/// Block (i.., j..) of a product. Steps that not all rows share are taken one row at a time.
+#[inline(always)]
+fn block<A: Real, F: Fn(usize) -> usize, const M: usize, const N: usize>(
+    i: usize,
+    j: usize,
+    left: Left<'_, A>,
+    right: Right<'_, A>,
+    target: &mut Target<'_, A, F>,
+    steps: &[Range<usize>; M],
+) {
+    let start = steps.iter().map(|s| s.start).max().unwrap_or(0);
+    let end = steps.iter().map(|s| s.end).min().unwrap_or(0);
+    let mut sums = [[A::zero(); N]; M];
+    if steps.iter().all(|s| (s.start, s.end) == (start, end)) {
+        sums = multiply(sums, i, j, left, right, start..end);
+    } else {
+        // No step that all share: the first part is then all there is.
+        let (start, end) = if start < end { (start, end) } else { (usize::MAX, usize::MAX) };
+        for (x, s) in steps.iter().enumerate() {
+            [sums[x]] = multiply([sums[x]], i + x, j, left, right, s.start..start.min(s.end));
+        }
+        sums = multiply(sums, i, j, left, right, start..end);
+        for (x, s) in steps.iter().enumerate() {
+            [sums[x]] = multiply([sums[x]], i + x, j, left, right, end.min(s.end)..s.end);
+        }
+    }
+    for (x, sums) in sums.iter().enumerate() {
+        let at = (target.row)(i + x) + j;
+        let row = &mut target.data[at..at + N];
+        for y in 0..N {
+            row[y] = if target.store == Store::Add { row[y] + sums[y] } else { sums[y] };
+        }
+    }
+}
+
+/// sums + Σ_p A[i.., p]·B[p, j..] over the steps.
+#[inline(always)]
+fn multiply<A: Real, const M: usize, const N: usize>(
+    sums: [[A; N]; M],
+    i: usize,
+    j: usize,
+    left: Left<'_, A>,
+    right: Right<'_, A>,
+    steps: Range<usize>,
+) -> [[A; N]; M] {
+    if steps.is_empty() {
+        return sums;
+    }
+    let len = steps.len();
+    let right = right.data[steps.start * right.stride + j..].chunks(right.stride.max(1)).take(len);
+    match left {
+        Left::Rows { data, stride } => {
+            let rows: [&[A]; M] = std::array::from_fn(|x| &data[(i + x) * stride + steps.start..][..len]);
+            multiply_steps(sums, right, |p| std::array::from_fn(|x| rows[x][p]))
+        }
+        Left::Columns { data, stride } => {
+            let data = &data[steps.start * stride + i..];
+            multiply_steps(sums, right, |p| *data[p * stride..].first_chunk().expect("M elements a column"))
+        }
+    }
+}
+
+/// The inner loop: one rank-1 update a step.
+#[inline(always)]
+fn multiply_steps<'a, A: Real, const M: usize, const N: usize>(
+    mut sums: [[A; N]; M],
+    right: impl Iterator<Item = &'a [A]>,
+    left: impl Fn(usize) -> [A; M],
+) -> [[A; N]; M] {
+    for (p, row) in right.enumerate() {
+        let row: &[A; N] = row.first_chunk().expect("N elements a row");
+        let column = left(p);
+        for x in 0..M {
+            for y in 0..N {
+                sums[x][y] += column[x] * row[y];
+            }
+        }
+    }
+    sums
+}
+
+/// Packs rows `[rows, dim]` into panels `[⌈rows/LANES⌉][dim][LANES]`, the last filled up with zeros.
+#[inline(always)]
+pub(crate) fn pack<A: Real>(rows: &[A], dim: usize, panels: &mut [A]) {
+    for (rows, panel) in rows.chunks(LANES * dim).zip(panels.chunks_exact_mut(LANES * dim)) {
+        let columns = panel.as_chunks_mut::<LANES>().0;
+        if rows.len() == LANES * dim {
+            let lanes: [&[A]; LANES] = std::array::from_fn(|x| &rows[x * dim..][..dim]);
+            for (p, column) in columns.iter_mut().enumerate() {
+                *column = std::array::from_fn(|x| lanes[x][p]);
+            }
+        } else {
+            columns.fill([A::zero(); LANES]);
+            for (x, row) in rows.chunks_exact(dim).enumerate() {
+                for (column, &value) in columns.iter_mut().zip(row) {
+                    column[x] = value;
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn number(i: usize) -> f64 {
+        ((i * 7919 + 13) % 1009) as f64 / 101.0 - 5.0
+    }
+
+    /// Steps of row i that overlap with those of its neighbours in part, or not at all.
+    fn steps(k: usize, kind: usize, i: usize) -> Range<usize> {
+        match kind {
+            0 => 0..k,
+            1 => 0..(i + 1).min(k),
+            2 => i.min(k)..(i + 3).min(k),
+            _ if i % 3 == 0 => 0..0,
+            _ => k / 2..k,
+        }
+    }
+
+    #[test]
+    fn products_of_all_shapes_and_steps_equal_plain_loops_bit_for_bit() {
+        for (m, n, k) in [(1, 1, 1), (4, 8, 5), (7, 43, 9), (13, 17, 3), (3, 70, 0)] {
+            for kind in 0..4 {
+                let a: Vec<f64> = (0..m * k).map(number).collect();
+                let transposed: Vec<f64> = (0..m * k).map(|x| a[x % m * k + x / m]).collect();
+                let b: Vec<f64> = (0..k * n).map(|x| number(x + 77)).collect();
+                let right = Right { data: &b, stride: n };
+                for left in [Left::Rows { data: &a, stride: k }, Left::Columns { data: &transposed, stride: m }] {
+                    for store in [Store::Add, Store::Write] {
+                        let mut c: Vec<f64> = (0..m * (n + 1)).map(|x| number(x + 5)).collect();
+                        let mut expected = c.clone();
+                        for i in 0..m {
+                            for j in 0..n {
+                                let sum = steps(k, kind, i).fold(0.0, |sum, p| sum + a[i * k + p] * b[p * n + j]);
+                                let old = if store == Store::Add { expected[i * (n + 1) + j] } else { 0.0 };
+                                expected[i * (n + 1) + j] = old + sum;
+                            }
+                        }
+                        let target = Target { data: &mut c, row: |i| i * (n + 1), store };
+                        product([m, n], left, right, target, |i| steps(k, kind, i));
+                        assert_eq!(c, expected, "{m} {n} {k}, steps {kind}");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn panels_are_transposed_and_filled_up() {
+        let (rows, dim) = (LANES + 3, 5);
+        let data: Vec<f32> = (1..=rows * dim).map(|x| x as f32).collect();
+        let mut panels = vec![f32::NAN; 2 * LANES * dim];
+        pack(&data, dim, &mut panels);
+        for r in 0..2 * LANES {
+            for p in 0..dim {
+                let expected = if r < rows { data[r * dim + p] } else { 0.0 };
+                assert_eq!(panels[(r / LANES * dim + p) * LANES + r % LANES], expected);
+            }
+        }
+    }
+}
