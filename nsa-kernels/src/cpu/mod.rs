@@ -5,7 +5,9 @@ pub(crate) mod gemm;
 pub(crate) mod layer;
 
 pub(crate) mod cmp;
+pub(crate) mod compress;
 pub(crate) mod dense;
+pub(crate) mod gate;
 pub(crate) mod slc;
 pub(crate) mod win;
 

@@ -75,17 +75,22 @@ impl<'a> Shapes<'a> {
         outputs.1.check(self.op, "lse", self.lse())
     }
 
-    /// Checks what every branch's backward has.
-    pub(crate) fn backward<T: Element>(&self, args: &BranchGrad<'_, '_, T>) -> Result<()> {
-        if !self.packing.starts_at_zero() {
-            let found = self.packing.seqs().map(|seq| seq.context).find(|&c| c > 0);
-            return Err(Error::Value {
+    /// Checks that every sequence starts at position 0.
+    pub(crate) fn whole_sequences(&self) -> Result<()> {
+        match self.packing.seqs().map(|seq| seq.context).find(|&context| context > 0) {
+            None => Ok(()),
+            Some(context) => Err(Error::Value {
                 op: self.op,
                 arg: "packing",
-                value: format!("a sequence with a context of {}", found.unwrap_or_default()),
-                rule: "gradients need whole sequences: every context must be 0",
-            });
+                value: format!("a sequence with a context of {context}"),
+                rule: "needs whole sequences: every context must be 0",
+            }),
         }
+    }
+
+    /// Checks what every branch's backward has.
+    pub(crate) fn backward<T: Element>(&self, args: &BranchGrad<'_, '_, T>) -> Result<()> {
+        self.whole_sequences()?;
         args.q.check(self.op, "q", self.queries())?;
         args.k.1.check(self.op, args.k.0, self.keys(args.rows))?;
         args.v.1.check(self.op, args.v.0, self.values(args.rows))?;

@@ -9,7 +9,7 @@ pub mod cross_entropy;
 pub mod embedding;
 pub mod linear;
 mod matmul;
-mod par;
+pub(crate) mod par;
 pub mod rmsnorm;
 pub mod rope;
 pub mod sigmoid;
