@@ -1,0 +1,5 @@
+//! The operator's parts against the reference: φ, the gate, the whole, decoding.
+
+mod compress;
+mod gate;
+mod kit;
