@@ -299,3 +299,22 @@ impl DecodeStream<'_> {
         text
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_stream_keeps_only_its_context() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join(TOKENIZER_FILE);
+        let file = r#"{"version": "1.0", "model": {"type": "WordLevel", "vocab": {"a": 0, "b": 1}, "unk_token": "a"}}"#;
+        std::fs::write(&path, file).expect("writes");
+        let tokenizer = Tokenizer::open(&path).expect("a tokenizer");
+        let mut stream = tokenizer.stream();
+        for id in [0, 1, 1, 0, 1] {
+            stream.push(id).expect("a known id");
+            assert_eq!((stream.ids.as_slice(), stream.emitted), (&[id][..], 1));
+        }
+    }
+}

@@ -322,6 +322,9 @@ fn yarn_keeps_fast_pairs_and_interpolates_slow_ones() {
     let same = rope_frequencies(&with(64, RopeScaling { factor: 1.0, ..yarn() }));
     assert_eq!(same.attention_factor, 1.0);
     same.inv_freq.iter().enumerate().for_each(|(i, &freq)| close(freq, 1e4_f64.powf(-(i as f64) / 32.0)));
+    // A ramp from pair 6 to pair 10, past the last pair.
+    let long = RopeScaling { original_max_position_embeddings: 1 << 18, ..yarn() };
+    close(rope_frequencies(&with(16, long)).inv_freq[7], 1e4_f64.powf(-14.0 / 16.0) * (0.75 + 0.25 / 4.0));
     let tiny = rope_frequencies(&with(8, RopeScaling { original_max_position_embeddings: 1, ..yarn() }));
     assert_eq!((tiny.inv_freq[0], tiny.inv_freq[1]), (1.0, 0.1 / 4.0));
 }

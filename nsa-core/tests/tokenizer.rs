@@ -74,7 +74,7 @@ fn byte_fallback() -> Value {
     for b in 0..256 {
         vocab.insert(format!("<0x{b:02X}>"), json!(1 + b));
     }
-    for (id, token) in ["▁", "a", "b", "▁a", "ab"].into_iter().enumerate() {
+    for (id, token) in ["▁", "a", "b", "▁a", "ab", ""].into_iter().enumerate() {
         vocab.insert(token.to_owned(), json!(257 + id));
     }
     json!({
@@ -157,6 +157,8 @@ fn byte_fallback_streams_like_it_decodes() {
         assert_eq!(tokenizer.decode(&ids).expect("known ids"), text);
         assert_eq!(streamed(&tokenizer, &ids).concat(), text);
     }
+    // A token without text is no start of a text, where a space would go.
+    assert_eq!(streamed(&tokenizer, &[258, 262, 260]), ["a", "", " a", ""]);
     // The run C3 A9 C3 as a whole reads as three replacement characters; é was out by then.
     assert_eq!(streamed(&tokenizer, &[1 + 0xC3, 1 + 0xA9, 1 + 0xC3, 258]), ["", "é", "", "\u{FFFD}a", ""]);
 }
