@@ -39,6 +39,24 @@ impl<A: Real> Heads<A> {
             scale: A::of(config.scale()),
         }
     }
+
+    /// Divides rows of Σ exp(score − max)·v `[queries · R, Dv]` by their sums and writes them and their lse as KV head
+    /// `g` of o `[queries, Hq, Dv]` and lse `[queries, Hq]`.
+    #[inline(always)]
+    pub(crate) fn store<T: Element<Acc = A>>(
+        &self,
+        rows: &mut [A],
+        (max, sum): (&[A], &[A]),
+        (g, num_heads): (usize, usize),
+        o: &mut [T],
+        lse: &mut [A],
+    ) {
+        for (i, row) in rows.chunks_exact_mut(self.dim_v).enumerate() {
+            let place = i / self.group_size * num_heads + g * self.group_size + i % self.group_size;
+            lse[place] = normalize(row, max[i], sum[i]);
+            math::narrow(row, &mut o[place * self.dim_v..][..self.dim_v]);
+        }
+    }
 }
 
 /// Copies the rows of KV head `g` of consecutive queries, widened: `[queries · R, D]`.
@@ -130,21 +148,17 @@ impl<'p, A: Real> Flash<'p, A> {
         }
     }
 
-    /// Writes output and lse of head `g` of the queries: o `[queries, Hq, Dv]`, lse `[queries, Hq]`.
+    /// Writes output and lse of KV head `g` of the queries: o `[queries, Hq, Dv]`, lse `[queries, Hq]`.
     #[inline(always)]
     pub(crate) fn finish<T: Element<Acc = A>>(&mut self, g: usize, num_heads: usize, o: &mut [T], lse: &mut [A]) {
-        let Heads { group_size, dim_v, .. } = self.heads;
-        for (i, row) in self.o[..self.rows * dim_v].chunks_exact_mut(dim_v).enumerate() {
-            let place = i / group_size * num_heads + g * group_size + i % group_size;
-            lse[place] = normalize(row, self.max[i], self.sum[i]);
-            math::narrow(row, &mut o[place * dim_v..][..dim_v]);
-        }
+        let sums = &mut self.o[..self.rows * self.heads.dim_v];
+        self.heads.store(sums, (&self.max, &self.sum), (g, num_heads), o, lse);
     }
 }
 
 /// Divides a row of Σ exp(score − max)·v by its `sum` and returns its lse; a row that saw nothing is 0 with −∞.
 #[inline(always)]
-pub(crate) fn normalize<A: Real>(row: &mut [A], max: A, sum: A) -> A {
+fn normalize<A: Real>(row: &mut [A], max: A, sum: A) -> A {
     if sum == A::zero() {
         row.fill(A::zero());
         return A::neg_infinity();
