@@ -92,8 +92,50 @@ macro_rules! element {
 
 element!(f32, f32, F32, |x| x, |x| x, f64::from, |x| x as f32);
 element!(f64, f64, F64, |x| x, |x| x, |x| x, |x| x);
-element!(bf16, f32, Bf16, bf16::to_f32, bf16::from_f32, bf16::to_f64, bf16::from_f64);
-element!(f16, f32, F16, f16::to_f32, f16::from_f32, f16::to_f64, f16::from_f64);
+element!(bf16, f32, Bf16, bf16_to_f32, bf16::from_f32, bf16::to_f64, bf16::from_f64);
+element!(f16, f32, F16, f16_to_f32, f16_from_f32, f16::to_f64, f16::from_f64);
+
+// The conversions of crate half ask for the processor's features or branch on NaN at each element, which keeps loops from
+// being vectorised; these do not.
+
+/// bf16 is the upper half of f32.
+#[inline(always)]
+fn bf16_to_f32(x: bf16) -> f32 {
+    f32::from_bits(u32::from(x.to_bits()) << 16)
+}
+
+/// Moves the exponent's bias from 15 to 127. A subnormal gets exponent −14 and an implicit one that is then taken off.
+#[inline(always)]
+fn f16_to_f32(x: f16) -> f32 {
+    let bits = i32::from(x.to_bits());
+    let magnitude = (bits & 0x7fff) << 13;
+    let normal = magnitude + (112 << 23);
+    let infinite_or_nan = magnitude + (224 << 23);
+    let subnormal = (float(magnitude + (113 << 23)) - float(113 << 23)).to_bits() as i32;
+    let small = if magnitude < 1 << 23 { subnormal } else { normal };
+    let magnitude = if magnitude >= 31 << 23 { infinite_or_nan } else { small };
+    float(magnitude | (bits & 0x8000) << 16)
+}
+
+/// Moves the exponent's bias from 127 to 15 and rounds 13 bits off to nearest, ties to even: of normal numbers by a carry
+/// (which may reach infinity), of subnormal ones by adding 1/2, whose unit in the last place is theirs.
+#[inline(always)]
+fn f16_from_f32(x: f32) -> f16 {
+    let bits = x.to_bits() as i32;
+    let magnitude = bits & 0x7fff_ffff;
+    let odd = (magnitude >> 13) & 1;
+    let normal = (magnitude.wrapping_sub(112 << 23) + 0xfff + odd) >> 13;
+    let subnormal = ((float(magnitude) + 0.5).to_bits() as i32).wrapping_sub(0.5f32.to_bits() as i32);
+    let finite = if magnitude < 113 << 23 { subnormal } else { normal };
+    let beyond = if magnitude > 0x7f80_0000 { 0x7e00 } else { 0x7c00 };
+    let magnitude = if magnitude >= 143 << 23 { beyond } else { finite };
+    f16::from_bits((magnitude | (bits >> 16) & 0x8000) as u16)
+}
+
+#[inline(always)]
+fn float(bits: i32) -> f32 {
+    f32::from_bits(bits as u32)
+}
 
 impl Real for f32 {
     #[inline(always)]
@@ -114,5 +156,44 @@ impl Real for f64 {
     #[inline(always)]
     fn erf(self) -> Self {
         libm::erf(self)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_half_widens_exactly() {
+        for bits in 0..=u16::MAX {
+            let (x, y) = (f16::from_bits(bits), bf16::from_bits(bits));
+            assert!(x.to_acc().to_bits() == x.to_f32().to_bits() || x.is_nan() && x.to_acc().is_nan(), "{bits:#x}");
+            assert!(y.to_acc().to_bits() == y.to_f32().to_bits() || y.is_nan() && y.to_acc().is_nan(), "{bits:#x}");
+        }
+    }
+
+    #[test]
+    fn singles_round_to_the_nearest_half() {
+        let check = |bits: u32| {
+            let x = f32::from_bits(bits);
+            let (got, expected) = (<f16 as Element>::from_acc(x), f16::from_f32(x));
+            assert!(
+                got.to_bits() == expected.to_bits() || x.is_nan() && got.is_nan(),
+                "{bits:#x}: {got:?} {expected:?}"
+            );
+        };
+        // Every half, the point halfway to the next one, and their neighbours.
+        for half in 0..=u16::MAX {
+            let at = f16::from_bits(half).to_f32().to_bits();
+            for middle in [at, at.wrapping_add(1 << 12), at.wrapping_sub(1 << 12)] {
+                (0..3).for_each(|step| check(middle.wrapping_add(step).wrapping_sub(1)));
+            }
+        }
+        // Halfway points of subnormals.
+        for k in 0..4096 {
+            let at = (k as f32 * 2f32.powi(-26)).to_bits();
+            (0..3).for_each(|step| check(at.wrapping_add(step).wrapping_sub(1)));
+        }
+        (0..u32::MAX).step_by(65_521).for_each(check);
     }
 }
