@@ -45,7 +45,7 @@ pub struct Step<'a, R: Real> {
 /// **Numerics**: in `R`; powers and factors in f64.
 ///
 /// **Source**: arXiv 1711.05101 with a learning rate that multiplies the decay, as in PyTorch; reference twin: a plain
-/// loop in `tests/layer_adamw.rs`.
+/// loop in `tests/layer/adamw.rs`.
 ///
 /// # Errors
 /// If a shape does not fit, `step` is 0, or a setting is out of its range.
@@ -81,7 +81,7 @@ pub fn step<R: Real>(backend: &Backend, args: Step<'_, R>) -> Result<()> {
 ///
 /// **Numerics**: in f64, over blocks of a fixed size, then over the blocks in order.
 ///
-/// **Source**: reference twin: a plain loop in `tests/layer_adamw.rs`.
+/// **Source**: reference twin: a plain loop in `tests/layer/adamw.rs`.
 ///
 /// # Errors
 /// If the tensor is not in this backend's memory.

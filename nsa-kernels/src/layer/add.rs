@@ -29,7 +29,7 @@ pub struct Accumulate<'a, T: Element> {
 ///
 /// **Numerics**: in A, rounded to `T` once.
 ///
-/// **Source**: reference twin: a plain loop in `tests/layer_elementwise.rs`.
+/// **Source**: reference twin: a plain loop in `tests/layer/elementwise.rs`.
 ///
 /// # Errors
 /// If a shape does not fit.
@@ -48,7 +48,7 @@ pub fn forward<T: Element>(backend: &Backend, args: Forward<'_, T>) -> Result<()
 ///
 /// **Numerics**: in A, rounded to `T` once.
 ///
-/// **Source**: reference twin: a plain loop in `tests/layer_elementwise.rs`.
+/// **Source**: reference twin: a plain loop in `tests/layer/elementwise.rs`.
 ///
 /// # Errors
 /// If a shape does not fit.

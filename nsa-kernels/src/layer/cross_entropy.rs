@@ -59,7 +59,7 @@ pub struct ForwardBackward<'a, T: Element, W: Element> {
 ///
 /// **Numerics**: logits and losses in A, the maximum taken out first; the sum in f64, over rows in order.
 ///
-/// **Source**: reference twin: a plain loop in `tests/layer_cross_entropy.rs`.
+/// **Source**: reference twin: a plain loop in `tests/layer/cross_entropy.rs`.
 ///
 /// # Errors
 /// If a shape does not fit or a target is neither in the vocabulary nor [`IGNORED`].
@@ -76,7 +76,7 @@ where
         losses.check(OP, "losses", [n])?;
     }
     match backend {
-        Backend::Cpu(_) => cpu::layer::cross_entropy::forward(OP, args),
+        Backend::Cpu(cpu) => cpu::layer::cross_entropy::forward(cpu.pool(), OP, args),
     }
 }
 
@@ -105,6 +105,6 @@ where
         d_weight.check(OP, "d_weight", [v, c])?;
     }
     match backend {
-        Backend::Cpu(_) => cpu::layer::cross_entropy::forward_backward(OP, args),
+        Backend::Cpu(cpu) => cpu::layer::cross_entropy::forward_backward(cpu.pool(), OP, args),
     }
 }

@@ -31,7 +31,7 @@ pub struct Backward<'a, A: Real> {
 ///
 /// **Numerics**: through A, rounded to `T` once; exact if `T` = `W`.
 ///
-/// **Source**: reference twin: a plain loop in `tests/layer_embedding.rs`.
+/// **Source**: reference twin: a plain loop in `tests/layer/embedding.rs`.
 ///
 /// # Errors
 /// If a shape does not fit or a token is not in the vocabulary.

@@ -50,7 +50,7 @@ pub struct BackwardWeight<'a, T: Element> {
 ///
 /// **Numerics**: sums in A, rounded to `T` once. The order of summation depends on the shape alone.
 ///
-/// **Source**: reference twin: a plain loop in `tests/layer_linear.rs`.
+/// **Source**: reference twin: a plain loop in `tests/layer/linear.rs`.
 ///
 /// # Errors
 /// If a shape does not fit.
@@ -67,7 +67,7 @@ where
         bias.check(OP, "bias", [o])?;
     }
     match backend {
-        Backend::Cpu(_) => cpu::layer::linear::forward(args),
+        Backend::Cpu(cpu) => cpu::layer::linear::forward(cpu.pool(), args),
     }
 }
 
@@ -87,7 +87,7 @@ pub fn backward_input<W: Element>(backend: &Backend, args: BackwardInput<'_, W>)
     args.weight.check(OP, "weight", [o, i])?;
     args.dx.check(OP, "dx", [n, i])?;
     match backend {
-        Backend::Cpu(_) => cpu::layer::linear::backward_input(args),
+        Backend::Cpu(cpu) => cpu::layer::linear::backward_input(cpu.pool(), args),
     }
 }
 
@@ -110,6 +110,6 @@ pub fn backward_weight<T: Element>(backend: &Backend, args: BackwardWeight<'_, T
         db.check(OP, "db", [o])?;
     }
     match backend {
-        Backend::Cpu(_) => cpu::layer::linear::backward_weight(args),
+        Backend::Cpu(cpu) => cpu::layer::linear::backward_weight(cpu.pool(), args),
     }
 }

@@ -44,7 +44,7 @@ pub struct Backward<'a, T: Element, W: Element> {
 ///
 /// **Numerics**: in A, rounded to `T` once.
 ///
-/// **Source**: arXiv 1910.07467; reference twin: a plain loop in `tests/layer_rmsnorm.rs`.
+/// **Source**: arXiv 1910.07467; reference twin: a plain loop in `tests/layer/rmsnorm.rs`.
 ///
 /// # Errors
 /// If a shape does not fit, rows have no channel, or `eps` is negative or no number.
@@ -66,7 +66,7 @@ where
         return Err(Error::Value { op: OP, arg, value, rule: "must be finite and not negative" });
     }
     match backend {
-        Backend::Cpu(_) => cpu::layer::rmsnorm::forward(args),
+        Backend::Cpu(cpu) => cpu::layer::rmsnorm::forward(cpu.pool(), args),
     }
 }
 
@@ -95,7 +95,7 @@ where
     args.dx.check(OP, "dx", [n, c])?;
     args.dw.check(OP, "dw", [c])?;
     match backend {
-        Backend::Cpu(_) => cpu::layer::rmsnorm::backward(args),
+        Backend::Cpu(cpu) => cpu::layer::rmsnorm::backward(cpu.pool(), args),
     }
 }
 

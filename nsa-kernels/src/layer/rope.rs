@@ -83,7 +83,7 @@ pub(crate) enum Direction {
 ///
 /// **Numerics**: in A, rounded to `T` once.
 ///
-/// **Source**: arXiv 2104.09864, pairs as in Llama; reference twin: a plain loop in `tests/layer_rope.rs`.
+/// **Source**: arXiv 2104.09864, pairs as in Llama; reference twin: a plain loop in `tests/layer/rope.rs`.
 ///
 /// # Errors
 /// If a shape does not fit or a position is not in the cache.

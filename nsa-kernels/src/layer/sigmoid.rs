@@ -29,7 +29,7 @@ pub struct Backward<'a, T: Element> {
 ///
 /// **Numerics**: in A, rounded to `T` once; never overflows.
 ///
-/// **Source**: SPEC 2 (gates); reference twin: a plain loop in `tests/layer_elementwise.rs`.
+/// **Source**: SPEC 2 (gates); reference twin: a plain loop in `tests/layer/elementwise.rs`.
 ///
 /// # Errors
 /// If a shape does not fit.

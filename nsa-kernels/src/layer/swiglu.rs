@@ -35,7 +35,7 @@ pub struct Backward<'a, T: Element> {
 ///
 /// **Numerics**: in A, rounded to `T` once.
 ///
-/// **Source**: arXiv 2002.05202; reference twin: a plain loop in `tests/layer_elementwise.rs`.
+/// **Source**: arXiv 2002.05202; reference twin: a plain loop in `tests/layer/elementwise.rs`.
 ///
 /// # Errors
 /// If a shape does not fit.

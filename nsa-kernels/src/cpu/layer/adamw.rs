@@ -1,5 +1,6 @@
 //! AdamW.
 
+use super::par::{elements, lane_sum};
 use crate::layer::adamw::{AdamW, Step};
 use crate::{Result, Tensor};
 use nsa_core::{Element, Real};
@@ -9,8 +10,7 @@ use rayon::prelude::*;
 const BLOCK: usize = 1 << 14;
 
 pub fn step<R: Real>(args: Step<'_, R>) -> Result<()> {
-    let grads = args.grads.to_host()?;
-    let grads = &grads.data()[..grads.shape()[0]];
+    let grads = elements(args.grads.to_host()?);
     let (params, m, v) =
         (args.params.into_host()?.into_data(), args.m.into_host()?.into_data(), args.v.into_host()?.into_data());
     let AdamW { lr, beta1, beta2, eps, weight_decay } = args.config;
@@ -38,16 +38,12 @@ pub fn step<R: Real>(args: Step<'_, R>) -> Result<()> {
 }
 
 pub fn sum_of_squares<R: Real>(grads: Tensor<'_, R, 1>) -> Result<f64> {
-    let grads = grads.to_host()?;
-    let grads = &grads.data()[..grads.shape()[0]];
+    let grads = elements(grads.to_host()?);
     let block = |block: &[R]| -> f64 {
-        block
-            .iter()
-            .map(|g| {
-                let g = Element::to_f64(*g);
-                g * g
-            })
-            .sum()
+        lane_sum(block, block, block, |g, _, _| {
+            let g = Element::to_f64(g);
+            g * g
+        })
     };
     let sums: Vec<f64> = grads.par_chunks(BLOCK).map(block).collect();
     Ok(sums.iter().sum())

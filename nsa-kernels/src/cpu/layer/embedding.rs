@@ -1,6 +1,6 @@
 //! The embedding.
 
-use super::par::for_rows;
+use super::par::{elements, for_rows};
 use crate::layer::embedding::{Backward, Forward, token_error};
 use crate::{Result, Tensor};
 use nsa_core::{Element, Real};
@@ -50,8 +50,7 @@ pub fn backward<A: Real>(op: &'static str, args: Backward<'_, A>) -> Result<()> 
 }
 
 fn check_tokens<'a>(op: &'static str, tokens: &Tensor<'a, u32, 1>, vocabulary: usize) -> Result<&'a [u32]> {
-    let view = tokens.to_host()?;
-    let tokens = &view.data()[..view.shape()[0]];
+    let tokens = elements(tokens.to_host()?);
     match tokens.iter().position(|&token| token as usize >= vocabulary) {
         None => Ok(tokens),
         Some(position) => Err(token_error(op, "tokens", position, tokens[position])),

@@ -1,10 +1,19 @@
-//! Loops over the rows of outputs, split among threads where that pays.
+//! Loops over the rows of outputs, split among threads where that pays, and sums in a fixed order.
 
-use nsa_core::{Element, View};
+use crate::cpu::math::{as_acc, widen};
+use crate::cpu::scratch::{Pool, Scratch};
+use nsa_core::view::Strided;
+use nsa_core::{Element, Real, View};
 use rayon::prelude::*;
 
 /// Elements that a task has at least: fewer are done before another thread has woken up.
 const TASK_ELEMENTS: usize = 1 << 14;
+/// Partial sums over rows that are kept at most.
+const MAX_BLOCKS: usize = 64;
+/// Rows that a partial sum covers at least.
+const MIN_BLOCK_ROWS: usize = 64;
+/// Partial sums that a long sum runs in, so that additions do not wait for each other.
+pub const LANES: usize = 8;
 
 /// Rows of `row_len` elements that make a task.
 fn rows_per_task(row_len: usize) -> usize {
@@ -51,28 +60,103 @@ pub fn for_rows2<T: Send, U: Send>(
     }
 }
 
-/// The elements as A, if they are stored as A: nothing to convert.
-pub fn as_acc<T: Element>(data: &[T]) -> Option<&[T::Acc]> {
-    (T::DTYPE == T::Acc::DTYPE).then(|| bytemuck::cast_slice(data))
+/// sums_c += Σ_n (what `f(n, row n of out, partial sums)` adds to the partial sums), for rows of `out` and sums of given
+/// lengths: partial sums cover blocks of rows whose size depends on the number of rows alone, and are added in order.
+pub fn sum_over_rows<A: Real>(
+    pool: &Pool,
+    (out, row_len): (&mut [A], usize),
+    sums: &mut [A],
+    f: impl Fn(usize, &mut [A], &mut [A]) + Sync,
+) {
+    if out.is_empty() || sums.is_empty() {
+        return;
+    }
+    let rows = out.len() / row_len;
+    let block = MIN_BLOCK_ROWS.max(rows.div_ceil(MAX_BLOCKS));
+    let mut partial = pool.zeroed(rows.div_ceil(block) * sums.len());
+    let task = |(index, (out, partial)): (usize, (&mut [A], &mut [A]))| {
+        for (i, row) in out.chunks_exact_mut(row_len).enumerate() {
+            f(index * block + i, row, partial);
+        }
+    };
+    if rows <= block {
+        task((0, (out, &mut partial)));
+    } else {
+        out.par_chunks_mut(block * row_len).zip(partial.par_chunks_mut(sums.len())).enumerate().for_each(task);
+    }
+    for partial in partial.chunks_exact(sums.len()) {
+        for (sum, &part) in sums.iter_mut().zip(partial) {
+            *sum += part;
+        }
+    }
 }
 
-/// [`as_acc`] of writable elements.
+/// Σ of `f` over triples of elements, in [`LANES`] partial sums.
+#[inline(always)]
+pub fn lane_sum<A: Real, T: Copy, U: Copy, V: Copy>(a: &[T], b: &[U], c: &[V], f: impl Fn(T, U, V) -> A) -> A {
+    let (a, a_rest) = a.as_chunks::<LANES>();
+    let (b, b_rest) = b.as_chunks::<LANES>();
+    let (c, c_rest) = c.as_chunks::<LANES>();
+    let mut lanes = [A::zero(); LANES];
+    for ((a, b), c) in a.iter().zip(b).zip(c) {
+        for lane in 0..LANES {
+            lanes[lane] += f(a[lane], b[lane], c[lane]);
+        }
+    }
+    let rest: A = a_rest.iter().zip(b_rest).zip(c_rest).map(|((&a, &b), &c)| f(a, b, c)).sum();
+    lane_total(lanes) + rest
+}
+
+/// The sum of partial sums.
+#[inline(always)]
+pub fn lane_total<A: Real>(lanes: [A; LANES]) -> A {
+    let half: [A; LANES / 2] = std::array::from_fn(|lane| lanes[lane] + lanes[lane + LANES / 2]);
+    (half[0] + half[2]) + (half[1] + half[3])
+}
+
+/// The elements as A, if they are stored as A.
 pub fn as_acc_mut<T: Element>(data: &mut [T]) -> Option<&mut [T::Acc]> {
     (T::DTYPE == T::Acc::DTYPE).then(|| bytemuck::cast_slice_mut(data))
 }
 
-/// Widens elements to A.
-pub fn widen<T: Element>(source: &[T], target: &mut [T::Acc]) {
-    for (target, &source) in target.iter_mut().zip(source) {
-        *target = source.to_acc();
+/// A vector as A: where it lies, or widened.
+pub enum Widened<'a, 'p, A> {
+    InPlace(&'a [A]),
+    Scratch(Scratch<'p, A>),
+}
+
+impl<'a, 'p, A: Real> Widened<'a, 'p, A> {
+    pub fn new<T: Element<Acc = A>>(pool: &'p Pool, vector: View<'a, T, 1>) -> Self {
+        let data = elements(vector);
+        if let Some(data) = as_acc(data) {
+            return Self::InPlace(data);
+        }
+        let mut scratch = pool.take(data.len());
+        widen(data, &mut scratch);
+        Self::Scratch(scratch)
     }
+}
+
+impl<A: Real> std::ops::Deref for Widened<'_, '_, A> {
+    type Target = [A];
+
+    fn deref(&self) -> &[A] {
+        match self {
+            Self::InPlace(data) => data,
+            Self::Scratch(scratch) => scratch,
+        }
+    }
+}
+
+/// The elements of a vector.
+pub fn elements<'a, T>(vector: View<'a, T, 1>) -> &'a [T] {
+    &vector.data()[..vector.shape()[0]]
 }
 
 /// The rows `start..start + rows` of a view.
 pub fn row_range<'a, T>(view: &View<'a, T, 2>, start: usize, rows: usize) -> View<'a, T, 2> {
-    let (layout, [_, cols]) = (view.layout(), view.shape());
-    let strides = layout.strides();
+    let (strides, [_, cols]) = (view.layout().strides(), view.shape());
     let offset = (start * strides[0]).min(view.data().len());
-    let part = nsa_core::view::Strided::new([rows, cols], strides).expect("part of a legal layout");
+    let part = Strided::new([rows, cols], strides).expect("part of a legal layout");
     View::with_layout(&view.data()[offset..], part).expect("rows of the view")
 }

@@ -1,9 +1,9 @@
 //! Rotary position embedding.
 
-use super::par::for_rows;
+use super::par::{elements, for_rows};
 use crate::layer::rope::{Direction, RopeCache, Rotate, RotateInPlace, position_error};
 use crate::{Result, Tensor};
-use nsa_core::{Element, View};
+use nsa_core::{Element, Real};
 
 pub fn rotate<T: Element>(op: &'static str, args: Rotate<'_, T>, direction: Direction) -> Result<()> {
     let (x, positions) = (args.x.to_host()?, check_positions(op, args.cache, &args.positions)?);
@@ -48,13 +48,12 @@ fn turn<T: Element>(low: T, high: T, cos: T::Acc, sin: T::Acc, direction: Direct
     (T::from_acc(low), T::from_acc(high))
 }
 
-fn check_positions<'a, A: nsa_core::Real>(
+fn check_positions<'a, A: Real>(
     op: &'static str,
     cache: &RopeCache<A>,
     positions: &Tensor<'a, i32, 1>,
 ) -> Result<&'a [i32]> {
-    let view: View<'a, i32, 1> = positions.to_host()?;
-    let positions = &view.data()[..view.shape()[0]];
+    let positions = elements(positions.to_host()?);
     let outside = |&position: &i32| usize::try_from(position).map_or(true, |p| p >= cache.positions());
     match positions.iter().position(outside) {
         None => Ok(positions),

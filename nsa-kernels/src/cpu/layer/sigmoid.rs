@@ -2,14 +2,17 @@
 
 use super::par::for_rows;
 use crate::Result;
+use crate::cpu::math::exp;
 use crate::layer::sigmoid::{Backward, Forward};
 use nsa_core::{Element, Real};
 use num_traits::One;
 
-/// 1/(1 + e^(−x)); e^(−x) may overflow to infinity, whose reciprocal is the right 0.
+/// 1/(1 + e^(−x)), with the exponential of −|x| in either half: it never overflows, and far negative x keep their digits.
 #[inline(always)]
 pub fn sigmoid<A: Real>(x: A) -> A {
-    (A::one() + (-x).exp()).recip()
+    let e = exp(-x.abs());
+    let top = if x < A::zero() { e } else { A::one() };
+    top / (A::one() + e)
 }
 
 pub fn forward<T: Element>(args: Forward<'_, T>) -> Result<()> {
