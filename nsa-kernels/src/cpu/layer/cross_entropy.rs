@@ -10,8 +10,8 @@ use crate::layer::embedding::token_error;
 use crate::{Result, Tensor};
 use nsa_core::{Element, Real, View};
 
-/// Logits that exist at a time, as far as [`MIN_ROWS`] allows: 1 MiB in f32, which the second-level cache holds.
-const CHUNK_ELEMENTS: usize = 1 << 18;
+/// Logits that exist at a time, as far as [`MIN_ROWS`] allows.
+const CHUNK_ELEMENTS: usize = 1 << 20;
 /// Rows of a chunk at least: with fewer, reading the head costs more than the products.
 const MIN_ROWS: usize = 64;
 

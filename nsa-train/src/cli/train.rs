@@ -1,0 +1,291 @@
+//! `nsa-train train`.
+
+use super::{Attention, load_model, load_tokenizer, pick_backend};
+use anyhow::{Context, Result, bail};
+use clap::ValueEnum;
+use nsa_core::model::{ModelConfig, TokenizerKind, memory_plan};
+use nsa_core::tokenizer::{TOKENIZER_FILE, Tokenizer};
+use nsa_kernels::Backend;
+use nsa_train::TrainOptions;
+use nsa_train::checkpoint::{self, DataState};
+use nsa_train::data::{Split, TextOptions, unescape};
+use nsa_train::progress::{Progress, profile_table, validation_text};
+use nsa_train::run::{Outcome, run};
+use nsa_train::trainer::{Data, Trainer};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// Exit code of a run that a signal ended.
+const INTERRUPTED: u8 = 130;
+
+/// Train a model on text files.
+///
+/// SIGINT or SIGTERM finishes the step, saves a checkpoint and exits with code 130; a second one exits at once. A loss that
+/// is not finite stops the run with code 1; the last checkpoint stays.
+#[derive(Debug, clap::Args)]
+pub struct TrainArgs {
+    /// Name of a preset, or a JSON file with the model's configuration.
+    #[arg(long, value_name = "PRESET|FILE", required_unless_present = "resume", conflicts_with = "resume")]
+    model: Option<String>,
+    /// Attention, if not the configuration's.
+    #[arg(long, value_enum, conflicts_with = "resume")]
+    attention: Option<Attention>,
+    /// Folder of the run: checkpoints, metrics.jsonl, loss.svg.
+    #[arg(long, value_name = "FOLDER")]
+    out: PathBuf,
+    /// Go on from a checkpoint, bit for bit: the newest below --out, or the one given. Options given besides replace the
+    /// checkpoint's.
+    #[arg(long, value_name = "CHECKPOINT", num_args = 0..=1, default_missing_value = "latest")]
+    resume: Option<PathBuf>,
+    /// Start from the weights of a checkpoint.
+    #[arg(long, value_name = "CHECKPOINT", conflicts_with = "resume")]
+    init: Option<PathBuf>,
+    /// Print the share of each part of the work at the end.
+    #[arg(long)]
+    profile: bool,
+    #[command(flatten)]
+    data: DataArgs,
+    #[command(flatten)]
+    options: OptionArgs,
+}
+
+#[derive(Debug, clap::Args)]
+#[command(next_help_heading = "Text")]
+struct DataArgs {
+    /// UTF-8 files to train on, each a document unless --document-separator divides it.
+    #[arg(long, value_name = "FILE", num_args = 1.., required_unless_present = "resume")]
+    data: Vec<PathBuf>,
+    /// Files to validate on, instead of a part of the training files.
+    #[arg(long, value_name = "FILE", num_args = 1..)]
+    val_data: Vec<PathBuf>,
+    /// Text between documents of a file; \f, \n, \r, \t, \0 and \\ are understood.
+    #[arg(long, value_name = "TEXT")]
+    document_separator: Option<String>,
+    /// How validation text is taken out of the training files.
+    #[arg(long, value_enum)]
+    split: Option<SplitArg>,
+    /// How much of it [default: 0.1].
+    #[arg(long, value_name = "SHARE")]
+    val_fraction: Option<f64>,
+    /// Hugging Face tokenizer.json [default: bytes, or the file beside the model's configuration].
+    #[arg(long, value_name = "FILE", conflicts_with = "resume")]
+    tokenizer: Option<PathBuf>,
+    /// Folder for tokenised text [default: `data` in the run's folder].
+    #[arg(long, value_name = "FOLDER")]
+    cache: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum SplitArg {
+    /// By document if there are two or more, else by offset.
+    Auto,
+    /// Whole documents, chosen by the seed.
+    Documents,
+    /// The end of the last documents.
+    Offset,
+}
+
+impl From<SplitArg> for Split {
+    fn from(split: SplitArg) -> Self {
+        match split {
+            SplitArg::Auto => Self::Auto,
+            SplitArg::Documents => Self::Documents,
+            SplitArg::Offset => Self::Offset,
+        }
+    }
+}
+
+macro_rules! option_args {
+    ($($(#[$doc:meta])* $name:ident: $type:ty),* $(,)?) => {
+        #[derive(Debug, clap::Args)]
+        #[command(next_help_heading = "Options of the run")]
+        struct OptionArgs {
+            /// JSON file with options of the run; those below replace its values.
+            #[arg(long, value_name = "FILE", conflicts_with = "resume")]
+            options: Option<PathBuf>,
+            $($(#[$doc])* #[arg(long)] $name: Option<$type>),*
+        }
+
+        impl OptionArgs {
+            /// Replaces what is given; says so if it was another value.
+            fn apply(&self, options: &mut TrainOptions, say: bool) {
+                $(if let Some(value) = self.$name {
+                    if say && options.$name != value {
+                        tracing::warn!("option {}: {} replaces the checkpoint's {}", stringify!($name), value, options.$name);
+                    }
+                    options.$name = value;
+                })*
+            }
+        }
+    };
+}
+
+option_args! {
+    /// Steps in all.
+    steps: u64,
+    /// Sequences that pass through the model at once.
+    batch: usize,
+    /// Tokens of a sequence.
+    context: usize,
+    /// Batches whose gradients make one step.
+    accumulate: usize,
+    /// Highest learning rate.
+    lr: f64,
+    /// Last learning rate.
+    min_lr: f64,
+    /// Steps over which the learning rate rises.
+    warmup: u64,
+    /// Weight decay of matrices.
+    weight_decay: f64,
+    /// Largest norm of the gradient; 0 for any.
+    clip: f64,
+    /// Decay of AdamW's mean.
+    beta1: f64,
+    /// Decay of AdamW's mean square.
+    beta2: f64,
+    /// Added to the root of the mean square.
+    eps: f64,
+    /// Seed of initial parameters, data order and choice of validation documents.
+    seed: u64,
+    /// Steps between validations; 0 validates at the end only.
+    eval_every: u64,
+    /// Tokens of a validation; 0 takes all validation text.
+    eval_tokens: u64,
+    /// Steps between checkpoints; 0 saves at the end only.
+    save_every: u64,
+    /// Newest checkpoints that are kept; 0 keeps all.
+    keep: usize,
+}
+
+/// Runs the command.
+pub fn train(args: TrainArgs, backend: Option<&str>) -> Result<ExitCode> {
+    let backend = pick_backend(backend)?;
+    fs::create_dir_all(&args.out).with_context(|| args.out.display().to_string())?;
+    let mut trainer = match &args.resume {
+        Some(from) => resume(&args, from, &backend)?,
+        None => start(&args, &backend)?,
+    };
+    let (options, step) = (trainer.options().clone(), trainer.state().step);
+    announce(&trainer);
+    let stop = stop_on_signal()?;
+    let mut progress = Progress::new(&options, step);
+    let result = run(&mut trainer, &args.out, &stop, &mut |event| progress.show(event));
+    progress.finish();
+    let outcome = result?;
+    report(&outcome, &options, args.profile);
+    Ok(if outcome.interrupted { ExitCode::from(INTERRUPTED) } else { ExitCode::SUCCESS })
+}
+
+fn start(args: &TrainArgs, backend: &Backend) -> Result<Trainer> {
+    if let Some((_, found)) = checkpoint::list(&args.out)?.pop() {
+        bail!("{} is there already: go on with --resume, or choose another --out", found.display());
+    }
+    let model = args.model.as_deref().unwrap_or_default();
+    let config = load_model(model, args.attention)?;
+    let (config, tokenizer) = load_tokenizer(config, model, args.data.tokenizer.as_deref())?;
+    if let Some(path) = tokenizer.path() {
+        let copy = args.out.join(TOKENIZER_FILE);
+        if path != copy {
+            fs::copy(path, &copy).with_context(|| copy.display().to_string())?;
+        }
+    }
+    let mut options = match &args.options.options {
+        Some(path) => nsa_core::read_json(path)?,
+        None => TrainOptions::default(),
+    };
+    args.options.apply(&mut options, false);
+    options.check()?;
+    let state = DataState { val_fraction: 0.1, ..DataState::default() };
+    let data = open_data(args, &config, state, &options)?;
+    Ok(Trainer::new(backend, config, options, data, args.init.as_deref())?)
+}
+
+fn resume(args: &TrainArgs, from: &Path, backend: &Backend) -> Result<Trainer> {
+    let from = if from == Path::new("latest") { &args.out } else { from };
+    let folder = checkpoint::resolve(from)?;
+    let mut loaded = checkpoint::load(&folder)?;
+    args.options.apply(&mut loaded.state.options, true);
+    loaded.state.options.check()?;
+    if loaded.config.tokenizer() == TokenizerKind::File {
+        // The checkpoint may be removed during the run.
+        let (source, copy) = (folder.join(TOKENIZER_FILE), args.out.join(TOKENIZER_FILE));
+        fs::copy(&source, &copy).with_context(|| source.display().to_string())?;
+    }
+    let data = open_data(args, &loaded.config, loaded.state.data.clone(), &loaded.state.options)?;
+    Ok(Trainer::resume(backend, loaded, data)?)
+}
+
+/// The text: what `state` says, as far as arguments do not replace it.
+fn open_data(args: &TrainArgs, config: &ModelConfig, mut state: DataState, options: &TrainOptions) -> Result<Data> {
+    let given = &args.data;
+    if !given.data.is_empty() {
+        state.files.clone_from(&given.data);
+    }
+    if !given.val_data.is_empty() {
+        state.validation_files.clone_from(&given.val_data);
+    }
+    let separator = given.document_separator.as_deref().map(unescape).transpose()?;
+    state.text = TextOptions {
+        separator: separator.or(state.text.separator),
+        bos: config.bos_token_id(),
+        eos: config.eos_token_id(),
+    };
+    state.split = given.split.map_or(state.split, Split::from);
+    state.val_fraction = given.val_fraction.unwrap_or(state.val_fraction);
+    let tokenizer = Tokenizer::for_model(config, &args.out)?;
+    let cache = given.cache.clone().unwrap_or_else(|| args.out.join("data"));
+    Ok(Data::open(state, &tokenizer, &cache, options.seed)?)
+}
+
+fn announce(trainer: &Trainer) {
+    let (options, config) = (trainer.options(), trainer.model().config());
+    let plan = memory_plan(config, options.batch * options.context);
+    tracing::info!(
+        "{:.2}M parameters, {} tokens a step, about {:.0} MiB; {} sequences of {} tokens an epoch; steps {} to {}",
+        plan.params.total as f64 / 1e6,
+        options.tokens_per_step(),
+        plan.training_bytes() as f64 / (1 << 20) as f64,
+        trainer.sequences_per_epoch(),
+        options.context,
+        trainer.state().step + 1,
+        options.steps,
+    );
+    if !trainer.has_validation() {
+        tracing::warn!("there is no validation text");
+    }
+}
+
+fn stop_on_signal() -> Result<Arc<AtomicBool>> {
+    let stop = Arc::new(AtomicBool::new(false));
+    let flag = Arc::clone(&stop);
+    ctrlc::set_handler(move || {
+        if flag.swap(true, Ordering::Relaxed) {
+            std::process::exit(i32::from(INTERRUPTED));
+        }
+        eprintln!("stopping after this step; once more to stop at once");
+    })
+    .context("setting the signal handler")?;
+    Ok(stop)
+}
+
+fn report(outcome: &Outcome, options: &TrainOptions, profile: bool) {
+    if profile {
+        eprint!("{}", profile_table(&outcome.profile, outcome.steps_taken, outcome.seconds));
+    }
+    let (step, steps, checkpoint) = (outcome.step, options.steps, outcome.checkpoint.display());
+    if outcome.interrupted {
+        println!("interrupted at step {step} of {steps}; saved {checkpoint}; go on with --resume");
+        return;
+    }
+    if let Some(validation) = &outcome.validation {
+        println!("{}", validation_text(validation));
+    }
+    let tokens = (outcome.steps_taken * options.tokens_per_step()) as f64;
+    println!("{steps} steps done ({:.0} tokens/s); saved {checkpoint}", tokens / outcome.seconds.max(1e-9));
+    if let Some(plot) = &outcome.plot {
+        println!("loss curve: {}", plot.display());
+    }
+}

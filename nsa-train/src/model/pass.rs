@@ -1,0 +1,163 @@
+//! What every step of a forward or backward pass needs, and the layer operations over it.
+
+use super::Dims;
+use super::profile::{Phase, Profile};
+use super::slots::{Carver, Slot};
+use super::workspace::Inputs;
+use crate::Result;
+use nsa_core::Real;
+use nsa_kernels::layer::rope::{self, RopeCache, RotateInPlace};
+use nsa_kernels::layer::{add, linear, rmsnorm};
+use nsa_kernels::{Backend, Buffer};
+
+/// The surroundings of one pass.
+pub(crate) struct Pass<'a, R: Real> {
+    pub(crate) backend: &'a Backend,
+    pub(crate) dims: &'a Dims,
+    /// Weights of the whole model.
+    pub(crate) params: &'a Buffer<R>,
+    pub(crate) inputs: &'a Inputs,
+    pub(crate) rope: &'a RopeCache<R>,
+    pub(crate) profile: &'a mut Profile,
+}
+
+impl<R: Real> Pass<'_, R> {
+    /// Runs an operation, whose time belongs to `phase`.
+    pub(crate) fn run(
+        &mut self,
+        phase: Phase,
+        operation: impl FnOnce(&Backend) -> nsa_kernels::Result<()>,
+    ) -> Result<()> {
+        let backend = self.backend;
+        Ok(self.profile.time(phase, || operation(backend))?)
+    }
+
+    /// y = RMSNorm(x) for `[rows, width]`.
+    pub(crate) fn norm(
+        &mut self,
+        weight: &Slot,
+        [rows, width]: [usize; 2],
+        x: &Buffer<R>,
+        y: &mut Buffer<R>,
+        rstd: &mut Buffer<R>,
+    ) -> Result<()> {
+        let args = rmsnorm::Forward {
+            x: x.tensor([rows, width])?,
+            weight: weight.tensor(self.params)?,
+            eps: self.dims.eps,
+            y: y.tensor_mut([rows, width])?,
+            rstd: Some(rstd.tensor_mut([rows])?),
+        };
+        self.run(Phase::Norm, |backend| rmsnorm::forward(backend, args))
+    }
+
+    /// Gradients of [`Pass::norm`]; dx is written, or added to if `accumulate`.
+    pub(crate) fn norm_backward(
+        &mut self,
+        weight: &Slot,
+        [rows, width]: [usize; 2],
+        (x, rstd): (&Buffer<R>, &Buffer<R>),
+        dy: &Buffer<R>,
+        (dx, accumulate): (&mut Buffer<R>, bool),
+        grads: &mut Buffer<R>,
+    ) -> Result<()> {
+        let args = rmsnorm::Backward {
+            x: x.tensor([rows, width])?,
+            weight: weight.tensor(self.params)?,
+            rstd: rstd.tensor([rows])?,
+            dy: dy.tensor([rows, width])?,
+            dx: dx.tensor_mut([rows, width])?,
+            accumulate,
+            dw: weight.tensor_mut(grads)?,
+        };
+        self.run(Phase::Norm, |backend| rmsnorm::backward(backend, args))
+    }
+
+    /// y = x·Wᵀ, y `[N, outputs]`.
+    pub(crate) fn linear(&mut self, phase: Phase, weight: &Slot, x: &Buffer<R>, y: &mut Buffer<R>) -> Result<()> {
+        self.linear_with_bias(phase, weight, None, x, y)
+    }
+
+    /// y = x·Wᵀ + b, y `[N, outputs]`.
+    pub(crate) fn linear_with_bias(
+        &mut self,
+        phase: Phase,
+        weight: &Slot,
+        bias: Option<&Slot>,
+        x: &Buffer<R>,
+        y: &mut Buffer<R>,
+    ) -> Result<()> {
+        let rows = self.inputs.rows();
+        let weight = weight.tensor(self.params)?;
+        let [outputs, inputs] = weight.shape();
+        let args = linear::Forward {
+            x: x.tensor([rows, inputs])?,
+            weight,
+            bias: bias.map(|bias| bias.tensor(self.params)).transpose()?,
+            y: y.tensor_mut([rows, outputs])?,
+            accumulate: false,
+        };
+        self.run(phase, |backend| linear::forward(backend, args))
+    }
+
+    /// Gradients of [`Pass::linear_with_bias`]: dx is written, or added to if `accumulate`; those of the weights are added
+    /// to.
+    pub(crate) fn linear_backward(
+        &mut self,
+        phase: Phase,
+        (weight, bias): (&Slot, Option<&Slot>),
+        (x, dy): (&Buffer<R>, &Buffer<R>),
+        (dx, accumulate): (&mut Buffer<R>, bool),
+        grads: &mut Buffer<R>,
+    ) -> Result<()> {
+        let rows = self.inputs.rows();
+        let matrix = weight.tensor(self.params)?;
+        let [outputs, inputs] = matrix.shape();
+        let dy = dy.tensor([rows, outputs])?;
+        let args = linear::BackwardInput { dy, weight: matrix, dx: dx.tensor_mut([rows, inputs])?, accumulate };
+        self.run(phase, |backend| linear::backward_input(backend, args))?;
+        let (dw, carver) = Carver::new(grads)?.take(weight)?;
+        let db = bias.map(|bias| carver.take(bias)).transpose()?.map(|(db, _)| db);
+        let args = linear::BackwardWeight { x: x.tensor([rows, inputs])?, dy, dw, db };
+        self.run(phase, |backend| linear::backward_weight(backend, args))
+    }
+
+    /// y += x for `[N, C]`.
+    pub(crate) fn add_residual(&mut self, x: &Buffer<R>, y: &mut Buffer<R>) -> Result<()> {
+        let shape = [self.inputs.rows(), self.dims.hidden];
+        let args = add::Accumulate { x: x.tensor(shape)?, y: y.tensor_mut(shape)? };
+        self.run(Phase::Norm, |backend| add::accumulate(backend, args))
+    }
+
+    /// Rotates `[rows, heads, Dk]` by the positions of the tokens or of the blocks, or passes a gradient back.
+    pub(crate) fn rotate(&mut self, rows: Rows, heads: usize, x: &mut Buffer<R>, backward: bool) -> Result<()> {
+        let (count, positions) = match rows {
+            Rows::Tokens => (self.inputs.rows(), &self.inputs.positions),
+            Rows::Blocks => (self.inputs.block_rows(), &self.inputs.block_positions),
+        };
+        let args = RotateInPlace {
+            cache: self.rope,
+            positions: positions.tensor([count])?,
+            x: x.tensor_mut([count, heads, self.dims.head_dim])?,
+        };
+        let operation = if backward { rope::backward_in_place } else { rope::forward_in_place };
+        self.run(Phase::Rope, |backend| operation(backend, args))
+    }
+
+    /// Number of rows.
+    pub(crate) fn count(&self, rows: Rows) -> usize {
+        match rows {
+            Rows::Tokens => self.inputs.rows(),
+            Rows::Blocks => self.inputs.block_rows(),
+        }
+    }
+}
+
+/// What the rows of a tensor are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Rows {
+    /// One a token.
+    Tokens,
+    /// One a compression block.
+    Blocks,
+}

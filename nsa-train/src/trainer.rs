@@ -1,0 +1,286 @@
+//! Training: steps, validation, checkpoints.
+
+use crate::checkpoint::{self, DataState, Loaded, Parts, State};
+use crate::data::{Corpus, Sampler, Text};
+use crate::eval::{EvalOptions, Evaluation, evaluate};
+use crate::metrics::StepLine;
+use crate::model::{Batch, Capacity, Model, Phase, Workspace};
+use crate::optim::{Optimizer, gradient_norm};
+use crate::schedule::learning_rate;
+use crate::{Error, Result, TrainOptions};
+use nsa_core::model::ModelConfig;
+use nsa_core::tokenizer::Tokenizer;
+use nsa_kernels::layer::cross_entropy::Loss;
+use nsa_kernels::{Backend, Buffer};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Instant;
+
+/// The text of a run.
+#[derive(Clone, Debug)]
+pub struct Data {
+    /// To train on.
+    pub train: Text,
+    /// To validate on, if any.
+    pub validation: Option<Text>,
+    /// Where it comes from.
+    pub state: DataState,
+    /// The model's `tokenizer.json`, if any.
+    pub tokenizer: Option<PathBuf>,
+}
+
+impl Data {
+    /// Tokenises (or finds in the folder `cache`) and splits the text that `state` describes; its hash is filled in. The
+    /// seed chooses the validation documents.
+    ///
+    /// # Errors
+    /// If files cannot be read or tokenised, or one of the two parts would be empty.
+    pub fn open(mut state: DataState, tokenizer: &Tokenizer, cache: &Path, seed: u64) -> Result<Self> {
+        if state.files.is_empty() {
+            return Err(Error::option("data", "none", "there must be a file to train on"));
+        }
+        for files in [&mut state.files, &mut state.validation_files] {
+            for file in files {
+                *file = crate::files::absolute(file)?;
+            }
+        }
+        let corpus = Arc::new(Corpus::open(&state.files, tokenizer, &state.text, cache)?);
+        state.hash = corpus.hash().to_owned();
+        let (train, validation) = if state.validation_files.is_empty() {
+            Text::split(corpus, state.split, state.val_fraction, seed)?
+        } else {
+            let validation = Corpus::open(&state.validation_files, tokenizer, &state.text, cache)?;
+            (Text::whole(corpus), Some(Text::whole(Arc::new(validation))))
+        };
+        Ok(Self { train, validation, state, tokenizer: tokenizer.path().map(Path::to_owned) })
+    }
+}
+
+/// A model in training.
+#[derive(Debug)]
+pub struct Trainer {
+    model: Model<f32>,
+    grads: Buffer<f32>,
+    optimizer: Optimizer<f32>,
+    workspace: Workspace<f32>,
+    batch: Batch,
+    sampler: Sampler,
+    validation: Option<Text>,
+    tokenizer: Option<PathBuf>,
+    state: State,
+}
+
+impl Trainer {
+    /// A model with initial parameters (those of the folder `weights`, if given) before its first step.
+    ///
+    /// # Errors
+    /// If options, model and text do not fit together, or the weights cannot be read.
+    pub fn new(
+        backend: &Backend,
+        config: ModelConfig,
+        options: TrainOptions,
+        data: Data,
+        weights: Option<&Path>,
+    ) -> Result<Self> {
+        let model = match weights {
+            None => Model::new(backend, config, options.seed)?,
+            Some(folder) => {
+                config.check_runnable()?;
+                let params = checkpoint::load_params(&checkpoint::resolve(folder)?, &config)?;
+                Model::with_params(backend, config, &params)?
+            }
+        };
+        let state = State::start(options, data.state.clone());
+        Self::assemble(model, data, state)
+    }
+
+    /// Goes on from a checkpoint, with the options in its state.
+    ///
+    /// # Errors
+    /// If the text is not the checkpoint's, or options, model and text do not fit together.
+    pub fn resume(backend: &Backend, loaded: Loaded, data: Data) -> Result<Self> {
+        let Loaded { folder, config, params, moments, mut state } = loaded;
+        if state.data.hash != data.state.hash {
+            let message = format!(
+                "trained on text of hash {}, but the text given has {}: the position in the data means nothing there",
+                state.data.hash, data.state.hash
+            );
+            return Err(Error::Mismatch { path: folder, message });
+        }
+        state.data = data.state.clone();
+        let model = Model::with_params(backend, config, &params)?;
+        let mut trainer = Self::assemble(model, data, state)?;
+        for (buffer, values) in trainer.optimizer.moments_mut().into_iter().zip(moments) {
+            buffer.write(&values)?;
+        }
+        Ok(trainer)
+    }
+
+    fn assemble(model: Model<f32>, data: Data, state: State) -> Result<Self> {
+        let options = &state.options;
+        options.check()?;
+        let longest = model.config().max_position_embeddings();
+        if options.context > longest {
+            let rule = format!("must be at most the model's max_position_embeddings = {longest}");
+            return Err(Error::option("context", options.context, rule));
+        }
+        for corpus in [Some(&data.train), data.validation.as_ref()].into_iter().flatten().map(|text| &text.corpus) {
+            if corpus.vocab_size() > model.config().vocab_size() {
+                let rule = format!("must be at most the model's vocab_size = {}", model.config().vocab_size());
+                return Err(Error::option("tokenizer", format!("{} ids", corpus.vocab_size()), rule));
+            }
+        }
+        let capacity = Capacity { tokens: options.batch * options.context, longest: options.context };
+        Ok(Self {
+            grads: model.new_gradients(),
+            optimizer: Optimizer::new(&model),
+            workspace: Workspace::for_training(&model, capacity)?,
+            batch: Batch::default(),
+            sampler: Sampler::new(data.train, options.context, options.seed)?,
+            validation: data.validation,
+            tokenizer: data.tokenizer,
+            model,
+            state,
+        })
+    }
+
+    /// The model.
+    pub fn model(&self) -> &Model<f32> {
+        &self.model
+    }
+
+    /// Where training stands.
+    pub fn state(&self) -> &State {
+        &self.state
+    }
+
+    /// Options of the run.
+    pub fn options(&self) -> &TrainOptions {
+        &self.state.options
+    }
+
+    /// Whether all steps are done.
+    pub fn is_done(&self) -> bool {
+        self.state.step >= self.state.options.steps
+    }
+
+    /// Whether there is text to validate on.
+    pub fn has_validation(&self) -> bool {
+        self.validation.is_some()
+    }
+
+    /// Sequences of one epoch.
+    pub fn sequences_per_epoch(&self) -> u64 {
+        self.sampler.sequences_per_epoch()
+    }
+
+    /// Takes one step. If the loss or the gradient is not finite, parameters stay as they are.
+    ///
+    /// # Errors
+    /// If the loss or the norm of the gradient is not finite ([`Error::Diverged`], without a checkpoint), or an operation
+    /// fails.
+    pub fn step(&mut self) -> Result<StepLine> {
+        let start = Instant::now();
+        let step = self.state.step + 1;
+        let _span = tracing::debug_span!("step", step).entered();
+        let options = self.state.options.clone();
+        let loss = self.accumulate(&options)?;
+        let mean = loss.mean();
+        let diverged = |quantity, value| Error::Diverged { step, quantity, value, checkpoint: None };
+        if !mean.is_finite() {
+            return Err(diverged("loss", mean));
+        }
+        // Gradients were scaled by the number of tokens; those without a target do not count.
+        let correction = options.tokens_per_step() as f64 / loss.count as f64;
+        let backend = self.model.backend().clone();
+        let grads = &self.grads;
+        let profile = self.workspace.profile_mut();
+        let norm = correction * profile.time(Phase::Optimizer, || gradient_norm(&backend, grads))?;
+        if !norm.is_finite() {
+            return Err(diverged("gradient norm", norm));
+        }
+        let clip = if options.clip > 0.0 && norm > options.clip { options.clip / norm } else { 1.0 };
+        let lr = learning_rate(&options, step);
+        let (optimizer, model) = (&mut self.optimizer, &mut self.model);
+        let apply = || optimizer.step(model, grads, &options, (step, lr, correction * clip));
+        profile.time(Phase::Optimizer, apply)?;
+
+        self.state.step = step;
+        self.state.sequences += (options.batch * options.accumulate) as u64;
+        self.state.tokens += options.tokens_per_step();
+        self.state.train_loss = Some(mean);
+        let seconds = start.elapsed().as_secs_f64();
+        Ok(StepLine {
+            step,
+            loss: mean,
+            lr,
+            grad_norm: norm,
+            tokens: self.state.tokens,
+            tokens_per_s: options.tokens_per_step() as f64 / seconds,
+            seconds,
+            phases: self.workspace.take_profile(),
+        })
+    }
+
+    /// Loss and gradients of the batches of one step.
+    fn accumulate(&mut self, options: &TrainOptions) -> Result<Loss> {
+        let grads = &mut self.grads;
+        let zero = |grads: &mut Buffer<f32>| -> Result<()> {
+            let len = grads.len();
+            grads.tensor_mut([len])?.fill(0.0);
+            Ok(())
+        };
+        self.workspace.profile_mut().time(Phase::Optimizer, || zero(grads))?;
+        let scale = (options.tokens_per_step() as f64).recip();
+        let mut total = Loss::default();
+        for part in 0..options.accumulate {
+            let position = self.state.sequences + (part * options.batch) as u64;
+            let (sampler, batch) = (&mut self.sampler, &mut self.batch);
+            self.workspace.profile_mut().time(Phase::Data, || sampler.fill(position, options.batch, batch))?;
+            let loss = self.model.loss_and_gradients(&mut self.workspace, &self.batch, scale, &mut self.grads)?;
+            total.sum += loss.sum;
+            total.count += loss.count;
+        }
+        Ok(total)
+    }
+
+    /// Evaluates the model on the validation text; `None` if there is none.
+    ///
+    /// # Errors
+    /// If an operation fails.
+    pub fn validate(&mut self) -> Result<Option<Evaluation>> {
+        let Some(text) = &self.validation else { return Ok(None) };
+        let _span = tracing::debug_span!("validate", step = self.state.step).entered();
+        let TrainOptions { context, eval_tokens, .. } = self.state.options;
+        let options = EvalOptions { context, stride: context, max_tokens: eval_tokens };
+        let evaluation = evaluate(&self.model, &mut self.workspace, text, options)?;
+        // The time of a validation is its own, not the next step's.
+        self.workspace.take_profile();
+        self.state.validation_loss = Some(evaluation.loss);
+        Ok(Some(evaluation))
+    }
+
+    /// Writes a checkpoint below `run` and removes old ones. Returns its folder.
+    ///
+    /// # Errors
+    /// If a file cannot be written.
+    pub fn save(&self, run: &Path) -> Result<PathBuf> {
+        let _span = tracing::debug_span!("save", step = self.state.step).entered();
+        let host = |buffer: &Buffer<f32>| -> Result<Vec<f32>> {
+            let mut values = vec![0.0; buffer.len()];
+            buffer.read(&mut values)?;
+            Ok(values)
+        };
+        let params = host(self.model.params())?;
+        let [m, v] = self.optimizer.moments();
+        let (m, v) = (host(m)?, host(v)?);
+        let parts = Parts {
+            config: self.model.config(),
+            tokenizer: self.tokenizer.as_deref(),
+            params: &params,
+            moments: [&m, &v],
+            state: &self.state,
+        };
+        checkpoint::save(run, parts, self.state.options.keep)
+    }
+}

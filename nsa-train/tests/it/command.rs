@@ -1,0 +1,156 @@
+//! The command `nsa-train`.
+
+use crate::kit;
+use nsa_train::checkpoint;
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::path::Path;
+use std::process::{Child, Command, Output, Stdio};
+
+fn command(args: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_nsa-train"));
+    command.args(args).env_remove("RUST_LOG").env_remove("NSA_BACKEND");
+    command
+}
+
+fn output(args: &[&str]) -> Output {
+    command(args).output().unwrap()
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+fn success(args: &[&str]) -> String {
+    let output = output(args);
+    assert!(output.status.success(), "{args:?}: {}", text(&output.stderr));
+    text(&output.stdout)
+}
+
+fn failure(args: &[&str]) -> String {
+    let output = output(args);
+    assert_eq!(output.status.code(), Some(1), "{args:?}");
+    text(&output.stderr)
+}
+
+/// Arguments of a run below `folder`.
+fn train_args(folder: &Path) -> Vec<String> {
+    let config = folder.join("config.json");
+    fs::write(&config, serde_json::to_string(&kit::config(|_| {})).unwrap()).unwrap();
+    let texts = folder.join("texts");
+    fs::create_dir_all(&texts).unwrap();
+    let mut args = vec!["train".to_owned(), "--model".to_owned(), config.display().to_string(), "--data".to_owned()];
+    args.extend(kit::write_texts(&texts).iter().map(|file| file.display().to_string()));
+    args.extend(["--out".to_owned(), folder.join("run").display().to_string()]);
+    args.extend(["--batch", "2", "--context", "24", "--warmup", "2", "--threads", "1"].map(str::to_owned));
+    args
+}
+
+fn refs(args: &[String]) -> Vec<&str> {
+    args.iter().map(String::as_str).collect()
+}
+
+/// Starts a long run and waits for its first checkpoint.
+fn start(args: &[String]) -> Child {
+    let mut child = command(&refs(args)).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut log = BufReader::new(child.stderr.take().unwrap()).lines();
+    let seen = log.by_ref().map(Result::unwrap).find(|line| line.contains("saved"));
+    assert!(seen.is_some(), "no checkpoint before the end");
+    // The pipe must stay open for the rest of the log.
+    std::thread::spawn(move || log.for_each(drop));
+    child
+}
+
+fn signal(child: &Child, signal: &str) {
+    let status = Command::new("kill").args([signal, &child.id().to_string()]).status().unwrap();
+    assert!(status.success());
+}
+
+#[cfg(unix)]
+#[test]
+fn signals_save_and_exit_and_the_run_goes_on() {
+    for name in ["-INT", "-TERM"] {
+        let folder = tempfile::tempdir().unwrap();
+        let mut args = train_args(folder.path());
+        args.extend(["--steps", "1000000", "--save-every", "3", "--eval-every", "0"].map(str::to_owned));
+        let child = start(&args);
+        signal(&child, name);
+        let output = child.wait_with_output().unwrap();
+        assert_eq!(output.status.code(), Some(130));
+        let said = text(&output.stdout);
+        assert!(said.contains("interrupted at step") && said.contains("saved"), "{said}");
+        let run = folder.path().join("run");
+        let newest = checkpoint::resolve(&run).unwrap();
+        let state = checkpoint::load(&newest).unwrap().state;
+        assert!(said.contains(&format!("interrupted at step {} of 1000000", state.step)), "{said}");
+
+        let run = run.display().to_string();
+        let steps = (state.step + 2).to_string();
+        let said = success(&["train", "--resume", "--out", &run, "--steps", &steps, "--warmup", "1", "--threads", "1"]);
+        assert!(said.contains(&format!("{steps} steps done")), "{said}");
+    }
+}
+
+#[test]
+fn training_evaluating_and_plotting() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut args = train_args(folder.path());
+    let options = folder.path().join("options.json");
+    fs::write(&options, r#"{"steps": 5, "lr": 0.5, "eval_tokens": 200}"#).unwrap();
+    let options = options.display().to_string();
+    args.extend(["--lr", "0.002", "--profile", "--options", &options].map(str::to_owned));
+    let output = output(&refs(&args));
+    let (said, logged) = (text(&output.stdout), text(&output.stderr));
+    assert!(output.status.success(), "{logged}");
+    assert!(said.contains("bits/byte") && said.contains("5 steps done"), "{said}");
+    assert!(logged.contains("attention_backward") && logged.contains("backend cpu"), "{logged}");
+    let run = folder.path().join("run");
+    let state = checkpoint::load(&checkpoint::resolve(&run).unwrap()).unwrap().state;
+    assert_eq!((state.step, state.options.lr), (5, 0.002), "arguments replace the file's options");
+
+    let run_name = run.display().to_string();
+    let again = failure(&refs(&args));
+    assert!(again.contains("--resume") && again.contains("step-00000005"), "{again}");
+    let file = folder.path().join("texts/0.txt").display().to_string();
+    let said = success(&["eval", "--checkpoint", &run_name, "--data", &file, "--context", "100"]);
+    assert!(said.contains("bits per byte") && said.contains("1 documents, context 100"), "{said}");
+    let json =
+        success(&["eval", "--checkpoint", &run_name, "--data", &file, "--context", "20", "--stride", "7", "--json"]);
+    let json: serde_json::Value = serde_json::from_str(&json).unwrap();
+    assert_eq!(json["bytes"].as_u64(), Some(fs::metadata(&file).unwrap().len()));
+
+    let plot = folder.path().join("other.svg").display().to_string();
+    success(&["plot", &run.join("metrics.jsonl").display().to_string(), "--output", &plot]);
+    assert!(fs::read_to_string(plot).unwrap().starts_with("<svg"));
+}
+
+#[test]
+fn inspecting_models() {
+    let paper = success(&["plan", "--model", "paper-27b"]);
+    assert!(
+        paper.contains("27.") && paper.contains("cannot train it") && paper.contains("mixture of experts"),
+        "{paper}"
+    );
+    let bench = success(&["plan", "--model", "bench-4m", "--batch", "4", "--context", "1024"]);
+    assert!(bench.contains("3.54M") && bench.contains("can train it"), "{bench}");
+    assert!(success(&["presets"]).contains("smollm-135m"));
+    let config = success(&["config", "--model", "bench-4m", "--attention", "nsa"]);
+    let config: nsa_core::model::ModelConfig = serde_json::from_str(&config).unwrap();
+    assert!(config.nsa_config().is_some());
+}
+
+#[test]
+fn mistakes_are_explained() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut args = train_args(folder.path());
+    let error = failure(&["plan", "--model", "giant"]);
+    assert!(error.contains("giant") && error.contains("bench-4m"), "{error}");
+    args.extend(["--beta1", "1.5"].map(str::to_owned));
+    let error = failure(&refs(&args));
+    assert!(error.contains("beta1") && error.contains("1.5"), "{error}");
+    let empty = folder.path().join("nothing").display().to_string();
+    let error = failure(&["train", "--resume", "--out", &empty]);
+    assert!(error.contains("nothing"), "{error}");
+    let error = failure(&["plan", "--model", "bench-4m", "--backend", "abacus"]);
+    assert!(error.is_empty() || error.contains("abacus"), "{error}");
+}
