@@ -2,80 +2,58 @@
 
 mod case;
 
-use case::*;
-use half::{bf16, f16};
-use nsa_core::{Element, NsaConfig, Packing, Real};
-use nsa_kernels::{Result, Rows, op::dense};
-use nsa_ref::branch::{Inputs, Output};
+use case::{Branch, Call, Grads, Saved, backend, tensor, tensor_mut};
+use nsa_core::Element;
+use nsa_kernels::{Result, TensorMut, op::dense};
+use nsa_ref::branch::{Gradients, Output, Upstream};
 
-/// Operands of one call.
-struct Operands<T> {
-    config: NsaConfig,
-    packing: Packing,
-    q: Vec<T>,
-    k: Vec<T>,
-    v: Vec<T>,
-}
+struct Dense;
 
-impl<T: Element> Operands<T> {
-    fn new(config: NsaConfig, packing: Packing) -> Self {
-        let keys = packing.cu_keys().unwrap().total();
-        let (n, g) = (packing.num_tokens(), config.num_kv_heads());
-        let q = random(1, n * config.num_heads() * config.head_dim_qk());
-        let k = random(2, keys * g * config.head_dim_qk());
-        let v = random(3, keys * g * config.head_dim_v());
-        Self { config, packing, q, k, v }
-    }
+impl Branch for Dense {
+    const GATE: Option<usize> = None;
 
-    fn shapes(&self) -> ([usize; 3], [usize; 3], [usize; 3], [usize; 3]) {
-        let (n, keys) = (self.packing.num_tokens(), self.packing.cu_keys().unwrap().total());
-        let (h, g) = (self.config.num_heads(), self.config.num_kv_heads());
-        let (dk, dv) = (self.config.head_dim_qk(), self.config.head_dim_v());
-        ([n, h, dk], [keys, g, dk], [keys, g, dv], [n, h, dv])
-    }
-
-    fn forward(&self) -> Result<(Vec<T>, Vec<T::Acc>)> {
-        let (qs, ks, vs, os) = self.shapes();
-        let mut o = vec![T::from_f64(f64::NAN); os.iter().product()];
-        let mut lse = vec![T::Acc::of(f64::NAN); os[0] * os[1]];
-        let keys = self.packing.cu_keys()?;
+    fn forward<T: Element>(call: &Call<T>, o: TensorMut<'_, T, 3>, lse: TensorMut<'_, T::Acc, 2>) -> Result<()> {
         let args = dense::Forward {
-            config: &self.config,
-            packing: &self.packing,
-            q: tensor(&self.q, qs),
-            k: Rows::packed(tensor(&self.k, ks), &keys),
-            v: Rows::packed(tensor(&self.v, vs), &keys),
-            o: tensor_mut(&mut o, os),
-            lse: tensor_mut(&mut lse, [os[0], os[1]]),
+            config: &call.config,
+            packing: &call.packing,
+            q: tensor(&call.q, call.shapes().q),
+            k: call.keys(),
+            v: call.values(),
+            o,
+            lse,
         };
-        dense::forward(&backend(), args)?;
-        Ok((o, lse))
+        dense::forward(&backend(), args)
     }
 
-    fn truth(&self) -> Output {
-        let (qs, ks, vs, _) = self.shapes();
-        let (q, k, v) = (truth(&self.q, qs), truth(&self.k, ks), truth(&self.v, vs));
-        nsa_ref::dense::forward(&nsa_ref::Exact, &self.config, &self.packing, &Inputs { q: &q, k: &k, v: &v }).unwrap()
+    fn backward<T: Element>(call: &Call<T>, saved: &Saved<T>, grads: &mut Grads<T::Acc>) -> Result<()> {
+        let shapes = call.shapes();
+        let args = dense::Backward {
+            config: &call.config,
+            packing: &call.packing,
+            q: tensor(&call.q, shapes.q),
+            k: tensor(&call.k, shapes.k),
+            v: tensor(&call.v, shapes.v),
+            o: tensor(&saved.o, shapes.o),
+            lse: tensor(&saved.lse, shapes.lse),
+            d_o: tensor(&saved.d_o, shapes.o),
+            dq: tensor_mut(&mut grads.dq, shapes.q),
+            dk: tensor_mut(&mut grads.dk, shapes.k),
+            dv: tensor_mut(&mut grads.dv, shapes.v),
+        };
+        dense::backward(&backend(), args)
+    }
+
+    fn truth(call: &Call<f64>) -> Output {
+        call.with_truth(|exact, inputs, _| {
+            nsa_ref::dense::forward(exact, &call.config, &call.packing, inputs).expect("a legal call")
+        })
+    }
+
+    fn truth_grads(call: &Call<f64>, upstream: &Upstream<'_>) -> Gradients {
+        call.with_truth(|exact, inputs, _| {
+            nsa_ref::dense::backward(exact, &call.config, &call.packing, inputs, upstream).expect("a legal call")
+        })
     }
 }
 
-fn check<T: Element>(config: NsaConfig, lengths: &[usize], contexts: &[usize]) {
-    let operands = Operands::<T>::new(config, packing(lengths, contexts));
-    let (o, lse) = operands.forward().unwrap();
-    let truth = operands.truth();
-    compare("o", &o, &truth.o);
-    compare("lse", &lse, &truth.lse);
-}
-
-#[test]
-fn forward_equals_the_reference() {
-    for config in configs() {
-        check::<f32>(config.clone(), &[1, 0, 111, 64], &[0; 4]);
-        check::<f32>(config.clone(), &[3, 70], &[130, 61]);
-    }
-    check::<f64>(config(4, 2, 16, 16), &[5, 140], &[0, 0]);
-    check::<bf16>(config(4, 2, 16, 16), &[5, 140], &[0, 0]);
-    check::<f16>(config(4, 2, 16, 16), &[5, 140], &[7, 0]);
-    check::<f32>(config(4, 2, 16, 16), &[], &[]);
-    check::<f32>(config(4, 2, 16, 16), &[0, 0], &[0, 5]);
-}
+branch_tests!(Dense);

@@ -6,8 +6,9 @@
 
 use crate::Result;
 use crate::cpu::Cpu;
-use crate::cpu::band::clip;
+use crate::cpu::band::{self, clip};
 use crate::cpu::flash::{self, Heads};
+use crate::cpu::grad::Queries;
 use crate::cpu::rows::{SeqRows, host_rows};
 use crate::cpu::scratch::{Pool, Scratch};
 use crate::cpu::tasks::{QueryTile, query_tiles, split_rows};
@@ -17,6 +18,9 @@ use nsa_core::select::{SelectScratch, select_blocks};
 use nsa_core::{Element, NsaConfig, Real, View, index};
 use rayon::prelude::*;
 use std::ops::Range;
+
+/// The branch's column of the gates.
+const GATE: usize = 0;
 
 /// Rows of queries that a tile aims at: few enough for their scores to stay in the L2 cache up to 64k tokens.
 const ROWS: usize = 64;
@@ -161,7 +165,7 @@ impl<'p, A: Real> Scores<'p, A> {
                 tile::product([rows, dim_v], weights, values, target, |i| spans[i].clone());
             }
         }
-        self.heads.store(&mut sums, (&self.max, &self.sum), (g, self.config.num_heads()), o, lse);
+        self.heads.store(&mut sums, (&self.max, &self.sum), g, o, lse);
     }
 
     /// Adds up the probabilities of query `i` over the heads, in their order: importance P of the blocks that it sees.
@@ -223,6 +227,22 @@ impl<A: Real> Selector<A> {
     }
 }
 
-pub(crate) fn backward<T: Element>(_cpu: &Cpu, _args: Backward<'_, T>) -> Result<()> {
-    unimplemented!("lands within the hour")
+/// See `op::cmp::backward`.
+pub(crate) fn backward<T: Element>(cpu: &Cpu, args: Backward<'_, T>) -> Result<()> {
+    let Backward { config, packing, q, k_blocks, v_blocks, o, lse, d_o, gates, dq, dk_blocks, dv_blocks } = args;
+    let queries = Queries::new(cpu.pool(), (q, o, lse, d_o), gates.map(|gates| (gates, GATE)))?;
+    let args = band::Backward {
+        config,
+        packing,
+        queries,
+        k: k_blocks,
+        v: v_blocks,
+        offsets: &packing.cu_blocks(config)?,
+        stride: config.compress_stride(),
+        visible: |t| 0..index::visible_blocks(config, t),
+        dq,
+        dk: dk_blocks,
+        dv: dv_blocks,
+    };
+    band::backward(cpu, args)
 }

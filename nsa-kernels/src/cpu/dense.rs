@@ -1,6 +1,7 @@
 //! Full causal attention on the CPU: the band that reaches back to position 0.
 
 use crate::Result;
+use crate::cpu::grad::Queries;
 use crate::cpu::{Cpu, band};
 use crate::op::dense::{Backward, Forward};
 use nsa_core::Element;
@@ -11,6 +12,10 @@ pub(crate) fn forward<T: Element>(cpu: &Cpu, args: Forward<'_, T>) -> Result<()>
     band::forward(cpu, band::Forward { config, packing, q, k, v, o, lse, visible: |t| 0..t + 1 })
 }
 
-pub(crate) fn backward<T: Element>(_cpu: &Cpu, _args: Backward<'_, T>) -> Result<()> {
-    unimplemented!("lands within the hour")
+/// See `op::dense::backward`.
+pub(crate) fn backward<T: Element>(cpu: &Cpu, args: Backward<'_, T>) -> Result<()> {
+    let Backward { config, packing, q, k, v, o, lse, d_o, dq, dk, dv } = args;
+    let queries = Queries::new(cpu.pool(), (q, o, lse, d_o), None)?;
+    let (offsets, visible) = (packing.cu_seqlens(), |t| 0..t + 1);
+    band::backward(cpu, band::Backward { config, packing, queries, k, v, offsets, stride: 1, visible, dq, dk, dv })
 }

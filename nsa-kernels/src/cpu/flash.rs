@@ -16,10 +16,12 @@ pub(crate) fn queries_per_tile(group_size: usize) -> usize {
     (ROWS / group_size).max(1)
 }
 
-/// Sizes of the attention of one KV head.
+/// Heads, their dims and the scale of attention.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Heads<A> {
-    /// R: query heads of the KV head.
+    /// G.
+    pub(crate) num_kv_heads: usize,
+    /// R: query heads of a KV head.
     pub(crate) group_size: usize,
     /// Dk.
     pub(crate) dim_qk: usize,
@@ -33,11 +35,18 @@ impl<A: Real> Heads<A> {
     /// Those of a configuration.
     pub(crate) fn new(config: &nsa_core::NsaConfig) -> Self {
         Self {
+            num_kv_heads: config.num_kv_heads(),
             group_size: config.group_size(),
             dim_qk: config.head_dim_qk(),
             dim_v: config.head_dim_v(),
             scale: A::of(config.scale()),
         }
+    }
+
+    /// Row of the head `r` of KV head `g` of query `t` in `[N, Hq, D]`.
+    #[inline(always)]
+    pub(crate) fn row(&self, t: usize, g: usize, r: usize) -> usize {
+        (t * self.num_kv_heads + g) * self.group_size + r
     }
 
     /// Divides rows of Σ exp(score − max)·v `[queries · R, Dv]` by their sums and writes them and their lse as KV head
@@ -47,12 +56,12 @@ impl<A: Real> Heads<A> {
         &self,
         rows: &mut [A],
         (max, sum): (&[A], &[A]),
-        (g, num_heads): (usize, usize),
+        g: usize,
         o: &mut [T],
         lse: &mut [A],
     ) {
         for (i, row) in rows.chunks_exact_mut(self.dim_v).enumerate() {
-            let place = i / self.group_size * num_heads + g * self.group_size + i % self.group_size;
+            let place = self.row(i / self.group_size, g, i % self.group_size);
             lse[place] = normalize(row, max[i], sum[i]);
             math::narrow(row, &mut o[place * self.dim_v..][..self.dim_v]);
         }
@@ -120,7 +129,7 @@ impl<'p, A: Real> Flash<'p, A> {
     /// Attends to up to [`KEYS`] keys, of which query i sees `span(i)`.
     #[inline(always)]
     pub(crate) fn step(&mut self, k: Tile<'_, A>, v: Tile<'_, A>, span: impl Fn(usize) -> Range<usize>) {
-        let Heads { group_size, dim_qk, dim_v, scale } = self.heads;
+        let Heads { group_size, dim_qk, dim_v, scale, .. } = self.heads;
         for first in (0..self.rows).step_by(LANES) {
             let rows = (self.rows - first).min(LANES);
             let spans: [Range<usize>; LANES] = std::array::from_fn(|x| span((first + x.min(rows - 1)) / group_size));
@@ -150,9 +159,9 @@ impl<'p, A: Real> Flash<'p, A> {
 
     /// Writes output and lse of KV head `g` of the queries: o `[queries, Hq, Dv]`, lse `[queries, Hq]`.
     #[inline(always)]
-    pub(crate) fn finish<T: Element<Acc = A>>(&mut self, g: usize, num_heads: usize, o: &mut [T], lse: &mut [A]) {
+    pub(crate) fn finish<T: Element<Acc = A>>(&mut self, g: usize, o: &mut [T], lse: &mut [A]) {
         let sums = &mut self.o[..self.rows * self.heads.dim_v];
-        self.heads.store(sums, (&self.max, &self.sum), (g, num_heads), o, lse);
+        self.heads.store(sums, (&self.max, &self.sum), g, o, lse);
     }
 }
 

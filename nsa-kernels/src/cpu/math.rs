@@ -18,7 +18,7 @@ pub(crate) fn exp_f32(x: f32) -> f32 {
     // Adding 1.5 · 2^23 rounds to an integer and leaves it in the low bits.
     const ROUND: f32 = 12_582_912.0;
     // ln 2 in two parts; the first has 9 bits, so n times it is exact.
-    const LN2_HIGH: f32 = 0.693_359_375;
+    const LN2_HIGH: f32 = 355.0 / 512.0;
     const LN2_LOW: f32 = -2.121_944_4e-4;
     // Beyond these the result is 0 or infinite. Comparisons are false for NaN, which passes through.
     let x = if x < -104.0 { -104.0 } else { x };

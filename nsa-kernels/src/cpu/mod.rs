@@ -13,6 +13,7 @@ pub(crate) mod win;
 
 pub(crate) mod band;
 pub(crate) mod flash;
+pub(crate) mod grad;
 pub(crate) mod math;
 pub(crate) mod rows;
 pub(crate) mod scratch;

@@ -6,7 +6,9 @@
 use crate::cpu::Cpu;
 use crate::cpu::band::clip;
 use crate::cpu::flash::{Flash, Heads, queries_per_tile};
-use crate::cpu::rows::{SeqRows, host_rows};
+use crate::cpu::grad::{Cell, Place, Queries, Sums, for_each_cell, split_sums};
+use crate::cpu::rows::{SeqRows, host_rows, packed_rows};
+use crate::cpu::scratch::Pool;
 use crate::cpu::tasks::{QueryTile, query_tiles, split_rows};
 use crate::cpu::tile::KEYS;
 use crate::op::slc::{Backward, Forward};
@@ -14,6 +16,9 @@ use crate::{Error, Result};
 use nsa_core::{Element, NsaConfig, Packing, View, index, select};
 use rayon::prelude::*;
 use std::ops::Range;
+
+/// The branch's column of the gates.
+const GATE: usize = 1;
 
 /// See `op::slc::forward`.
 pub(crate) fn forward<T: Element>(cpu: &Cpu, args: Forward<'_, T>) -> Result<()> {
@@ -68,7 +73,7 @@ fn attend<T: Element>(
                 flash.step(k, v, |i| clip(0..ends[i], &part));
             }
         }
-        flash.finish(g, config.num_heads(), o, lse);
+        flash.finish(g, o, lse);
     }
 }
 
@@ -132,6 +137,89 @@ fn broken_rule(list: &[i32], candidates: usize) -> Option<(usize, &'static str)>
     None
 }
 
-pub(crate) fn backward<T: Element>(_cpu: &Cpu, _args: Backward<'_, T>) -> Result<()> {
-    unimplemented!("lands within the hour")
+/// See `op::slc::backward`.
+pub(crate) fn backward<T: Element>(cpu: &Cpu, args: Backward<'_, T>) -> Result<()> {
+    let Backward { config, packing, q, k, v, block_indices, o, lse, d_o, gates, dq, dk, dv } = args;
+    let lists = block_indices.to_host()?;
+    check_lists("slc::backward", config, packing, &lists)?;
+    let pool = cpu.pool();
+    let queries = Queries::new(pool, (q, o, lse, d_o), gates.map(|gates| (gates, GATE)))?;
+    let offsets = packing.cu_seqlens();
+    let seqs: Vec<_> = packed_rows(k, offsets)?.into_iter().zip(packed_rows(v, offsets)?).collect();
+    // Tiles of whole blocks, as many tokens as products want.
+    let size = KEYS.div_ceil(config.select_block()) * config.select_block();
+    let tiles = query_tiles(packing, size);
+    let list_len = config.num_kv_heads() * config.select_count();
+    let mut pairs = pool.take(packing.num_tokens() * list_len);
+    let places = split_rows(&mut pairs, list_len, tiles.iter().map(|tile| tile.rows.clone()));
+    tiles.par_iter().zip(places).for_each(|(tile, pairs)| {
+        let per_head = tile.rows.len() * config.select_count();
+        for (g, pairs) in pairs.chunks_exact_mut(per_head).enumerate() {
+            invert(&lists, tile.rows.clone(), g, pairs);
+        }
+    });
+    let inverse = Inverse { config, pairs: &pairs, size };
+    let sums = split_sums(config, packing, offsets, |_| [size; 2], (dq, dk, dv))?;
+    for_each_cell(
+        sums,
+        |_| usize::MAX,
+        |s, i, j, sums| {
+            let rows = packing.seq(s).rows;
+            let queries_of = rows.start + i * size..rows.end.min(rows.start + (i + 1) * size);
+            inverse.add_gradients(pool, &queries, &seqs[s], (queries_of, i * size, j * size), sums);
+        },
+    );
+    Ok(())
+}
+
+/// The block lists of all tiles of queries turned round: per tile `[G][queries · n]`.
+struct Inverse<'a> {
+    config: &'a NsaConfig,
+    pairs: &'a [Pair],
+    /// Tokens of a tile.
+    size: usize,
+}
+
+impl Inverse<'_> {
+    /// The gradients of one cell, head after head and block after block: of the queries in the rows `queries`, from
+    /// position `position` on, with the blocks that start in the tile at `first_key`.
+    fn add_gradients<T: Element>(
+        &self,
+        pool: &Pool,
+        source: &Queries<'_, T>,
+        (k, v): &(SeqRows<'_, T>, SeqRows<'_, T>),
+        (queries, position, first_key): (Range<usize>, usize, usize),
+        mut sums: Sums<'_, T::Acc>,
+    ) {
+        let heads = Heads::<T::Acc>::new(self.config);
+        let per_head = queries.len() * self.config.select_count();
+        let first_pair = queries.start * self.config.num_kv_heads() * self.config.select_count();
+        let block = self.config.select_block();
+        let blocks = (first_key / block) as u32..((first_key + self.size) / block) as u32;
+        let mut memory = None;
+        for g in 0..self.config.num_kv_heads() {
+            let pairs = &self.pairs[first_pair + g * per_head..][..per_head];
+            let start = pairs.partition_point(|pair| pair.block < blocks.start);
+            let end = pairs.partition_point(|pair| pair.block < blocks.end);
+            for pairs in pairs[start..end].chunk_by(|a, b| a.block == b.block) {
+                let (cell, k_buffer, v_buffer) = memory.get_or_insert_with(|| {
+                    (Cell::new(pool, heads), pool.take(KEYS * heads.dim_qk), pool.take(KEYS * heads.dim_v))
+                });
+                for pairs in pairs.chunks(Cell::capacity(heads)) {
+                    cell.load(source, pairs.iter().map(|pair| queries.start + pair.query as usize), g);
+                    let last = position + pairs[pairs.len() - 1].query as usize;
+                    let tokens = index::select_tokens(self.config, pairs[0].block as usize, last);
+                    for base in tokens.clone().step_by(KEYS) {
+                        let part = base..(base + KEYS).min(tokens.end);
+                        let k = k.tile(part.clone(), g, k_buffer);
+                        let v = v.tile(part.clone(), g, v_buffer);
+                        let span = |i: usize| clip(0..position + pairs[i].query as usize + 1, &part);
+                        let query = |i: usize| pairs[i].query as usize;
+                        let place = Place { g, first_key: base - first_key, query };
+                        cell.step((k, v, part.len()), span, &mut sums, &place);
+                    }
+                }
+            }
+        }
+    }
 }

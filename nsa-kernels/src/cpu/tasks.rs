@@ -28,11 +28,11 @@ pub(crate) fn query_tiles(packing: &Packing, size: usize) -> Vec<QueryTile> {
 }
 
 /// Splits a tensor with `row_len` elements a token into the parts of consecutive ranges of tokens.
-pub(crate) fn split_rows<'a, T>(
-    mut data: &'a mut [T],
+pub(crate) fn split_rows<T>(
+    mut data: &mut [T],
     row_len: usize,
     ranges: impl Iterator<Item = Range<usize>>,
-) -> Vec<&'a mut [T]> {
+) -> Vec<&mut [T]> {
     ranges
         .map(|range| {
             let part;

@@ -79,47 +79,48 @@ pub(crate) fn product<A: Real, F: Fn(usize) -> usize>(
     [m, n]: [usize; 2],
     left: Left<'_, A>,
     right: Right<'_, A>,
-    mut target: Target<'_, A, F>,
+    target: Target<'_, A, F>,
     steps: impl Fn(usize) -> Range<usize>,
 ) {
     let mut i = 0;
     while i + BLOCK <= m {
         let block_steps = std::array::from_fn(|x| steps(i + x));
+        let starts = std::array::from_fn(|x| (target.row)(i + x));
         let mut j = 0;
         while j + LANES <= n {
-            block::<A, F, BLOCK, LANES>(i, j, left, right, &mut target, &block_steps);
+            block::<A, BLOCK, LANES>([i, j], left, right, (target.data, target.store), &starts, &block_steps);
             j += LANES;
         }
         for j in j..n {
-            block::<A, F, BLOCK, 1>(i, j, left, right, &mut target, &block_steps);
+            block::<A, BLOCK, 1>([i, j], left, right, (target.data, target.store), &starts, &block_steps);
         }
         i += BLOCK;
     }
     for i in i..m {
-        let row_steps = [steps(i)];
+        let (row_steps, starts) = ([steps(i)], [(target.row)(i)]);
         let mut j = 0;
         while j + WIDE <= n {
-            block::<A, F, 1, WIDE>(i, j, left, right, &mut target, &row_steps);
+            block::<A, 1, WIDE>([i, j], left, right, (target.data, target.store), &starts, &row_steps);
             j += WIDE;
         }
         while j + LANES <= n {
-            block::<A, F, 1, LANES>(i, j, left, right, &mut target, &row_steps);
+            block::<A, 1, LANES>([i, j], left, right, (target.data, target.store), &starts, &row_steps);
             j += LANES;
         }
         for j in j..n {
-            block::<A, F, 1, 1>(i, j, left, right, &mut target, &row_steps);
+            block::<A, 1, 1>([i, j], left, right, (target.data, target.store), &starts, &row_steps);
         }
     }
 }
 
-/// Block (i.., j..) of a product. Steps that not all rows share are taken one row at a time.
+/// Block (i.., j..) of a product, whose rows start at `starts` in the target. Steps that not all rows share are taken one row at a time.
 #[inline(always)]
-fn block<A: Real, F: Fn(usize) -> usize, const M: usize, const N: usize>(
-    i: usize,
-    j: usize,
+fn block<A: Real, const M: usize, const N: usize>(
+    [i, j]: [usize; 2],
     left: Left<'_, A>,
     right: Right<'_, A>,
-    target: &mut Target<'_, A, F>,
+    (target, store): (&mut [A], Store),
+    starts: &[usize; M],
     steps: &[Range<usize>; M],
 ) {
     let start = steps.iter().map(|s| s.start).max().unwrap_or(0);
@@ -138,11 +139,10 @@ fn block<A: Real, F: Fn(usize) -> usize, const M: usize, const N: usize>(
             [sums[x]] = multiply([sums[x]], i + x, j, left, right, end.min(s.end)..s.end);
         }
     }
-    for (x, sums) in sums.iter().enumerate() {
-        let at = (target.row)(i + x) + j;
-        let row = &mut target.data[at..at + N];
+    for (sums, start) in sums.iter().zip(starts) {
+        let row = &mut target[start + j..start + j + N];
         for y in 0..N {
-            row[y] = if target.store == Store::Add { row[y] + sums[y] } else { sums[y] };
+            row[y] = if store == Store::Add { row[y] + sums[y] } else { sums[y] };
         }
     }
 }
@@ -228,7 +228,7 @@ mod tests {
             0 => 0..k,
             1 => 0..(i + 1).min(k),
             2 => i.min(k)..(i + 3).min(k),
-            _ if i % 3 == 0 => 0..0,
+            _ if i.is_multiple_of(3) => 0..0,
             _ => k / 2..k,
         }
     }

@@ -1,9 +1,13 @@
 //! Sliding-window attention on the CPU: the band of the last w positions.
 
 use crate::Result;
+use crate::cpu::grad::Queries;
 use crate::cpu::{Cpu, band};
 use crate::op::win::{Backward, Forward};
 use nsa_core::{Element, index};
+
+/// The branch's column of the gates.
+const GATE: usize = 2;
 
 /// See `op::win::forward`.
 pub(crate) fn forward<T: Element>(cpu: &Cpu, args: Forward<'_, T>) -> Result<()> {
@@ -12,6 +16,10 @@ pub(crate) fn forward<T: Element>(cpu: &Cpu, args: Forward<'_, T>) -> Result<()>
     band::forward(cpu, band::Forward { config, packing, q, k, v, o, lse, visible })
 }
 
-pub(crate) fn backward<T: Element>(_cpu: &Cpu, _args: Backward<'_, T>) -> Result<()> {
-    unimplemented!("lands within the hour")
+/// See `op::win::backward`.
+pub(crate) fn backward<T: Element>(cpu: &Cpu, args: Backward<'_, T>) -> Result<()> {
+    let Backward { config, packing, q, k, v, o, lse, d_o, gates, dq, dk, dv } = args;
+    let queries = Queries::new(cpu.pool(), (q, o, lse, d_o), gates.map(|gates| (gates, GATE)))?;
+    let (offsets, visible) = (packing.cu_seqlens(), |t| index::window_tokens(config, t));
+    band::backward(cpu, band::Backward { config, packing, queries, k, v, offsets, stride: 1, visible, dq, dk, dv })
 }
