@@ -9,7 +9,8 @@ pub trait Arithmetic {
     fn acc(&self, x: f64) -> f64;
     /// A probability P or a dS before it enters a product.
     fn prob(&self, x: f64) -> f64;
-    /// An output or a stored intermediate.
+    /// An output or a stored intermediate. Gradients are not among them: kernels hand them over in the accumulator, and
+    /// who stores them rounds them ([`crate::quantize`]).
     fn store(&self, x: f64) -> f64;
 
     /// a·b summed over the elements, in order.

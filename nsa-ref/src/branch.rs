@@ -12,10 +12,10 @@ pub struct Output {
     pub lse: Tensor,
 }
 
-/// Gradients of a branch.
+/// Gradients of a branch, in the accumulator: kernels hand them over unrounded.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Gradients {
-    /// `[N, Hq, Dk]`, in the accumulator: the branches' sum is what is stored.
+    /// `[N, Hq, Dk]`.
     pub dq: Tensor,
     /// `[rows, G, Dk]`.
     pub dk: Tensor,
@@ -43,7 +43,7 @@ pub struct Upstream<'a> {
     pub d_o: &'a Tensor,
 }
 
-/// The rows of keys that a query attends to.
+/// One query of one KV head: what a pattern decides by.
 pub(crate) struct Query<'a> {
     /// Its sequence.
     pub seq: &'a Seq,
@@ -74,6 +74,19 @@ pub(crate) fn check(
     inputs.q.check(op, "q", &[packing.num_tokens(), heads, config.head_dim_qk()])?;
     inputs.k.check(op, "k", &[rows, kv_heads, config.head_dim_qk()])?;
     inputs.v.check(op, "v", &[rows, kv_heads, config.head_dim_v()])
+}
+
+/// Shapes of what the forward left and of the gradient that comes back.
+pub(crate) fn check_upstream(
+    op: &'static str,
+    config: &NsaConfig,
+    packing: &Packing,
+    upstream: &Upstream<'_>,
+) -> Result<(), ShapeError> {
+    let shape = [packing.num_tokens(), config.num_heads(), config.head_dim_v()];
+    upstream.output.o.check(op, "o", &shape)?;
+    upstream.output.lse.check(op, "lse", &shape[..2])?;
+    upstream.d_o.check(op, "do", &shape)
 }
 
 /// Calls `f` for every query and KV head.

@@ -66,5 +66,6 @@ pub fn backward<A: Arithmetic>(
 ) -> Result<Gradients> {
     let cu_blocks = packing.cu_blocks(config)?;
     branch::check("cmp", config, packing, inputs, cu_blocks.total())?;
+    branch::check_upstream("cmp", config, packing, upstream)?;
     Ok(branch::backward(a, config, packing, inputs, upstream, pattern(config, &cu_blocks)))
 }

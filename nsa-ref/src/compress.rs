@@ -1,7 +1,7 @@
 //! φ: compression blocks of keys or values (SPEC 2.1).
 
-use crate::{Arithmetic, Result, Tensor};
-use nsa_core::{NsaConfig, Packing, ShapeError};
+use crate::{Arithmetic, Error, Result, Tensor};
+use nsa_core::{CompressKind, NsaConfig, Packing};
 
 /// The weights of φ, one set a KV head; D is Dk for keys and Dv for values.
 #[derive(Clone, Debug, PartialEq)]
@@ -48,25 +48,45 @@ impl Phi {
         }
     }
 
-    fn check(&self, config: &NsaConfig, dim: usize) -> std::result::Result<(), ShapeError> {
-        const OP: &str = "compress";
-        let (l, groups) = (config.compress_block(), config.num_kv_heads());
+    /// Which φ it is.
+    fn kind(&self) -> CompressKind {
         match self {
-            Self::Mean => Ok(()),
-            Self::Weighted { weight } => weight.check(OP, "weight", &[l, groups]),
-            Self::Linear { weight } => weight.check(OP, "weight", &[groups, l * dim, dim]),
+            Self::Mean => CompressKind::Mean,
+            Self::Weighted { .. } => CompressKind::Weighted,
+            Self::Linear { .. } => CompressKind::Linear,
+            Self::Mlp { .. } => CompressKind::Mlp,
+        }
+    }
+
+    /// Checks kind and shapes for tokens of `dim` elements; `name` is what errors call this φ.
+    ///
+    /// # Errors
+    /// If the configuration has another φ, or a weight's shape does not fit.
+    pub fn check(&self, op: &'static str, name: &str, config: &NsaConfig, dim: usize) -> Result<()> {
+        if self.kind() != config.compress_kind() {
+            let value = format!("{:?}", self.kind()).to_lowercase();
+            let rule = "must be of the configuration's compress_kind";
+            return Err(Error::Value { op, arg: name.to_owned(), value, rule });
+        }
+        let (l, groups) = (config.compress_block(), config.num_kv_heads());
+        let check = |tensor: &Tensor, part: &str, shape: &[usize]| tensor.check(op, &format!("{name}.{part}"), shape);
+        match self {
+            Self::Mean => {}
+            Self::Weighted { weight } => check(weight, "weight", &[l, groups])?,
+            Self::Linear { weight } => check(weight, "weight", &[groups, l * dim, dim])?,
             Self::Mlp { weight1, bias1, weight2, bias2 } => {
-                let hidden = weight1.shape.last().copied().unwrap_or(0);
-                weight1.check(OP, "0.weight", &[groups, l * dim, hidden])?;
-                weight2.check(OP, "2.weight", &[groups, hidden, dim])?;
-                bias1.as_ref().map_or(Ok(()), |b| b.check(OP, "0.bias", &[groups, hidden]))?;
-                bias2.as_ref().map_or(Ok(()), |b| b.check(OP, "2.bias", &[groups, dim]))
+                let hidden = config.compress_hidden().expect("a configuration with an mlp has it");
+                check(weight1, "0.weight", &[groups, l * dim, hidden])?;
+                check(weight2, "2.weight", &[groups, hidden, dim])?;
+                bias1.as_ref().map_or(Ok(()), |b| check(b, "0.bias", &[groups, hidden]))?;
+                bias2.as_ref().map_or(Ok(()), |b| check(b, "2.bias", &[groups, dim]))?;
             }
         }
+        Ok(())
     }
 }
 
-/// Gradients of [`forward`].
+/// Gradients of [`forward`], in the accumulator.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Gradients {
     /// `[N, G, D]`.
@@ -95,7 +115,7 @@ pub fn gelu_derivative(x: f64) -> f64 {
 /// **Source**: paper equation 7; SPEC 2.1.
 ///
 /// # Errors
-/// If a shape does not fit.
+/// If a shape does not fit, φ is not of the configuration's kind, or a sequence has a context.
 pub fn forward<A: Arithmetic>(
     a: &A,
     config: &NsaConfig,
@@ -113,15 +133,17 @@ pub fn forward<A: Arithmetic>(
         for (y, x) in blocks.row_mut(&[block, g]).iter_mut().zip(output) {
             *y = a.store(x);
         }
-        Ok(())
     })?;
     Ok(blocks)
 }
 
-/// Gradients of [`forward`] given that of the blocks `[M, G, D]`. Tokens in no block get 0.
+/// Gradients of [`forward`] given that of the blocks `[M, G, D]`, in the accumulator. Tokens in no block get 0; one in
+/// several sums over them, and so do e and the weights over all blocks.
+///
+/// **Source**: SPEC 3.
 ///
 /// # Errors
-/// If a shape does not fit.
+/// If a shape does not fit, φ is not of the configuration's kind, or a sequence has a context.
 pub fn backward<A: Arithmetic>(
     a: &A,
     config: &NsaConfig,
@@ -147,37 +169,32 @@ pub fn backward<A: Arithmetic>(
                 a.add_scaled(d_position.row_mut(&[p, g]), 1.0, d_token);
             }
         }
-        Ok(())
     })?;
     Ok(grads)
 }
 
-fn check(
-    config: &NsaConfig,
-    packing: &Packing,
-    x: &Tensor,
-    position: Option<&Tensor>,
-    phi: &Phi,
-) -> std::result::Result<usize, ShapeError> {
-    let dim = x.shape.last().copied().unwrap_or(0);
+fn check(config: &NsaConfig, packing: &Packing, x: &Tensor, position: Option<&Tensor>, phi: &Phi) -> Result<usize> {
+    const OP: &str = "compress";
+    if let Some(seq) = packing.seqs().find(|seq| seq.context > 0) {
+        let rule = "every sequence must start at position 0";
+        return Err(Error::Value { op: OP, arg: "packing".to_owned(), value: format!("{seq:?}"), rule });
+    }
+    // A row of no elements is refused as one that should have at least one.
+    let dim = x.shape.last().copied().unwrap_or(0).max(1);
     let groups = config.num_kv_heads();
-    x.check("compress", "x", &[packing.num_tokens(), groups, dim])?;
-    position.map_or(Ok(()), |e| e.check("compress", "position", &[config.compress_block(), groups, dim]))?;
-    phi.check(config, dim)?;
+    x.check(OP, "x", &[packing.num_tokens(), groups, dim])?;
+    position.map_or(Ok(()), |e| e.check(OP, "position", &[config.compress_block(), groups, dim]))?;
+    phi.check(OP, "phi", config, dim)?;
     Ok(dim)
 }
 
 /// Calls `f(packed block, first token's row, KV head)` for every block.
-fn for_each_block(
-    config: &NsaConfig,
-    packing: &Packing,
-    mut f: impl FnMut(usize, usize, usize) -> Result<()>,
-) -> Result<()> {
+fn for_each_block(config: &NsaConfig, packing: &Packing, mut f: impl FnMut(usize, usize, usize)) -> Result<()> {
     let cu_blocks = packing.cu_blocks(config)?;
     for (s, seq) in packing.seqs().enumerate() {
         for (i, block) in cu_blocks.range(s).enumerate() {
             for g in 0..config.num_kv_heads() {
-                f(block, seq.rows.start + i * config.compress_stride(), g)?;
+                f(block, seq.rows.start + i * config.compress_stride(), g);
             }
         }
     }
@@ -204,7 +221,7 @@ fn gather<A: Arithmetic>(
     input
 }
 
-/// φ of one block with what its backward needs.
+/// φ of one block, with what its backward needs.
 struct Applied {
     output: Vec<f64>,
     /// Input of GELU, its output (mlp only).

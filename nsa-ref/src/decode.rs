@@ -5,6 +5,8 @@ use crate::compress::{self, Phi};
 use crate::{Arithmetic, Result, Tensor, attention, gate, select};
 use nsa_core::{CuSeqlens, NsaConfig, Packing};
 
+const OP: &str = "decode";
+
 /// What one token brings: rows `[Hq, Dk]`, `[G, Dk]`, `[G, Dv]` and gates `[Hq, 3]`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Token {
@@ -56,9 +58,19 @@ pub struct Cache {
 
 impl Cache {
     /// Caches before the first token; `compressors` for keys and values.
-    pub fn new(config: NsaConfig, compressors: [Compressor; 2]) -> Self {
+    ///
+    /// # Errors
+    /// If a shape does not fit or φ is not of the configuration's kind.
+    pub fn new(config: NsaConfig, compressors: [Compressor; 2]) -> Result<Self> {
+        let sides = [("pe_k", "phi_k", config.head_dim_qk()), ("pe_v", "phi_v", config.head_dim_v())];
+        for (Compressor { position, phi }, (e, name, dim)) in compressors.iter().zip(sides) {
+            let shape = [config.compress_block(), config.num_kv_heads(), dim];
+            position.as_ref().map_or(Ok(()), |position| position.check(OP, e, &shape))?;
+            phi.check(OP, name, &config, dim)?;
+        }
         let empty = || [Vec::new(), Vec::new()];
-        Self { config, compressors, tokens: 0, slc: empty(), blocks: empty(), pending: empty(), window: empty() }
+        let (slc, blocks, pending, window) = (empty(), empty(), empty(), empty());
+        Ok(Self { config, compressors, tokens: 0, slc, blocks, pending, window })
     }
 
     /// Tokens so far.
@@ -76,13 +88,25 @@ impl Cache {
         (self.slc[0].len(), self.blocks[0].len(), self.pending[0].len(), self.window[0].len())
     }
 
-    /// Appends a token and attends from it: the block that it completes, if any, is compressed first.
+    /// Appends a token and attends from it.
     ///
     /// **Source**: SPEC 4.
     ///
     /// # Errors
     /// If a shape does not fit.
     pub fn step<A: Arithmetic>(&mut self, a: &A, token: &Token) -> Result<Step> {
+        self.append(a, token)?;
+        self.attend(a, token)
+    }
+
+    /// Appends a token without attending from it, as a prefill does whose outputs come from [`crate::nsa::forward`]:
+    /// the block that it completes, when t + 1 ≥ l and (t + 1 − l) mod d = 0, is compressed.
+    ///
+    /// **Source**: SPEC 4.
+    ///
+    /// # Errors
+    /// If a shape does not fit.
+    pub fn append<A: Arithmetic>(&mut self, a: &A, token: &Token) -> Result<()> {
         self.check(token)?;
         let (t, l, d) = (self.tokens, self.config.compress_block(), self.config.compress_stride());
         for (side, [cmp, slc, win]) in [&token.k, &token.v].into_iter().enumerate() {
@@ -94,16 +118,16 @@ impl Cache {
         if t + 1 >= l && (t + 1 - l).is_multiple_of(d) {
             self.compress(a)?;
         }
-        self.attend(a, token)
+        Ok(())
     }
 
     fn check(&self, token: &Token) -> Result<()> {
         let (heads, groups) = (self.config.num_heads(), self.config.num_kv_heads());
-        token.q.check("decode", "q", &[heads, self.config.head_dim_qk()])?;
-        token.gates.check("decode", "gates", &[heads, 3])?;
-        for (k, v) in token.k.iter().zip(&token.v) {
-            k.check("decode", "k", &[groups, self.config.head_dim_qk()])?;
-            v.check("decode", "v", &[groups, self.config.head_dim_v()])?;
+        token.q.check(OP, "q", &[heads, self.config.head_dim_qk()])?;
+        token.gates.check(OP, "gates", &[heads, 3])?;
+        for (c, branch) in ["cmp", "slc", "win"].into_iter().enumerate() {
+            token.k[c].check(OP, &format!("k_{branch}"), &[groups, self.config.head_dim_qk()])?;
+            token.v[c].check(OP, &format!("v_{branch}"), &[groups, self.config.head_dim_v()])?;
         }
         Ok(())
     }

@@ -15,6 +15,8 @@ fn pattern(cu_keys: &CuSeqlens) -> impl Fn(&Query<'_>) -> Vec<usize> + '_ {
 ///
 /// **Shapes**: [`Inputs`] with one row of keys per token, contexts included.
 ///
+/// **Source**: paper equation 1; SPEC 1.
+///
 /// # Errors
 /// If a shape does not fit.
 pub fn forward<A: Arithmetic>(a: &A, config: &NsaConfig, packing: &Packing, inputs: &Inputs<'_>) -> Result<Output> {
@@ -36,5 +38,6 @@ pub fn backward<A: Arithmetic>(
 ) -> Result<Gradients> {
     let cu_keys = packing.cu_keys()?;
     branch::check("dense", config, packing, inputs, cu_keys.total())?;
+    branch::check_upstream("dense", config, packing, upstream)?;
     Ok(branch::backward(a, config, packing, inputs, upstream, pattern(&cu_keys)))
 }

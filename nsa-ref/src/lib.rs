@@ -34,6 +34,18 @@ pub enum Error {
     /// The packed layout breaks a rule.
     #[error(transparent)]
     Layout(#[from] LayoutError),
+    /// An argument has a value out of its range.
+    #[error("{op}: `{arg}` = {value}: {rule}")]
+    Value {
+        /// Operation.
+        op: &'static str,
+        /// Argument.
+        arg: String,
+        /// What was found.
+        value: String,
+        /// The rule that it breaks.
+        rule: &'static str,
+    },
 }
 
 /// Result of the reference.

@@ -72,7 +72,7 @@ pub struct Outputs {
     pub scores: Vec<Vec<f64>>,
 }
 
-/// Gradients of every differentiable input.
+/// Gradients of every differentiable input, in the accumulator: rounded by whoever stores them.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Gradients {
     /// `[N, Hq, Dk]`.
@@ -85,13 +85,13 @@ pub struct Gradients {
     pub dv_blocks: Tensor,
     /// Through φ, keys and values, if the blocks came from tokens.
     pub d_cmp: Option<Box<[compress::Gradients; 2]>>,
-    /// `[N, G, Dk]`.
+    /// `[tokens, G, Dk]`.
     pub dk_slc: Tensor,
-    /// `[N, G, Dv]`.
+    /// `[tokens, G, Dv]`.
     pub dv_slc: Tensor,
-    /// `[N, G, Dk]`.
+    /// `[tokens, G, Dk]`.
     pub dk_win: Tensor,
-    /// `[N, G, Dv]`.
+    /// `[tokens, G, Dv]`.
     pub dv_win: Tensor,
 }
 
@@ -102,8 +102,10 @@ pub struct Gradients {
 /// **Source**: paper equations 5 to 12; SPEC 2.
 ///
 /// # Errors
-/// If a shape does not fit.
+/// If a shape does not fit, φ is not of the configuration's kind, or a given block list is not strictly ascending
+/// candidates followed by −1.
 pub fn forward<A: Arithmetic>(a: &A, config: &NsaConfig, packing: &Packing, inputs: &Inputs) -> Result<Outputs> {
+    check(config, packing, inputs)?;
     let (k_blocks, v_blocks) = match &inputs.cmp {
         Compressed::Blocks { k, v } => (k.clone(), v.clone()),
         Compressed::Tokens { kv } => {
@@ -124,12 +126,46 @@ pub fn forward<A: Arithmetic>(a: &A, config: &NsaConfig, packing: &Packing, inpu
     Ok(Outputs { o, branches, k_blocks, v_blocks, block_indices, scores: selected.scores })
 }
 
-/// Gradients of [`forward`] given that of o `[N, Hq, Dv]`; every sequence starts at position 0.
+/// Checks every input, by the name that files give it.
+fn check(config: &NsaConfig, packing: &Packing, inputs: &Inputs) -> Result<()> {
+    const OP: &str = "nsa";
+    let (n, heads, groups) = (packing.num_tokens(), config.num_heads(), config.num_kv_heads());
+    let (tokens, blocks) = (packing.cu_keys()?.total(), packing.cu_blocks(config)?.total());
+    let (dim_qk, dim_v) = (config.head_dim_qk(), config.head_dim_v());
+    inputs.q.check(OP, "q", &[n, heads, dim_qk])?;
+    inputs.gates.check(OP, "gates", &[n, heads, 3])?;
+    match &inputs.cmp {
+        Compressed::Blocks { k, v } => {
+            k.check(OP, "k_cmp_blocks", &[blocks, groups, dim_qk])?;
+            v.check(OP, "v_cmp_blocks", &[blocks, groups, dim_v])?;
+        }
+        Compressed::Tokens { kv } => {
+            let names = [("k_cmp", "pe_k", "phi_k"), ("v_cmp", "pe_v", "phi_v")];
+            for ((side, (x, position, phi)), dim) in kv.iter().zip(names).zip([dim_qk, dim_v]) {
+                side.x.check(OP, x, &[tokens, groups, dim])?;
+                if let Some(e) = &side.position {
+                    e.check(OP, position, &[config.compress_block(), groups, dim])?;
+                }
+                side.phi.check(OP, phi, config, dim)?;
+            }
+        }
+    }
+    inputs.k_slc.check(OP, "k_slc", &[tokens, groups, dim_qk])?;
+    inputs.v_slc.check(OP, "v_slc", &[tokens, groups, dim_v])?;
+    inputs.k_win.check(OP, "k_win", &[tokens, groups, dim_qk])?;
+    inputs.v_win.check(OP, "v_win", &[tokens, groups, dim_v])?;
+    inputs.block_indices.as_ref().map_or(Ok(()), |indices| indices.check(OP, config, packing))
+}
+
+/// Gradients of [`forward`] given that of o `[N, Hq, Dv]`. Those of keys and values cover contexts too: they are what
+/// these queries pass back.
+///
+/// dg^c = Σ_dv do·o^c; do^c = g^c·do; each branch's attention; k̃ and ṽ on through φ and e; dq sums the branches.
 ///
 /// **Source**: SPEC 3.
 ///
 /// # Errors
-/// If a shape does not fit.
+/// As [`forward`].
 pub fn backward<A: Arithmetic>(
     a: &A,
     config: &NsaConfig,
@@ -138,6 +174,7 @@ pub fn backward<A: Arithmetic>(
     outputs: &Outputs,
     d_o: &Tensor,
 ) -> Result<Gradients> {
+    check(config, packing, inputs)?;
     let (d_gates, d_branches) = gate::backward(a, &inputs.gates, outputs.branches.each_ref().map(|b| &b.o), d_o)?;
     let q = &inputs.q;
     let upstream = |c: usize| Upstream { output: &outputs.branches[c], d_o: &d_branches[c] };
@@ -153,22 +190,22 @@ pub fn backward<A: Arithmetic>(
     let d_cmp = match &inputs.cmp {
         Compressed::Blocks { .. } => None,
         Compressed::Tokens { kv } => {
+            let tokens = Packing::new(packing.cu_keys()?);
             let through = |side: &Side, d_blocks: &Tensor| {
-                compress::backward(a, config, packing, &side.x, side.position.as_ref(), &side.phi, d_blocks)
+                compress::backward(a, config, &tokens, &side.x, side.position.as_ref(), &side.phi, d_blocks)
             };
             Some(Box::new([through(&kv[0], &cmp.dk)?, through(&kv[1], &cmp.dv)?]))
         }
     };
-    let store = |t: Tensor| t.map(|x| a.store(x));
     Ok(Gradients {
-        dq: store(dq),
+        dq,
         d_gates,
-        dk_blocks: store(cmp.dk),
-        dv_blocks: store(cmp.dv),
+        dk_blocks: cmp.dk,
+        dv_blocks: cmp.dv,
         d_cmp,
-        dk_slc: store(slc.dk),
-        dv_slc: store(slc.dv),
-        dk_win: store(win.dk),
-        dv_win: store(win.dv),
+        dk_slc: slc.dk,
+        dv_slc: slc.dv,
+        dk_win: win.dk,
+        dv_win: win.dv,
     })
 }

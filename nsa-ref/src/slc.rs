@@ -3,7 +3,7 @@
 use crate::branch::{self, Gradients, Inputs, Output, Query, Upstream};
 use crate::select::BlockIndices;
 use crate::{Arithmetic, Result};
-use nsa_core::{CuSeqlens, NsaConfig, Packing, ShapeError};
+use nsa_core::{CuSeqlens, NsaConfig, Packing};
 
 fn pattern<'a>(
     config: &'a NsaConfig,
@@ -20,8 +20,7 @@ fn pattern<'a>(
 fn check(config: &NsaConfig, packing: &Packing, inputs: &Inputs<'_>, indices: &BlockIndices) -> Result<CuSeqlens> {
     let cu_keys = packing.cu_keys()?;
     branch::check("slc", config, packing, inputs, cu_keys.total())?;
-    let expected = [packing.num_tokens(), config.num_kv_heads(), config.select_count()];
-    ShapeError::check("slc", "block_indices", &expected, &indices.shape)?;
+    indices.check("slc", config, packing)?;
     Ok(cu_keys)
 }
 
@@ -32,7 +31,7 @@ fn check(config: &NsaConfig, packing: &Packing, inputs: &Inputs<'_>, indices: &B
 /// **Source**: paper equations 11 and 12; SPEC 2.2.
 ///
 /// # Errors
-/// If a shape does not fit.
+/// If a shape does not fit, or a block list is not strictly ascending candidates (0..=⌊t/l'⌋) followed by −1.
 pub fn forward<A: Arithmetic>(
     a: &A,
     config: &NsaConfig,
@@ -47,7 +46,7 @@ pub fn forward<A: Arithmetic>(
 /// Gradients of [`forward`] (SPEC 3).
 ///
 /// # Errors
-/// If a shape does not fit.
+/// As [`forward`].
 pub fn backward<A: Arithmetic>(
     a: &A,
     config: &NsaConfig,
@@ -57,5 +56,6 @@ pub fn backward<A: Arithmetic>(
     upstream: &Upstream<'_>,
 ) -> Result<Gradients> {
     let cu_keys = check(config, packing, inputs, indices)?;
+    branch::check_upstream("slc", config, packing, upstream)?;
     Ok(branch::backward(a, config, packing, inputs, upstream, pattern(config, &cu_keys, indices)))
 }

@@ -62,12 +62,15 @@ impl Tensor {
         Self { shape: self.shape.clone(), data: self.data.iter().map(|&x| f(x)).collect() }
     }
 
-    /// Checks the shape, for argument `arg` of `op`.
+    /// Checks the shape, for argument `arg` of `op`, and that there are as many elements.
     ///
     /// # Errors
-    /// If it is another one.
+    /// If it is another shape, or elements are missing.
     pub fn check(&self, op: &'static str, arg: &str, expected: &[usize]) -> Result<(), ShapeError> {
-        ShapeError::check(op, arg, expected, &self.shape)
+        ShapeError::check(op, arg, expected, &self.shape)?;
+        let elements = expected.iter().product::<usize>();
+        let arg = || format!("{arg} (its elements)");
+        ShapeError::check(op, &arg(), &[elements], &[self.data.len()])
     }
 }
 

@@ -39,5 +39,6 @@ pub fn backward<A: Arithmetic>(
 ) -> Result<Gradients> {
     let cu_keys = packing.cu_keys()?;
     branch::check("win", config, packing, inputs, cu_keys.total())?;
+    branch::check_upstream("win", config, packing, upstream)?;
     Ok(branch::backward(a, config, packing, inputs, upstream, pattern(config, &cu_keys)))
 }

@@ -139,6 +139,12 @@ fn mlp_compression_without_biases() {
 }
 
 #[test]
+fn odd_head_counts_with_no_forced_first_block() {
+    let config = config(3, 3, CompressKind::Linear, 4, 2, 4).to_builder().select_initial(0).scale(0.9).build().unwrap();
+    check(&config, &[0, 19], true, false, 8);
+}
+
+#[test]
 fn given_blocks() {
     check(&config(4, 2, CompressKind::Mean, 4, 2, 4), &[15], false, true, 6);
 }

@@ -4,8 +4,9 @@ mod common;
 
 use common::{Random, packing};
 use nsa_core::{CompressKind, CuSeqlens, DType, NsaConfig, Packing};
+use nsa_ref::compress::Phi;
 use nsa_ref::decode::{Cache, Compressor, Token};
-use nsa_ref::nsa::{Compressed, Inputs, forward};
+use nsa_ref::nsa::{Compressed, Gradients, Inputs, backward, forward};
 use nsa_ref::{Exact, Rounded, Tensor, branch, dense, quantize, select, slc, win};
 
 /// Tokens `range` of a tensor whose outermost dimension is tokens.
@@ -62,29 +63,66 @@ fn a_query_without_a_visible_block_gets_zero() {
     assert!(outputs.o.data.iter().all(|x| x.is_finite()));
 }
 
+/// Queries `start..end` of one sequence, with the keys of the tokens before `end`.
+fn chunk(inputs: &Inputs, start: usize, end: usize) -> (Packing, Inputs) {
+    let packing = Packing::with_contexts(CuSeqlens::single(end - start).unwrap(), vec![start]).unwrap();
+    let upto = |t: &Tensor| slice(t, 0..end);
+    let Compressed::Tokens { mut kv } = inputs.cmp.clone() else { unreachable!() };
+    kv.iter_mut().for_each(|side| side.x = upto(&side.x));
+    let part = Inputs {
+        q: slice(&inputs.q, start..end),
+        gates: slice(&inputs.gates, start..end),
+        cmp: Compressed::Tokens { kv },
+        k_slc: upto(&inputs.k_slc),
+        v_slc: upto(&inputs.v_slc),
+        k_win: upto(&inputs.k_win),
+        v_win: upto(&inputs.v_win),
+        block_indices: None,
+    };
+    (packing, part)
+}
+
 #[test]
 fn chunks_that_continue_a_context_are_the_whole() {
     let config = config(6, 2).build().unwrap();
     let inputs = Random::new(3).inputs(&config, 37, true);
     let whole = forward(&Exact, &config, &packing(&[37]), &inputs).unwrap();
     for (start, end) in [(0, 1), (0, 13), (13, 14), (14, 37), (36, 37)] {
-        let cu = CuSeqlens::single(end - start).unwrap();
-        let chunk = Packing::with_contexts(cu, vec![start]).unwrap();
-        let upto = |t: &Tensor| slice(t, 0..end);
-        let Compressed::Tokens { mut kv } = inputs.cmp.clone() else { unreachable!() };
-        kv.iter_mut().for_each(|side| side.x = upto(&side.x));
-        let part = Inputs {
-            q: slice(&inputs.q, start..end),
-            gates: slice(&inputs.gates, start..end),
-            cmp: Compressed::Tokens { kv },
-            k_slc: upto(&inputs.k_slc),
-            v_slc: upto(&inputs.v_slc),
-            k_win: upto(&inputs.k_win),
-            v_win: upto(&inputs.v_win),
-            block_indices: None,
-        };
-        let got = forward(&Exact, &config, &chunk, &part).unwrap();
+        let (packing, part) = chunk(&inputs, start, end);
+        let got = forward(&Exact, &config, &packing, &part).unwrap();
         assert_eq!(got.o, slice(&whole.o, start..end), "{start}..{end}");
+    }
+}
+
+#[test]
+fn gradients_of_chunks_add_up_to_the_whole() {
+    let config = config(6, 2).build().unwrap();
+    let mut random = Random::new(9);
+    let inputs = random.inputs(&config, 37, true);
+    let d_o = random.tensor(&[37, 6, 3], 1.0);
+    let run = |packing: &Packing, inputs: &Inputs, d_o: &Tensor| {
+        let outputs = forward(&Exact, &config, packing, inputs).unwrap();
+        backward(&Exact, &config, packing, inputs, &outputs, d_o).unwrap()
+    };
+    /// What every chunk passes back to the tokens before it.
+    fn shared(grads: &Gradients) -> Vec<&Tensor> {
+        let [k, v] = &**grads.d_cmp.as_ref().unwrap();
+        let Phi::Mlp { weight1, .. } = &k.d_phi else { unreachable!() };
+        let tokens = [&k.dx, &v.dx, &grads.dk_slc, &grads.dv_slc, &grads.dk_win, &grads.dv_win];
+        tokens.into_iter().chain([weight1, v.d_position.as_ref().unwrap()]).collect()
+    }
+    let whole = run(&packing(&[37]), &inputs, &d_o);
+    let mut sums: Vec<Tensor> = shared(&whole).iter().map(|t| Tensor::zeros(&t.shape)).collect();
+    for (start, end) in [(0, 13), (13, 14), (14, 37)] {
+        let (packing, part) = chunk(&inputs, start, end);
+        let grads = run(&packing, &part, &slice(&d_o, start..end));
+        assert_close(&grads.dq, &slice(&whole.dq, start..end), 1e-12, "dq");
+        for (sum, grad) in sums.iter_mut().zip(shared(&grads)) {
+            sum.data.iter_mut().zip(&grad.data).for_each(|(sum, g)| *sum += g);
+        }
+    }
+    for (i, (sum, grad)) in sums.iter().zip(shared(&whole)).enumerate() {
+        assert_close(sum, grad, 1e-11, &format!("gradient {i}"));
     }
 }
 
@@ -97,22 +135,31 @@ fn decoding_step_by_step_is_the_forward_pass() {
         let whole = forward(&Exact, &config, &packing(&[tokens]), &inputs).unwrap();
         let Compressed::Tokens { kv } = &inputs.cmp else { unreachable!() };
         let compressor = |c: usize| Compressor { position: kv[c].position.clone(), phi: kv[c].phi.clone() };
-        let mut cache = Cache::new(config.clone(), [compressor(0), compressor(1)]);
+        let row = |x: &Tensor, t: usize| Tensor::new(&x.shape[1..], slice(x, t..t + 1).data);
+        let token = |t: usize| Token {
+            q: row(&inputs.q, t),
+            k: [&kv[0].x, &inputs.k_slc, &inputs.k_win].map(|x| row(x, t)),
+            v: [&kv[1].x, &inputs.v_slc, &inputs.v_win].map(|x| row(x, t)),
+            gates: row(&inputs.gates, t),
+        };
+        let mut cache = Cache::new(config.clone(), [compressor(0), compressor(1)]).unwrap();
+        let mut prefilled = cache.clone();
         for t in 0..tokens {
-            let row = |x: &Tensor| Tensor::new(&x.shape[1..], slice(x, t..t + 1).data);
-            let token = Token {
-                q: row(&inputs.q),
-                k: [row(&kv[0].x), row(&inputs.k_slc), row(&inputs.k_win)],
-                v: [row(&kv[1].x), row(&inputs.v_slc), row(&inputs.v_win)],
-                gates: row(&inputs.gates),
-            };
-            let step = cache.step(&Exact, &token).unwrap();
+            let step = cache.step(&Exact, &token(t)).unwrap();
             // The ring's order differs from the forward's: sums in another order.
-            assert_close(&step.o, &row(&whole.o), 1e-12, &format!("token {t}"));
+            assert_close(&step.o, &row(&whole.o, t), 1e-12, &format!("token {t}"));
             for (g, list) in step.block_indices.iter().enumerate() {
                 assert_eq!(list, whole.block_indices.list(t, g), "token {t}, group {g}");
             }
-            assert!(step.rows_read <= nsa_core::index::decode_rows(&config, t + 1));
+            // The last selected block is full where the token ends it; before that it is not, and fewer rows are read.
+            let most = nsa_core::index::decode_rows(&config, t + 1);
+            let full = (t + 1) % config.select_block() == 0 || t < config.select_count() * config.select_block();
+            assert!(if full { step.rows_read == most } else { step.rows_read < most }, "token {t}: {}", step.rows_read);
+            if t < 53 {
+                prefilled.append(&Exact, &token(t)).unwrap();
+            } else {
+                assert_eq!(prefilled.step(&Exact, &token(t)).unwrap(), step, "token {t} after a prefill");
+            }
         }
         let blocks = nsa_core::index::num_blocks(&config, tokens);
         assert_eq!(cache.rows(), (tokens, blocks, config.compress_block(), config.window()));
@@ -137,6 +184,7 @@ fn ties_go_to_the_lower_block_and_forced_blocks_come_first() {
     // n = 4: block 0 and the last two are forced, one place is left.
     assert_eq!(select::choose(&config, &[0.0, 0.5, 0.9, 0.9, 0.1, 0.0, 0.0]), [0, 2, 5, 6]);
     assert_eq!(select::choose(&config, &[0.0; 7]), [0, 1, 5, 6]);
+    assert_eq!(select::choose(&config, &[0.0, -0.0, 0.0, 0.0, 0.0, 0.0, 0.0]), [0, 1, 5, 6]);
     assert_eq!(select::choose(&config, &[0.3, 0.1]), [0, 1, -1, -1]);
     assert_eq!(select::choose(&config, &[0.3, 0.1, 7.0, 0.0, 0.0]), [0, 2, 3, 4]);
 }
@@ -166,15 +214,15 @@ fn rounding_is_small_and_there() {
         assert!(worst <= bound, "{dtype}: {worst}");
         assert_eq!(worst > 0.0, bound > 0.0, "{dtype}");
     }
-}
-
-#[test]
-fn shape_errors_name_the_argument() {
-    let config = config(4, 2).build().unwrap();
-    let mut inputs = Random::new(6).inputs(&config, 10, true);
-    inputs.v_win = Tensor::zeros(&[10, 2, 4]);
-    let error = forward(&Exact, &config, &packing(&[10]), &inputs).unwrap_err().to_string();
-    assert_eq!(error, "win: `v` has shape [10, 2, 4], expected [10, 2, 3]");
+    let rounding = Rounded::wide(DType::Bf16);
+    let outputs = forward(&rounding, &config, &packing(&[40]), &inputs).unwrap();
+    assert_eq!(outputs.o, quantize(&outputs.o, DType::Bf16));
+    // Gradients stay in the accumulator.
+    let grads = backward(&rounding, &config, &packing(&[40]), &inputs, &outputs, &outputs.o).unwrap();
+    for grad in [&grads.dq, &grads.dk_slc, &grads.d_gates, &grads.d_cmp.as_ref().unwrap()[0].dx] {
+        assert_eq!(*grad, quantize(grad, DType::F32));
+        assert_ne!(*grad, quantize(grad, DType::Bf16));
+    }
 }
 
 #[test]
