@@ -370,7 +370,7 @@ pub struct Pages<'a, T> {
 
 impl<T> Pages<'_, T> {
     /// Checks that rows have shape `row_shape` and that whole pages hold all of them.
-    fn check(&self, op: &'static str, arg: &str, row_shape: [usize; 2]) -> Result<()> {
+    pub(crate) fn check(&self, op: &'static str, arg: &str, row_shape: [usize; 2]) -> Result<()> {
         let [heads, dim] = row_shape;
         ShapeError::check(op, arg, &[self.len, heads, dim], &[self.len, self.row_shape[0], self.row_shape[1]])?;
         let capacity = self.pages.len().saturating_mul(self.page_rows);

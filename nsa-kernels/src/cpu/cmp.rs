@@ -52,7 +52,7 @@ pub(crate) fn forward<T: Element>(cpu: &Cpu, args: Forward<'_, T>) -> Result<()>
             if let Some(lists) = &mut lists {
                 selector.select(&scores, cpu.pool(), &mut select, g, lists);
             }
-            scores.attend(&seqs[tile.seq].v, g, o, lse);
+            scores.attend(&seqs[tile.seq].v, g, g, o, lse);
         }
     });
     Ok(())
@@ -65,7 +65,7 @@ struct SeqBlocks<'a, T> {
 }
 
 /// The softmax of a tile of queries over all blocks that they see: row i belongs to query i / R.
-struct Scores<'p, A: Real> {
+pub(crate) struct Scores<'p, A: Real> {
     pool: &'p Pool,
     config: &'p NsaConfig,
     heads: Heads<A>,
@@ -83,7 +83,7 @@ struct Scores<'p, A: Real> {
 }
 
 impl<'p, A: Real> Scores<'p, A> {
-    fn new(pool: &'p Pool, config: &'p NsaConfig, tile: &'p QueryTile) -> Self {
+    pub(crate) fn new(pool: &'p Pool, config: &'p NsaConfig, tile: &'p QueryTile) -> Self {
         let rows = tile.rows.len() * config.group_size();
         let lanes = rows.next_multiple_of(LANES);
         let blocks = index::visible_blocks(config, tile.position + tile.rows.len() - 1);
@@ -111,7 +111,7 @@ impl<'p, A: Real> Scores<'p, A> {
     }
 
     /// Computes weights, maxima and sums of KV head `g`.
-    fn weigh<T: Element<Acc = A>>(&mut self, q: &View<'_, T, 3>, k: &SeqRows<'_, T>, g: usize) {
+    pub(crate) fn weigh<T: Element<Acc = A>>(&mut self, q: &View<'_, T, 3>, k: &SeqRows<'_, T>, g: usize) {
         let Heads { group_size, dim_qk, scale, .. } = self.heads;
         let mut gathered = self.pool.take(self.rows * dim_qk);
         let mut panels = self.pool.take(self.rows.next_multiple_of(LANES) * dim_qk);
@@ -146,8 +146,16 @@ impl<'p, A: Real> Scores<'p, A> {
         }
     }
 
-    /// Writes output and lse of KV head `g`: o `[queries, Hq, Dv]`, lse `[queries, Hq]`.
-    fn attend<T: Element<Acc = A>>(&self, v: &SeqRows<'_, T>, g: usize, o: &mut [T], lse: &mut [A]) {
+    /// Attends with KV head `g` and writes output and lse as KV head `place` of o `[queries, Hq, Dv]` and lse
+    /// `[queries, Hq]`. (Of a single query's, the part of one KV head is place 0 of itself.)
+    pub(crate) fn attend<T: Element<Acc = A>>(
+        &self,
+        v: &SeqRows<'_, T>,
+        g: usize,
+        place: usize,
+        o: &mut [T],
+        lse: &mut [A],
+    ) {
         let dim_v = self.heads.dim_v;
         let mut buffer = self.pool.take(KEYS * dim_v);
         let mut sums = self.pool.zeroed(self.rows * dim_v);
@@ -165,7 +173,7 @@ impl<'p, A: Real> Scores<'p, A> {
                 tile::product([rows, dim_v], weights, values, target, |i| spans[i].clone());
             }
         }
-        self.heads.store(&mut sums, (&self.max, &self.sum), g, o, lse);
+        self.heads.store(&mut sums, (&self.max, &self.sum), place, o, lse);
     }
 
     /// Adds up the probabilities of query `i` over the heads, in their order: importance P of the blocks that it sees.
@@ -187,7 +195,7 @@ impl<'p, A: Real> Scores<'p, A> {
 }
 
 /// From importance to selected blocks.
-struct Selector<A> {
+pub(crate) struct Selector<A> {
     /// Compression strides in a selection block.
     chunks: usize,
     /// Weights of the compression blocks that touch a selection block, from the first.
@@ -195,7 +203,7 @@ struct Selector<A> {
 }
 
 impl<A: Real> Selector<A> {
-    fn new(config: &NsaConfig) -> Self {
+    pub(crate) fn new(config: &NsaConfig) -> Self {
         let chunks = config.select_block() / config.compress_stride();
         let span = config.compress_block() / config.compress_stride();
         // Weights are the same for all selection blocks; at block `span` none is cut off.
@@ -204,8 +212,15 @@ impl<A: Real> Selector<A> {
         Self { chunks, weights }
     }
 
-    /// Writes the blocks selected by the queries of a tile, `[queries, G, n]`, for KV head `g`.
-    fn select(&self, scores: &Scores<'_, A>, pool: &Pool, scratch: &mut SelectScratch<A>, g: usize, lists: &mut [i32]) {
+    /// Writes the blocks selected by the queries of a tile as KV head `place` of `[queries, G, n]`.
+    pub(crate) fn select(
+        &self,
+        scores: &Scores<'_, A>,
+        pool: &Pool,
+        scratch: &mut SelectScratch<A>,
+        place: usize,
+        lists: &mut [i32],
+    ) {
         let config = scores.config;
         let (groups, count) = (config.num_kv_heads(), config.select_count());
         // Blocks before the first have no importance.
@@ -222,7 +237,7 @@ impl<A: Real> Selector<A> {
                 // NaN has no order.
                 *mapped = if score.is_nan() { A::zero() } else { score };
             }
-            select_blocks(config, t, &mapped, scratch, &mut lists[(i * groups + g) * count..][..count]);
+            select_blocks(config, t, &mapped, scratch, &mut lists[(i * groups + place) * count..][..count]);
         }
     }
 }

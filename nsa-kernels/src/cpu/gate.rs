@@ -12,14 +12,18 @@ pub(crate) fn forward<T: Element>(args: Forward<'_, T>) -> Result<()> {
     let [_, heads, dim] = args.o.shape();
     for_rows(args.o.into_host()?.into_data(), heads * dim, |t, o| {
         for (h, o) in o.chunks_exact_mut(dim).enumerate() {
-            let g = gates.row(t, h);
-            let g = [g[0].to_acc(), g[1].to_acc(), g[2].to_acc()];
-            for (((o, cmp), slc), win) in o.iter_mut().zip(cmp.row(t, h)).zip(slc.row(t, h)).zip(win.row(t, h)) {
-                *o = T::from_acc(g[0] * cmp.to_acc() + g[1] * slc.to_acc() + g[2] * win.to_acc());
-            }
+            add(gates.row(t, h), [cmp.row(t, h), slc.row(t, h), win.row(t, h)], o);
         }
     });
     Ok(())
+}
+
+/// o = Σ_c g^c·o^c for one query and head.
+pub(crate) fn add<T: Element>(gates: &[T], [cmp, slc, win]: [&[T]; 3], o: &mut [T]) {
+    let g = [gates[0].to_acc(), gates[1].to_acc(), gates[2].to_acc()];
+    for (((o, cmp), slc), win) in o.iter_mut().zip(cmp).zip(slc).zip(win) {
+        *o = T::from_acc(g[0] * cmp.to_acc() + g[1] * slc.to_acc() + g[2] * win.to_acc());
+    }
 }
 
 pub(crate) fn backward<T: Element>(args: Backward<'_, T>) -> Result<()> {

@@ -6,6 +6,7 @@ pub(crate) mod layer;
 
 pub(crate) mod cmp;
 pub(crate) mod compress;
+pub(crate) mod decode;
 pub(crate) mod dense;
 pub(crate) mod gate;
 pub(crate) mod slc;

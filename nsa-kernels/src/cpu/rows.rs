@@ -31,6 +31,16 @@ pub(crate) struct Tile<'a, A> {
 }
 
 impl<'a, T: Element> SeqRows<'a, T> {
+    /// The rows of a page table.
+    pub(crate) fn paged(pages: &'a Pages<'a, T>) -> Self {
+        Self { source: Source::Paged(pages), len: pages.len }
+    }
+
+    /// All rows of a tensor.
+    pub(crate) fn whole(view: View<'a, T, 3>) -> Self {
+        Self { source: Source::Packed { view, start: 0 }, len: view.shape()[0] }
+    }
+
     /// Number of rows.
     pub(crate) fn len(&self) -> usize {
         self.len
@@ -79,9 +89,7 @@ impl<'a, T: Element> SeqRows<'a, T> {
 pub(crate) fn host_rows<'a, T: Element>(rows: &Rows<'a, T>) -> Result<Vec<SeqRows<'a, T>>> {
     match *rows {
         Rows::Packed { tensor, offsets } => packed_rows(tensor, offsets),
-        Rows::Paged(tables) => {
-            Ok(tables.iter().map(|pages| SeqRows { source: Source::Paged(pages), len: pages.len }).collect())
-        }
+        Rows::Paged(tables) => Ok(tables.iter().map(SeqRows::paged).collect()),
     }
 }
 

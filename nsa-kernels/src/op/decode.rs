@@ -1,7 +1,7 @@
 //! One decoding step for a batch of sequences, from their caches (SPEC 4).
 
-use crate::{Backend, Pages, Result, Tensor, TensorMut};
-use nsa_core::{Element, NsaConfig};
+use crate::{Backend, Error, Pages, Result, Tensor, TensorMut, cpu};
+use nsa_core::{Element, NsaConfig, ShapeError, index};
 
 /// The caches of one sequence for one layer, the current token's keys and values already in them.
 #[derive(Debug)]
@@ -16,7 +16,7 @@ pub struct Cache<'a, T> {
     pub k_slc: Pages<'a, T>,
     /// v^slc of all tokens, `[context, G, Dv]`.
     pub v_slc: Pages<'a, T>,
-    /// Ring of k^win `[w, G, Dk]`: position s lies in row s mod w.
+    /// Ring of k^win `[w, G, Dk]`: position s lies in row s mod w. Rows that no token has come to may be missing.
     pub k_win: Tensor<'a, T, 3>,
     /// Ring of v^win `[w, G, Dv]`.
     pub v_win: Tensor<'a, T, 3>,
@@ -41,3 +41,66 @@ pub struct Step<'a, T: Element> {
 
 /// Token-rows of K and V that a step read, one entry a sequence.
 pub type RowsRead = Vec<usize>;
+
+/// Attends from the last token of each sequence to its caches: compressed branch with selection, selected branch,
+/// window and gate in one pass, o_h = Σ_c g^c_h · o^c_h.
+///
+/// Returns the token-rows of K and V read for each sequence (those of the group that reads most), at most
+/// [`index::decode_rows`].
+///
+/// **Shapes**: on the fields of [`Step`] and [`Cache`].
+///
+/// **Numerics**: those of [`nsa::forward`](super::nsa::forward): the same sums in the same order. Independent of the
+/// number of threads and of the other sequences.
+///
+/// **Source**: SPEC 4; reference twin `nsa_ref::decode`.
+///
+/// # Errors
+/// If a shape does not fit, or a cache does not hold the rows that its context asks for.
+pub fn step<T: Element>(backend: &Backend, args: Step<'_, T>) -> Result<RowsRead> {
+    let config = args.config;
+    let (seqs, heads) = (args.caches.len(), config.num_heads());
+    args.q.check(OP, "q", [seqs, heads, config.head_dim_qk()])?;
+    args.gates.check(OP, "gates", [seqs, heads, 3])?;
+    args.o.check(OP, "o", [seqs, heads, config.head_dim_v()])?;
+    args.block_indices.check(OP, "block_indices", [seqs, config.num_kv_heads(), config.select_count()])?;
+    for (s, cache) in args.caches.iter().enumerate() {
+        cache.check(config, s)?;
+    }
+    match backend {
+        Backend::Cpu(cpu) => cpu::decode::step(cpu, args),
+    }
+}
+
+const OP: &str = "decode::step";
+
+impl<T> Cache<'_, T> {
+    /// Checks that the cache of sequence `s` holds what its context asks for.
+    fn check(&self, config: &NsaConfig, s: usize) -> Result<()> {
+        if self.context == 0 || i32::try_from(self.context).is_err() {
+            return Err(Error::Value {
+                op: OP,
+                arg: "context",
+                value: format!("{} of sequence {s}", self.context),
+                rule: "must count the current token and fit an i32",
+            });
+        }
+        let (heads, blocks) = (config.num_kv_heads(), index::num_blocks(config, self.context));
+        let (keys, values) = ([heads, config.head_dim_qk()], [heads, config.head_dim_v()]);
+        for (name, pages, row_shape, rows) in [
+            ("k_cmp", &self.k_cmp, keys, blocks),
+            ("v_cmp", &self.v_cmp, values, blocks),
+            ("k_slc", &self.k_slc, keys, self.context),
+            ("v_slc", &self.v_slc, values, self.context),
+        ] {
+            let arg = format!("caches[{s}].{name}");
+            pages.check(OP, &arg, row_shape)?;
+            ShapeError::check(OP, &arg, &[rows, row_shape[0], row_shape[1]], &[pages.len, row_shape[0], row_shape[1]])?;
+        }
+        for (name, ring, [heads, dim]) in [("k_win", &self.k_win, keys), ("v_win", &self.v_win, values)] {
+            let rows = ring.shape()[0].max(config.window().min(self.context));
+            ring.check(OP, &format!("caches[{s}].{name}"), [rows, heads, dim])?;
+        }
+        Ok(())
+    }
+}
