@@ -88,24 +88,21 @@ fn draw(svg: &mut String, last_step: f64, train: &[(f64, f64)], validation: &[(f
     Ok(())
 }
 
-/// The mean over a window of a twentieth of the steps, which ends at each step.
+/// The mean around each step: over a twentieth of the steps, fewer towards both ends, so that it neither lags nor leads.
 fn moving_average(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
-    let window = (points.len() / 20).max(1);
-    let mut sum = 0.0;
-    points
-        .iter()
-        .enumerate()
-        .map(|(i, &(step, loss))| {
-            sum += loss;
-            if i >= window {
-                sum -= points[i - window].1;
-            }
-            (step, sum / window.min(i + 1) as f64)
-        })
-        .collect()
+    let mut sums = vec![0.0];
+    for &(_, loss) in points {
+        sums.push(sums[sums.len() - 1] + loss);
+    }
+    let radius = points.len() / 40;
+    let mean = |(i, &(step, _)): (usize, &(f64, f64))| {
+        let radius = radius.min(i).min(points.len() - 1 - i);
+        (step, (sums[i + radius + 1] - sums[i - radius]) / (2 * radius + 1) as f64)
+    };
+    points.iter().enumerate().map(mean).collect()
 }
 
-/// Losses to show: all of the average and of the validations, single steps as far as the first ones reach.
+/// The losses to show, with a margin.
 fn range(train: &[(f64, f64)], smooth: &[(f64, f64)], validation: &[(f64, f64)]) -> (f64, f64) {
     let losses = || train.iter().chain(smooth).chain(validation).map(|&(_, loss)| loss).filter(|loss| loss.is_finite());
     let (low, high) =
