@@ -5,7 +5,8 @@
 //! complete, so one that is there is whole.
 
 use crate::data::{Split, TextOptions};
-use crate::files::{self, hash_file, write_folder_atomic};
+use crate::files::{hash_file, write_folder_atomic};
+use crate::mapped::map;
 use crate::{Error, Result, TrainOptions};
 use bytemuck::cast_slice;
 use nsa_core::model::{ModelConfig, ParamSpec, manifest};
@@ -266,7 +267,7 @@ pub fn load(folder: &Path) -> Result<Loaded> {
 
 /// Reads the tensors of `specs` from a file, once under each prefix, into flat vectors.
 fn load_tensors(path: &Path, specs: &[ParamSpec], prefixes: &[&str], out: &mut [&mut Vec<f32>]) -> Result<()> {
-    let map = files::map(path)?;
+    let map = map(path)?;
     let file = SafeTensors::deserialize(&map).map_err(|error| Error::content(path, format!("damaged: {error}")))?;
     let mut known = HashSet::new();
     for (prefix, out) in prefixes.iter().zip(out) {

@@ -1,7 +1,6 @@
-//! Files: mapped, hashed, written whole or not at all.
+//! Files: hashed, written whole or not at all.
 
 use crate::{Error, Result};
-use memmap2::Mmap;
 use sha2::{Digest, Sha256};
 use std::fmt::Write as _;
 use std::fs::{self, File};
@@ -10,16 +9,6 @@ use std::path::{Path, PathBuf};
 
 /// Start of the names of folders and files that are not complete yet.
 pub(crate) const UNFINISHED: &str = ".unfinished-";
-
-/// Maps a file into memory.
-#[expect(unsafe_code, reason = "mapping a file is unsafe: see the comment")]
-pub(crate) fn map(path: &Path) -> Result<Mmap> {
-    let file = File::open(path).map_err(Error::read(path))?;
-    // SAFETY: the mapping is read-only and private to this process' view; the files mapped here are written under another
-    // name and renamed when complete, and no code of this crate writes to one afterwards. As with every mapping, a foreign
-    // process that truncates the file while it is mapped ends this one with a bus error, not with wrong memory accesses.
-    unsafe { Mmap::map(&file) }.map_err(Error::read(path))
-}
 
 /// SHA-256 of a file, in hexadecimal.
 pub(crate) fn hash_file(path: &Path) -> Result<String> {

@@ -28,6 +28,7 @@ pub mod data;
 pub mod error;
 pub mod eval;
 mod files;
+mod mapped;
 pub mod metrics;
 pub mod model;
 pub mod optim;

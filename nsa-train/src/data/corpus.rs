@@ -1,6 +1,7 @@
 //! Text files, tokenised once into a mapped file that remembers where documents end.
 
-use crate::files::{hash_file, hex, map, write_folder_atomic};
+use crate::files::{hash_file, hex, write_folder_atomic};
+use crate::mapped::map;
 use crate::{Error, Result};
 use memmap2::Mmap;
 use nsa_core::FileError;
