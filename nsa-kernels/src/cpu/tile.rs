@@ -10,7 +10,7 @@
 //! An element of the result is always Σ_p in the order of p from zero, then added to the target: its bits do not
 //! depend on the blocks around it.
 
-use nsa_core::Real;
+use nsa_core::{DType, Real};
 use std::ops::Range;
 
 /// Rows of queries in a panel, columns of a block of the result: two vectors of f32 with 128-bit registers.
@@ -44,6 +44,16 @@ pub(crate) enum Left<'a, A> {
     },
 }
 
+impl<'a, A: Real> Left<'a, A> {
+    /// The same under the name of the concrete type.
+    fn cast<B: Real>(self) -> Left<'a, B> {
+        match self {
+            Self::Rows { data, stride } => Left::Rows { data: bytemuck::cast_slice(data), stride },
+            Self::Columns { data, stride } => Left::Columns { data: bytemuck::cast_slice(data), stride },
+        }
+    }
+}
+
 /// The right operand `[K, N]`: element (p, j) lies at p · stride + j.
 #[derive(Clone, Copy)]
 pub(crate) struct Right<'a, A> {
@@ -51,6 +61,13 @@ pub(crate) struct Right<'a, A> {
     pub(crate) data: &'a [A],
     /// Distance between rows.
     pub(crate) stride: usize,
+}
+
+impl<'a, A: Real> Right<'a, A> {
+    /// The same under the name of the concrete type.
+    fn cast<B: Real>(self) -> Right<'a, B> {
+        Right { data: bytemuck::cast_slice(self.data), stride: self.stride }
+    }
 }
 
 /// What happens to the target.
@@ -74,13 +91,60 @@ pub(crate) struct Target<'a, A, F> {
 
 /// C[i, j] = or += Σ_p A[i, p]·B[p, j] for i < m, j < n and p in `steps(i)`. Elements of A and B outside the steps are
 /// not read.
-#[inline(always)]
+///
+/// The loops are compiled once for f32 and once for f64, here, instead of at every call of every operation.
 pub(crate) fn product<A: Real, F: Fn(usize) -> usize>(
-    [m, n]: [usize; 2],
+    size: [usize; 2],
     left: Left<'_, A>,
     right: Right<'_, A>,
     target: Target<'_, A, F>,
     steps: impl Fn(usize) -> Range<usize>,
+) {
+    let Target { data, row, store } = target;
+    if A::DTYPE == DType::F32 {
+        let target = Target { data: bytemuck::cast_slice_mut(data), row: &row as Row<'_>, store };
+        product_f32(size, left.cast(), right.cast(), target, &steps);
+    } else {
+        let target = Target { data: bytemuck::cast_slice_mut(data), row: &row as Row<'_>, store };
+        product_f64(size, left.cast(), right.cast(), target, &steps);
+    }
+}
+
+/// Start of a row of the target.
+type Row<'a> = &'a dyn Fn(usize) -> usize;
+
+/// Steps of a row.
+type Steps<'a> = &'a dyn Fn(usize) -> Range<usize>;
+
+#[inline(never)]
+fn product_f32(
+    size: [usize; 2],
+    left: Left<'_, f32>,
+    right: Right<'_, f32>,
+    target: Target<'_, f32, Row<'_>>,
+    steps: Steps<'_>,
+) {
+    product_of(size, left, right, target, steps);
+}
+
+#[inline(never)]
+fn product_f64(
+    size: [usize; 2],
+    left: Left<'_, f64>,
+    right: Right<'_, f64>,
+    target: Target<'_, f64, Row<'_>>,
+    steps: Steps<'_>,
+) {
+    product_of(size, left, right, target, steps);
+}
+
+#[inline(always)]
+fn product_of<A: Real>(
+    [m, n]: [usize; 2],
+    left: Left<'_, A>,
+    right: Right<'_, A>,
+    target: Target<'_, A, Row<'_>>,
+    steps: Steps<'_>,
 ) {
     let mut i = 0;
     while i + BLOCK <= m {
