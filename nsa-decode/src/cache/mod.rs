@@ -1,0 +1,146 @@
+//! What a sequence keeps of its past, a layer (SPEC 4).
+
+mod paged;
+mod ring;
+
+use crate::Result;
+use nsa_core::model::ModelConfig;
+use nsa_core::{NsaConfig, index};
+use nsa_kernels::Backend;
+pub(crate) use paged::Paged;
+pub(crate) use ring::Ring;
+
+/// Tokens of a page, about: pages hold a multiple of l' rows.
+const PAGE_TOKENS: usize = 256;
+/// Compression blocks of a page, about.
+const PAGE_BLOCKS: usize = 64;
+
+/// The caches of one sequence, one a layer, `len` tokens in each.
+#[derive(Clone, Debug)]
+pub(crate) struct Cache {
+    pub(crate) layers: Vec<LayerCache>,
+    pub(crate) len: usize,
+}
+
+/// The cache of one layer.
+#[derive(Clone, Debug)]
+pub(crate) enum LayerCache {
+    Nsa(Box<NsaCache>),
+    Dense(DenseCache),
+}
+
+/// Sparse attention's: rows `[G, Dk]` of keys and `[G, Dv]` of values.
+#[derive(Clone, Debug)]
+pub(crate) struct NsaCache {
+    /// k^slc of all tokens.
+    pub(crate) k_slc: Paged,
+    /// v^slc of all tokens.
+    pub(crate) v_slc: Paged,
+    /// k̃ of all complete blocks.
+    pub(crate) k_blocks: Paged,
+    /// ṽ of all complete blocks.
+    pub(crate) v_blocks: Paged,
+    /// The last l raw k^cmp.
+    pub(crate) k_cmp: Ring,
+    /// The last l raw v^cmp.
+    pub(crate) v_cmp: Ring,
+    /// The last w k^win.
+    pub(crate) k_win: Ring,
+    /// The last w v^win.
+    pub(crate) v_win: Ring,
+}
+
+/// Full attention's: keys and values of all tokens.
+#[derive(Clone, Debug)]
+pub(crate) struct DenseCache {
+    pub(crate) k: Paged,
+    pub(crate) v: Paged,
+}
+
+impl NsaCache {
+    fn new(config: &NsaConfig, undo: usize) -> Self {
+        let (keys, values) = row_shapes(config);
+        let multiple = |about: usize| config.select_block() * (about / config.select_block()).max(1);
+        let (tokens, blocks) = (multiple(PAGE_TOKENS), multiple(PAGE_BLOCKS));
+        Self {
+            k_slc: Paged::new(tokens, keys),
+            v_slc: Paged::new(tokens, values),
+            k_blocks: Paged::new(blocks, keys),
+            v_blocks: Paged::new(blocks, values),
+            k_cmp: Ring::new(config.compress_block(), undo, keys),
+            v_cmp: Ring::new(config.compress_block(), undo, values),
+            k_win: Ring::new(config.window(), undo, keys),
+            v_win: Ring::new(config.window(), undo, values),
+        }
+    }
+
+    fn rings(&mut self) -> [&mut Ring; 4] {
+        [&mut self.k_cmp, &mut self.v_cmp, &mut self.k_win, &mut self.v_win]
+    }
+}
+
+fn row_shapes(config: &NsaConfig) -> ([usize; 2], [usize; 2]) {
+    let heads = config.num_kv_heads();
+    ([heads, config.head_dim_qk()], [heads, config.head_dim_v()])
+}
+
+impl Cache {
+    /// Empty caches that can be cut back by `undo` tokens without computing anything again. `attention` gives heads and
+    /// dimensions, and block sizes if the model is sparse.
+    pub(crate) fn new(config: &ModelConfig, attention: &NsaConfig, undo: usize) -> Self {
+        let layer = match config.nsa_config() {
+            Some(nsa) => LayerCache::Nsa(Box::new(NsaCache::new(&nsa, undo))),
+            None => {
+                let (keys, values) = row_shapes(attention);
+                LayerCache::Dense(DenseCache { k: Paged::new(PAGE_TOKENS, keys), v: Paged::new(PAGE_TOKENS, values) })
+            }
+        };
+        Self { layers: vec![layer; config.num_hidden_layers()], len: 0 }
+    }
+
+    /// Bytes that the caches hold, memory shared with forks included.
+    pub(crate) fn bytes(&self) -> u64 {
+        let layer = |layer: &LayerCache| match layer {
+            LayerCache::Dense(cache) => cache.k.bytes() + cache.v.bytes(),
+            LayerCache::Nsa(cache) => {
+                let pages = [&cache.k_slc, &cache.v_slc, &cache.k_blocks, &cache.v_blocks].map(Paged::bytes);
+                let rings = [&cache.k_cmp, &cache.v_cmp, &cache.k_win, &cache.v_win].map(Ring::bytes);
+                pages.iter().chain(&rings).sum()
+            }
+        };
+        self.layers.iter().map(layer).sum()
+    }
+
+    /// Cuts the caches back to `len` tokens if they hold enough to do so; says whether they did. Pages always do, rings
+    /// within their `undo` rows.
+    pub(crate) fn rewind(&mut self, backend: &Backend, attention: &NsaConfig, len: usize) -> Result<bool> {
+        debug_assert!(len <= self.len);
+        let possible = self.layers.iter_mut().all(|layer| match layer {
+            LayerCache::Dense(_) => true,
+            LayerCache::Nsa(cache) => cache.rings().iter().all(|ring| ring.can_rewind(len)),
+        });
+        if !possible {
+            return Ok(false);
+        }
+        for layer in &mut self.layers {
+            match layer {
+                LayerCache::Dense(cache) => {
+                    cache.k.truncate(len);
+                    cache.v.truncate(len);
+                }
+                LayerCache::Nsa(cache) => {
+                    let blocks = index::num_blocks(attention, len);
+                    cache.k_slc.truncate(len);
+                    cache.v_slc.truncate(len);
+                    cache.k_blocks.truncate(blocks);
+                    cache.v_blocks.truncate(blocks);
+                    for ring in cache.rings() {
+                        ring.rewind(backend, len)?;
+                    }
+                }
+            }
+        }
+        self.len = len;
+        Ok(true)
+    }
+}

@@ -1,0 +1,117 @@
+//! Rows in pages that forks share.
+
+use crate::Result;
+use nsa_kernels::{Backend, Buffer, Pages};
+use std::ops::Range;
+use std::sync::Arc;
+
+/// Rows `[len, G, D]` in pages of `page_rows` rows. Clones share pages; a page that is shared is copied before it is
+/// written to.
+#[derive(Clone, Debug)]
+pub(crate) struct Paged {
+    pages: Vec<Arc<Buffer<f32>>>,
+    page_rows: usize,
+    row_shape: [usize; 2],
+    len: usize,
+}
+
+impl Paged {
+    pub(crate) fn new(page_rows: usize, row_shape: [usize; 2]) -> Self {
+        Self { pages: Vec::new(), page_rows, row_shape, len: 0 }
+    }
+
+    fn row_len(&self) -> usize {
+        self.row_shape[0] * self.row_shape[1]
+    }
+
+    /// Bytes of the pages, those shared with forks included.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.pages.iter().map(|page| size_of::<f32>() as u64 * page.len() as u64).sum()
+    }
+
+    /// Appends rows `rows` of `source` `[.., G, D]`.
+    pub(crate) fn push(&mut self, backend: &Backend, source: &Buffer<f32>, rows: Range<usize>) -> Result<()> {
+        let row_len = self.row_len();
+        let mut next = rows.start;
+        while next < rows.end {
+            let used = self.len % self.page_rows;
+            let count = (self.page_rows - used).min(rows.end - next);
+            let page = self.page_to_write(backend, self.len / self.page_rows, used)?;
+            page.copy_from(used * row_len, source, next * row_len..(next + count) * row_len)?;
+            self.len += count;
+            next += count;
+        }
+        Ok(())
+    }
+
+    /// Forgets the rows from `len` on.
+    pub(crate) fn truncate(&mut self, len: usize) {
+        debug_assert!(len <= self.len);
+        self.len = len;
+        self.pages.truncate(len.div_ceil(self.page_rows));
+    }
+
+    /// The page table, as operations take it.
+    pub(crate) fn table(&self) -> Pages<'_, f32> {
+        let pages = self.pages.iter().map(|page| page.mem()).collect();
+        Pages { pages, page_rows: self.page_rows, len: self.len, row_shape: self.row_shape }
+    }
+
+    /// Page `index`, of which the first `used` rows count, no longer shared with anyone.
+    fn page_to_write(&mut self, backend: &Backend, index: usize, used: usize) -> Result<&mut Buffer<f32>> {
+        let (size, row_len) = (self.page_rows * self.row_len(), self.row_len());
+        if index == self.pages.len() {
+            self.pages.push(Arc::new(backend.alloc(size)));
+        }
+        let page = &mut self.pages[index];
+        if Arc::get_mut(page).is_none() {
+            let mut copy = backend.alloc(size);
+            copy.copy_from(0, page, 0..used * row_len)?;
+            *page = Arc::new(copy);
+        }
+        Ok(Arc::get_mut(page).expect("a page just copied has one owner"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn backend() -> Backend {
+        Backend::pick(Some("cpu")).unwrap().0
+    }
+
+    fn rows(paged: &Paged) -> Vec<f32> {
+        let table = paged.table();
+        let mut data = Vec::new();
+        for page in &paged.pages {
+            let mut host = vec![0.0; page.len()];
+            page.read(&mut host).unwrap();
+            data.extend(host);
+        }
+        data.truncate(table.len * paged.row_len());
+        data
+    }
+
+    #[test]
+    fn forks_share_pages_until_they_write() {
+        let backend = backend();
+        let source = backend.upload(&(0..40).map(|x| x as f32).collect::<Vec<_>>());
+        let mut first = Paged::new(3, [2, 1]);
+        first.push(&backend, &source, 0..7).unwrap();
+        assert_eq!((first.len, first.pages.len(), first.bytes()), (7, 3, 3 * 3 * 2 * 4));
+        let mut second = first.clone();
+        second.push(&backend, &source, 10..12).unwrap();
+        first.push(&backend, &source, 7..8).unwrap();
+        assert!(Arc::ptr_eq(&first.pages[0], &second.pages[0]) && Arc::ptr_eq(&first.pages[1], &second.pages[1]));
+        assert!(!Arc::ptr_eq(&first.pages[2], &second.pages[2]));
+        assert_eq!(rows(&first), (0..16).map(|x| x as f32).collect::<Vec<_>>());
+        assert_eq!(rows(&second), (0..14).chain(20..24).map(|x| x as f32).collect::<Vec<_>>());
+        // Cut back into a shared page and written on: the other keeps its rows.
+        second.truncate(4);
+        assert_eq!(second.pages.len(), 2);
+        second.push(&backend, &source, 19..20).unwrap();
+        assert_eq!(rows(&second), (0..8).chain(38..40).map(|x| x as f32).collect::<Vec<_>>());
+        assert_eq!(rows(&first), (0..16).map(|x| x as f32).collect::<Vec<_>>());
+    }
+}

@@ -1,0 +1,92 @@
+//! The command line.
+
+mod generate;
+mod info;
+
+use anyhow::Context;
+use clap::{Parser, Subcommand};
+use nsa_decode::{Backend, Model};
+use std::path::PathBuf;
+use tracing_subscriber::EnvFilter;
+
+/// Generates text with Native Sparse Attention models.
+#[derive(Debug, Parser)]
+#[command(version)]
+pub struct Args {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Continue prompts: text to stdout as it comes, figures to stderr.
+    Generate(generate::GenerateArgs),
+    /// Print a model's configuration, parameters and cache sizes.
+    Info(info::InfoArgs),
+}
+
+/// Which model, and what runs it.
+#[derive(Debug, clap::Args)]
+struct ModelArgs {
+    /// Folder with config.json and model.safetensors, as nsa-train writes it.
+    #[arg(long, value_name = "DIR")]
+    model: PathBuf,
+    /// Backend, such as `cpu` or `cpu:portable` [default: the variable NSA_BACKEND, else the best there is].
+    #[arg(long)]
+    backend: Option<String>,
+    /// Threads to compute with [default: one a core].
+    #[arg(long, value_parser = clap::value_parser!(u16).range(1..))]
+    threads: Option<u16>,
+}
+
+impl ModelArgs {
+    fn open(&self) -> anyhow::Result<Model> {
+        if let Some(threads) = self.threads {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(usize::from(threads));
+            pool.build_global().context("cannot start the threads")?;
+        }
+        let (backend, why) = Backend::pick(self.backend.as_deref())?;
+        tracing::info!(backend = backend.name(), %why, "backend chosen");
+        Ok(Model::open(&self.model, backend)?)
+    }
+}
+
+/// Runs the command.
+pub fn run(args: Args) -> anyhow::Result<()> {
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("warn"));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false).init();
+    match args.command {
+        Command::Generate(args) => generate::run(&args),
+        Command::Info(args) => info::run(&args),
+    }
+}
+
+/// Bytes with a binary unit.
+fn bytes(count: u64) -> String {
+    const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
+    let (mut value, mut unit) = (count as f64, 0);
+    while value >= 1024.0 && unit + 1 < UNITS.len() {
+        value /= 1024.0;
+        unit += 1;
+    }
+    match unit {
+        0 => format!("{count} B"),
+        _ => format!("{value:.2} {}", UNITS[unit]),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn arguments_are_consistent() {
+        Args::command().debug_assert();
+    }
+
+    #[test]
+    fn bytes_have_units() {
+        assert_eq!([bytes(0), bytes(1023), bytes(1536), bytes(5 << 30)], ["0 B", "1023 B", "1.50 KiB", "5.00 GiB"]);
+    }
+}

@@ -1,0 +1,355 @@
+//! The attention half of a layer: projections, caches, operator.
+
+use super::forward::{Pass, Run};
+use super::layers::{Compress, Layer, NsaWeights, norm, project};
+use super::workspace::{Workspace, fit};
+use crate::Result;
+use crate::cache::{DenseCache, LayerCache, NsaCache, Paged, Ring};
+use crate::weights::{F32Weight, Weight};
+use nsa_core::{CuSeqlens, Packing, index};
+use nsa_kernels::layer::{rope, sigmoid};
+use nsa_kernels::op;
+use nsa_kernels::{Buffer, Pages, Rows};
+
+/// Makes room for what depends on the number of new tokens alone.
+pub(super) fn prepare(pass: &Pass<'_>, ws: &mut Workspace) {
+    let (config, backend, n) = (&pass.model.attention, &pass.model.backend, pass.rows());
+    let (heads, kv_heads) = (config.num_heads(), config.num_kv_heads());
+    let (dim_k, dim_v) = (config.head_dim_qk(), config.head_dim_v());
+    for buffer in [&mut ws.raw, &mut ws.q] {
+        fit(backend, buffer, n * heads * dim_k);
+    }
+    let outputs = [&mut ws.o, &mut ws.o_cmp, &mut ws.o_slc, &mut ws.o_win];
+    let sums = [&mut ws.lse_cmp, &mut ws.lse_slc, &mut ws.lse_win];
+    let keys = [&mut ws.k_slc, &mut ws.k_cmp, &mut ws.k_win];
+    let values = [&mut ws.v_slc, &mut ws.v_cmp, &mut ws.v_win];
+    // Dense attention has one of each branch's; sparse attention saves its branches' outputs, but not in a step.
+    let sparse = pass.model.config.nsa_config().is_some();
+    let branches = if sparse { 3 } else { 1 };
+    let saved = if sparse && !pass.is_step { 3 } else { 0 };
+    outputs.into_iter().take(1 + saved).for_each(|buffer| fit(backend, buffer, n * heads * dim_v));
+    sums.into_iter().for_each(|buffer| fit(backend, buffer, n * heads));
+    keys.into_iter().take(branches).for_each(|buffer| fit(backend, buffer, n * kv_heads * dim_k));
+    values.into_iter().take(branches).for_each(|buffer| fit(backend, buffer, n * kv_heads * dim_v));
+    if sparse {
+        fit(backend, &mut ws.gate_logits, n * 3 * heads);
+        fit(backend, &mut ws.gates, n * 3 * heads);
+        fit(backend, &mut ws.indices, n * kv_heads * config.select_count());
+    }
+}
+
+/// q of the layer's input, normed and rotated.
+pub(super) fn queries(pass: &Pass<'_>, ws: &mut Workspace, layer: &Layer) -> Result<()> {
+    let target = Rotated { h: &ws.h, raw: &mut ws.raw, positions: &ws.positions, out: &mut ws.q };
+    target.project(pass, &layer.q, layer.q_norm.as_ref(), pass.model.attention.num_heads())
+}
+
+/// Where a projection that is normed and rotated comes from and goes to.
+struct Rotated<'a> {
+    h: &'a Buffer<f32>,
+    raw: &'a mut Buffer<f32>,
+    positions: &'a Buffer<i32>,
+    out: &'a mut Buffer<f32>,
+}
+
+impl Rotated<'_> {
+    fn project(self, pass: &Pass<'_>, weight: &Weight, norm_weight: Option<&F32Weight>, heads: usize) -> Result<()> {
+        let (backend, n) = (&pass.model.backend, pass.rows());
+        let shape = [n, weight.shape()[0]];
+        let h = self.h.tensor([n, weight.shape()[1]])?;
+        match norm_weight {
+            None => project(backend, h, weight, self.out.tensor_mut(shape)?, false)?,
+            Some(norm_weight) => {
+                project(backend, h, weight, self.raw.tensor_mut(shape)?, false)?;
+                norm(backend, self.raw, norm_weight, pass.eps(), n * heads, self.out)?;
+            }
+        }
+        rotate(pass, self.positions, self.out, [n, heads])
+    }
+}
+
+/// Rotates `[rows, heads, Dk]` in place.
+fn rotate(pass: &Pass<'_>, positions: &Buffer<i32>, x: &mut Buffer<f32>, [rows, heads]: [usize; 2]) -> Result<()> {
+    let cache = &pass.model.rope;
+    let x = x.tensor_mut([rows, heads, cache.head_dim()])?;
+    let args = rope::RotateInPlace { cache, positions: positions.tensor([rows])?, x };
+    Ok(rope::forward_in_place(&pass.model.backend, args)?)
+}
+
+/// A projection that stays as it is.
+fn plain(pass: &Pass<'_>, h: &Buffer<f32>, weight: &Weight, out: &mut Buffer<f32>) -> Result<()> {
+    let (rows, outputs, inputs) = (pass.rows(), weight.shape()[0], weight.shape()[1]);
+    project(&pass.model.backend, h.tensor([rows, inputs])?, weight, out.tensor_mut([rows, outputs])?, false)
+}
+
+/// Full attention. Returns the token-rows that each sequence read.
+pub(super) fn dense(
+    pass: &Pass<'_>,
+    ws: &mut Workspace,
+    (k, v, k_norm): (&Weight, &Weight, Option<&F32Weight>),
+    runs: &mut [Run<'_>],
+    layer: usize,
+) -> Result<Vec<usize>> {
+    let (config, backend, n) = (&pass.model.attention, &pass.model.backend, pass.rows());
+    let target = Rotated { h: &ws.h, raw: &mut ws.raw, positions: &ws.positions, out: &mut ws.k_slc };
+    target.project(pass, k, k_norm, config.num_kv_heads())?;
+    plain(pass, &ws.h, v, &mut ws.v_slc)?;
+    for (run, seq) in runs.iter_mut().zip(pass.packing.seqs()) {
+        let cache = dense_cache(run, layer);
+        cache.k.push(backend, &ws.k_slc, seq.rows.clone())?;
+        cache.v.push(backend, &ws.v_slc, seq.rows)?;
+    }
+    let (keys, values): (Vec<_>, Vec<_>) = runs
+        .iter_mut()
+        .map(|run| {
+            let cache = dense_cache(run, layer);
+            (cache.k.table(), cache.v.table())
+        })
+        .unzip();
+    let args = op::dense::Forward {
+        config,
+        packing: &pass.packing,
+        q: ws.q.tensor([n, config.num_heads(), config.head_dim_qk()])?,
+        k: Rows::Paged(&keys),
+        v: Rows::Paged(&values),
+        o: ws.o.tensor_mut([n, config.num_heads(), config.head_dim_v()])?,
+        lse: ws.lse_slc.tensor_mut([n, config.num_heads()])?,
+    };
+    op::dense::forward(backend, args)?;
+    Ok(pass.packing.seqs().map(|seq| seq.end()).collect())
+}
+
+/// Sparse attention. Returns the token-rows that each sequence read, when the pass is a decoding step.
+pub(super) fn nsa(
+    pass: &Pass<'_>,
+    ws: &mut Workspace,
+    weights: &NsaWeights,
+    runs: &mut [Run<'_>],
+    layer: usize,
+) -> Result<Vec<usize>> {
+    let backend = &pass.model.backend;
+    project_branches(pass, ws, weights)?;
+    compress_new_blocks(pass, ws, weights, runs, layer)?;
+    for (run, seq) in runs.iter_mut().zip(pass.packing.seqs()) {
+        let cache = nsa_cache(run, layer);
+        cache.k_slc.push(backend, &ws.k_slc, seq.rows.clone())?;
+        cache.v_slc.push(backend, &ws.v_slc, seq.rows.clone())?;
+        cache.k_cmp.push(backend, &ws.k_cmp, seq.rows.clone())?;
+        cache.v_cmp.push(backend, &ws.v_cmp, seq.rows)?;
+    }
+    let reach = match pass.is_step {
+        true => None,
+        false => Some(gather_reach(pass, ws, runs, layer)?),
+    };
+    for (run, seq) in runs.iter_mut().zip(pass.packing.seqs()) {
+        let cache = nsa_cache(run, layer);
+        cache.k_win.push(backend, &ws.k_win, seq.rows.clone())?;
+        cache.v_win.push(backend, &ws.v_win, seq.rows)?;
+    }
+    match reach {
+        None => step(pass, ws, runs, layer),
+        Some(reach) => chunk(pass, ws, runs, layer, &reach).map(|()| Vec::new()),
+    }
+}
+
+/// Keys and values of all branches, and the gates.
+fn project_branches(pass: &Pass<'_>, ws: &mut Workspace, weights: &NsaWeights) -> Result<()> {
+    let (config, n) = (&pass.model.attention, pass.rows());
+    let [_, slc_norm, win_norm] = match &weights.k_norm {
+        None => [None; 3],
+        Some(norms) => norms.each_ref().map(Some),
+    };
+    let kv_heads = config.num_kv_heads();
+    plain(pass, &ws.h, &weights.k[0], &mut ws.k_cmp)?;
+    let target = Rotated { h: &ws.h, raw: &mut ws.raw, positions: &ws.positions, out: &mut ws.k_slc };
+    target.project(pass, &weights.k[1], slc_norm, kv_heads)?;
+    let target = Rotated { h: &ws.h, raw: &mut ws.raw, positions: &ws.positions, out: &mut ws.k_win };
+    target.project(pass, &weights.k[2], win_norm, kv_heads)?;
+    for (weight, out) in weights.v.iter().zip([&mut ws.v_cmp, &mut ws.v_slc, &mut ws.v_win]) {
+        plain(pass, &ws.h, weight, out)?;
+    }
+    pass.project_biased(ws, &weights.gate, &weights.gate_bias)?;
+    let shape = [n, 3 * config.num_heads()];
+    let args = sigmoid::Forward { x: ws.gate_logits.tensor(shape)?, y: ws.gates.tensor_mut(shape)? };
+    Ok(sigmoid::forward(&pass.model.backend, args)?)
+}
+
+/// Appends the compression blocks that the new tokens complete. Raw tokens are those of the ring, from the first
+/// incomplete block's start on, and the new ones.
+fn compress_new_blocks(
+    pass: &Pass<'_>,
+    ws: &mut Workspace,
+    weights: &NsaWeights,
+    runs: &mut [Run<'_>],
+    layer: usize,
+) -> Result<()> {
+    let (config, backend) = (&pass.model.attention, &pass.model.backend);
+    let (keys, values) = (config.num_kv_heads() * config.head_dim_qk(), config.num_kv_heads() * config.head_dim_v());
+    let (mut lengths, mut positions, mut owners) = (Vec::new(), Vec::<i32>::new(), Vec::new());
+    for (s, seq) in pass.packing.seqs().enumerate() {
+        let (before, after) = (index::num_blocks(config, seq.context), index::num_blocks(config, seq.end()));
+        if before < after {
+            let start = before * config.compress_stride();
+            owners.push((s, start, positions.len()..positions.len() + after - before));
+            lengths.push(seq.end() - start);
+            positions.extend((before..after).map(|i| (i * config.compress_stride()) as i32));
+        }
+    }
+    if lengths.is_empty() {
+        return Ok(());
+    }
+    let (rows, blocks) = (lengths.iter().sum::<usize>(), positions.len());
+    fit(backend, &mut ws.tail_k, rows * keys);
+    fit(backend, &mut ws.tail_v, rows * values);
+    fit(backend, &mut ws.raw_blocks, blocks * keys);
+    fit(backend, &mut ws.k_blocks, blocks * keys);
+    fit(backend, &mut ws.v_blocks, blocks * values);
+    fit(backend, &mut ws.block_positions, blocks);
+    ws.block_positions.write(&positions)?;
+    let mut at = 0;
+    for ((s, start, _), length) in owners.iter().zip(&lengths) {
+        let (cache, seq) = (nsa_cache(&mut runs[*s], layer), pass.packing.seq(*s));
+        gather((&cache.k_cmp, *start..seq.context), (&ws.k_cmp, seq.rows.clone()), (&mut ws.tail_k, at), keys)?;
+        gather((&cache.v_cmp, *start..seq.context), (&ws.v_cmp, seq.rows), (&mut ws.tail_v, at), values)?;
+        at += length;
+    }
+    let packing = Packing::new(CuSeqlens::from_lengths(lengths)?);
+    let normed = weights.k_norm.as_ref().map(|norms| &norms[0]);
+    let k_target = if normed.is_some() { &mut ws.raw_blocks } else { &mut ws.k_blocks };
+    compress(pass, &packing, &weights.compress_k, &ws.tail_k, k_target, config.head_dim_qk())?;
+    compress(pass, &packing, &weights.compress_v, &ws.tail_v, &mut ws.v_blocks, config.head_dim_v())?;
+    if let Some(weight) = normed {
+        norm(backend, &ws.raw_blocks, weight, pass.eps(), blocks * config.num_kv_heads(), &mut ws.k_blocks)?;
+    }
+    rotate(pass, &ws.block_positions, &mut ws.k_blocks, [blocks, config.num_kv_heads()])?;
+    for (s, _, rows) in owners {
+        let cache = nsa_cache(&mut runs[s], layer);
+        cache.k_blocks.push(backend, &ws.k_blocks, rows.clone())?;
+        cache.v_blocks.push(backend, &ws.v_blocks, rows)?;
+    }
+    Ok(())
+}
+
+/// φ of the sequences of `packing`.
+fn compress(
+    pass: &Pass<'_>,
+    packing: &Packing,
+    weights: &Compress,
+    x: &Buffer<f32>,
+    blocks: &mut Buffer<f32>,
+    dim: usize,
+) -> Result<()> {
+    let config = &pass.model.attention;
+    let (kv_heads, count) = (config.num_kv_heads(), packing.cu_blocks(config)?.total());
+    let args = op::compress::Forward {
+        config,
+        packing,
+        x: x.tensor([packing.num_tokens(), kv_heads, dim])?,
+        position: weights.position()?,
+        phi: weights.phi()?,
+        blocks: blocks.tensor_mut([count, kv_heads, dim])?,
+    };
+    Ok(op::compress::forward(&pass.model.backend, args)?)
+}
+
+/// Rows of a ring, then new ones, to row `at` of a buffer on.
+fn gather(
+    (ring, positions): (&Ring, std::ops::Range<usize>),
+    (new, rows): (&Buffer<f32>, std::ops::Range<usize>),
+    (target, at): (&mut Buffer<f32>, usize),
+    row_len: usize,
+) -> Result<()> {
+    let after = at + positions.len();
+    ring.read(positions, target, at)?;
+    Ok(target.copy_from(after * row_len, new, rows.start * row_len..rows.end * row_len)?)
+}
+
+/// Lays out the window branch's rows: what the first new query of each sequence reaches back to, then the new ones.
+fn gather_reach(pass: &Pass<'_>, ws: &mut Workspace, runs: &mut [Run<'_>], layer: usize) -> Result<CuSeqlens> {
+    let (config, backend) = (&pass.model.attention, &pass.model.backend);
+    let (keys, values) = (config.num_kv_heads() * config.head_dim_qk(), config.num_kv_heads() * config.head_dim_v());
+    let back = |context: usize| context - (config.window() - 1).min(context);
+    let offsets = CuSeqlens::from_lengths(pass.packing.seqs().map(|seq| seq.end() - back(seq.context)))?;
+    fit(backend, &mut ws.reach_k, offsets.total() * keys);
+    fit(backend, &mut ws.reach_v, offsets.total() * values);
+    for (s, (run, seq)) in runs.iter_mut().zip(pass.packing.seqs()).enumerate() {
+        let (cache, at) = (nsa_cache(run, layer), offsets.range(s).start);
+        let reach = back(seq.context)..seq.context;
+        gather((&cache.k_win, reach.clone()), (&ws.k_win, seq.rows.clone()), (&mut ws.reach_k, at), keys)?;
+        gather((&cache.v_win, reach), (&ws.v_win, seq.rows), (&mut ws.reach_v, at), values)?;
+    }
+    Ok(offsets)
+}
+
+/// The operator on chunks of any size.
+fn chunk(pass: &Pass<'_>, ws: &mut Workspace, runs: &mut [Run<'_>], layer: usize, reach: &CuSeqlens) -> Result<()> {
+    let (config, n) = (&pass.model.attention, pass.rows());
+    let (heads, kv_heads) = (config.num_heads(), config.num_kv_heads());
+    let (dim_k, dim_v) = (config.head_dim_qk(), config.head_dim_v());
+    let caches: Vec<&NsaCache> = runs.iter_mut().map(|run| &*nsa_cache(run, layer)).collect();
+    let tables = |pages: fn(&NsaCache) -> &Paged| -> Vec<Pages<'_, f32>> {
+        caches.iter().map(|cache| pages(cache).table()).collect()
+    };
+    let (k_blocks, v_blocks) = (tables(|cache| &cache.k_blocks), tables(|cache| &cache.v_blocks));
+    let (k_slc, v_slc) = (tables(|cache| &cache.k_slc), tables(|cache| &cache.v_slc));
+    let k_win = Rows::packed(ws.reach_k.tensor([reach.total(), kv_heads, dim_k])?, reach);
+    let v_win = Rows::packed(ws.reach_v.tensor([reach.total(), kv_heads, dim_v])?, reach);
+    let (outputs, sums) = ([n, heads, dim_v], [n, heads]);
+    let args = op::nsa::Forward {
+        config,
+        packing: &pass.packing,
+        q: ws.q.tensor([n, heads, dim_k])?,
+        k: [Rows::Paged(&k_blocks), Rows::Paged(&k_slc), k_win],
+        v: [Rows::Paged(&v_blocks), Rows::Paged(&v_slc), v_win],
+        gates: ws.gates.tensor([n, heads, 3])?,
+        selection: op::nsa::Selection::Compute(ws.indices.tensor_mut([n, kv_heads, config.select_count()])?),
+        saved: op::nsa::Saved {
+            o: [ws.o_cmp.tensor_mut(outputs)?, ws.o_slc.tensor_mut(outputs)?, ws.o_win.tensor_mut(outputs)?],
+            lse: [ws.lse_cmp.tensor_mut(sums)?, ws.lse_slc.tensor_mut(sums)?, ws.lse_win.tensor_mut(sums)?],
+        },
+        o: ws.o.tensor_mut(outputs)?,
+    };
+    Ok(op::nsa::forward(&pass.model.backend, args)?)
+}
+
+/// The operator's decoding step.
+fn step(pass: &Pass<'_>, ws: &mut Workspace, runs: &mut [Run<'_>], layer: usize) -> Result<Vec<usize>> {
+    let (config, n) = (&pass.model.attention, pass.rows());
+    let (heads, kv_heads) = (config.num_heads(), config.num_kv_heads());
+    let mut caches = Vec::with_capacity(runs.len());
+    for (run, seq) in runs.iter_mut().zip(pass.packing.seqs()) {
+        let cache = nsa_cache(run, layer);
+        caches.push(op::decode::Cache {
+            context: seq.end(),
+            k_cmp: cache.k_blocks.table(),
+            v_cmp: cache.v_blocks.table(),
+            k_slc: cache.k_slc.table(),
+            v_slc: cache.v_slc.table(),
+            k_win: cache.k_win.tensor()?,
+            v_win: cache.v_win.tensor()?,
+        });
+    }
+    let args = op::decode::Step {
+        config,
+        caches: &caches,
+        q: ws.q.tensor([n, heads, config.head_dim_qk()])?,
+        gates: ws.gates.tensor([n, heads, 3])?,
+        o: ws.o.tensor_mut([n, heads, config.head_dim_v()])?,
+        block_indices: ws.indices.tensor_mut([n, kv_heads, config.select_count()])?,
+    };
+    Ok(op::decode::step(&pass.model.backend, args)?)
+}
+
+fn nsa_cache<'a>(run: &'a mut Run<'_>, layer: usize) -> &'a mut NsaCache {
+    match &mut run.cache.layers[layer] {
+        LayerCache::Nsa(cache) => cache,
+        LayerCache::Dense(_) => unreachable!("caches are made for the model's kind of attention"),
+    }
+}
+
+fn dense_cache<'a>(run: &'a mut Run<'_>, layer: usize) -> &'a mut DenseCache {
+    match &mut run.cache.layers[layer] {
+        LayerCache::Dense(cache) => cache,
+        LayerCache::Nsa(_) => unreachable!("caches are made for the model's kind of attention"),
+    }
+}

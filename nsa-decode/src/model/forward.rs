@@ -1,0 +1,170 @@
+//! The forward pass: new tokens of several sequences, each after what its caches hold.
+
+use super::layers::{AttentionWeights, Layer, embed, norm, project};
+use super::workspace::{Workspace, fit};
+use super::{Inner, attention};
+use crate::Result;
+use crate::cache::Cache;
+use nsa_core::{CuSeqlens, Packing};
+use nsa_kernels::layer::{linear, swiglu};
+
+/// One sequence of a pass.
+#[derive(Debug)]
+pub(crate) struct Run<'a> {
+    /// Its caches; as long as the tokens before `tokens`.
+    pub(crate) cache: &'a mut Cache,
+    /// New tokens, at least one.
+    pub(crate) tokens: &'a [u32],
+}
+
+/// Which logits a pass returns.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Wanted {
+    /// None: the tokens only go to the caches.
+    None,
+    /// Those of the last token of each sequence, `[S, V]`.
+    Last,
+    /// Those of every token, `[N, V]`.
+    All,
+}
+
+/// What all layers of a pass share.
+pub(super) struct Pass<'a> {
+    pub(super) model: &'a Inner,
+    pub(super) packing: Packing,
+    /// Every sequence has one new token.
+    pub(super) is_step: bool,
+}
+
+impl Pass<'_> {
+    /// N.
+    pub(super) fn rows(&self) -> usize {
+        self.packing.num_tokens()
+    }
+
+    pub(super) fn eps(&self) -> f64 {
+        self.model.config.rms_norm_eps()
+    }
+}
+
+impl Inner {
+    /// Runs the new tokens of each sequence and appends them to its caches; writes the logits wanted to `logits`. Returns
+    /// the token-rows of keys and values that each sequence's attention read in one layer, when the pass was a decoding
+    /// step.
+    ///
+    /// After an error the caches are in pieces: the caller must drop them.
+    pub(crate) fn forward(&self, runs: &mut [Run<'_>], wanted: Wanted, logits: &mut Vec<f32>) -> Result<Vec<usize>> {
+        let offsets = CuSeqlens::from_lengths(runs.iter().map(|run| run.tokens.len()))?;
+        let packing = Packing::with_contexts(offsets, runs.iter().map(|run| run.cache.len).collect())?;
+        let is_step = runs.iter().all(|run| run.tokens.len() == 1);
+        let pass = Pass { model: self, packing, is_step };
+        self.with_workspace(|ws| {
+            pass.prepare(ws, runs)?;
+            let mut rows_read = Vec::new();
+            for (index, layer) in self.layers.iter().enumerate() {
+                rows_read = pass.layer(ws, layer, runs, index)?;
+            }
+            for run in runs.iter_mut() {
+                run.cache.len += run.tokens.len();
+            }
+            pass.logits(ws, wanted, logits)?;
+            Ok(rows_read)
+        })
+    }
+}
+
+impl Pass<'_> {
+    /// Makes room, and looks the tokens up.
+    fn prepare(&self, ws: &mut Workspace, runs: &[Run<'_>]) -> Result<()> {
+        let (config, backend, n) = (&self.model.config, &self.model.backend, self.rows());
+        let (width, hidden) = (config.hidden_size(), config.intermediate_size());
+        for buffer in [&mut ws.x, &mut ws.h] {
+            fit(backend, buffer, n * width);
+        }
+        for buffer in [&mut ws.mlp_gate, &mut ws.mlp_up, &mut ws.mlp] {
+            fit(backend, buffer, n * hidden);
+        }
+        attention::prepare(self, ws);
+        fit(backend, &mut ws.tokens, n);
+        fit(backend, &mut ws.positions, n);
+        let tokens: Vec<u32> = runs.iter().flat_map(|run| run.tokens).copied().collect();
+        ws.tokens.write(&tokens)?;
+        let positions: Vec<i32> =
+            self.packing.seqs().flat_map(|seq| seq.context..seq.end()).map(|position| position as i32).collect();
+        ws.positions.write(&positions)?;
+        embed(backend, ws.tokens.tensor([n])?, &self.model.embed, ws.x.tensor_mut([n, width])?)
+    }
+
+    /// x += attention(norm(x)); x += mlp(norm(x)).
+    fn layer(&self, ws: &mut Workspace, layer: &Layer, runs: &mut [Run<'_>], index: usize) -> Result<Vec<usize>> {
+        let (config, backend, n) = (&self.model.config, &self.model.backend, self.rows());
+        let (width, hidden) = (config.hidden_size(), config.intermediate_size());
+        norm(backend, &ws.x, &layer.input_norm, self.eps(), n, &mut ws.h)?;
+        attention::queries(self, ws, layer)?;
+        let rows_read = match &layer.attention {
+            AttentionWeights::Nsa(weights) => attention::nsa(self, ws, weights, runs, index)?,
+            AttentionWeights::Dense { k, v, k_norm } => {
+                attention::dense(self, ws, (k, v, k_norm.as_ref()), runs, index)?
+            }
+        };
+        let joined = config.num_attention_heads() * config.v_head_dim();
+        project(backend, ws.o.tensor([n, joined])?, &layer.o, ws.x.tensor_mut([n, width])?, true)?;
+        norm(backend, &ws.x, &layer.post_norm, self.eps(), n, &mut ws.h)?;
+        let h = ws.h.tensor([n, width])?;
+        project(backend, h, &layer.gate, ws.mlp_gate.tensor_mut([n, hidden])?, false)?;
+        project(backend, h, &layer.up, ws.mlp_up.tensor_mut([n, hidden])?, false)?;
+        let args = swiglu::Forward {
+            gate: ws.mlp_gate.tensor([n, hidden])?,
+            up: ws.mlp_up.tensor([n, hidden])?,
+            y: ws.mlp.tensor_mut([n, hidden])?,
+        };
+        swiglu::forward(backend, args)?;
+        project(backend, ws.mlp.tensor([n, hidden])?, &layer.down, ws.x.tensor_mut([n, width])?, true)?;
+        Ok(rows_read)
+    }
+
+    /// The last norm and the head, of the rows wanted.
+    fn logits(&self, ws: &mut Workspace, wanted: Wanted, logits: &mut Vec<f32>) -> Result<()> {
+        let (config, backend) = (&self.model.config, &self.model.backend);
+        let (width, vocab) = (config.hidden_size(), config.vocab_size());
+        let rows = match wanted {
+            Wanted::None => 0,
+            Wanted::Last => self.packing.num_seqs(),
+            Wanted::All => self.rows(),
+        };
+        logits.resize(rows * vocab, 0.0);
+        if rows == 0 {
+            return Ok(());
+        }
+        fit(backend, &mut ws.last, rows * width);
+        fit(backend, &mut ws.last_norm, rows * width);
+        fit(backend, &mut ws.logits, rows * vocab);
+        match wanted {
+            Wanted::All | Wanted::None => ws.last.copy_from(0, &ws.x, 0..rows * width)?,
+            Wanted::Last => {
+                for (row, seq) in self.packing.seqs().enumerate() {
+                    let last = seq.rows.end - 1;
+                    ws.last.copy_from(row * width, &ws.x, last * width..(last + 1) * width)?;
+                }
+            }
+        }
+        norm(backend, &ws.last, &self.model.norm, self.eps(), rows, &mut ws.last_norm)?;
+        let hidden = ws.last_norm.tensor([rows, width])?;
+        project(backend, hidden, &self.model.head, ws.logits.tensor_mut([rows, vocab])?, false)?;
+        Ok(ws.logits.read(logits)?)
+    }
+
+    /// y = x·Wᵀ + b of the layer's input, for weights in f32.
+    pub(super) fn project_biased(
+        &self,
+        ws: &mut Workspace,
+        weight: &crate::weights::F32Weight,
+        bias: &crate::weights::F32Weight,
+    ) -> Result<()> {
+        let weight = weight.tensor::<2>()?;
+        let [outputs, width] = weight.shape();
+        let (x, y) = (ws.h.tensor([self.rows(), width])?, ws.gate_logits.tensor_mut([self.rows(), outputs])?);
+        let args = linear::Forward { x, weight, bias: Some(bias.tensor()?), y, accumulate: false };
+        Ok(linear::forward(&self.model.backend, args)?)
+    }
+}

@@ -1,0 +1,219 @@
+//! A model, opened from a checkpoint's folder.
+
+mod attention;
+mod forward;
+mod layers;
+mod workspace;
+
+use crate::weights::{F32Weight, Weight, Weights};
+use crate::{Result, Session, SessionOptions};
+pub(crate) use forward::{Run, Wanted};
+use layers::Layer;
+use nsa_core::model::{ModelConfig, manifest, rope_frequencies};
+use nsa_core::tokenizer::Tokenizer;
+use nsa_core::{CompressKind, DType, NsaConfig, read_json};
+use nsa_kernels::Backend;
+use nsa_kernels::layer::rope::RopeCache;
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+use workspace::Workspace;
+
+/// Name of the configuration in a checkpoint's folder.
+pub const CONFIG_FILE: &str = "config.json";
+
+/// A model that is ready to run. Clones share everything; sessions keep it alive.
+#[derive(Clone, Debug)]
+pub struct Model(Arc<Inner>);
+
+/// How the weights of a model are held.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct WeightsInfo {
+    /// Bytes of the files.
+    pub file_bytes: u64,
+    /// Number of parameters of each element type that the files have.
+    pub dtypes: Vec<(DType, u64)>,
+    /// Bytes used in place.
+    pub mapped_bytes: u64,
+    /// Bytes copied because the file does not align them.
+    pub copied_bytes: u64,
+}
+
+/// What the model consists of.
+#[derive(Debug)]
+pub(crate) struct Inner {
+    config: ModelConfig,
+    /// The operator's configuration; heads and dimensions alone matter if attention is dense.
+    attention: NsaConfig,
+    tokenizer: Tokenizer,
+    backend: Backend,
+    weights_info: WeightsInfo,
+    embed: Weight,
+    layers: Vec<Layer>,
+    norm: F32Weight,
+    head: Weight,
+    rope: RopeCache<f32>,
+    workspaces: Mutex<Vec<Workspace>>,
+}
+
+impl Model {
+    /// Opens the model in `folder`: `config.json`, `model.safetensors` (or several such files and their
+    /// `model.safetensors.index.json`) and, if the configuration says so, `tokenizer.json`.
+    ///
+    /// Matrices are used where they lie in the mapped files, in f32, bf16 or f16; small tensors and φ, if not in f32, are
+    /// widened to it. Activations and caches are f32. The files must not be changed in place while the model is in use.
+    ///
+    /// # Errors
+    /// If a file is missing or not what it should be, the configuration breaks a rule or describes a model that cannot be
+    /// run, or the weights are not those of the configuration: the error names the file and the field or tensor.
+    pub fn open(folder: impl AsRef<Path>, backend: Backend) -> Result<Self> {
+        let folder = folder.as_ref();
+        let config: ModelConfig = read_json(folder.join(CONFIG_FILE))?;
+        config.check_runnable()?;
+        let mut weights = Weights::open(folder, &manifest(&config))?;
+        let tokenizer = Tokenizer::for_model(&config, folder)?;
+        let weights_info = WeightsInfo::of(&weights);
+        let embed = weights.take("model.embed_tokens.weight");
+        let head = match config.tie_word_embeddings() {
+            true => embed.clone(),
+            false => weights.take("lm_head.weight"),
+        };
+        let norm = weights.take("model.norm.weight").to_f32();
+        let layers = (0..config.num_hidden_layers()).map(|i| Layer::take(&config, &mut weights, i)).collect();
+        let table = rope_frequencies(&config);
+        let positions = config.max_position_embeddings();
+        let rope = RopeCache::new(&backend, &table.inv_freq, table.attention_factor, positions);
+        let attention = attention_config(&config)?;
+        let workspaces = Mutex::default();
+        tracing::info!(
+            folder = %folder.display(),
+            file_bytes = weights_info.file_bytes,
+            copied_bytes = weights_info.copied_bytes,
+            backend = backend.name(),
+            "model opened"
+        );
+        Ok(Self(Arc::new(Inner {
+            config,
+            attention,
+            tokenizer,
+            backend,
+            weights_info,
+            embed,
+            layers,
+            norm,
+            head,
+            rope,
+            workspaces,
+        })))
+    }
+
+    /// The configuration.
+    pub fn config(&self) -> &ModelConfig {
+        &self.0.config
+    }
+
+    /// Text to tokens and back.
+    pub fn tokenizer(&self) -> &Tokenizer {
+        &self.0.tokenizer
+    }
+
+    /// What runs the operations.
+    pub fn backend(&self) -> &Backend {
+        &self.0.backend
+    }
+
+    /// How the weights are held.
+    pub fn weights_info(&self) -> &WeightsInfo {
+        &self.0.weights_info
+    }
+
+    /// An empty sequence with the default options.
+    pub fn session(&self) -> Session {
+        Session::new(self.clone(), SessionOptions::default())
+    }
+
+    /// An empty sequence.
+    ///
+    /// # Errors
+    /// If an option breaks its rule.
+    pub fn session_with(&self, options: SessionOptions) -> Result<Session> {
+        options.check()?;
+        Ok(Session::new(self.clone(), options))
+    }
+
+    /// Tokens of a prompt: those of `text`, after the token that starts a text if the model has one and the text does not
+    /// begin with it.
+    ///
+    /// # Errors
+    /// If the vocabulary cannot express the text.
+    pub fn encode_prompt(&self, text: &str) -> Result<Vec<u32>> {
+        let mut tokens = self.0.tokenizer.encode(text)?;
+        if let Some(start) = self.config().bos_token_id()
+            && tokens.first() != Some(&start)
+        {
+            tokens.insert(0, start);
+        }
+        Ok(tokens)
+    }
+
+    /// Whether both are the same opened model.
+    pub fn same_as(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+
+    pub(crate) fn inner(&self) -> &Inner {
+        &self.0
+    }
+}
+
+impl Inner {
+    pub(crate) fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    pub(crate) fn attention(&self) -> &NsaConfig {
+        &self.attention
+    }
+
+    pub(crate) fn backend(&self) -> &Backend {
+        &self.backend
+    }
+
+    /// Runs `work` with a workspace that no other pass uses.
+    fn with_workspace<R>(&self, work: impl FnOnce(&mut Workspace) -> R) -> R {
+        let lock = || self.workspaces.lock().unwrap_or_else(PoisonError::into_inner);
+        let idle = lock().pop();
+        let mut workspace = idle.unwrap_or_else(|| Workspace::new(&self.backend));
+        let result = work(&mut workspace);
+        lock().push(workspace);
+        result
+    }
+}
+
+/// The operator's configuration, for dense attention one with the same heads, dimensions and scale.
+fn attention_config(config: &ModelConfig) -> Result<NsaConfig> {
+    if let Some(nsa) = config.nsa_config() {
+        return Ok(nsa);
+    }
+    let (heads, kv_heads) = (config.num_attention_heads(), config.num_key_value_heads());
+    let builder = NsaConfig::builder(heads, kv_heads, config.head_dim(), config.v_head_dim());
+    Ok(builder.compress_kind(CompressKind::Mean).scale(config.scale()).build()?)
+}
+
+impl WeightsInfo {
+    fn of(weights: &Weights) -> Self {
+        let mut info = Self { file_bytes: weights.file_bytes(), ..Self::default() };
+        for (_, weight) in weights.iter() {
+            let count = weight.shape().iter().product::<usize>() as u64;
+            let bytes = count * weight.dtype().size_bytes() as u64;
+            match weight.is_mapped() {
+                true => info.mapped_bytes += bytes,
+                false => info.copied_bytes += bytes,
+            }
+            match info.dtypes.iter_mut().find(|(dtype, _)| *dtype == weight.dtype()) {
+                Some((_, total)) => *total += count,
+                None => info.dtypes.push((weight.dtype(), count)),
+            }
+        }
+        info
+    }
+}

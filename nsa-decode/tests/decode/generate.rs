@@ -1,0 +1,174 @@
+//! Texts: what is drawn, when it ends, alone and in batches.
+
+use crate::kit::{Checkpoint, small};
+use nsa_core::CompressKind;
+use nsa_core::model::ModelFields;
+use nsa_decode::{Batch, Error, Finish, GenerateOptions, Model, Piece, Sampling};
+
+fn options(max_tokens: usize) -> GenerateOptions {
+    GenerateOptions { max_tokens, sampling: Sampling { seed: 5, ..Sampling::default() }, stop: Vec::new() }
+}
+
+fn run(model: &Model, prompt: &str, options: GenerateOptions) -> Vec<Piece> {
+    let mut session = model.session();
+    session.push(&model.encode_prompt(prompt).unwrap()).unwrap();
+    model.generate(&mut session, options).unwrap().map(Result::unwrap).collect()
+}
+
+fn text(pieces: &[Piece]) -> String {
+    pieces.iter().map(|piece| piece.text.as_str()).collect()
+}
+
+#[test]
+fn the_session_has_the_tokens_drawn() {
+    let model = Checkpoint::new(small(CompressKind::Mlp), 40).open();
+    let mut session = model.session();
+    session.push(&model.encode_prompt("Once").unwrap()).unwrap();
+    let pieces: Vec<Piece> = model.generate(&mut session, options(30)).unwrap().map(Result::unwrap).collect();
+    let tokens: Vec<u32> = pieces.iter().map(|piece| piece.token).collect();
+    assert_eq!((pieces.len(), session.len()), (30, 34));
+    assert_eq!(session.tokens()[4..], tokens);
+    assert_eq!(text(&pieces), model.tokenizer().decode(&tokens).unwrap());
+    assert!(pieces[..29].iter().all(|piece| piece.finish.is_none()));
+    assert_eq!(pieces[29].finish, Some(Finish::MaxTokens));
+    // The same seed gives the same text; and the next texts goes on where this ended.
+    assert_eq!(run(&model, "Once", options(30)), pieces);
+    let more: Vec<Piece> = model.generate(&mut session, options(5)).unwrap().map(Result::unwrap).collect();
+    assert_eq!((more.len(), session.len()), (5, 39));
+}
+
+#[test]
+fn greedy_is_the_likeliest_token_each_time() {
+    let model = Checkpoint::new(small(CompressKind::Mean), 41).open();
+    let greedy = GenerateOptions { sampling: Sampling::greedy(), ..options(20) };
+    let mut session = model.session();
+    session.push(&[3, 1, 4]).unwrap();
+    for piece in run(&model, "\u{3}\u{1}\u{4}", greedy) {
+        let logits = session.logits().unwrap();
+        let best = (0..logits.len()).max_by(|&a, &b| logits[a].total_cmp(&logits[b]).then(b.cmp(&a))).unwrap();
+        assert_eq!(piece.token, best as u32);
+        session.push(&[piece.token]).unwrap();
+    }
+}
+
+#[test]
+fn texts_end_for_every_reason() {
+    let checkpoint = Checkpoint::new(small(CompressKind::Mean), 42);
+    let model = checkpoint.open();
+    let whole = run(&model, "ab", options(60));
+    let decoded = text(&whole);
+    // A stop string from the middle of that text, several tokens long.
+    let at = decoded.char_indices().map(|(i, _)| i).nth(20).unwrap();
+    let stop: String = decoded[at..].chars().take(3).collect();
+    let end = decoded.find(&stop).unwrap();
+    let stopped = run(&model, "ab", GenerateOptions { stop: vec!["never comes".into(), stop.clone()], ..options(60) });
+    assert_eq!(text(&stopped), decoded[..end]);
+    assert_eq!(stopped.last().unwrap().finish, Some(Finish::Stop(stop)));
+    // The token that ends a text, and the longest context.
+    let last = whole[11].token;
+    let first = whole.iter().position(|piece| piece.token == last).unwrap();
+    let fields = ModelFields { eos_token_id: Some(last), ..checkpoint.config.to_fields() };
+    let ended = run(&rewritten(&checkpoint, fields), "ab", options(60));
+    assert_eq!((ended.len(), ended.last().unwrap().finish.clone()), (first + 1, Some(Finish::EndOfText)));
+    assert_eq!(
+        text(&ended),
+        model.tokenizer().decode(&whole[..first].iter().map(|p| p.token).collect::<Vec<_>>()).unwrap()
+    );
+    let fields = ModelFields { max_position_embeddings: 20, ..checkpoint.config.to_fields() };
+    let full = run(&rewritten(&checkpoint, fields), "ab", options(60));
+    assert_eq!((full.len(), full.last().unwrap().finish.clone()), (18, Some(Finish::ContextFull)));
+    assert!(run(&model, "ab", options(0)).is_empty());
+}
+
+/// The same weights under another configuration.
+fn rewritten(checkpoint: &Checkpoint, fields: ModelFields) -> Model {
+    let other = Checkpoint::new(fields, 0);
+    std::fs::copy(checkpoint.path().join("model.safetensors"), other.path().join("model.safetensors")).unwrap();
+    other.open()
+}
+
+#[test]
+fn a_batch_gives_the_texts_of_its_members() {
+    let model = Checkpoint::new(small(CompressKind::Mlp), 43).open();
+    let prompts = ["a", "a longer prompt, of more than one block and one window", "three"];
+    let greedy = |max_tokens| GenerateOptions { sampling: Sampling::greedy(), ..options(max_tokens) };
+    let lengths = [9, 25, 16];
+    let mut batch = Batch::new(&model);
+    for (prompt, length) in prompts.iter().zip(lengths) {
+        let mut session = model.session();
+        session.push(&model.encode_prompt(prompt).unwrap()).unwrap();
+        batch.add(session, greedy(length)).unwrap();
+    }
+    let mut pieces = vec![Vec::new(); 3];
+    let mut steps = 0;
+    loop {
+        let step = batch.step().unwrap();
+        if step.is_empty() {
+            break;
+        }
+        steps += 1;
+        step.into_iter().for_each(|(number, piece)| pieces[number].push(piece));
+    }
+    assert_eq!(steps, 25);
+    for ((prompt, length), pieces) in prompts.iter().zip(lengths).zip(&pieces) {
+        assert_eq!(run(&model, prompt, greedy(length)), *pieces);
+    }
+    assert!(batch.step().unwrap().is_empty());
+    let sessions = batch.into_sessions();
+    assert_eq!(sessions.iter().map(|s| s.len()).collect::<Vec<_>>(), [10, prompts[1].len() + 25, 21]);
+}
+
+#[test]
+fn members_of_a_batch_draw_from_streams_of_their_own() {
+    let model = Checkpoint::new(small(CompressKind::Mean), 44).open();
+    let mut batch = Batch::new(&model);
+    for _ in 0..3 {
+        let mut session = model.session();
+        session.push(&[10, 20]).unwrap();
+        batch.add(session, options(12)).unwrap();
+    }
+    while !batch.step().unwrap().is_empty() {}
+    let sessions = batch.into_sessions();
+    assert_ne!(sessions[0].tokens(), sessions[1].tokens());
+    assert_ne!(sessions[1].tokens(), sessions[2].tokens());
+}
+
+#[test]
+fn prompts_start_with_the_starting_token_once() {
+    let fields = ModelFields { bos_token_id: Some(7), ..small(CompressKind::Mean) };
+    let model = Checkpoint::new(fields, 45).open();
+    assert_eq!(model.encode_prompt("ab").unwrap(), [7, 97, 98]);
+    assert_eq!(model.encode_prompt("\u{7}b").unwrap(), [7, 98]);
+    assert_eq!(model.encode_prompt("").unwrap(), [7]);
+}
+
+#[test]
+fn what_a_generation_refuses() {
+    let model = Checkpoint::new(small(CompressKind::Mean), 46).open();
+    let mut session = model.session();
+    assert!(matches!(model.generate(&mut session, options(1)), Err(Error::NoTokens)));
+    session.push(&[1; 512]).unwrap();
+    assert!(matches!(model.generate(&mut session, options(1)), Err(Error::ContextFull { tokens: 513, limit: 512 })));
+    session.truncate(3).unwrap();
+    let bad = GenerateOptions { sampling: Sampling { top_k: Some(0), ..Sampling::default() }, ..options(1) };
+    let message = model.generate(&mut session, bad).unwrap_err().to_string();
+    assert_eq!(message, "sampling parameter `top_k` = 0: must be at least 1");
+    let bad = GenerateOptions { stop: vec![String::new()], ..options(1) };
+    assert!(matches!(model.generate(&mut session, bad), Err(Error::EmptyStop { index: 0 })));
+    let other = Checkpoint::new(small(CompressKind::Mean), 46).open();
+    assert!(matches!(other.generate(&mut session, options(1)), Err(Error::ForeignSession { .. })));
+}
+
+#[test]
+fn logits_that_are_no_numbers_end_the_text_with_an_error() {
+    let mut checkpoint = Checkpoint::new(small(CompressKind::Mean), 47);
+    checkpoint.tensors.get_mut("model.norm.weight").unwrap().data[3] = f64::NAN;
+    checkpoint.write();
+    let model = checkpoint.open();
+    let mut session = model.session();
+    session.push(&[1, 2]).unwrap();
+    let results: Vec<_> = model.generate(&mut session, options(5)).unwrap().collect();
+    assert_eq!(results.len(), 1);
+    let message = results[0].as_ref().unwrap_err().to_string();
+    assert_eq!(message, "logit of token 0 is NaN: no distribution to draw from");
+}
