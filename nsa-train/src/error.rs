@@ -35,11 +35,11 @@ pub enum Error {
         /// Why.
         source: io::Error,
     },
-    /// An option breaks a rule.
-    #[error("option `{option}` = {value}: {rule}")]
-    Option {
-        /// Name of the option.
-        option: &'static str,
+    /// An option or argument breaks a rule.
+    #[error("`{name}` = {value}: {rule}")]
+    Value {
+        /// Name of the option or argument.
+        name: &'static str,
         /// Its value, printed.
         value: String,
         /// The rule that it breaks.
@@ -93,9 +93,9 @@ fn last_good(checkpoint: Option<&Path>) -> String {
 }
 
 impl Error {
-    /// An error about `option`, whose `value` breaks `rule`.
-    pub(crate) fn option(option: &'static str, value: impl ToString, rule: impl Into<String>) -> Self {
-        Self::Option { option, value: value.to_string(), rule: rule.into() }
+    /// An error about the option or argument `name`, whose `value` breaks `rule`.
+    pub(crate) fn value(name: &'static str, value: impl ToString, rule: impl Into<String>) -> Self {
+        Self::Value { name, value: value.to_string(), rule: rule.into() }
     }
 
     /// An error about what the file `path` holds.

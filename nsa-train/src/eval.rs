@@ -83,11 +83,11 @@ fn check<R: Real>(workspace: &Workspace<R>, options: EvalOptions) -> Result<()> 
     let longest = capacity.longest.min(capacity.tokens);
     if options.context == 0 || options.context > longest {
         let rule = format!("must be from 1 to the workspace's longest sequence, {longest}");
-        return Err(Error::option("context", options.context, rule));
+        return Err(Error::value("context", options.context, rule));
     }
     if options.stride == 0 || options.stride > options.context {
         let rule = format!("must be from 1 to context = {}", options.context);
-        return Err(Error::option("stride", options.stride, rule));
+        return Err(Error::value("stride", options.stride, rule));
     }
     Ok(())
 }
@@ -139,7 +139,7 @@ impl Totals {
 
     fn finish(self, vocab_size: usize) -> Result<Evaluation> {
         if self.tokens == 0 {
-            return Err(Error::option("data", "text", "has no token to predict: every document has one token at most"));
+            return Err(Error::value("data", "text", "has no token to predict: every document has one token at most"));
         }
         let loss = self.nats / self.tokens as f64;
         let bits = self.nats / LN_2 + self.documents as f64 * (vocab_size as f64).log2();

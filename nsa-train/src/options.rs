@@ -4,7 +4,7 @@ use crate::{Error, Result};
 use serde::{Deserialize, Serialize};
 
 /// Everything that shapes a run besides model and text. JSON: absent fields take their defaults, unknown fields are errors.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct TrainOptions {
     /// Steps in all.
@@ -75,19 +75,15 @@ impl TrainOptions {
     pub fn check(&self) -> Result<()> {
         for (option, value) in [("batch", self.batch), ("context", self.context), ("accumulate", self.accumulate)] {
             if value == 0 {
-                return Err(Error::option(option, value, "must not be zero"));
+                return Err(Error::value(option, value, "must not be zero"));
             }
         }
         if self.batch.checked_mul(self.context).is_none_or(|tokens| i32::try_from(tokens).is_err()) {
-            return Err(Error::option(
-                "batch",
-                self.batch,
-                format!("times context = {} must fit an i32", self.context),
-            ));
+            return Err(Error::value("batch", self.batch, format!("times context = {} must fit an i32", self.context)));
         }
         let finite = |option, value: f64, least: f64, rule| match value.is_finite() && value >= least {
             true => Ok(()),
-            false => Err(Error::option(option, value, rule)),
+            false => Err(Error::value(option, value, rule)),
         };
         let not_negative = "must be finite and not negative";
         finite("lr", self.lr, f64::MIN_POSITIVE, "must be positive and finite")?;
@@ -97,14 +93,14 @@ impl TrainOptions {
         finite("eps", self.eps, f64::MIN_POSITIVE, "must be positive and finite")?;
         for (option, value) in [("beta1", self.beta1), ("beta2", self.beta2)] {
             if !(0.0..1.0).contains(&value) {
-                return Err(Error::option(option, value, "must be at least 0 and below 1"));
+                return Err(Error::value(option, value, "must be at least 0 and below 1"));
             }
         }
         if self.min_lr > self.lr {
-            return Err(Error::option("min-lr", self.min_lr, format!("must be at most lr = {}", self.lr)));
+            return Err(Error::value("min-lr", self.min_lr, format!("must be at most lr = {}", self.lr)));
         }
         if self.warmup > self.steps {
-            return Err(Error::option("warmup", self.warmup, format!("must be at most steps = {}", self.steps)));
+            return Err(Error::value("warmup", self.warmup, format!("must be at most steps = {}", self.steps)));
         }
         Ok(())
     }

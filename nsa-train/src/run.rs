@@ -52,31 +52,31 @@ pub struct Outcome {
 pub fn run(trainer: &mut Trainer, run: &Path, stop: &AtomicBool, watch: &mut dyn FnMut(Event<'_>)) -> Result<Outcome> {
     std::fs::create_dir_all(run).map_err(Error::write(run))?;
     let metrics = Writer::open(&run.join(METRICS_FILE), trainer.state().step)?;
-    let mut loop_ = Loop { run, metrics, watch, saved: None, validation: None };
+    let mut session = Session { run, metrics, watch, saved: None, validation: None };
     let (mut profile, mut seconds) = (Profile::default(), 0.0);
     let first = trainer.state().step;
     while !trainer.is_done() && !stop.load(Ordering::Relaxed) {
-        let line = trainer.step().map_err(|error| loop_.with_last_checkpoint(error))?;
+        let line = trainer.step().map_err(|error| session.with_last_checkpoint(error))?;
         profile.add(&line.phases);
         seconds += line.seconds;
-        loop_.metrics.write(&Line::Step(line))?;
-        (loop_.watch)(Event::Step(&line));
+        session.metrics.write(&Line::Step(line))?;
+        (session.watch)(Event::Step(&line));
         let every = |period: u64| period > 0 && line.step.is_multiple_of(period);
-        let options = trainer.options().clone();
+        let options = *trainer.options();
         if every(options.eval_every) && !trainer.is_done() {
-            loop_.validate(trainer)?;
+            session.validate(trainer)?;
         }
         if every(options.save_every) && !trainer.is_done() {
-            loop_.save(trainer)?;
+            session.save(trainer)?;
         }
     }
     let interrupted = !trainer.is_done();
     if !interrupted {
-        loop_.validate(trainer)?;
+        session.validate(trainer)?;
     }
-    let checkpoint = loop_.save(trainer)?;
+    let checkpoint = session.save(trainer)?;
     let plot = draw(run)?;
-    let (step, validation) = (trainer.state().step, loop_.validation);
+    let (step, validation) = (trainer.state().step, session.validation);
     Ok(Outcome { interrupted, step, checkpoint, validation, plot, profile, steps_taken: step - first, seconds })
 }
 
@@ -91,7 +91,7 @@ fn draw(run: &Path) -> Result<Option<PathBuf>> {
     Ok(Some(path))
 }
 
-struct Loop<'a> {
+struct Session<'a> {
     run: &'a Path,
     metrics: Writer,
     watch: &'a mut dyn FnMut(Event<'_>),
@@ -99,7 +99,7 @@ struct Loop<'a> {
     validation: Option<ValidationLine>,
 }
 
-impl Loop<'_> {
+impl Session<'_> {
     fn validate(&mut self, trainer: &mut Trainer) -> Result<()> {
         let start = Instant::now();
         let Some(Evaluation { loss, bits_per_byte, perplexity, tokens, .. }) = trainer.validate()? else {

@@ -37,7 +37,7 @@ impl Data {
     /// If files cannot be read or tokenised, or one of the two parts would be empty.
     pub fn open(mut state: DataState, tokenizer: &Tokenizer, cache: &Path, seed: u64) -> Result<Self> {
         if state.files.is_empty() {
-            return Err(Error::option("data", "none", "there must be a file to train on"));
+            return Err(Error::value("data", "none", "there must be a file to train on"));
         }
         for files in [&mut state.files, &mut state.validation_files] {
             for file in files {
@@ -122,12 +122,12 @@ impl Trainer {
         let longest = model.config().max_position_embeddings();
         if options.context > longest {
             let rule = format!("must be at most the model's max_position_embeddings = {longest}");
-            return Err(Error::option("context", options.context, rule));
+            return Err(Error::value("context", options.context, rule));
         }
         for corpus in [Some(&data.train), data.validation.as_ref()].into_iter().flatten().map(|text| &text.corpus) {
             if corpus.vocab_size() > model.config().vocab_size() {
                 let rule = format!("must be at most the model's vocab_size = {}", model.config().vocab_size());
-                return Err(Error::option("tokenizer", format!("{} ids", corpus.vocab_size()), rule));
+                return Err(Error::value("tokenizer", format!("{} ids", corpus.vocab_size()), rule));
             }
         }
         let capacity = Capacity { tokens: options.batch * options.context, longest: options.context };
@@ -183,7 +183,7 @@ impl Trainer {
         let start = Instant::now();
         let step = self.state.step + 1;
         let _span = tracing::debug_span!("step", step).entered();
-        let options = self.state.options.clone();
+        let options = self.state.options;
         let loss = self.accumulate(&options)?;
         let mean = loss.mean();
         let diverged = |quantity, value| Error::Diverged { step, quantity, value, checkpoint: None };

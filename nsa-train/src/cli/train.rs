@@ -1,7 +1,7 @@
 //! `nsa-train train`.
 
 use super::{Attention, load_model, load_tokenizer, pick_backend};
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use clap::ValueEnum;
 use nsa_core::model::{ModelConfig, TokenizerKind, memory_plan};
 use nsa_core::tokenizer::{TOKENIZER_FILE, Tokenizer};
@@ -62,13 +62,13 @@ struct DataArgs {
     #[arg(long, value_name = "FILE", num_args = 1..)]
     val_data: Vec<PathBuf>,
     /// Text between documents of a file; \f, \n, \r, \t, \0 and \\ are understood.
-    #[arg(long, value_name = "TEXT")]
+    #[arg(long, value_name = "TEXT", conflicts_with = "resume")]
     document_separator: Option<String>,
-    /// How validation text is taken out of the training files.
-    #[arg(long, value_enum)]
+    /// How validation text is taken out of the training files [default: auto].
+    #[arg(long, value_enum, conflicts_with = "resume")]
     split: Option<SplitArg>,
     /// How much of it [default: 0.1].
-    #[arg(long, value_name = "SHARE")]
+    #[arg(long, value_name = "SHARE", conflicts_with = "resume")]
     val_fraction: Option<f64>,
     /// Hugging Face tokenizer.json [default: bytes, or the file beside the model's configuration].
     #[arg(long, value_name = "FILE", conflicts_with = "resume")]
@@ -124,39 +124,39 @@ macro_rules! option_args {
 }
 
 option_args! {
-    /// Steps in all.
+    /// Steps in all [default: 1000].
     steps: u64,
-    /// Sequences that pass through the model at once.
+    /// Sequences that pass through the model at once [default: 8].
     batch: usize,
-    /// Tokens of a sequence.
+    /// Tokens of a sequence [default: 512].
     context: usize,
-    /// Batches whose gradients make one step.
+    /// Batches whose gradients make one step [default: 1].
     accumulate: usize,
-    /// Highest learning rate.
+    /// Highest learning rate [default: 1e-3].
     lr: f64,
-    /// Last learning rate.
+    /// Last learning rate [default: 1e-4].
     min_lr: f64,
-    /// Steps over which the learning rate rises.
+    /// Steps over which the learning rate rises [default: 100].
     warmup: u64,
-    /// Weight decay of matrices.
+    /// Weight decay of matrices [default: 0.1].
     weight_decay: f64,
-    /// Largest norm of the gradient; 0 for any.
+    /// Largest norm of the gradient; 0 for any [default: 1].
     clip: f64,
-    /// Decay of AdamW's mean.
+    /// Decay of AdamW's mean [default: 0.9].
     beta1: f64,
-    /// Decay of AdamW's mean square.
+    /// Decay of AdamW's mean square [default: 0.95].
     beta2: f64,
-    /// Added to the root of the mean square.
+    /// Added to the root of the mean square [default: 1e-8].
     eps: f64,
-    /// Seed of initial parameters, data order and choice of validation documents.
+    /// Seed of initial parameters, data order and choice of validation documents [default: 1].
     seed: u64,
-    /// Steps between validations; 0 validates at the end only.
+    /// Steps between validations; 0 validates at the end only [default: 250].
     eval_every: u64,
-    /// Tokens of a validation; 0 takes all validation text.
+    /// Tokens of a validation; 0 takes all validation text [default: 65536].
     eval_tokens: u64,
-    /// Steps between checkpoints; 0 saves at the end only.
+    /// Steps between checkpoints; 0 saves at the end only [default: 500].
     save_every: u64,
-    /// Newest checkpoints that are kept; 0 keeps all.
+    /// Newest checkpoints that are kept; 0 keeps all [default: 2].
     keep: usize,
 }
 
@@ -168,7 +168,7 @@ pub fn train(args: TrainArgs, backend: Option<&str>) -> Result<ExitCode> {
         Some(from) => resume(&args, from, &backend)?,
         None => start(&args, &backend)?,
     };
-    let (options, step) = (trainer.options().clone(), trainer.state().step);
+    let (options, step) = (*trainer.options(), trainer.state().step);
     announce(&trainer);
     let stop = stop_on_signal()?;
     let mut progress = Progress::new(&options, step);
@@ -207,6 +207,10 @@ fn resume(args: &TrainArgs, from: &Path, backend: &Backend) -> Result<Trainer> {
     let from = if from == Path::new("latest") { &args.out } else { from };
     let folder = checkpoint::resolve(from)?;
     let mut loaded = checkpoint::load(&folder)?;
+    let same_seed = args.options.seed.is_none_or(|seed| seed == loaded.state.options.seed);
+    ensure!(same_seed, "--seed differs from the checkpoint's {}: it orders the data", loaded.state.options.seed);
+    let apart = args.data.val_data.is_empty() || !loaded.state.data.validation_files.is_empty();
+    ensure!(apart, "--val-data: the checkpoint validates on a part of the training files");
     args.options.apply(&mut loaded.state.options, true);
     loaded.state.options.check()?;
     if loaded.config.tokenizer() == TokenizerKind::File {

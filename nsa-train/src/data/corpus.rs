@@ -63,7 +63,7 @@ impl Corpus {
     /// If a file cannot be read, is no UTF-8 or cannot be tokenised, if there is no text, or if the cache is damaged.
     pub fn open(files: &[PathBuf], tokenizer: &Tokenizer, options: &TextOptions, cache: &Path) -> Result<Self> {
         if options.separator.as_deref() == Some("") {
-            return Err(Error::option("document-separator", "\"\"", "must not be empty"));
+            return Err(Error::value("document-separator", "\"\"", "must not be empty"));
         }
         let hash = content_hash(files, tokenizer, options)?;
         let folder = cache.join(&hash);
@@ -198,7 +198,7 @@ fn tokenize(files: &[PathBuf], tokenizer: &Tokenizer, options: &TextOptions, has
     out.flush().map_err(Error::write(&path))?;
     if index.document_ends.is_empty() {
         let names: Vec<_> = files.iter().map(|file| file.display().to_string()).collect();
-        return Err(Error::option("data", names.join(", "), "there must be some text"));
+        return Err(Error::value("data", names.join(", "), "there must be some text"));
     }
     let path = folder.join(INDEX_FILE);
     let json = serde_json::to_vec(&index).expect("an index is plain JSON");
@@ -281,7 +281,7 @@ pub fn unescape(text: &str) -> Result<String> {
             Some('\\') => '\\',
             _ => {
                 let rule = r"only \f, \n, \r, \t, \0 and \\ are known";
-                return Err(Error::option("document-separator", text, rule));
+                return Err(Error::value("document-separator", text, rule));
             }
         });
     }

@@ -39,10 +39,10 @@ impl Sampler {
         let tokens = text.section.num_tokens();
         if context == 0 || tokens < context as u64 {
             let rule = format!("must be from 1 to the length of the training text, {tokens} tokens");
-            return Err(Error::option("context", context, rule));
+            return Err(Error::value("context", context, rule));
         }
         if u32::try_from(tokens / context as u64).is_err() || u32::try_from(text.section.parts().len()).is_err() {
-            return Err(Error::option("context", context, format!("cuts {tokens} tokens into too many sequences")));
+            return Err(Error::value("context", context, format!("cuts {tokens} tokens into too many sequences")));
         }
         let parts = text.section.parts().len();
         let rows = Vec::with_capacity((tokens / context as u64) as usize);

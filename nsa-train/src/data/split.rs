@@ -81,7 +81,7 @@ fn whole_document(corpus: &Corpus, document: usize) -> Part {
 /// If `fraction` is not in 0..1 or one of the two would be empty.
 pub fn split(corpus: &Corpus, how: Split, fraction: f64, seed: u64) -> Result<(Section, Option<Section>)> {
     if !(0.0..1.0).contains(&fraction) {
-        return Err(Error::option("val-fraction", fraction, "must be at least 0 and below 1"));
+        return Err(Error::value("val-fraction", fraction, "must be at least 0 and below 1"));
     }
     if fraction == 0.0 {
         return Ok((Section::whole(corpus), None));
@@ -94,7 +94,7 @@ pub fn split(corpus: &Corpus, how: Split, fraction: f64, seed: u64) -> Result<(S
     for (name, section) in [("training", &train), ("validation", &validation)] {
         if section.num_tokens() == 0 {
             let rule = format!("leaves no {name} text of {} documents", corpus.num_documents());
-            return Err(Error::option("val-fraction", fraction, rule));
+            return Err(Error::value("val-fraction", fraction, rule));
         }
     }
     Ok((train, Some(validation)))

@@ -129,7 +129,7 @@ impl<R: Real> Model<R> {
         let slots = Slots::new(&config);
         if params.len() != slots.total {
             let rule = format!("the configuration has {}", slots.total);
-            return Err(Error::option("number of parameters", params.len(), rule));
+            return Err(Error::value("number of parameters", params.len(), rule));
         }
         let params = backend.upload(params);
         Ok(Self { backend: backend.clone(), config, dims, slots, params })
@@ -219,7 +219,7 @@ impl<R: Real> Model<R> {
         grads: &mut Buffer<R>,
     ) -> Result<Loss> {
         if workspace.grads.is_none() {
-            return Err(Error::option("workspace", "for inference", "gradients need one for training"));
+            return Err(Error::value("workspace", "for inference", "gradients need one for training"));
         }
         self.forward(workspace, batch)?;
         self.backward(workspace, scale, grads)

@@ -177,7 +177,7 @@ impl<R: Real> Workspace<R> {
             ("longest sequence of a batch", batch.longest(), self.capacity.longest),
         ] {
             if value > limit {
-                return Err(Error::option(option, value, format!("the workspace holds {limit}")));
+                return Err(Error::value(option, value, format!("the workspace holds {limit}")));
             }
         }
         self.inputs.load(dims, batch)

@@ -124,6 +124,48 @@ fn training_evaluating_and_plotting() {
     assert!(fs::read_to_string(plot).unwrap().starts_with("<svg"));
 }
 
+/// A tokenizer of a few words, `?` for any other.
+fn write_tokenizer(folder: &Path) -> String {
+    let words = ["?", "the", "sea", "is", "wide", "and", "cold", "a", "ship", "sails", "on", ","];
+    let vocab: serde_json::Map<_, _> =
+        words.iter().enumerate().map(|(id, word)| ((*word).to_owned(), id.into())).collect();
+    let tokenizer = serde_json::json!({
+        "version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer": null,
+        "pre_tokenizer": { "type": "Whitespace" }, "post_processor": null, "decoder": null,
+        "model": { "type": "WordLevel", "vocab": vocab, "unk_token": "?" },
+    });
+    let path = folder.join("words.json");
+    fs::write(&path, tokenizer.to_string()).unwrap();
+    path.display().to_string()
+}
+
+#[test]
+fn a_tokenizer_travels_with_the_model() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut args = train_args(folder.path());
+    let tokenizer = write_tokenizer(folder.path());
+    args.extend(["--tokenizer", &tokenizer, "--steps", "3", "--context", "10", "--keep", "1"].map(str::to_owned));
+    // The last of two values counts.
+    let context = args.iter().position(|arg| arg == "--context").unwrap();
+    args.drain(context..context + 2);
+    success(&refs(&args));
+    fs::remove_file(&tokenizer).unwrap();
+    let run = folder.path().join("run");
+    let newest = checkpoint::resolve(&run).unwrap();
+    assert_eq!(checkpoint::load_config(&newest).unwrap().vocab_size(), 12);
+    let run = run.display().to_string();
+    success(&["train", "--resume", "--out", &run, "--steps", "5", "--save-every", "1", "--threads", "1"]);
+    let file = folder.path().join("texts/1.txt").display().to_string();
+    let json = success(&["eval", "--checkpoint", &run, "--data", &file, "--json"]);
+    let json: serde_json::Value = serde_json::from_str(&json).unwrap();
+    // Bytes are those of the text, tokens are words.
+    let (bytes, tokens) = (json["bytes"].as_f64().unwrap(), json["tokens"].as_f64().unwrap());
+    assert_eq!(bytes as u64, fs::metadata(&file).unwrap().len());
+    assert!(tokens < bytes / 2.0);
+    let bits = tokens * json["loss"].as_f64().unwrap() / 2f64.ln() + 12f64.log2();
+    assert!((json["bits_per_byte"].as_f64().unwrap() - bits / bytes).abs() < 1e-9);
+}
+
 #[test]
 fn inspecting_models() {
     let paper = success(&["plan", "--model", "paper-27b"]);
@@ -151,6 +193,14 @@ fn mistakes_are_explained() {
     let empty = folder.path().join("nothing").display().to_string();
     let error = failure(&["train", "--resume", "--out", &empty]);
     assert!(error.contains("nothing"), "{error}");
+    let mut short = train_args(folder.path());
+    short.extend(["--steps", "2"].map(str::to_owned));
+    success(&refs(&short));
+    let run = folder.path().join("run").display().to_string();
+    let error = failure(&["train", "--resume", "--out", &run, "--seed", "7"]);
+    assert!(error.contains("--seed") && error.contains("checkpoint's 1"), "{error}");
+    let error = failure(&["train", "--resume", "--out", &run, "--val-data", &run]);
+    assert!(error.contains("--val-data"), "{error}");
     let mut args = train_args(folder.path());
     args.extend(["--backend", "abacus"].map(str::to_owned));
     let error = failure(&refs(&args));

@@ -98,10 +98,10 @@ fn text_that_cannot_be_used_is_an_error() {
     let error = open(folder.path(), &[bad], None).unwrap_err().to_string();
     assert!(error.contains("bad") && error.contains("byte 3"), "{error}");
     let empty = write(folder.path(), "empty", "");
-    assert!(matches!(open(folder.path(), &[empty], None), Err(Error::Option { option: "data", .. })));
+    assert!(matches!(open(folder.path(), &[empty], None), Err(Error::Value { name: "data", .. })));
     assert!(matches!(open(folder.path(), &[folder.path().join("missing")], None), Err(Error::File(_))));
     let file = write(folder.path(), "a", "x");
-    assert!(matches!(open(folder.path(), &[file], Some("")), Err(Error::Option { .. })));
+    assert!(matches!(open(folder.path(), &[file], Some("")), Err(Error::Value { .. })));
 }
 
 #[test]

@@ -14,10 +14,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 fn resumed_equals_straight(change: impl Fn(&mut nsa_core::model::ModelFields) + Copy, accumulate: usize) {
     let folder = tempfile::tempdir().unwrap();
     let options = TrainOptions { accumulate, ..kit::options() };
-    let mut straight = kit::trainer(folder.path(), kit::config(change), options.clone());
+    let mut straight = kit::trainer(folder.path(), kit::config(change), options);
     let mut losses = kit::steps(&mut straight, 6);
 
-    let mut first = kit::trainer(folder.path(), kit::config(change), options.clone());
+    let mut first = kit::trainer(folder.path(), kit::config(change), options);
     let mut parts = kit::steps(&mut first, 2);
     let saved = first.save(&folder.path().join("run")).unwrap();
     drop(first);
@@ -143,7 +143,7 @@ fn a_stopped_run_goes_on_as_if_nothing_had_happened() {
     let folder = tempfile::tempdir().unwrap();
     let (whole, parts) = (folder.path().join("whole"), folder.path().join("parts"));
     let options = TrainOptions { eval_every: 2, ..kit::options() };
-    let mut straight = kit::trainer(folder.path(), kit::config(|_| {}), options.clone());
+    let mut straight = kit::trainer(folder.path(), kit::config(|_| {}), options);
     run(&mut straight, &whole, &AtomicBool::new(false), &mut |_| {}).unwrap();
 
     let stop = AtomicBool::new(false);
