@@ -4,10 +4,13 @@
 //! - [`op`]: the operator's parts: `compress` (φ), `cmp`, `slc`, `win`, `gate`, `nsa` (whole), `decode`, `dense` (the baseline).
 //! - [`layer`]: what a transformer needs around it: linear, RMSNorm, RoPE, SwiGLU, embedding, cross-entropy, AdamW.
 //! - [`backend`]: which machine code runs them, and why.
+//! - `candle` (feature): φ and the whole operator as candle ops with gradients.
 //! - [`mem`]: tensors and buffers in the memory that a backend computes on.
 #![deny(unsafe_code)]
 
 pub mod backend;
+#[cfg(feature = "candle")]
+pub mod candle;
 mod cpu;
 pub mod error;
 pub mod layer;

@@ -1,0 +1,45 @@
+//! Native Sparse Attention as [candle](candle_core) operations with gradients (feature `candle`).
+//!
+//! [`compress`] is φ, [`nsa_attention`] the three branches with selection and gate. Between them, and around them, a
+//! model is candle's own: projections, RoPE on q, on k^slc and k^win, and on k̃ at positions i·d (SPEC 5).
+//!
+//! Both return tensors that are connected to candle's graph: `backward()` reaches every input tensor. They work on the
+//! CPU, in f32, f64, bf16 and f16 (all inputs of a call alike), with sums in f32 or f64. The backend is
+//! [`Backend::pick`](crate::Backend::pick)'s, made once.
+//!
+//! A candle operation has at most three inputs, so each call concatenates its inputs into one tensor, through which
+//! gradients flow back: inputs are copied once, and an operation's gradients come in the inputs' type. What the
+//! backward pass needs (branch outputs, lse, selected blocks) lives as long as the result's graph.
+//!
+//! ```
+//! use candle_core::{Device, Tensor, Var};
+//! use nsa_core::{CuSeqlens, NsaConfig};
+//! use nsa_kernels::candle::{Attention, Phi, compress, nsa_attention};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let config = NsaConfig::small(); // 4 heads on 2 KV heads, dims 16, φ = mean
+//! let cu_seqlens = CuSeqlens::from_lengths([40, 24])?; // two sequences, packed
+//! let random = |shape: (usize, usize, usize)| Var::randn(0f32, 1.0, shape, &Device::Cpu);
+//! let (q, gates) = (random((64, 4, 16))?, random((64, 4, 3))?);
+//! let (k_raw, k_slc, k_win) = (random((64, 2, 16))?, random((64, 2, 16))?, random((64, 2, 16))?);
+//! let (v_raw, v_slc, v_win) = (random((64, 2, 16))?, random((64, 2, 16))?, random((64, 2, 16))?);
+//!
+//! let k_cmp = compress(&config, &cu_seqlens, &k_raw, None, &Phi::Mean)?;
+//! let v_cmp = compress(&config, &cu_seqlens, &v_raw, None, &Phi::Mean)?;
+//! let gates = (gates.neg()?.exp()? + 1.0)?.recip()?; // sigmoid
+//! let inputs = Attention { q: &q, k: [&k_cmp, &k_slc, &k_win], v: [&v_cmp, &v_slc, &v_win], gates: &gates };
+//! let o: Tensor = nsa_attention(&config, &cu_seqlens, inputs)?;
+//! assert_eq!(o.dims(), [64, 4, 16]);
+//!
+//! let gradients = o.sqr()?.sum_all()?.backward()?;
+//! assert_eq!(gradients.get(&k_raw).unwrap().dims(), [64, 2, 16]);
+//! # Ok(())
+//! # }
+//! ```
+
+mod attention;
+mod compress;
+mod pack;
+
+pub use attention::{Attention, nsa_attention};
+pub use compress::{Phi, compress};
