@@ -76,7 +76,7 @@ fn lengths() -> Vec<Case> {
         Case::new("below-block", mlp(small(4, 2, 16, 12), 10), [7]),
         Case::new("one-block", mlp(small(4, 2, 16, 12), 10), [8]),
         Case::new("ragged", small(6, 3, 10, 14).compress_kind(CompressKind::Linear), [0, 5, 37, 0, 64, 1, 90, 0]),
-        Case::new("1025", sizes(mlp(small(4, 2, 16, 12), 20), [32, 16, 64], 6, 100), [1025]),
+        Case::new("1025", sizes(mlp(small(4, 2, 8, 6), 10), [32, 16, 64], 6, 100), [1025]),
     ]
 }
 
@@ -112,7 +112,7 @@ fn block_sizes() -> Vec<Case> {
         Case::new("no-initial", kv2([8, 4, 16], 4, 24), [130]).with(|b| b.select_initial(0).select_local(1)),
         Case::new("all-blocks", kv2([8, 4, 16], 64, 24), [111, 17]),
         Case::new("all-window", kv1([8, 4, 16], 4, 4096), [111, 17]),
-        Case::new("paper-blocks", sizes(small(4, 1, 16, 16), [32, 16, 64], 16, 512), [1300]),
+        Case::new("paper-blocks", sizes(small(2, 1, 8, 10), [32, 16, 64], 16, 512), [1300]),
     ]
 }
 

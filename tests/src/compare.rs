@@ -7,13 +7,24 @@ use nsa_core::DType;
 pub const WORST_RATIO: f64 = 1.5;
 /// A kernel's RMS error over the rounded reference's.
 pub const RMS_RATIO: f64 = 1.1;
-/// Ulps of the accumulator, at the magnitude of the terms, that a kernel's error may reach in any case.
+/// Standard errors that chance may add to both ratios. An RMS of N draws has a relative standard error of 1/√(2N), the
+/// ratio of two such 1/√N; a call of N tokens makes about N independent draws, at most one an element. Three, because
+/// the table makes some thousands of comparisons. At 1025 tokens that is 9 %.
+const CHANCE: f64 = 3.0;
+/// Ulps of the accumulator, at the largest value of the output, that a kernel's error may reach in any case.
 ///
-/// The ratios above compare two draws of rounding noise; over few or short sums that says nothing: with one key the
-/// rounded loops can be exact by luck (0 · 1.5 is still 0) while a kernel that sums in eight lanes is an ulp away. A dot
-/// product of D terms in another order differs by about √D/2 ulps of its result's partial sums, an exp by one or two:
-/// four ulps of the terms' magnitude cover those. It is 2.4e-7 of the largest possible term in f32: no fault hides there.
+/// The ratios above compare draws of rounding noise; over few or short sums that says nothing: with one key the rounded
+/// loops can be exact by luck (0 · 1.5 is still 0) while a kernel that sums in eight lanes is an ulp away. Four ulps
+/// (2.4e-7 in f32) cover the few roundings that every output has; no fault hides there.
 const FLOOR_ULPS: f64 = 4.0;
+/// The same for outputs whose terms cancel: ulps at the bound of the terms (`Compared::magnitude`, from the largest rows
+/// of the inputs, so that typical terms are several times smaller). With one token dq is exactly 0, and a kernel that
+/// sums do·v and δ in different orders is off by a fraction of an ulp of ‖do‖·‖v‖.
+const TERM_ULPS: f64 = 0.5;
+
+/// Errors of an f64 kernel over those of f32 in ulps: the truth has the same noise as the kernel, and with mixed orders of
+/// summation their difference is up to three times either's.
+pub const F64_NOISE: f64 = 3.0;
 
 /// What a kernel wrote beside what it should have written.
 #[derive(Clone, Debug)]
@@ -22,8 +33,9 @@ pub struct Compared {
     pub tensor: String,
     /// In f64.
     pub truth: Vec<f64>,
-    /// Rounded where a kernel rounds.
-    pub rounded: Vec<f64>,
+    /// Rounded where a kernel rounds: one version an order of summation. Two draws of rounding noise over few
+    /// independent sums differ by chance; more draws say what is usual.
+    pub rounded: Vec<Vec<f64>>,
     /// The kernel's.
     pub kernel: Vec<f64>,
     /// Elements of a row.
@@ -32,6 +44,8 @@ pub struct Compared {
     pub storage: DType,
     /// Type that the kernel accumulates in.
     pub accumulator: DType,
+    /// Tokens of the call: independent draws of rounding noise, at least about.
+    pub draws: usize,
     /// A bound on the terms that the output is summed from (Cauchy–Schwarz over the inputs): results may cancel, the
     /// noise of their terms does not.
     pub magnitude: f64,
@@ -97,9 +111,9 @@ impl Compared {
             limit: Figures::default(),
             failure: None,
         };
-        if self.kernel.len() != self.truth.len() || self.rounded.len() != self.truth.len() {
-            let lengths = (self.kernel.len(), self.rounded.len(), self.truth.len());
-            outcome.failure = Some(format!("kernel, rounded and truth have {lengths:?} elements"));
+        if self.kernel.len() != self.truth.len() {
+            let (kernel, truth) = (self.kernel.len(), self.truth.len());
+            outcome.failure = Some(format!("{kernel} elements instead of {truth}"));
             return outcome;
         }
         if let Some(failure) = self.not_finite() {
@@ -107,24 +121,29 @@ impl Compared {
             return outcome;
         }
         outcome.kernel = self.figures(&self.kernel);
-        outcome.rounded = self.figures(&self.rounded);
+        outcome.rounded = self.rounded_figures();
         let finite: Vec<f64> = self.truth.iter().copied().filter(|x| x.is_finite()).collect();
         outcome.size = rms(finite.iter().copied());
         let largest = finite.iter().fold(0.0, |m: f64, x| m.max(x.abs()));
-        outcome.limit = self.limit(&outcome.rounded, largest);
+        outcome.limit = self.limit(&outcome.rounded, largest, outcome.size);
         outcome.failure = self.broken(&outcome);
         outcome
     }
 
     /// What the kernel's error may be: the ratios over the rounded reference's error, or the floor: the output's own
-    /// rounding to storage and [`FLOOR_ULPS`] of the accumulator.
-    fn limit(&self, rounded: &Figures, largest: f64) -> Figures {
+    /// rounding to storage and a few ulps of the accumulator. Of the RMS over many elements less, down to a sixteenth or
+    /// what one more rounding of every element would cost.
+    fn limit(&self, rounded: &Figures, largest: f64, size: f64) -> Figures {
         let storage = if self.storage == self.accumulator { 0.0 } else { unit_roundoff(self.storage) * largest };
-        let floor = storage + FLOOR_ULPS * unit_roundoff(self.accumulator) * self.magnitude.max(largest);
+        let ulps = FLOOR_ULPS * largest + TERM_ULPS * self.magnitude;
+        let floor = storage + unit_roundoff(self.accumulator) * ulps;
+        let count = self.truth.len().max(1) as f64;
+        let chance = 1.0 + CHANCE / (self.draws as f64).min(count).max(1.0).sqrt();
+        let rms_floor = (floor / count.sqrt().min(16.0)).max(unit_roundoff(self.accumulator) * size);
         Figures {
-            max: (WORST_RATIO * rounded.max).max(floor),
-            rms: (RMS_RATIO * rounded.rms).max(floor / 2.0),
-            row_rms: (WORST_RATIO * rounded.row_rms).max(floor),
+            max: (WORST_RATIO * chance * rounded.max).max(floor),
+            rms: (RMS_RATIO * chance * rounded.rms).max(rms_floor),
+            row_rms: (WORST_RATIO * chance * rounded.row_rms).max(floor / 2.0),
         }
     }
 
@@ -149,6 +168,21 @@ impl Compared {
             rms: rms(errors.iter().copied()),
             row_rms: errors.chunks(self.row.max(1)).map(|row| rms(row.iter().copied())).fold(0.0, f64::max),
         }
+    }
+
+    /// The worst of the rounded versions. Nothing is finer than f64 to be the truth of a kernel that accumulates in f64:
+    /// its rounded versions run in f32, and their errors count in f64's ulps.
+    fn rounded_figures(&self) -> Figures {
+        let ulps = if self.accumulator == DType::F64 {
+            F64_NOISE * unit_roundoff(DType::F64) / unit_roundoff(DType::F32)
+        } else {
+            1.0
+        };
+        self.rounded.iter().map(|version| self.figures(version)).fold(Figures::default(), |worst, version| Figures {
+            max: worst.max.max(ulps * version.max),
+            rms: worst.rms.max(ulps * version.rms),
+            row_rms: worst.row_rms.max(ulps * version.row_rms),
+        })
     }
 
     fn broken(&self, outcome: &Outcome) -> Option<String> {
@@ -184,7 +218,7 @@ mod tests {
 
     fn compared(kernel: Vec<f64>) -> Compared {
         let truth: Vec<f64> = (0..64).map(|i| (f64::from(i) * 0.7).sin()).collect();
-        let rounded = truth.iter().map(|&x| f64::from(x as f32)).collect();
+        let rounded = vec![truth.iter().map(|&x| f64::from(x as f32)).collect()];
         Compared {
             tensor: "o".into(),
             truth,
@@ -194,12 +228,13 @@ mod tests {
             storage: DType::F32,
             accumulator: DType::F32,
             magnitude: 1.0,
+            draws: 8,
         }
     }
 
     #[test]
     fn rounding_passes_and_anything_larger_fails() {
-        let rounded = compared(Vec::new()).rounded;
+        let rounded = compared(Vec::new()).rounded.remove(0);
         assert_eq!(compared(rounded.clone()).judge().failure, None);
         let mut off = rounded.clone();
         off[17] += 3e-7;
@@ -209,7 +244,7 @@ mod tests {
 
     #[test]
     fn missing_elements_nan_and_infinities_fail() {
-        let rounded = compared(Vec::new()).rounded;
+        let rounded = compared(Vec::new()).rounded.remove(0);
         assert!(compared(rounded[1..].to_vec()).judge().failure.is_some());
         for bad in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
             let mut kernel = rounded.clone();
@@ -221,7 +256,7 @@ mod tests {
         case.truth[3] = f64::NEG_INFINITY;
         assert!(case.judge().failure.is_some());
         case.kernel[3] = f64::NEG_INFINITY;
-        case.rounded[3] = f64::NEG_INFINITY;
+        case.rounded[0][3] = f64::NEG_INFINITY;
         assert_eq!(case.judge().failure, None);
     }
 }

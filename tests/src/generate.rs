@@ -37,6 +37,28 @@ pub fn gates<T: Element>(case: &Case) -> Vec<T> {
     logits.into_iter().map(|x| T::from_f64(1.0 / (1.0 + (-x).exp()))).collect()
 }
 
+/// Block lists `[N, G, n]`, random but legal: ascending, no block after the query's own, some lists shorter than n or
+/// without the query's own block, some empty.
+pub fn selection(case: &Case) -> Vec<i32> {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed(&case.name, "block_indices"));
+    let (groups, count) = (case.config.num_kv_heads(), case.config.select_count());
+    let mut lists = Vec::with_capacity(case.tokens() * groups * count);
+    for t in case.lengths.iter().flat_map(|&length| 0..length) {
+        for g in 0..groups {
+            let candidates = nsa_core::index::num_candidates(&case.config, t);
+            let mut blocks: Vec<i32> = (0..candidates as i32).collect();
+            for i in (1..candidates).rev() {
+                blocks.swap(i, rng.random_range(0..=i));
+            }
+            blocks.truncate(if (t + g) % 17 == 11 { 0 } else { count - (t % 5 == 3) as usize });
+            blocks.sort_unstable();
+            blocks.resize(count, -1);
+            lists.extend(blocks);
+        }
+    }
+    lists
+}
+
 /// Keys or values: which head dimension, which weights.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Side {
@@ -101,6 +123,27 @@ impl<T> Weights<T> {
             },
         }
     }
+}
+
+impl<T: Copy> Weights<T> {
+    /// With the order of features (D) and hidden units (H) reversed; twice is once.
+    pub fn mirror(&self, dim: usize, hidden: usize) -> Self {
+        match self {
+            Self::Mean | Self::Weighted(_) => self.clone(),
+            Self::Linear(weight) => Self::Linear(mirror(weight, dim * dim)),
+            Self::Mlp { weight1, bias1, weight2, bias2 } => Self::Mlp {
+                weight1: mirror(weight1, dim * hidden),
+                bias1: bias1.as_deref().map(|bias| mirror(bias, hidden)),
+                weight2: mirror(weight2, hidden * dim),
+                bias2: bias2.as_deref().map(|bias| mirror(bias, dim)),
+            },
+        }
+    }
+}
+
+/// Each run of `chunk` values in reverse: features last first. Twice is once.
+pub fn mirror<T: Copy>(values: &[T], chunk: usize) -> Vec<T> {
+    values.chunks(chunk.max(1)).flat_map(|chunk| chunk.iter().rev().copied()).collect()
 }
 
 /// Every value, exactly, in f64.

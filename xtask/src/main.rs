@@ -1,7 +1,14 @@
 //! The one door: what people and CI run in this repository.
 #![forbid(unsafe_code)]
 
+mod attend;
+mod bench;
+mod check;
+mod demo;
+mod engine;
 mod files;
+mod info;
+mod machine;
 mod test;
 
 use clap::{Parser, Subcommand};
@@ -16,13 +23,28 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    /// The main job: train a small model on real text, generate from it, compare
+    Demo(demo::Options),
     /// Format, lints, tests, documentation: what CI calls
     Test(test::Options),
+    /// Every operation on every case against the reference, with the table of worst errors
+    Check(check::Options),
+    /// NSA against full attention, ours and a peer's, in one run
+    Bench(bench::Options),
+    /// Run the operator on files: safetensors in, safetensors out
+    Attend(attend::Options),
+    /// What this machine has, which backend would run and why
+    Info,
 }
 
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
+        Command::Demo(options) => demo::run(&options),
         Command::Test(options) => test::run(&options),
+        Command::Check(options) => check::run(&options),
+        Command::Bench(options) => bench::run(&options),
+        Command::Attend(options) => attend::run(&options),
+        Command::Info => info::run(),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

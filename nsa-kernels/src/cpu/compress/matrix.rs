@@ -77,10 +77,14 @@ impl<A: Real> Held<'_, '_, A> {
         }
     }
 
-    fn mat(&self) -> Mat<'_, A> {
+    fn stride(&self) -> usize {
         match self {
-            Self::InPlace { stride, .. } | Self::Copied { stride, .. } => Mat::rows(self.data(), *stride),
+            Self::InPlace { stride, .. } | Self::Copied { stride, .. } => *stride,
         }
+    }
+
+    fn mat(&self) -> Mat<'_, A> {
+        Mat::rows(self.data(), self.stride())
     }
 }
 
@@ -145,8 +149,7 @@ impl<'a, 'p, A: Real> Head<'a, 'p, A> {
         let mut constant = widened(&network.bias1, hidden);
         if let Some(position) = &call.position {
             let position = head_rows(pool, position, g, 0, call.config.compress_block());
-            let (dst, lhs) = (MatMut::rows(&mut constant, hidden), Mat::rows(position.data(), block));
-            gemm([1, hidden, block], dst, Store::Add, A::one(), lhs, weight1.mat(), Threads::One);
+            add_product(&mut constant, &position.data()[..block], &weight1);
         }
         let second = network.second.as_ref().map(|(weight, bias)| (head_matrix(pool, weight, g), widened(bias, dim)));
         Self { weight1, constant, second, sizes }
@@ -160,6 +163,15 @@ impl<'a, 'p, A: Real> Head<'a, 'p, A> {
         gemm([blocks, hidden, block], dst, Store::Add, A::one(), lhs, self.weight1.mat(), threads);
         out
     }
+}
+
+/// target += x·W. The sum goes into every block, so its error would not average out over blocks: summed in f64.
+fn add_product<A: Real>(target: &mut [A], x: &[A], weight: &Held<'_, '_, A>) {
+    let mut sums: Vec<f64> = target.iter().map(|y| Element::to_f64(*y)).collect();
+    for (x, row) in x.iter().zip(weight.data().chunks(weight.stride())) {
+        sums.iter_mut().zip(row).for_each(|(y, w)| *y += Element::to_f64(*x) * Element::to_f64(*w));
+    }
+    target.iter_mut().zip(sums).for_each(|(y, sum)| *y = A::of(sum));
 }
 
 /// `count` copies of `row`.

@@ -49,28 +49,38 @@ fn add_tokens<'a, T: Element>(sum: &mut [T::Acc], weights: &[T::Acc], row: impl 
     }
 }
 
+/// Σ_p a_p · e_p of every KV head, `[G, D]`. It goes into every block, so its error would not average out over blocks:
+/// summed in f64.
+fn constants<T: Element>(call: &Call<'_, T>, weights: &[Vec<T::Acc>]) -> Vec<T::Acc> {
+    let [_, heads, dim] = call.x.shape();
+    let mut sums = vec![0.0; heads * dim];
+    if let Some(position) = &call.position {
+        for (g, sums) in sums.chunks_exact_mut(dim).enumerate() {
+            for (p, a) in weights[g].iter().enumerate() {
+                sums.iter_mut().zip(position.row(p, g)).for_each(|(sum, e)| *sum += Element::to_f64(*a) * e.to_f64());
+            }
+        }
+    }
+    sums.into_iter().map(T::Acc::of).collect()
+}
+
 pub(super) fn forward<T: Element>(cpu: &Cpu, call: &Call<'_, T>, coefficients: &Coefficients<T::Acc>, out: &mut [T]) {
     let ([_, heads, dim], l, d) = (call.x.shape(), call.config.compress_block(), call.config.compress_stride());
     // Weights and constant of a head: `[G, l]`, `[G, D]`.
     let weights: Vec<Vec<T::Acc>> =
         (0..heads).map(|g| coefficients.weight[g..].iter().step_by(heads).copied().collect()).collect();
-    let mut constants = cpu.pool().zeroed::<T::Acc>(heads * dim);
-    if let Some(position) = &call.position {
-        for g in 0..heads {
-            add_tokens(&mut constants[g * dim..][..dim], &weights[g], |p| position.row(p, g));
-        }
-    }
+    let constants = constants(call, &weights);
     debug_assert!(weights.iter().all(|w| w.len() == l));
     let pieces = pieces(call.config, call.packing, PIECE_BLOCKS);
-    let constants = &*constants;
     let outs = split_rows(out, &pieces, heads * dim);
     pieces.par_iter().zip(outs).for_each(|(piece, out)| {
         let mut sum = cpu.pool().take::<T::Acc>(dim);
         for i in 0..piece.blocks {
             for g in 0..heads {
-                sum.copy_from_slice(&constants[g * dim..][..dim]);
+                sum.fill(T::Acc::zero());
                 add_tokens(&mut sum, &weights[g], |p| call.x.row(piece.token + i * d + p, g));
-                sum.iter_mut().for_each(|sum| *sum *= coefficients.scale);
+                let constant = &constants[g * dim..][..dim];
+                sum.iter_mut().zip(constant).for_each(|(sum, c)| *sum = (*sum + *c) * coefficients.scale);
                 narrow(&sum, &mut out[(i * heads + g) * dim..][..dim]);
             }
         }

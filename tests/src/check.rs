@@ -1,0 +1,469 @@
+//! One operation on one case against the reference: what the tests and `cargo xtask check` run.
+
+use crate::compare::{Compared, Outcome};
+use crate::fault::Fault;
+use crate::gate::Gate;
+use crate::generate::{self, Side, Weights, widen};
+use crate::kernels::{Attention, AttentionGrads, AttentionOutput, Compress, CompressGrads, Pattern};
+use crate::operator::{self, Branches, Compressed, Grads, Inputs, Outputs};
+use crate::reference::{self, Mode};
+use crate::select::Selections;
+use crate::{Case, Kind, decode};
+use half::{bf16, f16};
+use nsa_core::{DType, Element};
+use nsa_kernels::Backend;
+use std::fmt;
+
+/// The operations, by their stems.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Op {
+    /// φ.
+    Compress,
+    /// Compressed attention and selection.
+    Cmp,
+    /// Attention over selected blocks.
+    Slc,
+    /// Sliding window.
+    Win,
+    /// The gated sum.
+    Gate,
+    /// The whole operator from tokens.
+    Nsa,
+    /// One step from caches.
+    Decode,
+    /// Full attention.
+    Dense,
+}
+
+impl Op {
+    /// All of them.
+    pub const ALL: [Self; 8] =
+        [Self::Compress, Self::Cmp, Self::Slc, Self::Win, Self::Gate, Self::Nsa, Self::Decode, Self::Dense];
+
+    /// Its stem.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Compress => "compress",
+            Self::Cmp => "cmp",
+            Self::Slc => "slc",
+            Self::Win => "win",
+            Self::Gate => "gate",
+            Self::Nsa => "nsa",
+            Self::Decode => "decode",
+            Self::Dense => "dense",
+        }
+    }
+}
+
+impl fmt::Display for Op {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// The verdict on one operation, case and dtype.
+#[derive(Clone, Debug, Default)]
+pub struct Report {
+    /// One an output.
+    pub outcomes: Vec<Outcome>,
+    /// Block lists that differ from the truth's on near ties.
+    pub near_ties: usize,
+    /// What else is wrong: selection, refusals, writes beside outputs.
+    pub failure: Option<String>,
+}
+
+impl Report {
+    /// Everything that is wrong, one line each.
+    pub fn failures(&self) -> Vec<String> {
+        let outputs = self.outcomes.iter().filter_map(|o| o.failure.as_ref().map(|f| format!("`{}`: {f}", o.tensor)));
+        self.failure.iter().cloned().chain(outputs).collect()
+    }
+}
+
+/// Runs `op` on `case` in `dtype`, forward and backward, against the reference.
+pub fn check(op: Op, case: &Case, dtype: DType, backend: &Backend) -> Report {
+    check_faulty(op, case, dtype, backend, None)
+}
+
+/// The same with a fault planted in what the kernel gets or gives, if it applies to this operation.
+pub fn check_faulty(op: Op, case: &Case, dtype: DType, backend: &Backend, fault: Option<Fault>) -> Report {
+    let report = match dtype {
+        DType::F32 => run::<f32>(op, case, backend, fault),
+        DType::F64 => run::<f64>(op, case, backend, fault),
+        DType::Bf16 => run::<bf16>(op, case, backend, fault),
+        DType::F16 => run::<f16>(op, case, backend, fault),
+    };
+    report.unwrap_or_else(|failure| Report { failure: Some(failure), ..Report::default() })
+}
+
+fn run<T: Kind>(op: Op, case: &Case, backend: &Backend, fault: Option<Fault>) -> Result<Report, String> {
+    match op {
+        Op::Compress => compress::<T>(case, backend, fault),
+        Op::Cmp => attention::<T>(case, Pattern::Cmp, backend, fault),
+        Op::Slc => attention::<T>(case, Pattern::Slc, backend, fault),
+        Op::Win => attention::<T>(case, Pattern::Win, backend, fault),
+        Op::Dense => attention::<T>(case, Pattern::Dense, backend, fault),
+        Op::Gate => gate::<T>(case, backend, fault),
+        Op::Nsa => nsa::<T>(case, backend),
+        Op::Decode => decode_step::<T>(case, backend),
+    }
+}
+
+/// An output's versions: truth, two rounded, the kernel's.
+fn compared<T: Element>(name: &str, versions: [Vec<f64>; 4], row: usize, magnitude: f64) -> Compared {
+    let [truth, first, second, kernel] = versions;
+    Compared {
+        tensor: name.to_owned(),
+        truth,
+        rounded: vec![first, second],
+        kernel,
+        row,
+        storage: T::DTYPE,
+        accumulator: <T::Acc as Element>::DTYPE,
+        magnitude,
+        draws: usize::MAX,
+    }
+}
+
+/// The verdicts on the outputs of a call of `tokens` tokens.
+fn judge(list: &[Compared], tokens: usize) -> Vec<Outcome> {
+    list.iter().map(|compared| Compared { draws: tokens, ..compared.clone() }.judge()).collect()
+}
+
+/// The largest Euclidean norm of a row.
+fn row_norm<T: Element>(values: &[T], row: usize) -> f64 {
+    let norm = |row: &[T]| row.iter().map(|x| x.to_f64() * x.to_f64()).sum::<f64>().sqrt();
+    values.chunks(row.max(1)).map(norm).fold(0.0, f64::max)
+}
+
+/// Bounds on the terms that outputs and gradients of attention are summed from.
+#[derive(Clone, Copy, Debug)]
+struct Magnitudes {
+    o: f64,
+    lse: f64,
+    dq: f64,
+    dk: f64,
+    dv: f64,
+}
+
+impl Magnitudes {
+    /// |ds| ≤ p·(|do·v| + |δ|) ≤ 2·p·‖do‖·‖v‖, and Σ_s p = 1.
+    fn new<T: Element>(inputs: [&[T]; 4], config: &nsa_core::NsaConfig) -> Self {
+        let [q, k, v, d_o] = inputs;
+        let (dk, dv) = (config.head_dim_qk(), config.head_dim_v());
+        let (q, k, v, d_o) = (row_norm(q, dk), row_norm(k, dk), row_norm(v, dv), row_norm(d_o, dv));
+        let (scale, heads) = (config.scale(), config.group_size() as f64);
+        let ds = 2.0 * scale * d_o * v;
+        Self { o: v, lse: scale * q * k, dq: ds * k, dk: ds * q * heads, dv: d_o * heads }
+    }
+}
+
+/// Generated inputs of an attention operation.
+pub fn attention_inputs<T: Kind>(case: &Case, pattern: Pattern) -> Attention<T> {
+    let config = &case.config;
+    let (n, hq, g) = (case.tokens(), config.num_heads(), config.num_kv_heads());
+    let rows = |side: Side| match pattern {
+        Pattern::Cmp => {
+            let name = format!("{}_blocks", side.letter());
+            generate::tensor(case, &name, &[case.blocks(), g, side.dim(config)], 1.0)
+        }
+        Pattern::Slc => operator::branch_tokens(case, side, "slc"),
+        Pattern::Win | Pattern::Dense => operator::branch_tokens(case, side, "win"),
+    };
+    Attention {
+        pattern,
+        packing: case.packing(),
+        q: generate::tensor(case, "q", &[n, hq, config.head_dim_qk()], case.sharpness),
+        k: rows(Side::Key),
+        v: rows(Side::Value),
+        block_indices: if pattern == Pattern::Slc { generate::selection(case) } else { Vec::new() },
+        d_o: generate::tensor(case, "do", &[n, hq, config.head_dim_v()], 1.0),
+        gates: pattern.gate().map(|_| generate::gates(case)),
+        config: config.clone(),
+    }
+}
+
+fn attention<T: Kind>(
+    case: &Case,
+    pattern: Pattern,
+    backend: &Backend,
+    fault: Option<Fault>,
+) -> Result<Report, String> {
+    let honest = attention_inputs::<T>(case, pattern);
+    let mut planted = honest.clone();
+    if let Some(fault) = fault {
+        fault.plant(&mut planted);
+    }
+    let mut output = planted.forward(backend)?;
+    if let Some(fault) = fault {
+        fault.spoil(&honest, &mut output);
+    }
+    let grads = planted.backward(backend, &output)?;
+    judge_attention(&honest, &output, &grads)
+}
+
+/// What a kernel wrote against the reference on the same inputs.
+fn judge_attention<T: Kind>(
+    inputs: &Attention<T>,
+    output: &AttentionOutput<T, T::Acc>,
+    grads: &AttentionGrads<T::Acc>,
+) -> Result<Report, String> {
+    let truth = reference::attention(inputs, Mode::Exact)?;
+    let [first, second] = reference::attention_rounded(inputs)?;
+    let mut report = Report::default();
+    if inputs.pattern == Pattern::Cmp {
+        let selections = Selections {
+            config: &inputs.config,
+            packing: &inputs.packing,
+            kernel: &output.block_indices,
+            truth: &truth.output.block_indices,
+            scores: &truth.scores,
+            rounded: [&first.scores, &second.scores],
+            accumulator: <T::Acc as Element>::DTYPE,
+        };
+        report.take(selections.judge());
+    }
+    let sizes = Magnitudes::new([&inputs.q, &inputs.k, &inputs.v, &inputs.d_o], &inputs.config);
+    let (dk, dv) = (inputs.config.head_dim_qk(), inputs.config.head_dim_v());
+    let heads = inputs.config.num_heads();
+    let (output, grads) = (widen_output(output), widen_grads(grads));
+    let o = [truth.output.o, first.output.o, second.output.o, output.o];
+    let lse = [truth.output.lse, first.output.lse, second.output.lse, output.lse];
+    let grads = [truth.grads, first.grads, second.grads, grads];
+    let list = [
+        compared::<T>("o", o, dv, sizes.o),
+        compared::<T::Acc>("lse", lse, heads, sizes.lse),
+        compared::<T::Acc>("dq", grads.each_ref().map(|g| g.q.clone()), dk, sizes.dq),
+        compared::<T::Acc>("dk", grads.each_ref().map(|g| g.k.clone()), dk, sizes.dk),
+        compared::<T::Acc>("dv", grads.each_ref().map(|g| g.v.clone()), dv, sizes.dv),
+    ];
+    report.outcomes = judge(&list, inputs.packing.num_tokens());
+    Ok(report)
+}
+
+fn widen_output<T: Kind>(output: &AttentionOutput<T, T::Acc>) -> AttentionOutput<f64, f64> {
+    let block_indices = output.block_indices.clone();
+    AttentionOutput { o: widen(&output.o), lse: widen(&output.lse), block_indices }
+}
+
+fn widen_grads<A: Element>(grads: &AttentionGrads<A>) -> AttentionGrads<f64> {
+    AttentionGrads { q: widen(&grads.q), k: widen(&grads.k), v: widen(&grads.v) }
+}
+
+impl Report {
+    fn take(&mut self, selections: Result<usize, String>) {
+        match selections {
+            Ok(near_ties) => self.near_ties += near_ties,
+            Err(failure) => self.failure = Some(failure),
+        }
+    }
+}
+
+/// Generated inputs of φ for keys or values.
+pub fn compress_inputs<T: Kind>(case: &Case, side: Side) -> Compress<T> {
+    Compress {
+        side,
+        config: case.config.clone(),
+        packing: case.packing(),
+        x: operator::branch_tokens(case, side, "cmp"),
+        // Keys without embedding in some cases: it is optional.
+        position: (side == Side::Value || case.tokens().is_multiple_of(2)).then(|| generate::position(case, side)),
+        weights: generate::weights(case, side),
+    }
+}
+
+fn compress<T: Kind>(case: &Case, backend: &Backend, fault: Option<Fault>) -> Result<Report, String> {
+    let mut report = Report::default();
+    for side in [Side::Key, Side::Value] {
+        let honest = compress_inputs::<T>(case, side);
+        let mut planted = honest.clone();
+        if let Some(fault) = fault {
+            fault.plant_compress(&mut planted);
+        }
+        let blocks = planted.forward(backend)?;
+        let shape = [case.blocks(), case.config.num_kv_heads(), side.dim(&case.config)];
+        let d_blocks: Vec<T::Acc> = generate::tensor(case, "d_blocks", &shape, 1.0);
+        let grads = planted.backward(backend, &d_blocks)?;
+        let truth = reference::compressed(&honest, &widen(&d_blocks), Mode::Exact)?;
+        let [first, second] = reference::compressed_rounded(&honest, &widen(&d_blocks))?;
+        let largest = row_norm(&honest.x, 1);
+        let name = format!("{}_cmp", side.letter());
+        let versions = [truth.0, first.0, second.0, widen(&blocks)];
+        let blocks = compared::<T>(&format!("{name}_blocks"), versions, shape[2], largest);
+        let kernel = CompressGrads {
+            x: widen(&grads.x),
+            position: grads.position.as_deref().map(widen),
+            weights: grads.weights.map(widen),
+        };
+        let list =
+            compress_grads::<T::Acc>(side, shape[2], [truth.1.into(), first.1.into(), second.1.into(), kernel.into()]);
+        report.outcomes.extend(judge(&[vec![blocks], list].concat(), case.tokens()));
+    }
+    Ok(report)
+}
+
+/// Gradients of the compressed side.
+fn compress_grads<T: Element>(side: Side, dim: usize, grads: [Compressed<f64>; 4]) -> Vec<Compared> {
+    let letter = side.letter();
+    let [truth, first, second, kernel] = grads.map(parts);
+    let all = truth.into_iter().zip(first).zip(second).zip(kernel);
+    all.map(|((((name, truth), (_, first)), (_, second)), (_, kernel))| {
+        compared::<T>(&name.replace('*', letter), [truth, first, second, kernel], dim, 0.0)
+    })
+    .collect()
+}
+
+fn parts(grads: Compressed<f64>) -> Vec<(&'static str, Vec<f64>)> {
+    let (x, position, phi) = match grads {
+        Compressed::Blocks(blocks) => return vec![("d*_cmp_blocks", blocks)],
+        Compressed::Tokens { x, position, phi } => (x, position, phi),
+    };
+    let mut list = vec![("d*_cmp", x)];
+    list.extend(position.map(|e| ("dpe_*", e)));
+    match phi {
+        Weights::Mean => {}
+        Weights::Weighted(weight) | Weights::Linear(weight) => list.push(("dphi_*.weight", weight)),
+        Weights::Mlp { weight1, bias1, weight2, bias2 } => {
+            list.extend([("dphi_*.0.weight", weight1), ("dphi_*.2.weight", weight2)]);
+            list.extend(bias1.map(|bias| ("dphi_*.0.bias", bias)));
+            list.extend(bias2.map(|bias| ("dphi_*.2.bias", bias)));
+        }
+    }
+    list
+}
+
+fn gate<T: Kind>(case: &Case, backend: &Backend, fault: Option<Fault>) -> Result<Report, String> {
+    let honest = Gate::<T>::generate(case);
+    let mut planted = honest.clone();
+    if let Some(fault) = fault {
+        fault.plant_gate(&mut planted);
+    }
+    let list = planted.compare(&honest, backend)?;
+    Ok(Report { outcomes: judge(&list, case.tokens()), ..Report::default() })
+}
+
+/// The whole operator from tokens to gradients. Selections are compared on the kernel's own k̃; then the reference
+/// attends to the kernel's blocks, so that a near tie does not make the outputs incomparable.
+fn nsa<T: Kind>(case: &Case, backend: &Backend) -> Result<Report, String> {
+    let mut inputs = Inputs::<T>::generate(case);
+    let kernel = operator::run(backend, &inputs)?;
+    let mut report = Report::default();
+    report.take(judge_selection(&inputs, &kernel.blocks, &kernel.block_indices));
+    inputs.block_indices = Some(kernel.block_indices.clone());
+    let truth = reference::run(&inputs, Mode::Exact)?;
+    let [first, second] = reference::run_rounded(&inputs)?;
+    let list = compare_outputs(&inputs, [truth, first, second, kernel.widen()]);
+    report.outcomes = judge(&list, inputs.packing.num_tokens());
+    Ok(report)
+}
+
+fn judge_selection<T: Kind>(inputs: &Inputs<T>, blocks: &[Vec<T>; 2], kernel: &[i32]) -> Result<usize, String> {
+    let attention = Attention {
+        pattern: Pattern::Cmp,
+        config: inputs.config.clone(),
+        packing: inputs.packing.clone(),
+        q: inputs.q.clone(),
+        k: blocks[0].clone(),
+        v: blocks[1].clone(),
+        block_indices: Vec::new(),
+        d_o: Vec::new(),
+        gates: None,
+    };
+    let (truth, scores) = reference::selection(&attention, Mode::Exact)?;
+    let (_, first) = reference::selection(&attention, Mode::Rounded(T::DTYPE))?;
+    let (_, second) = reference::selection(&attention.mirror(), Mode::Rounded(T::DTYPE))?;
+    Selections {
+        config: &inputs.config,
+        packing: &inputs.packing,
+        kernel,
+        truth: &truth,
+        scores: &scores,
+        rounded: [&first, &second],
+        accumulator: <T::Acc as Element>::DTYPE,
+    }
+    .judge()
+}
+
+/// Every output of the operator, forward and backward.
+fn compare_outputs<T: Kind>(inputs: &Inputs<T>, versions: [Outputs<f64, f64>; 4]) -> Vec<Compared> {
+    let config = &inputs.config;
+    let (dk, dv, heads) = (config.head_dim_qk(), config.head_dim_v(), config.num_heads());
+    let d_o = inputs.d_o.clone().unwrap_or_default();
+    let (k, v) = (&inputs.k, &inputs.v);
+    let sizes = [
+        Magnitudes::new(
+            [&inputs.q, &blocks_as::<T>(&versions[0].blocks[0]), &blocks_as(&versions[0].blocks[1]), &d_o],
+            config,
+        ),
+        Magnitudes::new([&inputs.q, &k.slc, &v.slc, &d_o], config),
+        Magnitudes::new([&inputs.q, &k.win, &v.win, &d_o], config),
+    ];
+    let each = |f: &dyn Fn(&Outputs<f64, f64>) -> Vec<f64>| versions.each_ref().map(f);
+    let largest = |f: fn(&Magnitudes) -> f64| sizes.iter().map(f).fold(0.0, f64::max);
+    let mut list = vec![compared::<T>("o", each(&|out| out.o.clone()), dv, largest(|m| m.o))];
+    for (c, name) in ["cmp", "slc", "win"].into_iter().enumerate() {
+        let o = each(&|out| out.branches[c].clone());
+        list.push(compared::<T>(&format!("o_{name}"), o, dv, sizes[c].o));
+        let lse = each(&|out| out.lse[c].clone());
+        list.push(compared::<T::Acc>(&format!("lse_{name}"), lse, heads, sizes[c].lse));
+    }
+    let [Some(truth), Some(first), Some(second), Some(kernel)] = versions.each_ref().map(|out| out.grads.as_ref())
+    else {
+        return list;
+    };
+    let each = |f: &dyn Fn(&Grads<f64>) -> Vec<f64>| [truth, first, second, kernel].map(f);
+    list.push(compared::<T::Acc>("dq", each(&|g| g.q.clone()), dk, largest(|m| m.dq)));
+    let products = row_norm(&d_o, dv) * largest(|m| m.o);
+    list.push(compared::<T::Acc>("dgates", each(&|g| g.gates.clone()), 3, products));
+    for side in [Side::Key, Side::Value] {
+        let of = |g: &Grads<f64>| -> Branches<f64> { if side == Side::Key { g.k.clone() } else { g.v.clone() } };
+        let magnitude = |m: &Magnitudes| if side == Side::Key { m.dk } else { m.dv };
+        let (dim, letter) = (side.dim(config), side.letter());
+        let slc = each(&|g| of(g).slc);
+        list.push(compared::<T::Acc>(&format!("d{letter}_slc"), slc, dim, magnitude(&sizes[1])));
+        let win = each(&|g| of(g).win);
+        list.push(compared::<T::Acc>(&format!("d{letter}_win"), win, dim, magnitude(&sizes[2])));
+        let mut cmp = compress_grads::<T::Acc>(side, dim, [truth, first, second, kernel].map(|g| of(g).cmp));
+        cmp.iter_mut().for_each(|c| c.magnitude = magnitude(&sizes[0]));
+        list.extend(cmp);
+    }
+    list
+}
+
+fn blocks_as<T: Element>(values: &[f64]) -> Vec<T> {
+    values.iter().map(|&x| T::from_f64(x)).collect()
+}
+
+/// Steps from caches at several prefixes of each sequence, all in one call.
+fn decode_step<T: Kind>(case: &Case, backend: &Backend) -> Result<Report, String> {
+    let whole = Inputs::<T>::generate(case);
+    let blocks = operator::blocks(backend, &whole)?;
+    let mut inputs = decode::steps(case, &whole, &blocks)?;
+    let kernel = decode::step(backend, &inputs)?;
+    let mut report = Report::default();
+    let (Compressed::Blocks(k), Compressed::Blocks(v)) = (&inputs.k.cmp, &inputs.v.cmp) else {
+        return Err("steps take blocks".to_owned());
+    };
+    report.take(judge_selection(&inputs, &[k.clone(), v.clone()], &kernel.block_indices));
+    report.failure = report.failure.or_else(|| rows_read(&inputs, &kernel));
+    inputs.block_indices = Some(kernel.block_indices.clone());
+    let truth = reference::run(&inputs, Mode::Exact)?;
+    let [first, second] = reference::run_rounded(&inputs)?;
+    let dv = case.config.head_dim_v();
+    let magnitude = [&inputs.v.slc, &inputs.v.win, v].map(|v| row_norm(v, dv)).into_iter().fold(0.0, f64::max);
+    let o = compared::<T>("o", [truth.o, first.o, second.o, widen(&kernel.o)], dv, magnitude);
+    report.outcomes = judge(&[o], inputs.packing.num_tokens());
+    Ok(report)
+}
+
+/// Compares the count of rows read with SPEC 4's.
+fn rows_read<T: Kind>(inputs: &Inputs<T>, step: &decode::Step<T>) -> Option<String> {
+    let lists = inputs.config.num_kv_heads() * inputs.config.select_count();
+    let expected: Vec<usize> = inputs
+        .packing
+        .seqs()
+        .zip(step.block_indices.chunks(lists))
+        .map(|(seq, lists)| decode::rows_of(&inputs.config, seq.end(), lists))
+        .collect();
+    (step.rows_read != expected).then(|| format!("rows read: {:?} instead of {expected:?}", step.rows_read))
+}

@@ -1,0 +1,256 @@
+//! The work that is timed: one packed sequence, NSA and full attention on the same shapes.
+
+use anyhow::Result;
+use nsa_core::{CuSeqlens, Element, NsaConfig, Packing, index};
+use nsa_kernels::op::{compress, dense, nsa};
+use nsa_kernels::{Backend, Rows, Tensor, TensorMut};
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+/// Inputs of one sequence of `tokens`, and room for every output.
+pub struct Problem<T: Element> {
+    backend: Backend,
+    config: NsaConfig,
+    packing: Packing,
+    cu_blocks: CuSeqlens,
+    q: Vec<T>,
+    /// Keys and values of cmp (raw), slc, win.
+    k: [Vec<T>; 3],
+    v: [Vec<T>; 3],
+    gates: Vec<T>,
+    d_o: Vec<T>,
+    k_blocks: Vec<T>,
+    v_blocks: Vec<T>,
+    block_indices: Vec<i32>,
+    branches: [Vec<T>; 3],
+    lse: [Vec<T::Acc>; 3],
+    o: Vec<T>,
+    grads: Grads<T::Acc>,
+}
+
+/// Room for gradients.
+struct Grads<A> {
+    q: Vec<A>,
+    gates: Vec<A>,
+    /// Of k̃, k^slc, k^win.
+    k: [Vec<A>; 3],
+    v: [Vec<A>; 3],
+    /// Of the raw keys and values of the compressed branch.
+    x: [Vec<A>; 2],
+}
+
+impl<T: Element> Problem<T> {
+    /// Random inputs, the same for every type. φ is the mean, so that the figures are those of attention.
+    pub fn new(backend: &Backend, config: &NsaConfig, tokens: usize) -> Result<Self> {
+        let packing = Packing::new(CuSeqlens::single(tokens)?);
+        let cu_blocks = packing.cu_blocks(config)?;
+        let (heads, groups) = (config.num_heads(), config.num_kv_heads());
+        let (dim_qk, dim_v) = (config.head_dim_qk(), config.head_dim_v());
+        let (k_len, v_len) = (groups * dim_qk, groups * dim_v);
+        let blocks = cu_blocks.total();
+        let mut rng = ChaCha8Rng::seed_from_u64(1);
+        let mut random =
+            |len: usize| -> Vec<T> { (0..len).map(|_| T::from_f64(rng.random_range(-1.7..1.7))).collect() };
+        let three = |len: usize| [(); 3].map(|()| vec![T::default(); len]);
+        let zeros = |rows: [usize; 3], len: usize| rows.map(|rows| vec![T::Acc::default(); rows * len]);
+        Ok(Self {
+            q: random(tokens * heads * dim_qk),
+            k: [(); 3].map(|()| random(tokens * k_len)),
+            v: [(); 3].map(|()| random(tokens * v_len)),
+            d_o: random(tokens * heads * dim_v),
+            gates: vec![T::from_f64(1.0 / 3.0); tokens * heads * 3],
+            k_blocks: vec![T::default(); blocks * k_len],
+            v_blocks: vec![T::default(); blocks * v_len],
+            block_indices: vec![0; tokens * groups * config.select_count()],
+            branches: three(tokens * heads * dim_v),
+            lse: [(); 3].map(|()| vec![T::Acc::default(); tokens * heads]),
+            o: vec![T::default(); tokens * heads * dim_v],
+            grads: Grads {
+                q: vec![T::Acc::default(); tokens * heads * dim_qk],
+                gates: vec![T::Acc::default(); tokens * heads * 3],
+                k: zeros([blocks, tokens, tokens], k_len),
+                v: zeros([blocks, tokens, tokens], v_len),
+                x: [vec![T::Acc::default(); tokens * k_len], vec![T::Acc::default(); tokens * v_len]],
+            },
+            backend: backend.clone(),
+            config: config.clone(),
+            packing,
+            cu_blocks,
+        })
+    }
+
+    fn shapes(&self) -> Shapes {
+        let (n, groups) = (self.packing.num_tokens(), self.config.num_kv_heads());
+        let (heads, blocks) = (self.config.num_heads(), self.cu_blocks.total());
+        let (dim_qk, dim_v) = (self.config.head_dim_qk(), self.config.head_dim_v());
+        Shapes {
+            q: [n, heads, dim_qk],
+            o: [n, heads, dim_v],
+            lse: [n, heads],
+            gates: [n, heads, 3],
+            indices: [n, groups, self.config.select_count()],
+            k: [[blocks, groups, dim_qk], [n, groups, dim_qk], [n, groups, dim_qk]],
+            v: [[blocks, groups, dim_v], [n, groups, dim_v], [n, groups, dim_v]],
+        }
+    }
+
+    /// NSA's forward pass: φ, selection, three branches, gate.
+    pub fn nsa_forward(&mut self) -> Result<()> {
+        let s = self.shapes();
+        for (x, blocks, [tokens, out]) in
+            [(&self.k[0], &mut self.k_blocks, [s.k[1], s.k[0]]), (&self.v[0], &mut self.v_blocks, [s.v[1], s.v[0]])]
+        {
+            let args = compress::Forward {
+                config: &self.config,
+                packing: &self.packing,
+                x: Tensor::host(x, tokens)?,
+                position: None,
+                phi: compress::Phi::Mean,
+                blocks: TensorMut::host(blocks, out)?,
+            };
+            compress::forward(&self.backend, args)?;
+        }
+        let tokens = self.packing.cu_seqlens();
+        let [o_cmp, o_slc, o_win] = self.branches.each_mut().map(|o| TensorMut::host(o, s.o));
+        let [lse_cmp, lse_slc, lse_win] = self.lse.each_mut().map(|l| TensorMut::host(l, s.lse));
+        let args = nsa::Forward {
+            config: &self.config,
+            packing: &self.packing,
+            q: Tensor::host(&self.q, s.q)?,
+            k: [
+                Rows::packed(Tensor::host(&self.k_blocks, s.k[0])?, &self.cu_blocks),
+                Rows::packed(Tensor::host(&self.k[1], s.k[1])?, tokens),
+                Rows::packed(Tensor::host(&self.k[2], s.k[2])?, tokens),
+            ],
+            v: [
+                Rows::packed(Tensor::host(&self.v_blocks, s.v[0])?, &self.cu_blocks),
+                Rows::packed(Tensor::host(&self.v[1], s.v[1])?, tokens),
+                Rows::packed(Tensor::host(&self.v[2], s.v[2])?, tokens),
+            ],
+            gates: Tensor::host(&self.gates, s.gates)?,
+            selection: nsa::Selection::Compute(TensorMut::host(&mut self.block_indices, s.indices)?),
+            saved: nsa::Saved { o: [o_cmp?, o_slc?, o_win?], lse: [lse_cmp?, lse_slc?, lse_win?] },
+            o: TensorMut::host(&mut self.o, s.o)?,
+        };
+        Ok(nsa::forward(&self.backend, args)?)
+    }
+
+    /// NSA's backward pass; the forward pass has run.
+    pub fn nsa_backward(&mut self) -> Result<()> {
+        let s = self.shapes();
+        let [dk_cmp, dk_slc, dk_win] = &mut self.grads.k;
+        let [dv_cmp, dv_slc, dv_win] = &mut self.grads.v;
+        let args = nsa::Backward {
+            config: &self.config,
+            packing: &self.packing,
+            q: Tensor::host(&self.q, s.q)?,
+            k: [
+                Tensor::host(&self.k_blocks, s.k[0])?,
+                Tensor::host(&self.k[1], s.k[1])?,
+                Tensor::host(&self.k[2], s.k[2])?,
+            ],
+            v: [
+                Tensor::host(&self.v_blocks, s.v[0])?,
+                Tensor::host(&self.v[1], s.v[1])?,
+                Tensor::host(&self.v[2], s.v[2])?,
+            ],
+            gates: Tensor::host(&self.gates, s.gates)?,
+            block_indices: Tensor::host(&self.block_indices, s.indices)?,
+            branches: [
+                Tensor::host(&self.branches[0], s.o)?,
+                Tensor::host(&self.branches[1], s.o)?,
+                Tensor::host(&self.branches[2], s.o)?,
+            ],
+            lse: [
+                Tensor::host(&self.lse[0], s.lse)?,
+                Tensor::host(&self.lse[1], s.lse)?,
+                Tensor::host(&self.lse[2], s.lse)?,
+            ],
+            d_o: Tensor::host(&self.d_o, s.o)?,
+            dq: TensorMut::host(&mut self.grads.q, s.q)?,
+            dk: [TensorMut::host(dk_cmp, s.k[0])?, TensorMut::host(dk_slc, s.k[1])?, TensorMut::host(dk_win, s.k[2])?],
+            dv: [TensorMut::host(dv_cmp, s.v[0])?, TensorMut::host(dv_slc, s.v[1])?, TensorMut::host(dv_win, s.v[2])?],
+            d_gates: TensorMut::host(&mut self.grads.gates, s.gates)?,
+        };
+        nsa::backward(&self.backend, args)?;
+        let sides = [(&self.k[0], &self.grads.k[0], s.k[1], s.k[0]), (&self.v[0], &self.grads.v[0], s.v[1], s.v[0])];
+        for ((x, d_blocks, tokens, blocks), dx) in sides.into_iter().zip(&mut self.grads.x) {
+            let args = compress::Backward {
+                config: &self.config,
+                packing: &self.packing,
+                x: Tensor::host(x, tokens)?,
+                position: None,
+                phi: compress::Phi::Mean,
+                d_blocks: Tensor::host(d_blocks, blocks)?,
+                dx: TensorMut::host(dx, tokens)?,
+                d_position: None,
+                d_phi: compress::PhiGrad::Mean,
+            };
+            compress::backward(&self.backend, args)?;
+        }
+        Ok(())
+    }
+
+    /// Full attention's forward pass, on the keys and values of the selected branch.
+    pub fn dense_forward(&mut self) -> Result<()> {
+        let s = self.shapes();
+        let tokens = self.packing.cu_seqlens();
+        let args = dense::Forward {
+            config: &self.config,
+            packing: &self.packing,
+            q: Tensor::host(&self.q, s.q)?,
+            k: Rows::packed(Tensor::host(&self.k[1], s.k[1])?, tokens),
+            v: Rows::packed(Tensor::host(&self.v[1], s.v[1])?, tokens),
+            o: TensorMut::host(&mut self.branches[1], s.o)?,
+            lse: TensorMut::host(&mut self.lse[1], s.lse)?,
+        };
+        Ok(dense::forward(&self.backend, args)?)
+    }
+
+    /// Full attention's backward pass; its forward pass has run last.
+    pub fn dense_backward(&mut self) -> Result<()> {
+        let s = self.shapes();
+        let args = dense::Backward {
+            config: &self.config,
+            packing: &self.packing,
+            q: Tensor::host(&self.q, s.q)?,
+            k: Tensor::host(&self.k[1], s.k[1])?,
+            v: Tensor::host(&self.v[1], s.v[1])?,
+            o: Tensor::host(&self.branches[1], s.o)?,
+            lse: Tensor::host(&self.lse[1], s.lse)?,
+            d_o: Tensor::host(&self.d_o, s.o)?,
+            dq: TensorMut::host(&mut self.grads.q, s.q)?,
+            dk: TensorMut::host(&mut self.grads.k[1], s.k[1])?,
+            dv: TensorMut::host(&mut self.grads.v[1], s.v[1])?,
+        };
+        Ok(dense::backward(&self.backend, args)?)
+    }
+}
+
+struct Shapes {
+    q: [usize; 3],
+    o: [usize; 3],
+    lse: [usize; 2],
+    gates: [usize; 3],
+    indices: [usize; 3],
+    k: [[usize; 3]; 3],
+    v: [[usize; 3]; 3],
+}
+
+/// Pairs of query and key that NSA touches in one head of one sequence, and that full causal attention touches.
+pub fn pairs(config: &NsaConfig, tokens: usize) -> (u64, u64) {
+    let nsa = |t: usize| {
+        let blocks = index::num_candidates(config, t).min(config.select_count());
+        // The own block, always selected, ends at t; the others are whole.
+        let selected = (blocks - 1) * config.select_block() + t % config.select_block() + 1;
+        index::visible_blocks(config, t) + selected + index::window_tokens(config, t).len()
+    };
+    (0..tokens).fold((0, 0), |(sparse, full), t| (sparse + nsa(t) as u64, full + t as u64 + 1))
+}
+
+/// FLOP of `pairs` in all heads: forward 2·Dk + 2·Dv each; backward five products, 6·Dk + 4·Dv.
+pub fn flop(config: &NsaConfig, pairs: u64, backward: bool) -> f64 {
+    let (dim_qk, dim_v) = (config.head_dim_qk() as f64, config.head_dim_v() as f64);
+    let each = if backward { 6.0 * dim_qk + 4.0 * dim_v } else { 2.0 * dim_qk + 2.0 * dim_v };
+    pairs as f64 * config.num_heads() as f64 * each
+}

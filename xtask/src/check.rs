@@ -1,0 +1,213 @@
+//! `cargo xtask check`: every operation × case × dtype on a backend against the reference, with the table of worst errors.
+
+use crate::engine::{Choice, Engine};
+use crate::machine::Machine;
+use anyhow::{Result, bail};
+use clap::{Args, ValueEnum};
+use comfy_table::{Table, presets};
+use nsa_core::DType;
+use nsa_kernels::Backend;
+use nsa_tests::check::{self, Op, Report};
+use nsa_tests::{Case, case};
+
+/// Options of `cargo xtask check`.
+#[derive(Args, Debug)]
+pub struct Options {
+    /// Only these operations: compress, cmp, slc, win, gate, nsa, decode, dense
+    #[arg(long, value_parser = parse_op, value_delimiter = ',')]
+    op: Vec<Op>,
+    /// Only the cases whose names contain one of these
+    #[arg(long, value_delimiter = ',')]
+    case: Vec<String>,
+    /// Only these dtypes
+    #[arg(long, value_enum, value_delimiter = ',')]
+    dtype: Vec<Dtype>,
+    /// Where: the host's processor; GPUs and their simulation come with the CUDA backend
+    #[arg(long, value_enum, default_value = "cpu")]
+    device: Device,
+    /// A line for every output, not only the worst of each operation and dtype
+    #[arg(long)]
+    all: bool,
+    #[command(flatten)]
+    choice: Choice,
+}
+
+/// Names of `--dtype`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Dtype {
+    /// float32
+    F32,
+    /// bfloat16
+    Bf16,
+    /// float16
+    F16,
+    /// float64
+    F64,
+}
+
+impl From<Dtype> for DType {
+    fn from(dtype: Dtype) -> Self {
+        match dtype {
+            Dtype::F32 => Self::F32,
+            Dtype::Bf16 => Self::Bf16,
+            Dtype::F16 => Self::F16,
+            Dtype::F64 => Self::F64,
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Device {
+    Cpu,
+    Cuda,
+    Sim,
+}
+
+fn parse_op(name: &str) -> Result<Op, String> {
+    Op::ALL.into_iter().find(|op| op.name() == name).ok_or_else(|| {
+        let names: Vec<&str> = Op::ALL.iter().map(|op| op.name()).collect();
+        format!("there are {}", names.join(", "))
+    })
+}
+
+/// Runs the command.
+///
+/// # Errors
+/// If anything is red, or the backend asked for is not there.
+pub fn run(options: &Options) -> Result<()> {
+    if options.device != Device::Cpu {
+        bail!("--device {:?}: this build has no CUDA backend", options.device);
+    }
+    let (engine, why) = options.choice.engine()?;
+    let Engine::Kernels(backend) = engine else {
+        bail!("--backend ref: the reference is what others are checked against")
+    };
+    let cases: Vec<Case> = case::cases().into_iter().filter(|case| chosen(&options.case, &case.name)).collect();
+    let ops = if options.op.is_empty() { Op::ALL.to_vec() } else { options.op.clone() };
+    let dtypes: Vec<DType> = match options.dtype.as_slice() {
+        [] => vec![DType::F32, DType::Bf16, DType::F16, DType::F64],
+        list => list.iter().map(|&dtype| dtype.into()).collect(),
+    };
+    println!("{} ({why}), {} cases; {}", backend.name(), cases.len(), Machine::here().line());
+    let mut lines = Lines { list: Vec::new(), all: options.all };
+    let mut red = Vec::new();
+    for op in ops {
+        for &dtype in &dtypes {
+            for case in &cases {
+                let report = check::check(op, case, dtype, &backend);
+                red.extend(
+                    report.failures().into_iter().map(|failure| format!("{op} {} {dtype}: {failure}", case.name)),
+                );
+                lines.take(op, dtype, case, &report);
+            }
+        }
+    }
+    println!("{}", lines.table());
+    if cases.is_empty() {
+        bail!("no case has {} in its name", options.case.join(" or "));
+    }
+    if !red.is_empty() {
+        bail!("{} red:\n{}", red.len(), red.join("\n"));
+    }
+    println!("all green");
+    Ok(())
+}
+
+/// The whole operator and full attention on one small case in f32: what must be green before any time is printed.
+///
+/// # Errors
+/// If they are red.
+pub fn quick(backend: &Backend) -> Result<()> {
+    let case = case::cases().into_iter().min_by_key(|case| (case.tokens().abs_diff(128), case.name.clone()));
+    let case = case.expect("the table has cases");
+    let failures = [Op::Nsa, Op::Dense].map(|op| check::check(op, &case, DType::F32, backend).failures()).concat();
+    if !failures.is_empty() {
+        bail!("case {} is red, so nothing is timed:\n{}", case.name, failures.join("\n"));
+    }
+    println!("correct against the reference (case {}; `cargo xtask check` runs them all)", case.name);
+    Ok(())
+}
+
+fn chosen(filters: &[String], name: &str) -> bool {
+    filters.is_empty() || filters.iter().any(|filter| name.contains(filter))
+}
+
+/// One line of the table: the worst case of an output.
+struct Line {
+    op: Op,
+    dtype: DType,
+    tensor: String,
+    case: String,
+    share: f64,
+    cells: [f64; 3],
+    near_ties: usize,
+}
+
+/// The worst of each operation, dtype and output, or of each operation and dtype.
+struct Lines {
+    list: Vec<Line>,
+    all: bool,
+}
+
+impl Lines {
+    fn take(&mut self, op: Op, dtype: DType, case: &Case, report: &Report) {
+        for outcome in &report.outcomes {
+            let over = |kernel: f64, rounded: f64| if kernel == 0.0 { 0.0 } else { kernel / rounded };
+            let (kernel, rounded) = (outcome.kernel, outcome.rounded);
+            let line = Line {
+                op,
+                dtype,
+                tensor: outcome.tensor.clone(),
+                case: case.name.clone(),
+                share: outcome.worst_share(),
+                cells: [kernel.rms / outcome.size.max(f64::MIN_POSITIVE), kernel.max, over(kernel.rms, rounded.rms)],
+                near_ties: report.near_ties,
+            };
+            let same = |other: &&mut Line| {
+                other.op == op && other.dtype == dtype && (!self.all || other.tensor == outcome.tensor)
+            };
+            match self.list.iter_mut().find(same) {
+                Some(other) => {
+                    let near_ties = other.near_ties.max(line.near_ties);
+                    if line.share > other.share {
+                        *other = line;
+                    }
+                    other.near_ties = near_ties;
+                }
+                None => self.list.push(line),
+            }
+        }
+    }
+
+    fn table(&self) -> Table {
+        let mut table = Table::new();
+        table.load_preset(presets::UTF8_HORIZONTAL_ONLY);
+        let header = [
+            "op",
+            "dtype",
+            "worst output",
+            "case",
+            "share of limit",
+            "RMS, relative",
+            "max",
+            "RMS / rounded",
+            "near ties",
+        ];
+        table.set_header(header);
+        for line in &self.list {
+            let [relative, max, over] = line.cells;
+            table.add_row([
+                line.op.to_string(),
+                line.dtype.to_string(),
+                line.tensor.clone(),
+                line.case.clone(),
+                format!("{:.2}", line.share),
+                format!("{relative:.1e}"),
+                format!("{max:.1e}"),
+                format!("{over:.2}"),
+                line.near_ties.to_string(),
+            ]);
+        }
+        table
+    }
+}

@@ -1,0 +1,27 @@
+//! `cargo xtask info`: what this machine has, which backend would run and why.
+
+use crate::machine::{self, Machine};
+use anyhow::Result;
+use nsa_kernels::Backend;
+
+/// Runs the command.
+///
+/// # Errors
+/// If NSA_BACKEND names a backend that is not there.
+pub fn run() -> Result<()> {
+    let machine = Machine::here();
+    let mib = |bytes: Option<u64>| bytes.map_or("unknown".to_owned(), |b| format!("{} MiB", b >> 20));
+    println!("processor   {} ({})", machine.cpu, std::env::consts::ARCH);
+    println!("threads     {} (RAYON_NUM_THREADS sets them)", machine.threads);
+    println!("memory      {}, {} available", mib(machine.memory_bytes), mib(machine.available_bytes));
+    let (found, missing): (Vec<_>, Vec<_>) = machine::features().into_iter().partition(|(_, there)| *there);
+    let names = |list: Vec<(&str, bool)>| match list.is_empty() {
+        true => "none".to_owned(),
+        false => list.iter().map(|(name, _)| *name).collect::<Vec<_>>().join(" "),
+    };
+    println!("features    {}; not there: {}", names(found), names(missing));
+    println!("commit      {}", machine.commit);
+    let (backend, why) = Backend::pick(None)?;
+    println!("backend     {}: {why}", backend.name());
+    Ok(())
+}
