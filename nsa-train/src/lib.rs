@@ -14,7 +14,7 @@
 //! # fn main() -> nsa_train::Result<()> {
 //! let (backend, _) = Backend::pick(Some("cpu"))?;
 //! let model = Model::<f32>::new(&backend, ModelConfig::preset("tiny-1m")?, 7)?;
-//! let mut workspace = Workspace::for_inference(&model, Capacity { tokens: 64, longest: 64 });
+//! let mut workspace = Workspace::for_inference(&model, Capacity { tokens: 64, longest: 64 })?;
 //! let text: Vec<u32> = "To be, or not to be".bytes().map(u32::from).collect();
 //! let loss = model.loss(&mut workspace, &Batch::next_token(&[&text])?)?;
 //! assert_eq!(loss.count, text.len() - 1);
