@@ -16,6 +16,11 @@ pub mod select;
 
 pub use case::Case;
 
+/// The code blocks of README.md, compiled and run as documentation tests.
+#[cfg(doctest)]
+#[doc = include_str!("../../README.md")]
+pub struct Readme;
+
 /// An element type that the kit runs.
 pub trait Kind: nsa_core::Element<Acc: generate::Poison> + generate::Poison {}
 

@@ -61,7 +61,10 @@ fn steps(nextest: bool) -> Vec<Step> {
         step("documentation's examples", &["test", "--release", "--locked", "--workspace", "--doc"]),
         Step { env: Some(("RUSTDOCFLAGS", "-D warnings")), ..step("documentation", &docs) },
         step("lints of the candle feature", &clippy(&["--package", "nsa-kernels", "--features", "candle"])),
-        step("tests of the candle feature", &tests(&["--package", "nsa-kernels", "--features", "candle", "candle"])),
+        step(
+            "tests of the candle feature",
+            &tests(&["--package", "nsa-kernels", "--features", "candle", "--test", "candle"]),
+        ),
     ]
 }
 
