@@ -40,7 +40,8 @@ pub fn run(options: &Options) -> Result<()> {
     let out = files::out("demo")?;
     let texts = match options.text.as_slice() {
         [] => text::shakespeare(&out)?,
-        given => given.to_vec(),
+        // The commands below run in the repository, wherever this one was started.
+        given => given.iter().map(std::path::absolute).collect::<std::io::Result<_>>()?,
     };
     let (training, held_out) = split(&texts, &out)?;
     let run = out.join("run");
