@@ -17,19 +17,21 @@ use safetensors::tensor::Dtype;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
+/// The files' contract, printed behind the options.
+const TENSORS: &str =
+    "In: q [N,Hq,Dk]; k_cmp, k_slc, k_win [N,G,Dk] and v_cmp, v_slc, v_win [N,G,Dv], or one k, one v for all branches;
+gates [N,Hq,3] after the sigmoid, order cmp, slc, win; cu_seqlens [S+1] i32, without it one sequence; phi_k.*,
+phi_v.* by compress_kind (weighted: weight [l,G]; linear: weight [G,l*D,D]; mlp: 0.weight [G,l*D,H], 0.bias [G,H],
+2.weight [G,H,D], 2.bias [G,D], biases optional); pe_k, pe_v [l,G,D] optional; k_cmp_blocks, v_cmp_blocks [M,G,D]
+instead of φ; block_indices [N,G,n] i32 instead of selection; with --backward do [N,Hq,Dv]. One float dtype for all:
+F32, BF16, F16 or F64.
+
+Out, in that dtype: o, o_cmp, o_slc, o_win; lse_cmp, lse_slc, lse_win [N,Hq] f32; block_indices; with --backward
+d<name> of every differentiable tensor that took part (dk, dv are sums over the branches that share them).";
+
 /// Options of `cargo xtask attend`.
-///
-/// In: q [N,Hq,Dk]; k_cmp, k_slc, k_win [N,G,Dk] and v_cmp, v_slc, v_win [N,G,Dv], or one k, one v for all branches;
-/// gates [N,Hq,3] after the sigmoid, order cmp, slc, win; cu_seqlens [S+1] i32, without it one sequence; phi_k.*,
-/// phi_v.* by compress_kind (weighted: weight [l,G]; linear: weight [G,l*D,D]; mlp: 0.weight [G,l*D,H], 0.bias [G,H],
-/// 2.weight [G,H,D], 2.bias [G,D], biases optional); pe_k, pe_v [l,G,D] optional; k_cmp_blocks, v_cmp_blocks [M,G,D]
-/// instead of φ; block_indices [N,G,n] i32 instead of selection; with --backward do [N,Hq,Dv]. One float dtype for all:
-/// F32, BF16, F16 or F64.
-///
-/// Out, in that dtype: o, o_cmp, o_slc, o_win; lse_cmp, lse_slc, lse_win [N,Hq] f32; block_indices; with --backward
-/// d<name> of every differentiable tensor that took part (dk, dv are sums over the branches that share them).
 #[derive(Args, Debug)]
-#[command(verbatim_doc_comment)]
+#[command(after_long_help = TENSORS)]
 pub struct Options {
     /// Configuration, JSON
     #[arg(long)]
