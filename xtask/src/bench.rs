@@ -9,7 +9,7 @@ mod problem;
 mod report;
 
 use crate::machine::Machine;
-use anyhow::{Result, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use clap::{Args, ValueEnum};
 use half::{bf16, f16};
 use nsa_core::{CompressKind, Element, NsaConfig};
@@ -23,7 +23,7 @@ use std::time::Instant;
 /// Options of `cargo xtask bench`.
 #[derive(Args, Debug)]
 pub struct Options {
-    /// Run the criterion benchmarks of one operation instead (compress, cmp, slc, win, dense, decode, layer)
+    /// Run the criterion benchmarks of this name in nsa-kernels/benches instead
     op: Option<String>,
     /// Lengths of the sequence
     #[arg(long, value_delimiter = ',', default_values_t = [1024, 2048, 4096, 8192])]
@@ -134,8 +134,8 @@ pub fn run(options: &Options) -> Result<()> {
 
 /// The criterion benchmarks of one operation, after the quick check.
 fn criterion(op: &str) -> Result<()> {
-    let known = ["compress", "cmp", "slc", "win", "dense", "decode", "layer"];
-    ensure!(known.contains(&op), "`{op}` has no benchmark: ask for one of {}", known.join(", "));
+    let known = benchmarks()?;
+    ensure!(known.iter().any(|name| name == op), "`{op}` has no benchmark: there are {}", known.join(", "));
     crate::check::quick(&Backend::pick(None)?.0)?;
     println!("{}", Machine::here().line());
     let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
@@ -145,6 +145,16 @@ fn criterion(op: &str) -> Result<()> {
         bail!("cargo bench --bench {op} failed ({status})");
     }
     Ok(())
+}
+
+/// Names of the criterion benchmarks that there are.
+fn benchmarks() -> Result<Vec<String>> {
+    let folder = crate::files::root().join("nsa-kernels/benches");
+    let entries = std::fs::read_dir(&folder).with_context(|| format!("cannot read {}", folder.display()))?;
+    let name = |entry: std::io::Result<std::fs::DirEntry>| entry.ok()?.path().file_stem()?.to_str().map(str::to_owned);
+    let mut names: Vec<String> = entries.filter_map(name).collect();
+    names.sort();
+    Ok(names)
 }
 
 /// Times our candidates in turns.
