@@ -4,7 +4,7 @@ mod case;
 
 use case::{Branch, Call, Grads, Saved, backend, tensor, tensor_mut};
 use nsa_core::{CuSeqlens, Element, NsaConfig, Packing};
-use nsa_kernels::{Result, TensorMut, op::cmp};
+use nsa_kernels::{Result, Rows, TensorMut, op::cmp};
 use nsa_ref::branch::{Gradients, Output, Upstream};
 
 struct Cmp;
@@ -16,13 +16,18 @@ impl Branch for Cmp {
         packing.cu_blocks(config).expect("short sequences")
     }
 
-    fn forward<T: Element>(call: &Call<T>, o: TensorMut<'_, T, 3>, lse: TensorMut<'_, T::Acc, 2>) -> Result<()> {
+    fn forward<T: Element>(
+        call: &Call<T>,
+        [k, v]: [Rows<'_, T>; 2],
+        o: TensorMut<'_, T, 3>,
+        lse: TensorMut<'_, T::Acc, 2>,
+    ) -> Result<()> {
         let args = cmp::Forward {
             config: &call.config,
             packing: &call.packing,
             q: tensor(&call.q, call.shapes().q),
-            k_blocks: call.keys(),
-            v_blocks: call.values(),
+            k_blocks: k,
+            v_blocks: v,
             o,
             lse,
             block_indices: None,
@@ -74,8 +79,8 @@ fn select<T: Element>(call: &Call<T>) -> (Vec<T>, Vec<i32>) {
         config: &call.config,
         packing: &call.packing,
         q: tensor(&call.q, shapes.q),
-        k_blocks: call.keys(),
-        v_blocks: call.values(),
+        k_blocks: Rows::packed(tensor(&call.k, shapes.k), &call.offsets),
+        v_blocks: Rows::packed(tensor(&call.v, shapes.v), &call.offsets),
         o: tensor_mut(&mut o, shapes.o),
         lse: tensor_mut(&mut lse, shapes.lse),
         block_indices: Some(tensor_mut(&mut lists, shapes.lists)),

@@ -4,7 +4,7 @@ mod case;
 
 use case::{Branch, Call, Grads, Saved, backend, tensor, tensor_mut};
 use nsa_core::Element;
-use nsa_kernels::{Result, TensorMut, op::dense};
+use nsa_kernels::{Result, Rows, TensorMut, op::dense};
 use nsa_ref::branch::{Gradients, Output, Upstream};
 
 struct Dense;
@@ -12,13 +12,18 @@ struct Dense;
 impl Branch for Dense {
     const GATE: Option<usize> = None;
 
-    fn forward<T: Element>(call: &Call<T>, o: TensorMut<'_, T, 3>, lse: TensorMut<'_, T::Acc, 2>) -> Result<()> {
+    fn forward<T: Element>(
+        call: &Call<T>,
+        [k, v]: [Rows<'_, T>; 2],
+        o: TensorMut<'_, T, 3>,
+        lse: TensorMut<'_, T::Acc, 2>,
+    ) -> Result<()> {
         let args = dense::Forward {
             config: &call.config,
             packing: &call.packing,
             q: tensor(&call.q, call.shapes().q),
-            k: call.keys(),
-            v: call.values(),
+            k,
+            v,
             o,
             lse,
         };

@@ -3,8 +3,8 @@
 mod case;
 
 use case::{Branch, Call, Grads, Saved, backend, tensor, tensor_mut};
-use nsa_core::Element;
-use nsa_kernels::{Result, TensorMut, op::win};
+use nsa_core::{CuSeqlens, Element};
+use nsa_kernels::{Result, Rows, TensorMut, op::win};
 use nsa_ref::branch::{Gradients, Output, Upstream};
 
 struct Win;
@@ -12,13 +12,18 @@ struct Win;
 impl Branch for Win {
     const GATE: Option<usize> = Some(2);
 
-    fn forward<T: Element>(call: &Call<T>, o: TensorMut<'_, T, 3>, lse: TensorMut<'_, T::Acc, 2>) -> Result<()> {
+    fn forward<T: Element>(
+        call: &Call<T>,
+        [k, v]: [Rows<'_, T>; 2],
+        o: TensorMut<'_, T, 3>,
+        lse: TensorMut<'_, T::Acc, 2>,
+    ) -> Result<()> {
         let args = win::Forward {
             config: &call.config,
             packing: &call.packing,
             q: tensor(&call.q, call.shapes().q),
-            k: call.keys(),
-            v: call.values(),
+            k,
+            v,
             o,
             lse,
         };
@@ -58,3 +63,31 @@ impl Branch for Win {
 }
 
 branch_tests!(Win);
+
+#[test]
+fn rows_before_the_window_may_be_missing() {
+    for config in case::configs() {
+        let call = Call::<f32>::new::<Win>(&config, case::packing(&[30, 5, 0, 1], &[150, 3, 70, 40]));
+        let whole = call.forward::<Win>().expect("a legal call");
+        let kept = |s: usize, spare: usize| {
+            let seq = call.packing.seq(s);
+            seq.rows.len() + (config.window() - 1 + spare).min(seq.context)
+        };
+        for spare in [0, 4] {
+            let mut short = call.clone();
+            short.offsets = CuSeqlens::from_lengths((0..4).map(|s| kept(s, spare))).expect("short sequences");
+            let tail = |data: &[f32]| -> Vec<f32> {
+                let row = data.len() / call.offsets.total();
+                let part =
+                    |s| &data[(call.offsets.range(s).end - kept(s, spare)) * row..call.offsets.range(s).end * row];
+                (0..4).flat_map(part).copied().collect()
+            };
+            (short.k, short.v) = (tail(&call.k), tail(&call.v));
+            assert_eq!(short.forward::<Win>().expect("a legal call"), whole);
+        }
+        let mut short = call.clone();
+        short.offsets = CuSeqlens::from_lengths([kept(0, 0) - 1, 8, 70, 41]).expect("short sequences");
+        let message = short.forward::<Win>().expect_err("a row too few").to_string();
+        assert!(message.contains("k of sequence 0"), "{message}");
+    }
+}

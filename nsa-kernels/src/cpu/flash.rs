@@ -238,7 +238,7 @@ pub(crate) fn raise<A: Real>(max: &mut [A; LANES], scores: &[[A; LANES]], scale:
 }
 
 /// Replaces scores by exp(scale·score − shift) and adds them to the sums, key by key.
-#[inline(always)]
+#[inline(never)]
 pub(crate) fn exponentiate<A: Real>(scores: &mut [[A; LANES]], scale: A, shift: &[A; LANES], sum: &mut [A; LANES]) {
     for scores in scores {
         for x in 0..LANES {

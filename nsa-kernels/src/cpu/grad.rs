@@ -86,7 +86,7 @@ pub(crate) struct Place<F> {
 pub(crate) struct Cell<'p, A: Real> {
     heads: Heads<A>,
     queries: usize,
-    /// Distance between keys in `weights` and `d_scores`: rows filled up to whole panels.
+    /// Distance between keys in `weights` and `d_scores`.
     lanes: usize,
     /// `[rows, Dk]`, and in panels.
     q: Scratch<'p, A>,
@@ -109,17 +109,19 @@ impl<'p, A: Real> Cell<'p, A> {
     /// Memory for the rows of [`Cell::capacity`] queries.
     pub(crate) fn new(pool: &'p Pool, heads: Heads<A>) -> Self {
         let rows = Self::capacity(heads) * heads.group_size;
-        let lanes = rows.next_multiple_of(LANES);
+        let panels = rows.next_multiple_of(LANES);
+        // A cache line more than whole panels: the lines of one column then lie in all sets of the cache.
+        let lanes = panels + 2 * LANES;
         Self {
             heads,
             queries: 0,
             lanes,
             q: pool.take(rows * heads.dim_qk),
-            q_panels: pool.take(lanes * heads.dim_qk),
+            q_panels: pool.take(panels * heads.dim_qk),
             d_o: pool.take(rows * heads.dim_v),
-            d_o_panels: pool.take(lanes * heads.dim_v),
-            lse: pool.take(lanes),
-            delta: pool.take(lanes),
+            d_o_panels: pool.take(panels * heads.dim_v),
+            lse: pool.take(panels),
+            delta: pool.take(panels),
             weights: pool.take(KEYS * lanes),
             d_scores: pool.take(KEYS * lanes),
             spans: pool.take(rows),
@@ -218,18 +220,14 @@ impl<'p, A: Real> Cell<'p, A> {
             let target = Target { data: &mut target[at..], row: |i| i * self.lanes, store: Store::Write };
             tile::product([seen.len(), LANES], rows, panel, target, |_| 0..dim);
         }
-        let lse: &[A; LANES] = self.lse[first..].first_chunk().expect("a panel");
-        let delta: &[A; LANES] = self.delta[first..].first_chunk().expect("a panel");
+        let lse = self.lse[first..].first_chunk().expect("a panel");
+        let delta = self.delta[first..].first_chunk().expect("a panel");
         let weights = self.weights[at..].chunks_mut(self.lanes);
         let d_scores = self.d_scores[at..].chunks_mut(self.lanes);
         for (weights, d_scores) in weights.zip(d_scores).take(seen.len()) {
-            let weights: &mut [A; LANES] = weights.first_chunk_mut().expect("a panel");
-            let d_scores: &mut [A; LANES] = d_scores.first_chunk_mut().expect("a panel");
-            for x in 0..LANES {
-                let p = math::exp(weights[x] * scale - lse[x]);
-                weights[x] = p;
-                d_scores[x] = p * (d_scores[x] - delta[x]) * scale;
-            }
+            let weights = weights.first_chunk_mut().expect("a panel");
+            let d_scores = d_scores.first_chunk_mut().expect("a panel");
+            differentiate(weights, d_scores, scale, lse, delta);
         }
     }
 
@@ -247,6 +245,21 @@ impl<'p, A: Real> Cell<'p, A> {
             }
             *rows = first * self.heads.group_size..last.max(first) * self.heads.group_size;
         }
+    }
+}
+
+/// Turns scores into p = exp(scale·score − lse), and do^c·v into scale·ds = scale·p·(do^c·v − δ).
+#[inline(never)]
+fn differentiate<A: Real>(
+    weights: &mut [A; LANES],
+    d_scores: &mut [A; LANES],
+    scale: A,
+    lse: &[A; LANES],
+    delta: &[A; LANES],
+) {
+    for x in 0..LANES {
+        weights[x] = math::exp(weights[x] * scale - lse[x]);
+        d_scores[x] = weights[x] * (d_scores[x] - delta[x]) * scale;
     }
 }
 

@@ -1,6 +1,6 @@
 //! Micro-kernels: small products of matrices with blocks of the result in registers. Every product of attention,
-//! forward and backward, is one of [`product`]'s; a path for an instruction set replaces this file's constants and
-//! inner loop.
+//! forward and backward, is one of [`product`]'s; a path for an instruction set replaces `product_f32` and the
+//! constants of its blocks.
 //!
 //! Rows of queries are packed into panels of [`LANES`] (transposed: `[dim][LANES]`), so keys and values are used as
 //! they lie: scores Sᵀ = K·Qᵀ, then o += (Pᵀ)ᵀ·V, dq += (dSᵀ)ᵀ·K, dk += dSᵀ·Q and dv += Pᵀ·dO all have contiguous rows
@@ -25,7 +25,7 @@ const WIDE: usize = BLOCK * LANES;
 /// Keys of a tile: with 128 dims a tile of K or V is 32 KiB in f32.
 pub(crate) const KEYS: usize = 64;
 
-/// The left operand `[M, K]`.
+/// The left operand `[M, K]` of a product.
 #[derive(Clone, Copy)]
 pub(crate) enum Left<'a, A> {
     /// Element (i, p) lies at i · stride + p.
@@ -52,6 +52,62 @@ impl<'a, A: Real> Left<'a, A> {
             Self::Columns { data, stride } => Left::Columns { data: bytemuck::cast_slice(data), stride },
         }
     }
+}
+
+/// One kind of [`Left`], as the inner loop reads it.
+trait Columns<A>: Copy {
+    /// M elements from row i on of each of these columns, which are followed by another.
+    fn columns<const M: usize>(&self, i: usize, columns: Range<usize>) -> impl Iterator<Item = [A; M]>;
+    /// M elements from row i on of a column.
+    fn column<const M: usize>(&self, i: usize, column: usize) -> [A; M];
+}
+
+/// [`Left::Rows`].
+#[derive(Clone, Copy)]
+struct ByRows<'a, A> {
+    data: &'a [A],
+    stride: usize,
+}
+
+impl<A: Real> Columns<A> for ByRows<'_, A> {
+    #[inline(always)]
+    fn columns<const M: usize>(&self, i: usize, columns: Range<usize>) -> impl Iterator<Item = [A; M]> {
+        let len = columns.len();
+        let rows: [&[A]; M] = std::array::from_fn(|x| &self.data[(i + x) * self.stride + columns.start..][..len]);
+        (0..len).map(move |p| std::array::from_fn(|x| rows[x][p]))
+    }
+
+    #[inline(always)]
+    fn column<const M: usize>(&self, i: usize, column: usize) -> [A; M] {
+        std::array::from_fn(|x| self.data[(i + x) * self.stride + column])
+    }
+}
+
+/// [`Left::Columns`].
+#[derive(Clone, Copy)]
+struct ByColumns<'a, A> {
+    data: &'a [A],
+    stride: usize,
+}
+
+impl<A: Real> Columns<A> for ByColumns<'_, A> {
+    #[inline(always)]
+    fn columns<const M: usize>(&self, i: usize, columns: Range<usize>) -> impl Iterator<Item = [A; M]> {
+        part(self.data, self.stride, columns, i).copied()
+    }
+
+    #[inline(always)]
+    fn column<const M: usize>(&self, i: usize, column: usize) -> [A; M] {
+        *self.data[column * self.stride + i..].first_chunk().expect("M elements a column")
+    }
+}
+
+/// N elements from place `at` on of each of these rows, which are followed by another: whole rows, so that the bounds
+/// are checked once.
+#[inline(always)]
+fn part<A, const N: usize>(data: &[A], stride: usize, rows: Range<usize>, at: usize) -> impl Iterator<Item = &[A; N]> {
+    let rows = data[rows.start * stride..rows.end * stride].chunks_exact(stride.max(1));
+    rows.map(move |row| row[at..at + N].first_chunk().expect("N elements"))
 }
 
 /// The right operand `[K, N]`: element (p, j) lies at p · stride + j.
@@ -102,48 +158,52 @@ pub(crate) fn product<A: Real, F: Fn(usize) -> usize>(
 ) {
     let Target { data, row, store } = target;
     if A::DTYPE == DType::F32 {
-        let target = Target { data: bytemuck::cast_slice_mut(data), row: &row as Row<'_>, store };
+        let target = Target { data: bytemuck::cast_slice_mut(data), row: &row as RowStart<'_>, store };
         product_f32(size, left.cast(), right.cast(), target, &steps);
     } else {
-        let target = Target { data: bytemuck::cast_slice_mut(data), row: &row as Row<'_>, store };
+        let target = Target { data: bytemuck::cast_slice_mut(data), row: &row as RowStart<'_>, store };
         product_f64(size, left.cast(), right.cast(), target, &steps);
     }
 }
 
 /// Start of a row of the target.
-type Row<'a> = &'a dyn Fn(usize) -> usize;
+type RowStart<'a> = &'a dyn Fn(usize) -> usize;
 
 /// Steps of a row.
 type Steps<'a> = &'a dyn Fn(usize) -> Range<usize>;
 
-#[inline(never)]
 fn product_f32(
     size: [usize; 2],
     left: Left<'_, f32>,
     right: Right<'_, f32>,
-    target: Target<'_, f32, Row<'_>>,
+    target: Target<'_, f32, RowStart<'_>>,
     steps: Steps<'_>,
 ) {
-    product_of(size, left, right, target, steps);
+    match left {
+        Left::Rows { data, stride } => product_of(size, ByRows { data, stride }, right, target, steps),
+        Left::Columns { data, stride } => product_of(size, ByColumns { data, stride }, right, target, steps),
+    }
 }
 
-#[inline(never)]
 fn product_f64(
     size: [usize; 2],
     left: Left<'_, f64>,
     right: Right<'_, f64>,
-    target: Target<'_, f64, Row<'_>>,
+    target: Target<'_, f64, RowStart<'_>>,
     steps: Steps<'_>,
 ) {
-    product_of(size, left, right, target, steps);
+    match left {
+        Left::Rows { data, stride } => product_of(size, ByRows { data, stride }, right, target, steps),
+        Left::Columns { data, stride } => product_of(size, ByColumns { data, stride }, right, target, steps),
+    }
 }
 
-#[inline(always)]
-fn product_of<A: Real>(
+/// A product, block by block.
+fn product_of<A: Real, L: Columns<A>>(
     [m, n]: [usize; 2],
-    left: Left<'_, A>,
+    left: L,
     right: Right<'_, A>,
-    target: Target<'_, A, Row<'_>>,
+    target: Target<'_, A, RowStart<'_>>,
     steps: Steps<'_>,
 ) {
     let mut i = 0;
@@ -152,11 +212,11 @@ fn product_of<A: Real>(
         let starts = std::array::from_fn(|x| (target.row)(i + x));
         let mut j = 0;
         while j + LANES <= n {
-            block::<A, BLOCK, LANES>([i, j], left, right, (target.data, target.store), &starts, &block_steps);
+            block::<A, L, BLOCK, LANES>([i, j], left, right, (target.data, target.store), &starts, &block_steps);
             j += LANES;
         }
         for j in j..n {
-            block::<A, BLOCK, 1>([i, j], left, right, (target.data, target.store), &starts, &block_steps);
+            block::<A, L, BLOCK, 1>([i, j], left, right, (target.data, target.store), &starts, &block_steps);
         }
         i += BLOCK;
     }
@@ -164,24 +224,25 @@ fn product_of<A: Real>(
         let (row_steps, starts) = ([steps(i)], [(target.row)(i)]);
         let mut j = 0;
         while j + WIDE <= n {
-            block::<A, 1, WIDE>([i, j], left, right, (target.data, target.store), &starts, &row_steps);
+            block::<A, L, 1, WIDE>([i, j], left, right, (target.data, target.store), &starts, &row_steps);
             j += WIDE;
         }
         while j + LANES <= n {
-            block::<A, 1, LANES>([i, j], left, right, (target.data, target.store), &starts, &row_steps);
+            block::<A, L, 1, LANES>([i, j], left, right, (target.data, target.store), &starts, &row_steps);
             j += LANES;
         }
         for j in j..n {
-            block::<A, 1, 1>([i, j], left, right, (target.data, target.store), &starts, &row_steps);
+            block::<A, L, 1, 1>([i, j], left, right, (target.data, target.store), &starts, &row_steps);
         }
     }
 }
 
-/// Block (i.., j..) of a product, whose rows start at `starts` in the target. Steps that not all rows share are taken one row at a time.
+/// Block (i.., j..) of a product, whose rows start at `starts` in the target. Steps that not all rows share are taken
+/// one row at a time.
 #[inline(always)]
-fn block<A: Real, const M: usize, const N: usize>(
+fn block<A: Real, L: Columns<A>, const M: usize, const N: usize>(
     [i, j]: [usize; 2],
-    left: Left<'_, A>,
+    left: L,
     right: Right<'_, A>,
     (target, store): (&mut [A], Store),
     starts: &[usize; M],
@@ -191,17 +252,9 @@ fn block<A: Real, const M: usize, const N: usize>(
     let end = steps.iter().map(|s| s.end).min().unwrap_or(0);
     let mut sums = [[A::zero(); N]; M];
     if steps.iter().all(|s| (s.start, s.end) == (start, end)) {
-        sums = multiply(sums, i, j, left, right, start..end);
+        multiply(&mut sums, [i, j], left, right, start..end);
     } else {
-        // No step that all share: the first part is then all there is.
-        let (start, end) = if start < end { (start, end) } else { (usize::MAX, usize::MAX) };
-        for (x, s) in steps.iter().enumerate() {
-            [sums[x]] = multiply([sums[x]], i + x, j, left, right, s.start..start.min(s.end));
-        }
-        sums = multiply(sums, i, j, left, right, start..end);
-        for (x, s) in steps.iter().enumerate() {
-            [sums[x]] = multiply([sums[x]], i + x, j, left, right, end.min(s.end)..s.end);
-        }
+        ragged(&mut sums, [i, j], left, right, start..end, steps);
     }
     for (sums, start) in sums.iter().zip(starts) {
         let row = &mut target[start + j..start + j + N];
@@ -211,50 +264,63 @@ fn block<A: Real, const M: usize, const N: usize>(
     }
 }
 
-/// sums + Σ_p A[i.., p]·B[p, j..] over the steps.
-#[inline(always)]
-fn multiply<A: Real, const M: usize, const N: usize>(
-    sums: [[A; N]; M],
-    i: usize,
-    j: usize,
-    left: Left<'_, A>,
+/// Adds up a block whose rows share the steps `common` alone, if any.
+#[inline(never)]
+fn ragged<A: Real, L: Columns<A>, const M: usize, const N: usize>(
+    sums: &mut [[A; N]; M],
+    [i, j]: [usize; 2],
+    left: L,
     right: Right<'_, A>,
-    steps: Range<usize>,
-) -> [[A; N]; M] {
-    if steps.is_empty() {
-        return sums;
+    common: Range<usize>,
+    steps: &[Range<usize>; M],
+) {
+    // Without common steps, those before them are all there are.
+    let common = if common.is_empty() { usize::MAX..usize::MAX } else { common };
+    // A few steps at most, but where rows share none.
+    let one = |x: usize, sums: &mut [A; N], steps: Range<usize>| {
+        for p in steps {
+            let [factor] = left.column(i + x, p);
+            let row: &[A; N] = right.data[p * right.stride + j..].first_chunk().expect("N elements");
+            for y in 0..N {
+                sums[y] += factor * row[y];
+            }
+        }
+    };
+    for (x, (sums, s)) in sums.iter_mut().zip(steps).enumerate() {
+        one(x, sums, s.start..common.start.min(s.end));
     }
-    let len = steps.len();
-    let right = right.data[steps.start * right.stride + j..].chunks(right.stride.max(1)).take(len);
-    match left {
-        Left::Rows { data, stride } => {
-            let rows: [&[A]; M] = std::array::from_fn(|x| &data[(i + x) * stride + steps.start..][..len]);
-            multiply_steps(sums, right, |p| std::array::from_fn(|x| rows[x][p]))
-        }
-        Left::Columns { data, stride } => {
-            let data = &data[steps.start * stride + i..];
-            multiply_steps(sums, right, |p| *data[p * stride..].first_chunk().expect("M elements a column"))
-        }
+    multiply(sums, [i, j], left, right, common.clone());
+    for (x, (sums, s)) in sums.iter_mut().zip(steps).enumerate() {
+        one(x, sums, common.end.min(s.end)..s.end);
     }
 }
 
-/// The inner loop: one rank-1 update a step.
-#[inline(always)]
-fn multiply_steps<'a, A: Real, const M: usize, const N: usize>(
-    mut sums: [[A; N]; M],
-    right: impl Iterator<Item = &'a [A]>,
-    left: impl Fn(usize) -> [A; M],
-) -> [[A; N]; M] {
-    for (p, row) in right.enumerate() {
-        let row: &[A; N] = row.first_chunk().expect("N elements a row");
-        let column = left(p);
+/// Adds Σ_p A[i.., p]·B[p, j..] over the steps: the inner loop, one rank-1 update a step. A function of its own with
+/// sums of its own, so that they stay in registers whatever surrounds it.
+#[inline(never)]
+fn multiply<A: Real, L: Columns<A>, const M: usize, const N: usize>(
+    result: &mut [[A; N]; M],
+    [i, j]: [usize; 2],
+    left: L,
+    right: Right<'_, A>,
+    steps: Range<usize>,
+) {
+    if steps.is_empty() {
+        return;
+    }
+    let mut sums = *result;
+    let mut step = |column: [A; M], row: &[A; N]| {
         for x in 0..M {
             for y in 0..N {
                 sums[x][y] += column[x] * row[y];
             }
         }
-    }
-    sums
+    };
+    let last = steps.end - 1;
+    let rows = part(right.data, right.stride, steps.start..last, j);
+    left.columns(i, steps.start..last).zip(rows).for_each(|(column, row)| step(column, row));
+    step(left.column(i, last), right.data[last * right.stride + j..].first_chunk().expect("N elements"));
+    *result = sums;
 }
 
 /// Packs rows `[rows, dim]` into panels `[⌈rows/LANES⌉][dim][LANES]`, the last filled up with zeros.

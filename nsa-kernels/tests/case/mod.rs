@@ -2,7 +2,7 @@
 //! properties that every branch has.
 
 use nsa_core::{CuSeqlens, DType, Element, NsaConfig, Packing, Real};
-use nsa_kernels::{Backend, Result, Rows, Tensor, TensorMut};
+use nsa_kernels::{Backend, Mem, Pages, Result, Rows, Tensor, TensorMut};
 use nsa_ref::Tensor as Truth;
 use nsa_ref::branch::{Gradients, Inputs, Output, Upstream};
 use nsa_ref::{BlockIndices, Exact};
@@ -21,8 +21,13 @@ pub trait Branch {
         let _ = config;
         packing.cu_keys().expect("short sequences")
     }
-    /// The operation.
-    fn forward<T: Element>(call: &Call<T>, o: TensorMut<'_, T, 3>, lse: TensorMut<'_, T::Acc, 2>) -> Result<()>;
+    /// The operation, with keys and values packed or paged.
+    fn forward<T: Element>(
+        call: &Call<T>,
+        keys_values: [Rows<'_, T>; 2],
+        o: TensorMut<'_, T, 3>,
+        lse: TensorMut<'_, T::Acc, 2>,
+    ) -> Result<()>;
     /// Its gradients.
     fn backward<T: Element>(call: &Call<T>, saved: &Saved<T>, grads: &mut Grads<T::Acc>) -> Result<()>;
     /// The reference.
@@ -108,22 +113,19 @@ impl<T: Element> Call<T> {
         }
     }
 
-    /// The keys as the operation takes them.
-    pub fn keys(&self) -> Rows<'_, T> {
-        Rows::packed(tensor(&self.k, self.shapes().k), &self.offsets)
-    }
-
-    /// The values as the operation takes them.
-    pub fn values(&self) -> Rows<'_, T> {
-        Rows::packed(tensor(&self.v, self.shapes().v), &self.offsets)
-    }
-
     /// Output and lse.
     pub fn forward<B: Branch>(&self) -> Result<(Vec<T>, Vec<T::Acc>)> {
         let shapes = self.shapes();
+        let packed = [(&self.k, shapes.k), (&self.v, shapes.v)];
+        self.forward_with::<B>(packed.map(|(data, shape)| Rows::packed(tensor(data, shape), &self.offsets)))
+    }
+
+    /// Output and lse, with other keys and values.
+    pub fn forward_with<B: Branch>(&self, keys_values: [Rows<'_, T>; 2]) -> Result<(Vec<T>, Vec<T::Acc>)> {
+        let shapes = self.shapes();
         let mut o = vec![T::from_f64(f64::NAN); shapes.o.iter().product()];
         let mut lse = vec![T::Acc::of(f64::NAN); shapes.lse.iter().product()];
-        B::forward(self, tensor_mut(&mut o, shapes.o), tensor_mut(&mut lse, shapes.lse))?;
+        B::forward(self, keys_values, tensor_mut(&mut o, shapes.o), tensor_mut(&mut lse, shapes.lse))?;
         Ok((o, lse))
     }
 
@@ -271,7 +273,7 @@ fn tolerance(dtype: DType) -> f64 {
 }
 
 /// Compares with the truth: NaN where it is NaN, infinite where it is infinite.
-fn compare<T: Element>(what: &str, got: &[T], truth: &Truth) {
+pub fn compare<T: Element>(what: &str, got: &[T], truth: &Truth) {
     assert_eq!(got.len(), truth.data.len(), "{what}: elements");
     let finite: Vec<f64> = truth.data.iter().copied().filter(|x| x.is_finite()).collect();
     let rms = (finite.iter().map(|x| x * x).sum::<f64>() / finite.len().max(1) as f64).sqrt();
@@ -437,6 +439,63 @@ pub fn nan_stays_where_it_belongs<B: Branch>() {
     }
 }
 
+/// Keys and values in pages with NaN behind the last row give the bits of packed ones.
+pub fn pages_equal_packed_rows<B: Branch>() {
+    const PAGE: usize = 6;
+    for config in configs() {
+        let call = Call::<f32>::new::<B>(&config, packing(&[9, 0, 130], &[40, 3, 0]));
+        let packed = call.forward::<B>().expect("legal");
+        let dims = [config.head_dim_qk(), config.head_dim_v()];
+        // Per tensor and sequence: its rows, filled up to whole pages.
+        let padded = [(&call.k, dims[0]), (&call.v, dims[1])].map(|(data, dim)| {
+            let row = config.num_kv_heads() * dim;
+            let seq = |s| {
+                let range = call.offsets.range(s);
+                let mut rows = data[range.start * row..range.end * row].to_vec();
+                rows.resize(range.len().next_multiple_of(PAGE) * row, f32::NAN);
+                rows
+            };
+            (0..3).map(seq).collect::<Vec<_>>()
+        });
+        let tables: Vec<Vec<Pages<'_, f32>>> = std::iter::zip(&padded, dims)
+            .map(|(seqs, dim)| {
+                let row_shape = [config.num_kv_heads(), dim];
+                let table = |s: usize| {
+                    let pages = seqs[s].chunks(PAGE * row_shape[0] * dim).map(Mem::Host).collect();
+                    Pages { pages, page_rows: PAGE, len: call.offsets.range(s).len(), row_shape }
+                };
+                (0..3).map(table).collect()
+            })
+            .collect();
+        let (o, lse) = call.forward_with::<B>([Rows::Paged(&tables[0]), Rows::Paged(&tables[1])]).expect("legal");
+        assert_same("o of pages", &packed.0, &o);
+        assert_same("lse of pages", &packed.1, &lse);
+    }
+}
+
+/// Arguments that do not fit are refused by name.
+pub fn misfits_are_refused<B: Branch>() {
+    let config = config(4, 2, 16, 16);
+    let call = Call::<f32>::new::<B>(&config, packing(&[40, 30], &[0, 0]));
+    let message = |call: &Call<f32>| call.forward::<B>().expect_err("a misfit").to_string();
+    let mut other = call.clone();
+    other.offsets = CuSeqlens::from_lengths([call.offsets.total()]).expect("short");
+    assert!(message(&other).contains("sequences of k"), "{}", message(&other));
+    let longer = B::rows(&config, &packing(&[40, 45], &[0, 0]));
+    other.k.resize(longer.total() * 32, 0.0);
+    other.v.resize(longer.total() * 32, 0.0);
+    other.offsets = longer;
+    assert!(message(&other).contains("of sequence 1"), "{}", message(&other));
+    let shapes = call.shapes();
+    let (mut o, mut lse) = (vec![0.0; shapes.o.iter().product()], vec![0.0; shapes.lse.iter().product()]);
+    let rows = || [&call.k, &call.v].map(|data| Rows::packed(tensor(data, shapes.k), &call.offsets));
+    let error = B::forward(&call, rows(), tensor_mut(&mut o, [70, 2, 16]), tensor_mut(&mut lse, shapes.lse));
+    let message = error.expect_err("another shape").to_string();
+    assert!(message.contains("`o` has shape [70, 2, 16], expected [70, 4, 16]"), "{message}");
+    let error = B::forward(&call, rows(), tensor_mut(&mut o, shapes.o), tensor_mut(&mut lse, [70, 3]));
+    assert!(error.expect_err("another shape").to_string().contains("`lse`"));
+}
+
 /// The tests that every branch has.
 #[macro_export]
 macro_rules! branch_tests {
@@ -456,6 +515,14 @@ macro_rules! branch_tests {
         #[test]
         fn nan_stays_where_it_belongs() {
             case::nan_stays_where_it_belongs::<$branch>();
+        }
+        #[test]
+        fn pages_equal_packed_rows() {
+            case::pages_equal_packed_rows::<$branch>();
+        }
+        #[test]
+        fn misfits_are_refused() {
+            case::misfits_are_refused::<$branch>();
         }
     };
 }
