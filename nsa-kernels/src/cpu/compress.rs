@@ -9,6 +9,7 @@ use crate::cpu::Cpu;
 use crate::op::compress::{Backward, Forward, Phi, PhiGrad};
 use crate::{Result, Tensor};
 use nsa_core::{Element, NsaConfig, Packing, Real, View, index};
+use std::ops::Range;
 
 /// A run of compression blocks of one sequence, small enough for scratch memory. Pieces depend on the sequence alone,
 /// and so do the bits of what is computed for them.
@@ -19,6 +20,13 @@ struct Piece {
     block: usize,
     /// Number of blocks.
     blocks: usize,
+}
+
+impl Piece {
+    /// Packed rows of its blocks.
+    fn rows(&self) -> Range<usize> {
+        self.block..self.block + self.blocks
+    }
 }
 
 /// All compression blocks in order, at most `limit` a piece.
@@ -34,12 +42,6 @@ fn pieces(config: &NsaConfig, packing: &Packing, limit: usize) -> Vec<Piece> {
         block += blocks;
     }
     pieces
-}
-
-/// The rows of a packed output that each piece owns.
-fn split_rows<'a, T>(mut data: &'a mut [T], pieces: &[Piece], row_len: usize) -> Vec<&'a mut [T]> {
-    let mut take = |piece: &Piece| data.split_off_mut(..piece.blocks * row_len).expect("a row a block");
-    pieces.iter().map(&mut take).collect()
 }
 
 /// Σ_i of the rows of KV head `g`, with sums in f64.

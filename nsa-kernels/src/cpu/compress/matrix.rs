@@ -9,12 +9,13 @@
 //! tokens, about 1 MiB in f32, and its hidden units.
 
 use super::sum::Call;
-use super::{Piece, pieces, split_rows};
+use super::{Piece, pieces};
 use crate::cpu::Cpu;
 use crate::cpu::gemm::{Mat, MatMut, Store, Threads, gemm};
 use crate::cpu::layer::par::for_rows;
 use crate::cpu::math::{self, exp, narrow, widen};
 use crate::cpu::scratch::{Pool, Scratch};
+use crate::cpu::tasks::split_rows;
 use nsa_core::{Element, Real, View};
 use num_traits::{One, Zero};
 use rayon::prelude::*;
@@ -198,7 +199,7 @@ pub(super) fn forward<T: Element>(cpu: &Cpu, call: &Call<'_, T>, network: &Netwo
     }
     for g in 0..heads {
         let head = Head::new(pool, call, network, g);
-        let outs = split_rows(out, &pieces, heads * dim);
+        let outs = split_rows(out, heads * dim, pieces.iter().map(Piece::rows));
         pieces.par_iter().zip(outs).for_each(|(piece, out)| {
             let tokens = head_rows(pool, &call.x, g, piece.token, tokens_of(call, piece));
             let mut blocks = head.first(pool, tokens.data(), piece.blocks, Threads::One);
@@ -255,10 +256,10 @@ struct Sums {
     out: Vec<f64>,
 }
 
-fn backward_piece<T: Element>(
-    pool: &Pool,
+fn backward_piece<'p, T: Element>(
+    pool: &'p Pool,
     call: &Call<'_, T>,
-    (head, g): (&Head<'_, '_, T::Acc>, usize),
+    (head, g): (&Head<'_, 'p, T::Acc>, usize),
     piece: &Piece,
     d_blocks: &View<'_, T::Acc, 3>,
     grads: &mut Grads<'_, T::Acc>,
@@ -272,27 +273,8 @@ fn backward_piece<T: Element>(
     let dz = match (&head.second, &mut grads.d_network.second) {
         (Some((weight, _)), Some((d_weight, _))) => {
             add_rows(&mut sums.out, dy, blocks);
-            let mut z = head.first(pool, tokens.data(), blocks, Threads::Pool);
-            let mut active = pool.take::<T::Acc>(z.len());
-            for_rows(&mut active, hidden, |i, row| {
-                row.iter_mut().zip(&z[i * hidden..]).for_each(|(a, z)| *a = gelu(*z));
-            });
-            let dst = MatMut::rows(&mut d_weight[g * hidden * dim..][..hidden * dim], dim);
-            gemm(
-                [hidden, dim, blocks],
-                dst,
-                Store::Add,
-                one,
-                Mat::rows(&active, hidden).transposed(),
-                dy,
-                Threads::Pool,
-            );
-            let (dst, rhs) = (MatMut::rows(&mut active, hidden), weight.mat().transposed());
-            gemm([blocks, hidden, dim], dst, Store::Write, one, dy, rhs, Threads::Pool);
-            for_rows(&mut z, hidden, |i, row| {
-                row.iter_mut().zip(&active[i * hidden..]).for_each(|(z, da)| *z = *da * gelu_slope(*z));
-            });
-            d_hidden = z;
+            let d_weight = &mut d_weight[g * hidden * dim..][..hidden * dim];
+            d_hidden = second_backward(pool, head, (weight, d_weight), tokens.data(), dy, blocks);
             Mat::rows(&d_hidden, hidden)
         }
         _ => dy,
@@ -313,6 +295,33 @@ fn backward_piece<T: Element>(
     for_rows(dx, row_len, |t, dx| {
         dx[g * dim..][..dim].iter_mut().zip(&d_tokens[t * dim..]).for_each(|(dx, d)| *dx += *d);
     });
+}
+
+/// Adds to the gradient of the second layer's weight of one head; returns the gradient of the first layer's result,
+/// `[blocks, H]`.
+fn second_backward<'p, A: Real>(
+    pool: &'p Pool,
+    head: &Head<'_, 'p, A>,
+    (weight, d_weight): (&Held<'_, 'p, A>, &mut [A]),
+    tokens: &[A],
+    dy: Mat<'_, A>,
+    blocks: usize,
+) -> Scratch<'p, A> {
+    let Sizes { dim, hidden, .. } = head.sizes;
+    let mut z = head.first(pool, tokens, blocks, Threads::Pool);
+    let mut active = pool.take(z.len());
+    for_rows(&mut active, hidden, |i, row| {
+        row.iter_mut().zip(&z[i * hidden..]).for_each(|(a, z)| *a = gelu(*z));
+    });
+    let (dst, lhs) = (MatMut::rows(d_weight, dim), Mat::rows(&active, hidden).transposed());
+    gemm([hidden, dim, blocks], dst, Store::Add, A::one(), lhs, dy, Threads::Pool);
+    let mut d_active = active;
+    let (dst, rhs) = (MatMut::rows(&mut d_active, hidden), weight.mat().transposed());
+    gemm([blocks, hidden, dim], dst, Store::Write, A::one(), dy, rhs, Threads::Pool);
+    for_rows(&mut z, hidden, |i, row| {
+        row.iter_mut().zip(&d_active[i * hidden..]).for_each(|(z, da)| *z = *da * gelu_slope(*z));
+    });
+    z
 }
 
 /// sums_c += Σ_i m_ic.

@@ -1,9 +1,10 @@
 //! Weighted sums of tokens: bound by memory; each block reads its l rows, which the cache holds where blocks overlap.
 
-use super::{pieces, split_rows, sum_rows};
+use super::{Piece, pieces, sum_rows};
 use crate::cpu::Cpu;
 use crate::cpu::layer::par::for_rows;
 use crate::cpu::math::narrow;
+use crate::cpu::tasks::split_rows;
 use nsa_core::{Element, NsaConfig, Packing, Real, View, index};
 use num_traits::Zero;
 use rayon::prelude::*;
@@ -72,7 +73,7 @@ pub(super) fn forward<T: Element>(cpu: &Cpu, call: &Call<'_, T>, coefficients: &
     let constants = constants(call, &weights);
     debug_assert!(weights.iter().all(|w| w.len() == l));
     let pieces = pieces(call.config, call.packing, PIECE_BLOCKS);
-    let outs = split_rows(out, &pieces, heads * dim);
+    let outs = split_rows(out, heads * dim, pieces.iter().map(Piece::rows));
     pieces.par_iter().zip(outs).for_each(|(piece, out)| {
         let mut sum = cpu.pool().take::<T::Acc>(dim);
         for i in 0..piece.blocks {
