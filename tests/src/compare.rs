@@ -1,5 +1,6 @@
 //! Comparison against the error model: truth in f64, and the same mathematics rounded where a kernel rounds. A kernel
-//! is right if its error is about the rounded one's. There is no tolerance to loosen.
+//! is right if its error is about the rounded one's: within the ratios, the factor for chance and the floors below, each
+//! with its reason.
 
 use nsa_core::DType;
 
@@ -15,7 +16,7 @@ const CHANCE: f64 = 3.0;
 ///
 /// The ratios above compare draws of rounding noise; over few or short sums that says nothing: with one key the rounded
 /// loops can be exact by luck (0 · 1.5 is still 0) while a kernel that sums in eight lanes is an ulp away. Four ulps
-/// (2.4e-7 in f32) cover the few roundings that every output has; no fault hides there.
+/// (2.4e-7 in f32) cover the few roundings that every output has; the planted faults are larger.
 const FLOOR_ULPS: f64 = 4.0;
 /// The same for outputs whose terms cancel: ulps at the bound of the terms (`Compared::magnitude`, from the largest rows
 /// of the inputs, so that typical terms are several times smaller). With one token dq is exactly 0, and a kernel that
