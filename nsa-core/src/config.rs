@@ -8,12 +8,18 @@ use std::path::Path;
 /// Reads a configuration from a JSON file.
 ///
 /// # Errors
-/// If the file cannot be read, is no JSON of this configuration or breaks one of its rules.
+/// If the file cannot be read, is no JSON of this configuration or breaks one of its rules; names the field at fault.
 pub fn read_json<C: DeserializeOwned>(path: impl AsRef<Path>) -> Result<C, FileError> {
     let path = path.as_ref();
     let bytes = std::fs::read(path).map_err(|source| FileError::Read { path: path.to_owned(), source })?;
-    serde_json::from_slice(&bytes)
-        .map_err(|error| FileError::Content { path: path.to_owned(), message: error.to_string() })
+    let content = |message| FileError::Content { path: path.to_owned(), message };
+    let mut json = serde_json::Deserializer::from_slice(&bytes);
+    let config = serde_path_to_error::deserialize(&mut json).map_err(|error| {
+        let at_root = error.path().iter().next().is_none();
+        content(if at_root { error.inner().to_string() } else { format!("`{}`: {}", error.path(), error.inner()) })
+    })?;
+    json.end().map_err(|error| content(error.to_string()))?;
+    Ok(config)
 }
 
 /// φ: how a compression block becomes one key and one value.

@@ -107,9 +107,19 @@ fn a_file_error_names_the_file() {
     assert!(matches!(read_json::<NsaConfig>(&path), Err(FileError::Read { path: named, .. }) if named == path));
     std::fs::write(&path, serde_json::to_string(&NsaConfig::paper()).expect("serializes")).expect("writes");
     assert_eq!(read_json::<NsaConfig>(&path).expect("valid"), NsaConfig::paper());
-    std::fs::write(&path, "{\"num_heads\": 4").expect("writes");
-    let error = read_json::<NsaConfig>(&path).expect_err("no JSON").to_string();
-    assert!(error.contains("nsa.json: ") && error.contains("line 1"), "{error}");
+    let error_of = |text: &str| {
+        std::fs::write(&path, text).expect("writes");
+        read_json::<NsaConfig>(&path).expect_err("no such configuration").to_string()
+    };
+    let short = error_of("{\"num_heads\": 4");
+    assert!(short.contains("nsa.json: ") && short.contains("line 1"), "{short}");
+    let field = error_of("{\"num_heads\": 4, \"window\": \"7\"}");
+    assert!(field.contains("`window`: invalid type: string \"7\", expected usize"), "{field}");
+    let paper = serde_json::to_string(&NsaConfig::paper()).expect("serializes");
+    let rule = error_of(&paper.replace("\"window\":512", "\"window\":0"));
+    assert!(rule.contains("nsa.json: config field `window` = 0: must not be zero"), "{rule}");
+    let more = error_of(&format!("{paper} {{}}"));
+    assert!(more.contains("trailing characters"), "{more}");
 }
 
 /// Rounding to nearest, ties to even, found among the neighbours of the rounded value.

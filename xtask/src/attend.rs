@@ -14,7 +14,7 @@ use nsa_tests::operator::{self, Inputs, Outputs};
 use nsa_tests::{Kind, reference};
 use safetensors::SafeTensors;
 use safetensors::tensor::Dtype;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Instant;
 
 /// The files' contract, printed behind the options.
@@ -55,7 +55,7 @@ pub struct Options {
 /// Names the file and the tensor or field, what was expected and what was found.
 pub fn run(options: &Options) -> Result<()> {
     let (engine, why) = options.choice.engine()?;
-    let config = read_config(&options.config)?;
+    let config: NsaConfig = nsa_core::read_json(&options.config)?;
     let bytes = files::read(&options.input)?;
     let file = SafeTensors::deserialize(&bytes)
         .with_context(|| format!("{} is no whole safetensors file", options.input.display()))?;
@@ -76,11 +76,6 @@ pub fn run(options: &Options) -> Result<()> {
     files::write_atomic(&options.output, &bytes)?;
     println!("{} ({why}) wrote {}", engine.name(), options.output.display());
     Ok(())
-}
-
-fn read_config(path: &Path) -> Result<NsaConfig> {
-    let bytes = files::read(path)?;
-    serde_json::from_slice(&bytes).with_context(|| format!("{} is no valid configuration", path.display()))
 }
 
 /// Computes and packs the output file.
