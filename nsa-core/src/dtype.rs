@@ -45,8 +45,8 @@ pub trait Real:
 {
     /// The nearest value to `x`.
     fn of(x: f64) -> Self;
-    /// The error function, to the type's precision (for the erf form of GELU).
-    fn erf(self) -> Self;
+    /// 1 − erf, to the type's precision where it is small too (for the erf form of GELU).
+    fn erfc(self) -> Self;
 }
 
 /// A type that tensors are stored in, with the type that its kernels accumulate in.
@@ -143,8 +143,8 @@ impl Real for f32 {
         x as f32
     }
     #[inline(always)]
-    fn erf(self) -> Self {
-        libm::erff(self)
+    fn erfc(self) -> Self {
+        libm::erfcf(self)
     }
 }
 
@@ -154,8 +154,8 @@ impl Real for f64 {
         x
     }
     #[inline(always)]
-    fn erf(self) -> Self {
-        libm::erf(self)
+    fn erfc(self) -> Self {
+        libm::erfc(self)
     }
 }
 

@@ -160,6 +160,7 @@ fn elements_widen_exactly_and_round_to_nearest() {
     assert_eq!(bf16::from_acc(1.0 + 1.0 / 256.0).to_acc(), 1.0);
     assert_eq!(bf16::from_acc(1.0 + 3.0 / 256.0).to_acc(), 1.0 + 4.0 / 256.0);
     assert_eq!((<f32 as Real>::of(0.1), <f64 as Real>::of(0.1)), (0.1_f32, 0.1_f64));
-    assert!((Real::erf(0.5_f64) - 0.520_499_877_813_046_5).abs() < 1e-15);
-    assert!((Real::erf(0.5_f32) - 0.520_499_9).abs() < 1e-6);
+    assert!((Real::erfc(0.5_f64) - 0.479_500_122_186_953_5).abs() < 1e-15);
+    assert!((Real::erfc(0.5_f32) - 0.479_500_1).abs() < 1e-6);
+    assert!((Real::erfc(5.0_f32) / 1.537_459_8e-12 - 1.0).abs() < 1e-5);
 }

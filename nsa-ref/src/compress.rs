@@ -99,13 +99,18 @@ pub struct Gradients {
 
 /// GELU in its erf form: x·Φ(x).
 pub fn gelu(x: f64) -> f64 {
-    0.5 * x * (1.0 + libm::erf(x * std::f64::consts::FRAC_1_SQRT_2))
+    x * normal(x)
 }
 
 /// Derivative of [`gelu`]: Φ(x) + x·φ(x).
 pub fn gelu_derivative(x: f64) -> f64 {
     let density = (-0.5 * x * x).exp() / (2.0 * std::f64::consts::PI).sqrt();
-    0.5 * (1.0 + libm::erf(x * std::f64::consts::FRAC_1_SQRT_2)) + x * density
+    normal(x) + x * density
+}
+
+/// Φ(x) = (1 + erf(x/√2)) / 2, written so that far negative x keep their digits.
+fn normal(x: f64) -> f64 {
+    0.5 * libm::erfc(-x * std::f64::consts::FRAC_1_SQRT_2)
 }
 
 /// Block i of each sequence = φ(x[i·d .. i·d + l] + e), `[M, G, D]` packed per sequence.

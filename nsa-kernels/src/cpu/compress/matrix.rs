@@ -379,6 +379,7 @@ fn gelu_slope<A: Real>(z: A) -> A {
     normal(z) + z * density
 }
 
+/// Φ(z); from erfc, since 1 + erf has lost its digits where z is far below 0.
 fn normal<A: Real>(z: A) -> A {
-    A::of(0.5) * (A::one() + (z * A::of(std::f64::consts::FRAC_1_SQRT_2)).erf())
+    A::of(0.5) * (z * A::of(-std::f64::consts::FRAC_1_SQRT_2)).erfc()
 }
