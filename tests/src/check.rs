@@ -78,25 +78,50 @@ impl Report {
         let outputs = self.outcomes.iter().filter_map(|o| o.failure.as_ref().map(|f| format!("`{}`: {f}", o.tensor)));
         self.failure.iter().cloned().chain(outputs).collect()
     }
+
+    /// The same, without errors of rounding up to `factor` times what they may be.
+    pub fn failures_beyond(&self, factor: f64) -> Vec<String> {
+        let beyond = |o: &Outcome| o.failure_beyond(factor).map(|f| format!("`{}`: {f}", o.tensor));
+        self.failure.iter().cloned().chain(self.outcomes.iter().filter_map(beyond)).collect()
+    }
 }
 
 /// Runs `op` on `case` in `dtype`, forward and backward, against the reference.
 pub fn check(op: Op, case: &Case, dtype: DType, backend: &Backend) -> Report {
-    check_faulty(op, case, dtype, backend, None)
+    match dispatch(op, case, dtype, backend, None) {
+        Ok(Some(report)) => report,
+        Ok(None) => unreachable!("only a fault may not apply"),
+        Err(failure) => Report { failure: Some(failure), ..Report::default() },
+    }
 }
 
-/// The same with a fault planted in what the kernel gets or gives, if it applies to this operation.
-pub fn check_faulty(op: Op, case: &Case, dtype: DType, backend: &Backend, fault: Option<Fault>) -> Report {
-    let report = match dtype {
+/// The same with a fault planted in what the kernel gets or gives; `None` if it does not apply to this operation and case.
+///
+/// # Errors
+/// If a kernel or the reference refuses what was planted: nothing was compared.
+pub fn check_faulty(
+    op: Op,
+    case: &Case,
+    dtype: DType,
+    backend: &Backend,
+    fault: Fault,
+) -> Result<Option<Report>, String> {
+    dispatch(op, case, dtype, backend, Some(fault))
+}
+
+/// A report, or none if the fault does not apply.
+type Verdict = Result<Option<Report>, String>;
+
+fn dispatch(op: Op, case: &Case, dtype: DType, backend: &Backend, fault: Option<Fault>) -> Verdict {
+    match dtype {
         DType::F32 => run::<f32>(op, case, backend, fault),
         DType::F64 => run::<f64>(op, case, backend, fault),
         DType::Bf16 => run::<bf16>(op, case, backend, fault),
         DType::F16 => run::<f16>(op, case, backend, fault),
-    };
-    report.unwrap_or_else(|failure| Report { failure: Some(failure), ..Report::default() })
+    }
 }
 
-fn run<T: Kind>(op: Op, case: &Case, backend: &Backend, fault: Option<Fault>) -> Result<Report, String> {
+fn run<T: Kind>(op: Op, case: &Case, backend: &Backend, fault: Option<Fault>) -> Verdict {
     match op {
         Op::Compress => compress::<T>(case, backend, fault),
         Op::Cmp => attention::<T>(case, Pattern::Cmp, backend, fault),
@@ -104,8 +129,8 @@ fn run<T: Kind>(op: Op, case: &Case, backend: &Backend, fault: Option<Fault>) ->
         Op::Win => attention::<T>(case, Pattern::Win, backend, fault),
         Op::Dense => attention::<T>(case, Pattern::Dense, backend, fault),
         Op::Gate => gate::<T>(case, backend, fault),
-        Op::Nsa => nsa::<T>(case, backend),
-        Op::Decode => decode_step::<T>(case, backend),
+        Op::Nsa => nsa::<T>(case, backend, fault),
+        Op::Decode => decode_step::<T>(case, backend, fault),
     }
 }
 
@@ -127,7 +152,7 @@ fn compared<T: Element>(name: &str, versions: [Vec<f64>; 4], row: usize, magnitu
 
 /// The verdicts on the outputs of a call of `tokens` tokens.
 fn judge(list: &[Compared], tokens: usize) -> Vec<Outcome> {
-    list.iter().map(|compared| Compared { draws: tokens, ..compared.clone() }.judge()).collect()
+    list.iter().map(|compared| Compared { draws: compared.draws.min(tokens), ..compared.clone() }.judge()).collect()
 }
 
 /// The largest Euclidean norm of a row.
@@ -183,23 +208,17 @@ pub fn attention_inputs<T: Kind>(case: &Case, pattern: Pattern) -> Attention<T> 
     }
 }
 
-fn attention<T: Kind>(
-    case: &Case,
-    pattern: Pattern,
-    backend: &Backend,
-    fault: Option<Fault>,
-) -> Result<Report, String> {
+fn attention<T: Kind>(case: &Case, pattern: Pattern, backend: &Backend, fault: Option<Fault>) -> Verdict {
     let honest = attention_inputs::<T>(case, pattern);
     let mut planted = honest.clone();
-    if let Some(fault) = fault {
-        fault.plant(&mut planted);
-    }
+    let before = fault.is_none_or(|fault| fault.plant(&mut planted));
     let mut output = planted.forward(backend)?;
-    if let Some(fault) = fault {
-        fault.spoil(&honest, &mut output);
+    let after = fault.is_some_and(|fault| fault.spoil(&honest, &mut output));
+    if !before && !after {
+        return Ok(None);
     }
     let grads = planted.backward(backend, &output)?;
-    judge_attention(&honest, &output, &grads)
+    judge_attention(&honest, &output, &grads).map(Some)
 }
 
 /// What a kernel wrote against the reference on the same inputs.
@@ -272,14 +291,13 @@ pub fn compress_inputs<T: Kind>(case: &Case, side: Side) -> Compress<T> {
     }
 }
 
-fn compress<T: Kind>(case: &Case, backend: &Backend, fault: Option<Fault>) -> Result<Report, String> {
+fn compress<T: Kind>(case: &Case, backend: &Backend, fault: Option<Fault>) -> Verdict {
     let mut report = Report::default();
+    let mut applies = false;
     for side in [Side::Key, Side::Value] {
         let honest = compress_inputs::<T>(case, side);
         let mut planted = honest.clone();
-        if let Some(fault) = fault {
-            fault.plant_compress(&mut planted);
-        }
+        applies |= fault.is_none_or(|fault| fault.plant_compress(&mut planted));
         let blocks = planted.forward(backend)?;
         let shape = [case.blocks(), case.config.num_kv_heads(), side.dim(&case.config)];
         let d_blocks: Vec<T::Acc> = generate::tensor(case, "d_blocks", &shape, 1.0);
@@ -296,19 +314,20 @@ fn compress<T: Kind>(case: &Case, backend: &Backend, fault: Option<Fault>) -> Re
             weights: grads.weights.map(widen),
         };
         let list =
-            compress_grads::<T::Acc>(side, shape[2], [truth.1.into(), first.1.into(), second.1.into(), kernel.into()]);
+            compress_grads::<T::Acc>(side, shape, [truth.1.into(), first.1.into(), second.1.into(), kernel.into()]);
         report.outcomes.extend(judge(&[vec![blocks], list].concat(), case.tokens()));
     }
-    Ok(report)
+    Ok(applies.then_some(report))
 }
 
-/// Gradients of the compressed side.
-fn compress_grads<T: Element>(side: Side, dim: usize, grads: [Compressed<f64>; 4]) -> Vec<Compared> {
+/// Gradients of the compressed side, through blocks of shape `[M, G, D]`.
+fn compress_grads<T: Element>(side: Side, [blocks, _, dim]: [usize; 3], grads: [Compressed<f64>; 4]) -> Vec<Compared> {
     let letter = side.letter();
     let [truth, first, second, kernel] = grads.map(parts);
     let all = truth.into_iter().zip(first).zip(second).zip(kernel);
     all.map(|((((name, truth), (_, first)), (_, second)), (_, kernel))| {
-        compared::<T>(&name.replace('*', letter), [truth, first, second, kernel], dim, 0.0)
+        let name = name.replace('*', letter);
+        Compared { draws: blocks, ..compared::<T>(&name, [truth, first, second, kernel], dim, 0.0) }
     })
     .collect()
 }
@@ -332,29 +351,38 @@ fn parts(grads: Compressed<f64>) -> Vec<(&'static str, Vec<f64>)> {
     list
 }
 
-fn gate<T: Kind>(case: &Case, backend: &Backend, fault: Option<Fault>) -> Result<Report, String> {
+fn gate<T: Kind>(case: &Case, backend: &Backend, fault: Option<Fault>) -> Verdict {
     let honest = Gate::<T>::generate(case);
     let mut planted = honest.clone();
-    if let Some(fault) = fault {
-        fault.plant_gate(&mut planted);
+    if !fault.is_none_or(|fault| fault.plant_gate(&mut planted)) {
+        return Ok(None);
     }
     let list = planted.compare(&honest, backend)?;
-    Ok(Report { outcomes: judge(&list, case.tokens()), ..Report::default() })
+    Ok(Some(Report { outcomes: judge(&list, case.tokens()), ..Report::default() }))
 }
 
 /// The whole operator from tokens to gradients. Selections are compared on the kernel's own k̃; then the reference
 /// attends to the kernel's blocks, so that a near tie does not make the outputs incomparable.
-fn nsa<T: Kind>(case: &Case, backend: &Backend) -> Result<Report, String> {
+fn nsa<T: Kind>(case: &Case, backend: &Backend, fault: Option<Fault>) -> Verdict {
     let mut inputs = Inputs::<T>::generate(case);
-    let kernel = operator::run(backend, &inputs)?;
+    let mut planted = inputs.clone();
+    let before = fault.is_none_or(|fault| fault.plant_operator(&mut planted));
+    let mut kernel = operator::run(backend, &planted)?;
+    let after = fault.is_some_and(|fault| fault.spoil_operator(&inputs, &mut kernel));
+    if !before && !after {
+        return Ok(None);
+    }
     let mut report = Report::default();
     report.take(judge_selection(&inputs, &kernel.blocks, &kernel.block_indices));
+    if report.failure.is_some() {
+        return Ok(Some(report));
+    }
     inputs.block_indices = Some(kernel.block_indices.clone());
     let truth = reference::run(&inputs, Mode::Exact)?;
     let [first, second] = reference::run_rounded(&inputs)?;
     let list = compare_outputs(&inputs, [truth, first, second, kernel.widen()]);
     report.outcomes = judge(&list, inputs.packing.num_tokens());
-    Ok(report)
+    Ok(Some(report))
 }
 
 fn judge_selection<T: Kind>(inputs: &Inputs<T>, blocks: &[Vec<T>; 2], kernel: &[i32]) -> Result<usize, String> {
@@ -389,6 +417,7 @@ fn compare_outputs<T: Kind>(inputs: &Inputs<T>, versions: [Outputs<f64, f64>; 4]
     let config = &inputs.config;
     let (dk, dv, heads) = (config.head_dim_qk(), config.head_dim_v(), config.num_heads());
     let d_o = inputs.d_o.clone().unwrap_or_default();
+    let blocks = versions[0].blocks[0].len() / (config.num_kv_heads() * dk);
     let (k, v) = (&inputs.k, &inputs.v);
     let sizes = [
         Magnitudes::new(
@@ -402,17 +431,20 @@ fn compare_outputs<T: Kind>(inputs: &Inputs<T>, versions: [Outputs<f64, f64>; 4]
     let largest = |f: fn(&Magnitudes) -> f64| sizes.iter().map(f).fold(0.0, f64::max);
     let mut list = vec![compared::<T>("o", each(&|out| out.o.clone()), dv, largest(|m| m.o))];
     for (c, name) in ["cmp", "slc", "win"].into_iter().enumerate() {
+        // All queries share the rounding of the same k̃ and ṽ.
+        let draws = if c == 0 { blocks } else { usize::MAX };
         let o = each(&|out| out.branches[c].clone());
-        list.push(compared::<T>(&format!("o_{name}"), o, dv, sizes[c].o));
+        list.push(Compared { draws, ..compared::<T>(&format!("o_{name}"), o, dv, sizes[c].o) });
         let lse = each(&|out| out.lse[c].clone());
-        list.push(compared::<T::Acc>(&format!("lse_{name}"), lse, heads, sizes[c].lse));
+        list.push(Compared { draws, ..compared::<T::Acc>(&format!("lse_{name}"), lse, heads, sizes[c].lse) });
     }
     let [Some(truth), Some(first), Some(second), Some(kernel)] = versions.each_ref().map(|out| out.grads.as_ref())
     else {
         return list;
     };
     let each = |f: &dyn Fn(&Grads<f64>) -> Vec<f64>| [truth, first, second, kernel].map(f);
-    list.push(compared::<T::Acc>("dq", each(&|g| g.q.clone()), dk, largest(|m| m.dq)));
+    let all_branches = sizes.iter().map(|m| m.dq).sum();
+    list.push(compared::<T::Acc>("dq", each(&|g| g.q.clone()), dk, all_branches));
     let products = row_norm(&d_o, dv) * largest(|m| m.o);
     list.push(compared::<T::Acc>("dgates", each(&|g| g.gates.clone()), 3, products));
     for side in [Side::Key, Side::Value] {
@@ -423,7 +455,8 @@ fn compare_outputs<T: Kind>(inputs: &Inputs<T>, versions: [Outputs<f64, f64>; 4]
         list.push(compared::<T::Acc>(&format!("d{letter}_slc"), slc, dim, magnitude(&sizes[1])));
         let win = each(&|g| of(g).win);
         list.push(compared::<T::Acc>(&format!("d{letter}_win"), win, dim, magnitude(&sizes[2])));
-        let mut cmp = compress_grads::<T::Acc>(side, dim, [truth, first, second, kernel].map(|g| of(g).cmp));
+        let shape = [blocks, config.num_kv_heads(), dim];
+        let mut cmp = compress_grads::<T::Acc>(side, shape, [truth, first, second, kernel].map(|g| of(g).cmp));
         cmp.iter_mut().for_each(|c| c.magnitude = magnitude(&sizes[0]));
         list.extend(cmp);
     }
@@ -435,17 +468,26 @@ fn blocks_as<T: Element>(values: &[f64]) -> Vec<T> {
 }
 
 /// Steps from caches at several prefixes of each sequence, all in one call.
-fn decode_step<T: Kind>(case: &Case, backend: &Backend) -> Result<Report, String> {
+fn decode_step<T: Kind>(case: &Case, backend: &Backend, fault: Option<Fault>) -> Verdict {
     let whole = Inputs::<T>::generate(case);
     let blocks = operator::blocks(backend, &whole)?;
     let mut inputs = decode::steps(case, &whole, &blocks)?;
-    let kernel = decode::step(backend, &inputs)?;
+    let mut planted = inputs.clone();
+    let before = fault.is_none_or(|fault| fault.plant_operator(&mut planted));
+    let mut kernel = decode::step(backend, &planted)?;
+    let after = fault.is_some_and(|fault| fault.spoil_step(&inputs, &mut kernel));
+    if !before && !after {
+        return Ok(None);
+    }
     let mut report = Report::default();
     let (Compressed::Blocks(k), Compressed::Blocks(v)) = (&inputs.k.cmp, &inputs.v.cmp) else {
         return Err("steps take blocks".to_owned());
     };
     report.take(judge_selection(&inputs, &[k.clone(), v.clone()], &kernel.block_indices));
     report.failure = report.failure.or_else(|| rows_read(&inputs, &kernel));
+    if report.failure.is_some() {
+        return Ok(Some(report));
+    }
     inputs.block_indices = Some(kernel.block_indices.clone());
     let truth = reference::run(&inputs, Mode::Exact)?;
     let [first, second] = reference::run_rounded(&inputs)?;
@@ -453,7 +495,7 @@ fn decode_step<T: Kind>(case: &Case, backend: &Backend) -> Result<Report, String
     let magnitude = [&inputs.v.slc, &inputs.v.win, v].map(|v| row_norm(v, dv)).into_iter().fold(0.0, f64::max);
     let o = compared::<T>("o", [truth.o, first.o, second.o, widen(&kernel.o)], dv, magnitude);
     report.outcomes = judge(&[o], inputs.packing.num_tokens());
-    Ok(report)
+    Ok(Some(report))
 }
 
 /// Compares the count of rows read with SPEC 4's.

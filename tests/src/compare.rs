@@ -45,7 +45,7 @@ pub struct Compared {
     pub storage: DType,
     /// Type that the kernel accumulates in.
     pub accumulator: DType,
-    /// Tokens of the call: independent draws of rounding noise, at least about.
+    /// Independent draws of rounding noise, at least about: tokens of the call, or blocks for what comes through φ.
     pub draws: usize,
     /// A bound on the terms that the output is summed from (Cauchy–Schwarz over the inputs): results may cancel, the
     /// noise of their terms does not.
@@ -87,6 +87,12 @@ impl Outcome {
         share(self.kernel.max, self.limit.max)
             .max(share(self.kernel.rms, self.limit.rms))
             .max(share(self.kernel.row_rms, self.limit.row_rms))
+    }
+
+    /// What is wrong, if the errors are more than `factor` times what they may be, or no errors of rounding at all.
+    pub fn failure_beyond(&self, factor: f64) -> Option<&str> {
+        let compared = self.limit.max > 0.0;
+        self.failure.as_deref().filter(|_| !(compared && self.worst_share() <= factor))
     }
 }
 
@@ -132,19 +138,20 @@ impl Compared {
     }
 
     /// What the kernel's error may be: the ratios over the rounded reference's error, or the floor: the output's own
-    /// rounding to storage and a few ulps of the accumulator. Of the RMS over many elements less, down to a sixteenth or
-    /// what one more rounding of every element would cost.
+    /// rounding to storage and a few ulps of the accumulator. Of the RMS of a row half of it, and of the RMS over many
+    /// elements less, down to a sixteenth or what one more rounding of every element would cost; of one element all.
     fn limit(&self, rounded: &Figures, largest: f64, size: f64) -> Figures {
         let storage = if self.storage == self.accumulator { 0.0 } else { unit_roundoff(self.storage) * largest };
         let ulps = FLOOR_ULPS * largest + TERM_ULPS * self.magnitude;
         let floor = storage + unit_roundoff(self.accumulator) * ulps;
         let count = self.truth.len().max(1) as f64;
         let chance = 1.0 + CHANCE / (self.draws as f64).min(count).max(1.0).sqrt();
-        let rms_floor = (floor / count.sqrt().min(16.0)).max(unit_roundoff(self.accumulator) * size);
+        let independent = count.min(self.draws as f64 * self.row.max(1) as f64).max(1.0);
+        let rms_floor = (floor / independent.sqrt().min(16.0)).max(unit_roundoff(self.accumulator) * size);
         Figures {
             max: (WORST_RATIO * chance * rounded.max).max(floor),
             rms: (RMS_RATIO * chance * rounded.rms).max(rms_floor),
-            row_rms: (WORST_RATIO * chance * rounded.row_rms).max(floor / 2.0),
+            row_rms: (WORST_RATIO * chance * rounded.row_rms).max(floor / (self.row.max(1) as f64).sqrt().min(2.0)),
         }
     }
 
