@@ -10,6 +10,7 @@ pub mod fault;
 pub mod gate;
 pub mod generate;
 pub mod kernels;
+pub mod memory;
 pub mod operator;
 pub mod reference;
 pub mod select;
