@@ -1,31 +1,41 @@
 //! `cargo xtask bench`: NSA against full attention, ours and PyTorch's, in one run.
 //!
-//! Correctness comes first: no time is printed when the operator differs from the reference. The candidates take turns
-//! (A B C A B C …), so that a machine whose speed drifts is unfair to none; medians are reported. A peer runs right after them
-//! at each length.
+//! Correctness comes first: no time is printed when the operator differs from the reference. The contenders, peers included,
+//! take turns (A B C A B C …), so that a machine whose speed drifts is unfair to none; medians are reported.
 
+mod decode;
+mod fit;
 mod peer;
+mod plot;
 mod problem;
+mod progress;
 mod report;
+mod turns;
+mod work;
 
 use crate::machine::Machine;
 use anyhow::{Context, Result, bail, ensure};
 use clap::{Args, ValueEnum};
+use decode::Decoding;
 use half::{bf16, f16};
 use nsa_core::{CompressKind, Element, NsaConfig};
 use nsa_kernels::Backend;
+use peer::{Job, PeerError, Ready};
 use problem::Problem;
-use report::Row;
+use progress::Progress;
+use report::{Report, Row, Who};
 use std::path::PathBuf;
 use std::process::Command;
-use std::time::Instant;
+use std::time::Duration;
+use turns::{Outcome, Plan, Seconds, Times};
+use work::Pass;
 
 /// Options of `cargo xtask bench`.
 #[derive(Args, Debug)]
 pub struct Options {
     /// Run the criterion benchmarks of this name in nsa-kernels/benches instead
     op: Option<String>,
-    /// Lengths of the sequence
+    /// Lengths of the sequence, and of the context of decoding
     #[arg(long, value_delimiter = ',', default_values_t = [1024, 2048, 4096, 8192])]
     tokens: Vec<usize>,
     /// Query heads
@@ -40,19 +50,37 @@ pub struct Options {
     /// Head dimension of values
     #[arg(long, default_value_t = 128)]
     dim_v: usize,
-    /// Type of the tensors
-    #[arg(long, value_enum, default_value_t = Dtype::F32)]
-    dtype: Dtype,
-    /// Runs of each candidate, of which the median counts
+    /// Types of the tensors
+    #[arg(long, value_enum, value_delimiter = ',', default_values_t = [Dtype::F32])]
+    dtype: Vec<Dtype>,
+    /// What to time; backward needs forward
+    #[arg(long, value_enum, value_delimiter = ',', default_values_t = Pass::ALL)]
+    pass: Vec<Pass>,
+    /// Turns of each contender, of which the median counts
     #[arg(long, default_value_t = 3)]
     samples: usize,
-    /// Another implementation to time in the same run
-    #[arg(long, value_enum)]
-    peer: Option<peer::Peer>,
+    /// Begin no further turn of a contender that has spent so many seconds at a length; one turn always counts
+    #[arg(long, default_value_t = 60.0, allow_negative_numbers = true)]
+    budget: f64,
+    /// Longest length of our full attention
+    #[arg(long, default_value_t = 65_536)]
+    dense_limit: usize,
+    /// Other implementations to time in the same run
+    #[arg(long, value_enum, value_delimiter = ',')]
+    peer: Vec<peer::Peer>,
+    /// Longest length of peers [default: 65536]
+    #[arg(long, requires = "peer")]
+    peer_limit: Option<usize>,
+    /// Turns of each peer [default: as --samples]
+    #[arg(long, requires = "peer")]
+    peer_samples: Option<usize>,
+    /// Python that has the peers' packages, instead of installing them below target/peers
+    #[arg(long, requires = "peer", value_name = "PROGRAM")]
+    peer_python: Option<PathBuf>,
     /// Backend, as NSA_BACKEND names it
     #[arg(long)]
     backend: Option<String>,
-    /// Folder of the table (CSV) and the plot (SVG); without it: out/bench
+    /// Folder of the table (CSV) and the plots (SVG); without it: out/bench
     #[arg(long)]
     out: Option<PathBuf>,
 }
@@ -75,6 +103,13 @@ impl Dtype {
     }
 }
 
+/// Longest length of peers without `--peer-limit`: PyTorch's takes minutes there.
+const PEER_LIMIT: usize = 65_536;
+/// Part of the free memory that a run may plan with.
+const MEMORY_SHARE: f64 = 0.9;
+/// A peer's threads spin for a while after its turn; ours wait until they sleep.
+const SETTLE: Duration = Duration::from_millis(50);
+
 impl Options {
     /// A run of half a minute.
     pub fn short(out: PathBuf) -> Self {
@@ -85,51 +120,129 @@ impl Options {
             kv_heads: 1,
             dim_qk: 128,
             dim_v: 128,
-            dtype: Dtype::F32,
+            dtype: vec![Dtype::F32],
+            pass: Pass::ALL.to_vec(),
             samples: 3,
-            peer: None,
+            budget: 60.0,
+            dense_limit: 65_536,
+            peer: Vec::new(),
+            peer_limit: None,
+            peer_samples: None,
+            peer_python: None,
             backend: None,
             out: Some(out),
         }
+    }
+
+    /// The rules that the argument parser does not know.
+    fn validate(&self) -> Result<()> {
+        for &tokens in &self.tokens {
+            ensure!(tokens > 0, "--tokens {tokens}: must be at least 1");
+            ensure!(i32::try_from(tokens).is_ok(), "--tokens {tokens}: must be at most {}", i32::MAX);
+        }
+        for (flag, samples) in [("--samples", Some(self.samples)), ("--peer-samples", self.peer_samples)] {
+            ensure!(samples != Some(0), "{flag} 0: must be at least 1");
+        }
+        let budget = self.budget;
+        ensure!(budget.is_finite() && budget > 0.0, "--budget {budget}: must be a positive number of seconds");
+        let backward_alone = self.has(Pass::Backward) && !self.has(Pass::Forward);
+        ensure!(!backward_alone, "--pass backward: must come with forward, which it continues");
+        if let Some(out) = &self.out {
+            ensure!(!out.is_file(), "--out {}: must be a folder, and is a file", out.display());
+        }
+        Ok(())
+    }
+
+    fn has(&self, pass: Pass) -> bool {
+        self.pass.contains(&pass)
+    }
+
+    fn config(&self) -> Result<NsaConfig> {
+        NsaConfig::builder(self.heads, self.kv_heads, self.dim_qk, self.dim_v)
+            .compress_kind(CompressKind::Mean)
+            .build()
+            .with_context(|| {
+                let Self { heads, kv_heads, dim_qk, dim_v, .. } = self;
+                format!("--heads {heads} --kv-heads {kv_heads} --dim-qk {dim_qk} --dim-v {dim_v}")
+            })
+    }
+
+    /// Bytes that the largest length needs.
+    fn check_memory(&self, config: &NsaConfig, available: Option<u64>) -> Result<()> {
+        let Some(available) = available else { return Ok(()) };
+        let needs = |dtype: Dtype, tokens: usize| {
+            let (problem, element) = match dtype {
+                Dtype::F32 => (problem::bytes::<f32>(config, tokens), 4),
+                Dtype::Bf16 | Dtype::F16 => (problem::bytes::<bf16>(config, tokens), 2),
+            };
+            let attention = if self.has(Pass::Forward) { problem } else { 0 };
+            let decoding = if self.has(Pass::Decode) { decode::bytes(config, tokens, element) } else { 0 };
+            attention.max(decoding)
+        };
+        for (&dtype, &tokens) in self.dtype.iter().flat_map(|dtype| self.tokens.iter().map(move |t| (dtype, t))) {
+            let gib = |bytes: u64| bytes as f64 / (1u64 << 30) as f64;
+            let (bytes, room) = (needs(dtype, tokens), (available as f64 * MEMORY_SHARE) as u64);
+            ensure!(
+                bytes <= room,
+                "--tokens {tokens} --dtype {}: must fit {:.1} GiB of memory, and takes {:.1}",
+                dtype.name(),
+                gib(room),
+                gib(bytes)
+            );
+        }
+        Ok(())
     }
 }
 
 /// Runs the command.
 ///
 /// # Errors
-/// If the operator is wrong, an option does not fit, or a peer cannot be run.
+/// If the operator is wrong, an option does not fit, or a peer cannot be had.
 pub fn run(options: &Options) -> Result<()> {
     if let Some(op) = &options.op {
         return criterion(op);
     }
-    ensure!(options.samples > 0, "--samples 0: at least one run is needed");
-    ensure!(options.tokens.iter().all(|&t| t > 0), "--tokens: a length of 0 has no work to time");
-    let config = NsaConfig::builder(options.heads, options.kv_heads, options.dim_qk, options.dim_v)
-        .compress_kind(CompressKind::Mean)
-        .build()?;
+    options.validate()?;
+    let config = options.config()?;
+    let machine = Machine::here();
+    options.check_memory(&config, machine.available_bytes)?;
     let (backend, why) = Backend::pick(options.backend.as_deref())?;
     crate::check::quick(&backend)?;
-    println!("{}\nbackend {}: {why}", Machine::here().line(), backend.name());
-    let peer = options.peer.map(peer::Peer::prepare).transpose()?;
+    println!("{}{}\nbackend {}: {why}", machine.line(), load(), backend.name());
+    let memory_bytes = machine.available_bytes.map_or(u64::MAX >> 1, |bytes| (bytes as f64 * MEMORY_SHARE) as u64);
+    let prepare = |&peer| Ready::prepare(peer, options.peer_python.as_deref(), memory_bytes);
+    let peers = options.peer.iter().map(prepare).collect::<Result<Vec<Ready>, PeerError>>()?;
+    let mut run = Run { options, config: &config, backend: &backend, peers, progress: Progress::new() };
     let mut rows = Vec::new();
-    for &tokens in &options.tokens {
-        let mut timed = match options.dtype {
-            Dtype::F32 => time::<f32>(options, &config, &backend, tokens)?,
-            Dtype::Bf16 => time::<bf16>(options, &config, &backend, tokens)?,
-            Dtype::F16 => time::<f16>(options, &config, &backend, tokens)?,
-        };
-        if let Some(peer) = &peer {
-            let job = peer::Job::new(&config, tokens, options.dtype.name(), options.samples);
-            timed.extend(peer.time(&job)?);
+    let mut lengths = options.tokens.clone();
+    lengths.sort_unstable();
+    lengths.dedup();
+    for tokens in lengths {
+        for dtype in &options.dtype {
+            rows.extend(match dtype {
+                Dtype::F32 => run.length::<f32>(dtype.name(), tokens)?,
+                Dtype::Bf16 => run.length::<bf16>(dtype.name(), tokens)?,
+                Dtype::F16 => run.length::<f16>(dtype.name(), tokens)?,
+            });
+            run.progress.line(&format!("{tokens} tokens {} done", dtype.name()));
         }
-        rows.extend(timed);
-        println!("{tokens} tokens done");
     }
+    run.progress.finish();
     let out = match &options.out {
         Some(folder) => folder.clone(),
         None => crate::files::out("bench")?,
     };
-    report::write(&config, options.dtype.name(), &rows, &out)
+    println!(
+        "φ is the mean. A step of decoding reads caches in memory, as in a model whose layers exceed the last cache."
+    );
+    println!("dense: our full attention; limit: its pairs of query and key over NSA's; rate: on the pairs of each.");
+    Report { config: &config, rows }.write(&out)
+}
+
+/// The system's load before the run, where it tells: other work makes times longer.
+fn load() -> String {
+    let text = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
+    text.split(' ').next().filter(|load| !load.is_empty()).map_or(String::new(), |load| format!(", load {load} before"))
 }
 
 /// The criterion benchmarks of one operation, after the quick check.
@@ -157,24 +270,246 @@ fn benchmarks() -> Result<Vec<String>> {
     Ok(names)
 }
 
-/// Times our candidates in turns.
-fn time<T: Element>(options: &Options, config: &NsaConfig, backend: &Backend, tokens: usize) -> Result<Vec<Row>> {
-    type Step<T> = fn(&mut Problem<T>) -> Result<()>;
-    let steps: [(&'static str, &'static str, Step<T>); 4] = [
-        ("nsa", "forward", Problem::nsa_forward),
-        ("nsa", "backward", Problem::nsa_backward),
-        ("dense", "forward", Problem::dense_forward),
-        ("dense", "backward", Problem::dense_backward),
-    ];
-    let mut problem = Problem::<T>::new(backend, config, tokens)?;
-    let mut seconds = steps.map(|_| Vec::new());
-    for _ in 0..options.samples {
-        for ((.., step), seconds) in steps.iter().zip(&mut seconds) {
-            let start = Instant::now();
-            step(&mut problem)?;
-            seconds.push(start.elapsed().as_secs_f64());
+/// A contender of a length: one of ours or the peer of this number.
+#[derive(Clone, Copy, Debug)]
+enum Contender {
+    Nsa,
+    Dense,
+    Peer(usize),
+}
+
+/// What stays from length to length.
+struct Run<'a> {
+    options: &'a Options,
+    config: &'a NsaConfig,
+    backend: &'a Backend,
+    peers: Vec<Ready>,
+    progress: Progress,
+}
+
+/// A length of one dtype.
+#[derive(Clone, Copy)]
+struct Length {
+    tokens: usize,
+    dtype: &'static str,
+    element_bytes: usize,
+}
+
+impl Run<'_> {
+    /// Times everything at one length.
+    fn length<T: Element>(&mut self, dtype: &'static str, tokens: usize) -> Result<Vec<Row>> {
+        let length = Length { tokens, dtype, element_bytes: size_of::<T>() };
+        let mut rows = Vec::new();
+        if self.options.has(Pass::Forward) {
+            rows.extend(self.attention::<T>(length)?);
+        }
+        if self.options.has(Pass::Decode) {
+            rows.extend(self.decoding::<T>(length)?);
+        }
+        Ok(rows)
+    }
+
+    fn contenders(&self) -> Vec<Contender> {
+        [Contender::Nsa, Contender::Dense].into_iter().chain((0..self.peers.len()).map(Contender::Peer)).collect()
+    }
+
+    fn plan(&self, contender: Contender) -> Plan {
+        let peer_samples = self.options.peer_samples.filter(|_| matches!(contender, Contender::Peer(_)));
+        Plan { samples: peer_samples.unwrap_or(self.options.samples), budget_s: self.options.budget }
+    }
+
+    /// Why a contender does not run at this length, if it does not.
+    fn beyond(&self, contender: Contender, tokens: usize) -> Option<String> {
+        let (flag, limit) = match contender {
+            Contender::Nsa => return None,
+            Contender::Dense => ("--dense-limit", self.options.dense_limit),
+            Contender::Peer(_) => ("--peer-limit", self.options.peer_limit.unwrap_or(PEER_LIMIT)),
+        };
+        (tokens > limit).then(|| format!("beyond {flag} {limit}"))
+    }
+
+    /// Forward and backward passes.
+    fn attention<T: Element>(&mut self, length: Length) -> Result<Vec<Row>> {
+        let backward = self.options.has(Pass::Backward);
+        let job = Job::new(self.config, length.tokens, length.dtype, backward, 0);
+        let mut problem = Problem::<T>::new(self.backend, self.config, length.tokens)?;
+        let turn = |contender: Contender, run: &mut Self| -> Result<Result<Seconds, PeerError>> {
+            type Step<T> = fn(&mut Problem<T>) -> Result<()>;
+            let steps: [Step<T>; 2] = match contender {
+                Contender::Nsa => [Problem::nsa_forward, Problem::nsa_backward],
+                Contender::Dense => [Problem::dense_forward, Problem::dense_backward],
+                Contender::Peer(at) => return Ok(run.peers[at].turn(&job)),
+            };
+            let passes = [Pass::Forward, Pass::Backward].into_iter().zip(steps).take(1 + usize::from(backward));
+            let timed = |(pass, step): (Pass, Step<T>)| {
+                let start = std::time::Instant::now();
+                step(&mut problem)?;
+                Ok((pass, start.elapsed().as_secs_f64()))
+            };
+            Ok(Ok(passes.map(timed).collect::<Result<Seconds>>()?))
+        };
+        let passes = if backward { &[Pass::Forward, Pass::Backward][..] } else { &[Pass::Forward] };
+        self.contest(length, passes, |peer| peer.attention(&job), turn)
+    }
+
+    /// The decoding step.
+    fn decoding<T: Element>(&mut self, length: Length) -> Result<Vec<Row>> {
+        let copies = decode::layers(self.config, length.tokens, length.element_bytes);
+        let job = Job::new(self.config, length.tokens, length.dtype, false, copies);
+        let mut decoding = Decoding::<T>::new(self.backend, self.config, length.tokens)?;
+        let turn = |contender: Contender, run: &mut Self| -> Result<Result<Seconds, PeerError>> {
+            let seconds = match contender {
+                Contender::Nsa => decoding.nsa()?,
+                Contender::Dense => decoding.dense()?,
+                Contender::Peer(at) => return Ok(run.peers[at].step().map(|s| vec![(Pass::Decode, s)])),
+            };
+            Ok(Ok(vec![(Pass::Decode, seconds)]))
+        };
+        self.contest(length, &[Pass::Decode], |peer| Ok(vec![(Pass::Decode, peer.decode(&job)?)]), turn)
+    }
+
+    /// Has peers make their inputs, lets all take turns, and makes the rows.
+    fn contest(
+        &mut self,
+        length: Length,
+        passes: &[Pass],
+        make: impl Fn(&mut Ready) -> Result<Vec<(Pass, String)>, PeerError>,
+        mut turn: impl FnMut(Contender, &mut Self) -> Result<Result<Seconds, PeerError>>,
+    ) -> Result<Vec<Row>> {
+        let contenders = self.contenders();
+        let mut ways: Vec<Result<Vec<(Pass, String)>, String>> = Vec::new();
+        for &contender in &contenders {
+            let made = match (self.beyond(contender, length.tokens), contender) {
+                (Some(reason), _) => Err(reason),
+                (None, Contender::Peer(at)) if self.peers[at].peer.has(passes[0]) => {
+                    self.progress.show(format!("{length}: {} prepares", self.peers[at].title));
+                    about_the_shape(make(&mut self.peers[at]))?
+                }
+                (None, Contender::Peer(_)) => Err("this pass is not timed".to_owned()),
+                (None, _) => Ok(Vec::new()),
+            };
+            ways.push(made);
+        }
+        let plans: Vec<Plan> = contenders.iter().map(|&contender| self.plan(contender)).collect();
+        let outcomes = turns::take(&plans, |i, counted| {
+            if let Err(reason) = &ways[i] {
+                return Ok(Err(reason.clone()));
+            }
+            let name = self.who(contenders[i]).name().to_owned();
+            self.progress.show(format!("{length}: {name}, turn {} of {}", counted + 1, plans[i].samples));
+            let seconds = about_the_shape(turn(contenders[i], self)?)?;
+            if matches!(contenders[i], Contender::Peer(_)) {
+                std::thread::sleep(SETTLE);
+            }
+            Ok(seconds)
+        })?;
+        self.peers.iter_mut().for_each(Ready::drop_inputs);
+        let mut rows = Vec::new();
+        for &pass in passes {
+            for ((&contender, outcome), ways) in contenders.iter().zip(&outcomes).zip(&ways) {
+                let way = ways.iter().flatten().find(|(p, _)| *p == pass).map(|(_, way)| way.clone());
+                rows.push(self.row(length, pass, contender, outcome, way.unwrap_or_default()));
+            }
+        }
+        Ok(rows)
+    }
+
+    fn row(&self, length: Length, pass: Pass, contender: Contender, outcome: &Outcome, way: String) -> Row {
+        let (times, note) = match outcome {
+            Err(reason) => (None, reason.clone()),
+            Ok(turns) => match Times::of(turns, pass) {
+                Some(times) => (Some(times), way),
+                None => (None, "this pass is not timed".to_owned()),
+            },
+        };
+        let Length { tokens, dtype, element_bytes } = length;
+        Row { tokens, dtype, element_bytes, pass, who: self.who(contender), times, note }
+    }
+
+    fn who(&self, contender: Contender) -> Who {
+        match contender {
+            Contender::Nsa => Who::Nsa,
+            Contender::Dense => Who::Dense,
+            Contender::Peer(at) => match self.peers[at].peer {
+                peer::Peer::Torch => Who::PeerDense(self.peers[at].title.clone()),
+                peer::Peer::Lucidrains => Who::PeerSparse(self.peers[at].title.clone()),
+            },
         }
     }
-    let rows = steps.iter().zip(&seconds).map(|(&(who, what, _), s)| Row::new(who, what, tokens, s));
-    Ok(rows.collect())
+}
+
+impl std::fmt::Display for Length {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} tokens {}", self.tokens, self.dtype)
+    }
+}
+
+/// Keeps the reason why a peer cannot run a shape; other failures end the run.
+fn about_the_shape<T>(result: Result<T, PeerError>) -> Result<Result<T, String>> {
+    match result {
+        Ok(value) => Ok(Ok(value)),
+        Err(error) if error.is_about_the_shape() => Ok(Err(error.to_string())),
+        Err(error) => Err(error.into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+
+    #[derive(Parser, Debug)]
+    struct Cli {
+        #[command(flatten)]
+        options: Options,
+    }
+
+    fn parse(arguments: &str) -> Result<Options, String> {
+        let cli = Cli::try_parse_from(std::iter::once("bench").chain(arguments.split_whitespace()));
+        let options = cli.map_err(|error| error.to_string())?.options;
+        options.validate().and_then(|()| options.config()).map_err(|error| format!("{error:#}"))?;
+        Ok(options)
+    }
+
+    #[test]
+    fn bad_options_are_named_with_their_values_and_rules() {
+        for (arguments, words) in [
+            ("--tokens 1024,0", ["--tokens 0", "at least 1"]),
+            ("--tokens 4294967296", ["--tokens 4294967296", "at most 2147483647"]),
+            ("--samples 0", ["--samples 0", "at least 1"]),
+            ("--peer torch --peer-samples 0", ["--peer-samples 0", "at least 1"]),
+            ("--budget -1", ["--budget", "-1"]),
+            ("--budget nan", ["--budget NaN", "positive"]),
+            ("--pass backward", ["--pass backward", "forward"]),
+            ("--peer-limit 9", ["--peer", "required"]),
+            ("--peer-python python3", ["--peer", "required"]),
+            ("--dtype f64", ["f64", "bf16"]),
+            ("--peer numpy", ["numpy", "lucidrains"]),
+            ("--kv-heads 3", ["--kv-heads 3", "num_kv_heads"]),
+            ("--dim-v 0", ["--dim-v 0", "head_dim_v"]),
+            ("--out Cargo.toml", ["--out Cargo.toml", "folder"]),
+        ] {
+            let error = parse(arguments).expect_err(arguments);
+            assert!(words.iter().all(|word| error.contains(word)), "{arguments}: {error}");
+        }
+    }
+
+    #[test]
+    fn good_options() {
+        let options = parse("--tokens 64,128 --dtype f32,bf16 --pass decode --peer torch,lucidrains --peer-samples 1")
+            .expect("legal");
+        assert_eq!((options.tokens.len(), options.dtype.len(), options.peer.len()), (2, 2, 2));
+        assert!(options.has(Pass::Decode) && !options.has(Pass::Forward));
+        assert!(Options::short(PathBuf::from("out")).validate().is_ok());
+    }
+
+    #[test]
+    fn lengths_that_do_not_fit_memory_are_named() {
+        let options = parse("--tokens 1024,1048576").expect("legal");
+        let config = options.config().expect("valid");
+        let error = options.check_memory(&config, Some(16 << 30)).expect_err("too long").to_string();
+        assert!(error.contains("--tokens 1048576 --dtype f32") && error.contains("14.4 GiB"), "{error}");
+        assert!(options.check_memory(&config, Some(1 << 40)).is_ok());
+        assert!(options.check_memory(&config, None).is_ok());
+    }
 }

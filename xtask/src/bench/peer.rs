@@ -1,104 +1,425 @@
-//! Other implementations, timed in the same run on the same shapes.
+//! Other implementations, timed in the same run on the same shapes: Python processes that answer requests.
 
-use super::report::Row;
-use anyhow::{Context, Result, bail, ensure};
+mod install;
+
+use super::work::Pass;
 use clap::ValueEnum;
 use nsa_core::NsaConfig;
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
+use std::fs::File;
+use std::io::{BufRead, BufReader, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
+use thiserror::Error;
 
 /// Names of `--peer`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Peer {
-    /// PyTorch's scaled_dot_product_attention, on the CPU
+    /// PyTorch's full attention on the CPU, the fastest of several ways to write it
     Torch,
+    /// Forward pass of the sparse attention of native-sparse-attention-pytorch
+    Lucidrains,
 }
 
-/// A peer that is ready to run: an interpreter and a script.
-#[derive(Debug)]
-pub struct Ready {
-    python: PathBuf,
-    script: PathBuf,
+impl Peer {
+    const fn script(self) -> &'static str {
+        match self {
+            Self::Torch => "torch_sdpa.py",
+            Self::Lucidrains => "lucidrains_nsa.py",
+        }
+    }
+
+    /// As tables and plots name it.
+    pub fn title(self, version: &str) -> String {
+        match self {
+            Self::Torch => format!("PyTorch {}", version.split('+').next().unwrap_or_default()),
+            Self::Lucidrains => format!("lucidrains {version}"),
+        }
+    }
+
+    /// Whether it runs this pass at all.
+    pub const fn has(self, pass: Pass) -> bool {
+        matches!((self, pass), (Self::Torch, _) | (_, Pass::Forward))
+    }
+}
+
+/// What can go wrong with a peer.
+#[derive(Debug, Error)]
+pub enum PeerError {
+    /// No interpreter.
+    #[error("`{python}` does not start ({reason}): install Python {MIN}, or name one with --peer-python", python = .python.display(), MIN = install::MIN_PYTHON_NAME)]
+    NoPython {
+        /// What was started.
+        python: PathBuf,
+        /// The system's words.
+        reason: String,
+    },
+    /// An interpreter that the packages do not support.
+    #[error("`{python}` is Python {found}, and {needed} is needed: install that, or name one with --peer-python", python = .python.display(), needed = install::MIN_PYTHON_NAME)]
+    OldPython {
+        /// What was started.
+        python: PathBuf,
+        /// Its version.
+        found: String,
+    },
+    /// The module venv or pip is missing.
+    #[error("python3 cannot make an environment with pip: install its module venv (Debian: apt install python3-venv)")]
+    NoVenv,
+    /// No way to the package index.
+    #[error(
+        "the package index cannot be reached to fetch {packages}: connect, name a mirror in PIP_INDEX_URL, or name an \
+         interpreter that has the packages with --peer-python"
+    )]
+    Unreachable {
+        /// What was to be installed.
+        packages: String,
+    },
+    /// The index lacks a package for this interpreter.
+    #[error(
+        "the package index has no {packages} for this Python and system ({reason}): try another Python, or name an \
+         interpreter that has the packages with --peer-python"
+    )]
+    NoSuchVersion {
+        /// What was to be installed.
+        packages: String,
+        /// pip's words.
+        reason: String,
+    },
+    /// The disk is full.
+    #[error("no space left to install {packages} below {folder}: PyTorch takes 6 GB where its index has no build for CPUs alone", folder = .folder.display())]
+    DiskFull {
+        /// What was to be installed.
+        packages: String,
+        /// Where.
+        folder: PathBuf,
+    },
+    /// Any other failure of pip.
+    #[error("{packages} cannot be installed: {reason}")]
+    Install {
+        /// What was to be installed.
+        packages: String,
+        /// The end of what pip said.
+        reason: String,
+    },
+    /// The interpreter lacks the packages.
+    #[error("`{python}` has no {module}: {reason}", python = .python.display())]
+    NotImportable {
+        /// What was started.
+        python: PathBuf,
+        /// What it was to import.
+        module: &'static str,
+        /// The end of what it said.
+        reason: String,
+    },
+    /// The process ended or said something else than a reply.
+    #[error("the peer {what}{}", if .stderr.is_empty() { String::new() } else { format!(": {}", .stderr) })]
+    Died {
+        /// How.
+        what: String,
+        /// The end of its standard error.
+        stderr: String,
+    },
+    /// The peer answered that it cannot do this.
+    #[error("{0}")]
+    Refused(String),
+    /// A file or process of the system.
+    #[error("{action}: {source}")]
+    Io {
+        /// What was tried.
+        action: String,
+        /// Why it failed.
+        source: std::io::Error,
+    },
+}
+
+impl PeerError {
+    /// Whether it is about this shape alone: other shapes may run.
+    pub const fn is_about_the_shape(&self) -> bool {
+        matches!(self, Self::Refused(_) | Self::Died { .. })
+    }
 }
 
 /// What a peer is asked to time.
-#[derive(Debug, Serialize)]
+#[derive(Clone, Debug, Serialize)]
 pub struct Job {
     tokens: usize,
     heads: usize,
     kv_heads: usize,
     dim_qk: usize,
     dim_v: usize,
+    compress_block: usize,
+    compress_stride: usize,
+    select_block: usize,
+    select_count: usize,
+    window: usize,
     dtype: &'static str,
-    threads: usize,
-    samples: usize,
+    backward: bool,
+    /// Layers of the caches of decoding.
+    copies: usize,
 }
 
 impl Job {
-    /// The shapes of a configuration, with the threads that we use ourselves.
-    pub fn new(config: &NsaConfig, tokens: usize, dtype: &'static str, samples: usize) -> Self {
+    /// The shapes of a configuration.
+    pub fn new(config: &NsaConfig, tokens: usize, dtype: &'static str, backward: bool, copies: usize) -> Self {
         Self {
             tokens,
             heads: config.num_heads(),
             kv_heads: config.num_kv_heads(),
             dim_qk: config.head_dim_qk(),
             dim_v: config.head_dim_v(),
+            compress_block: config.compress_block(),
+            compress_stride: config.compress_stride(),
+            select_block: config.select_block(),
+            select_count: config.select_count(),
+            window: config.window(),
             dtype,
-            threads: rayon::current_num_threads(),
-            samples,
+            backward,
+            copies,
         }
     }
 }
 
-#[derive(Deserialize)]
-struct Times {
-    version: String,
-    forward: Vec<f64>,
-    backward: Vec<f64>,
-}
-
-impl Peer {
-    /// Installs the peer into `out/venv`, unless it is there.
-    ///
-    /// # Errors
-    /// If python3 or the package cannot be had.
-    pub fn prepare(self) -> Result<Ready> {
-        let venv = crate::files::root().join("out/venv");
-        let python = venv.join("bin/python");
-        let has_torch = || python.exists() && output(Command::new(&python).args(["-c", "import torch"])).is_ok();
-        if !has_torch() {
-            println!("installing PyTorch into {} (once)", venv.display());
-            output(Command::new("python3").args(["-m", "venv"]).arg(&venv))
-                .context("python3 with its module venv is needed for --peer torch")?;
-            output(Command::new(&python).args(["-m", "pip", "install", "--quiet", "torch", "numpy"]))?;
-        }
-        Ok(Ready { python, script: crate::files::root().join("xtask/peers/torch_sdpa.py") })
-    }
+/// A peer that is ready to run; its process starts with the first request and anew after it died.
+#[derive(Debug)]
+pub struct Ready {
+    /// Which.
+    pub peer: Peer,
+    /// As tables name it.
+    pub title: String,
+    python: PathBuf,
+    /// Folder of packages beside the interpreter's own.
+    packages: Option<PathBuf>,
+    threads: usize,
+    memory_bytes: u64,
+    process: Option<Process>,
 }
 
 impl Ready {
-    /// Times the peer on one job.
+    /// Installs the peer unless it is there, or takes `python`'s packages; asks for its version.
     ///
     /// # Errors
-    /// If the peer fails or prints something else than its figures.
-    pub fn time(&self, job: &Job) -> Result<Vec<Row>> {
-        let printed = output(Command::new(&self.python).arg(&self.script).arg(serde_json::to_string(job)?))?;
-        let times: Times = serde_json::from_slice(&printed.stdout).context("figures of the peer")?;
-        ensure!(times.forward.len() == job.samples && times.backward.len() == job.samples, "figures of the peer");
-        let who = format!("PyTorch {}", times.version.split('+').next().unwrap_or_default());
-        Ok(vec![
-            Row::new(&who, "forward", job.tokens, &times.forward),
-            Row::new(&who, "backward", job.tokens, &times.backward),
-        ])
+    /// If it cannot be installed or started.
+    pub fn prepare(peer: Peer, python: Option<&Path>, memory_bytes: u64) -> Result<Self, PeerError> {
+        let (python, packages) = install::prepare(peer, python)?;
+        let threads = rayon::current_num_threads();
+        let mut ready = Self { peer, title: String::new(), python, packages, threads, memory_bytes, process: None };
+        ready.process = Some(ready.start()?);
+        Ok(ready)
+    }
+
+    fn start(&mut self) -> Result<Process, PeerError> {
+        let script = install::scripts().join(self.peer.script());
+        let mut process = Process::start(&self.python, &script, self.packages.as_deref())?;
+        let hello = json!({"call": "hello", "threads": self.threads, "memory_bytes": self.memory_bytes});
+        let version: String = field(&process.ask(&hello)?, "version")?;
+        self.title = self.peer.title(&version);
+        Ok(process)
+    }
+
+    fn ask(&mut self, call: &str, job: Option<&Job>) -> Result<Value, PeerError> {
+        let mut process = match self.process.take() {
+            Some(process) => process,
+            None => self.start()?,
+        };
+        let mut request = job.map_or_else(|| json!({}), |job| json!(job));
+        request["call"] = call.into();
+        let reply = process.ask(&request);
+        if !matches!(reply, Err(PeerError::Died { .. })) {
+            self.process = Some(process);
+        }
+        reply
+    }
+
+    /// Makes inputs and chooses the fastest way for each pass; returns their names.
+    ///
+    /// # Errors
+    /// If the peer cannot run this shape.
+    pub fn attention(&mut self, job: &Job) -> Result<Vec<(Pass, String)>, PeerError> {
+        let reply = self.ask("attention", Some(job))?;
+        passes(&reply, job.backward)
+    }
+
+    /// One forward pass and, if the job has it, one backward pass; seconds.
+    ///
+    /// # Errors
+    /// If the peer cannot run this shape.
+    pub fn turn(&mut self, job: &Job) -> Result<Vec<(Pass, f64)>, PeerError> {
+        let reply = self.ask("turn", None)?;
+        passes(&reply, job.backward)
+    }
+
+    /// Makes caches and chooses the fastest way to decode; returns its name.
+    ///
+    /// # Errors
+    /// If the peer cannot run this shape.
+    pub fn decode(&mut self, job: &Job) -> Result<String, PeerError> {
+        field(&self.ask("decode", Some(job))?, "way")
+    }
+
+    /// Seconds of a decoding step.
+    ///
+    /// # Errors
+    /// If the peer cannot run this shape.
+    pub fn step(&mut self) -> Result<f64, PeerError> {
+        field(&self.ask("step", None)?, "seconds")
+    }
+
+    /// Frees the inputs.
+    pub fn drop_inputs(&mut self) {
+        // A peer that died holds none.
+        if self.process.is_some() && self.ask("drop", None).is_err() {
+            self.process = None;
+        }
     }
 }
 
-fn output(command: &mut Command) -> Result<Output> {
-    let name = Path::new(command.get_program()).display().to_string();
-    let output = command.output().with_context(|| format!("cannot start {name}"))?;
-    if !output.status.success() {
-        bail!("{name} failed ({}): {}", output.status, String::from_utf8_lossy(&output.stderr).trim());
+fn passes<T: DeserializeOwned>(reply: &Value, backward: bool) -> Result<Vec<(Pass, T)>, PeerError> {
+    let mut values = vec![(Pass::Forward, field(reply, "forward")?)];
+    if backward && reply.get("backward").is_some() {
+        values.push((Pass::Backward, field(reply, "backward")?));
     }
-    Ok(output)
+    Ok(values)
+}
+
+fn field<T: DeserializeOwned>(reply: &Value, name: &str) -> Result<T, PeerError> {
+    let value = reply.get(name).cloned().unwrap_or(Value::Null);
+    serde_json::from_value(value).map_err(|error| PeerError::Died {
+        what: format!("replied `{reply}`, whose `{name}` is not as expected"),
+        stderr: error.to_string(),
+    })
+}
+
+/// A running peer.
+#[derive(Debug)]
+struct Process {
+    child: Child,
+    requests: ChildStdin,
+    replies: BufReader<ChildStdout>,
+    stderr: File,
+}
+
+impl Process {
+    fn start(python: &Path, script: &Path, packages: Option<&Path>) -> Result<Self, PeerError> {
+        let io = |action: &str| {
+            let action = action.to_owned();
+            move |source| PeerError::Io { action, source }
+        };
+        let stderr = tempfile::tempfile().map_err(io("cannot make a temporary file"))?;
+        let mut command = Command::new(python);
+        command.arg(script).stdin(Stdio::piped()).stdout(Stdio::piped());
+        command.stderr(stderr.try_clone().map_err(io("cannot use a temporary file"))?);
+        command.env("PYTHONDONTWRITEBYTECODE", "1");
+        if let Some(packages) = packages {
+            command.env("PYTHONPATH", packages);
+        }
+        let mut child = command
+            .spawn()
+            .map_err(|error| PeerError::NoPython { python: python.to_owned(), reason: error.to_string() })?;
+        let (stdin, stdout) = (child.stdin.take(), child.stdout.take());
+        let (requests, stdout) = stdin.zip(stdout).expect("both are piped");
+        Ok(Self { child, requests, replies: BufReader::new(stdout), stderr })
+    }
+
+    fn ask(&mut self, request: &Value) -> Result<Value, PeerError> {
+        let mut line = String::new();
+        let sent = writeln!(self.requests, "{request}").and_then(|()| self.requests.flush());
+        if sent.and_then(|()| self.replies.read_line(&mut line)).is_err() || line.is_empty() {
+            let status = self.child.wait();
+            return Err(PeerError::Died {
+                what: status.map_or("is lost".to_owned(), ended),
+                stderr: self.stderr_tail(),
+            });
+        }
+        reply(&line)
+    }
+
+    fn stderr_tail(&mut self) -> String {
+        let mut bytes = Vec::new();
+        let read = self.stderr.seek(SeekFrom::Start(0)).and_then(|_| self.stderr.read_to_end(&mut bytes));
+        read.map_or(String::new(), |_| install::tail(&String::from_utf8_lossy(&bytes)))
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        // It may sit in a long computation that nobody waits for any more; one that ended already cannot be killed.
+        if self.child.kill().is_ok() {
+            let _status = self.child.wait();
+        }
+    }
+}
+
+/// A line of a peer: what it was asked for, or why not.
+fn reply(line: &str) -> Result<Value, PeerError> {
+    let parsed: Result<Value, _> = serde_json::from_str(line);
+    match parsed {
+        Ok(Value::Object(mut reply)) => match (reply.remove("ok"), reply.remove("error")) {
+            (Some(value), None) => Ok(value),
+            (None, Some(Value::String(reason))) => Err(PeerError::Refused(reason)),
+            _ => Err(PeerError::Died { what: format!("replied `{}`", line.trim()), stderr: String::new() }),
+        },
+        _ => Err(PeerError::Died { what: format!("replied `{}`", line.trim()), stderr: String::new() }),
+    }
+}
+
+fn ended(status: ExitStatus) -> String {
+    #[cfg(unix)]
+    if std::os::unix::process::ExitStatusExt::signal(&status) == Some(9) {
+        return "was killed, likely for want of memory".to_owned();
+    }
+    format!("ended ({status})")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn replies() {
+        assert_eq!(reply("{\"ok\": {\"seconds\": 0.5}}").expect("ok"), json!({"seconds": 0.5}));
+        assert!(
+            matches!(reply("{\"error\": \"no memory\"}"), Err(PeerError::Refused(reason)) if reason == "no memory")
+        );
+        for line in ["", "warning: slow", "{}", "[1]", "{\"ok\": 1, \"error\": \"x\"}", "{\"error\": 3}"] {
+            assert!(matches!(reply(line), Err(PeerError::Died { .. })), "{line}");
+        }
+        let turn = json!({"forward": 1.0, "backward": 2.0});
+        assert_eq!(passes::<f64>(&turn, true).expect("both"), [(Pass::Forward, 1.0), (Pass::Backward, 2.0)]);
+        assert_eq!(passes::<f64>(&turn, false).expect("one"), [(Pass::Forward, 1.0)]);
+        assert!(passes::<f64>(&json!({"backward": 1.0}), true).is_err());
+        assert!(field::<f64>(&json!({"seconds": "fast"}), "seconds").is_err());
+    }
+
+    /// A stand-in for an interpreter: `sh script`.
+    fn process(script: &str) -> (tempfile::NamedTempFile, Process) {
+        let mut file = tempfile::NamedTempFile::new().expect("a temporary file");
+        file.write_all(script.as_bytes()).expect("room");
+        let process = Process::start(Path::new("sh"), file.path(), None).expect("sh starts");
+        (file, process)
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_process_answers_and_its_end_is_told() {
+        let (_file, mut talker) = process("while read line; do echo \"{\\\"ok\\\": $line}\"; done");
+        for n in 0..3 {
+            assert_eq!(talker.ask(&json!({"call": n})).expect("an echo"), json!({"call": n}));
+        }
+        let (_file, mut dying) = process("read line; echo the reason >&2; exit 3");
+        let error = dying.ask(&json!({})).expect_err("it ends").to_string();
+        assert!(error.contains("exit status: 3") && error.contains("the reason"), "{error}");
+        let (_file, mut killed) = process("read line; kill -9 $$");
+        let error = killed.ask(&json!({})).expect_err("it is killed").to_string();
+        assert!(error.contains("memory"), "{error}");
+    }
+
+    #[test]
+    fn an_interpreter_that_is_not_there() {
+        let missing = Path::new("/nowhere/python");
+        let error = Process::start(missing, Path::new("script.py"), None).expect_err("no such file");
+        assert!(matches!(&error, PeerError::NoPython { python, .. } if python == missing));
+        assert!(error.to_string().contains("--peer-python"), "{error}");
+    }
 }

@@ -1,7 +1,7 @@
 //! The work that is timed: one packed sequence, NSA and full attention on the same shapes.
 
 use anyhow::Result;
-use nsa_core::{CuSeqlens, Element, NsaConfig, Packing, index};
+use nsa_core::{CuSeqlens, Element, NsaConfig, Packing};
 use nsa_kernels::op::{compress, dense, nsa};
 use nsa_kernels::{Backend, Rows, Tensor, TensorMut};
 use rand::{RngExt, SeedableRng};
@@ -237,20 +237,13 @@ struct Shapes {
     v: [[usize; 3]; 3],
 }
 
-/// Pairs of query and key that NSA touches in one head of one sequence, and that full causal attention touches.
-pub fn pairs(config: &NsaConfig, tokens: usize) -> (u64, u64) {
-    let nsa = |t: usize| {
-        let blocks = index::num_candidates(config, t).min(config.select_count());
-        // The own block, always selected, ends at t; the others are whole.
-        let selected = (blocks - 1) * config.select_block() + t % config.select_block() + 1;
-        index::visible_blocks(config, t) + selected + index::window_tokens(config, t).len()
-    };
-    (0..tokens).fold((0, 0), |(sparse, full), t| (sparse + nsa(t) as u64, full + t as u64 + 1))
-}
-
-/// FLOP of `pairs` in all heads: forward 2·Dk + 2·Dv each; backward five products, 6·Dk + 4·Dv.
-pub fn flop(config: &NsaConfig, pairs: u64, backward: bool) -> f64 {
-    let (dim_qk, dim_v) = (config.head_dim_qk() as f64, config.head_dim_v() as f64);
-    let each = if backward { 6.0 * dim_qk + 4.0 * dim_v } else { 2.0 * dim_qk + 2.0 * dim_v };
-    pairs as f64 * config.num_heads() as f64 * each
+/// Bytes of a [`Problem`] of `tokens`, about, with what the operations need beside it.
+pub fn bytes<T: Element>(config: &NsaConfig, tokens: usize) -> u64 {
+    let (heads, groups) = (config.num_heads() as u64, config.num_kv_heads() as u64);
+    let (dim_qk, dim_v) = (config.head_dim_qk() as u64, config.head_dim_v() as u64);
+    let (element, acc) = (size_of::<T>() as u64, size_of::<T::Acc>() as u64);
+    // q; do, o, three branches; their gradients: dq. Keys and values: three branches, gradients and sums of gradients.
+    let queries = heads * (element * (dim_qk + 5 * dim_v) + acc * (dim_qk + 9));
+    let rows = 3 * groups * (dim_qk + dim_v) * (element + 2 * acc);
+    tokens as u64 * (queries + rows)
 }

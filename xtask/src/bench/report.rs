@@ -1,164 +1,439 @@
-//! The figures as a table, CSV and a plot.
+//! The figures as tables and CSV.
 
-use super::problem::{flop, pairs};
-use anyhow::{Result, anyhow};
-use comfy_table::{CellAlignment, Table};
+use super::fit::{self, Point};
+use super::turns::Times;
+use super::work::{Pairs, Pass, flop, row_bytes};
+use anyhow::Result;
+use comfy_table::{CellAlignment, Table, presets};
 use nsa_core::NsaConfig;
-use plotters::prelude::*;
 use std::fmt::Write;
 use std::path::Path;
 
-/// One candidate's times for one pass at one length.
+/// What is timed against what.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Who {
+    /// Our sparse attention.
+    Nsa,
+    /// Our full attention.
+    Dense,
+    /// A peer's full attention.
+    PeerDense(String),
+    /// A peer's sparse attention: its work is its own.
+    PeerSparse(String),
+}
+
+impl Who {
+    /// As tables and plots name it.
+    pub fn name(&self) -> &str {
+        match self {
+            Self::Nsa => "nsa",
+            Self::Dense => "dense",
+            Self::PeerDense(name) | Self::PeerSparse(name) => name,
+        }
+    }
+}
+
+/// One contender's figures for one pass at one length.
 #[derive(Clone, Debug)]
 pub struct Row {
-    who: String,
-    what: &'static str,
-    tokens: usize,
-    median_s: f64,
-    min_s: f64,
-    max_s: f64,
+    /// Length of the sequence or the context.
+    pub tokens: usize,
+    /// Name of the element type.
+    pub dtype: &'static str,
+    /// Bytes of an element.
+    pub element_bytes: usize,
+    /// What was timed.
+    pub pass: Pass,
+    /// Whose.
+    pub who: Who,
+    /// None if it did not run.
+    pub times: Option<Times>,
+    /// How it ran, or why it did not.
+    pub note: String,
 }
 
-impl Row {
-    /// From at least one run.
-    pub fn new(who: &str, what: &'static str, tokens: usize, seconds: &[f64]) -> Self {
-        let mut sorted = seconds.to_vec();
-        sorted.sort_by(f64::total_cmp);
-        let (low, high) = (sorted[(sorted.len() - 1) / 2], sorted[sorted.len() / 2]);
-        let (min_s, max_s) = (sorted[0], sorted[sorted.len() - 1]);
-        Self { who: who.to_owned(), what, tokens, median_s: (low + high) / 2.0, min_s, max_s }
-    }
-
-    /// FLOP that this candidate must do: NSA its own pairs of query and key, the others all causal pairs.
-    fn flop(&self, config: &NsaConfig) -> f64 {
-        let (sparse, full) = pairs(config, self.tokens);
-        flop(config, if self.who == "nsa" { sparse } else { full }, self.what == "backward")
-    }
+/// All rows of a run.
+#[derive(Debug)]
+pub struct Report<'a> {
+    /// The shapes.
+    pub config: &'a NsaConfig,
+    /// In the order of the table.
+    pub rows: Vec<Row>,
 }
 
-/// Prints the table; writes `bench-DTYPE.csv` and `bench-DTYPE.svg` into `out`.
-///
-/// # Errors
-/// If a file cannot be written.
-pub fn write(config: &NsaConfig, dtype: &str, rows: &[Row], out: &Path) -> Result<()> {
-    let nsa = |row: &Row| {
-        rows.iter().find(|r| r.who == "nsa" && r.what == row.what && r.tokens == row.tokens).map(|r| r.median_s)
-    };
-    let mut table = Table::new();
-    table.set_header(["tokens", "pass", "who", "median s", "min", "max", "GFLOP/s", "NSA is faster by"]);
-    let mut csv = String::from("tokens,pass,who,dtype,median_s,min_s,max_s,gflop_per_s,nsa_speedup\n");
-    for row in rows {
-        let rate = row.flop(config) / row.median_s / 1e9;
-        let speedup = nsa(row).map(|seconds| row.median_s / seconds);
-        let shown = match speedup {
-            Some(speedup) if row.who != "nsa" => format!("{speedup:.2}×"),
-            _ => String::new(),
+/// What follows from a row's time.
+struct Figures {
+    flop: Option<f64>,
+    bytes: Option<f64>,
+    /// Times as fast as our full attention.
+    over_dense: Option<f64>,
+    /// Times as fast as a peer's full attention.
+    over_peer: Option<f64>,
+    /// The first of these where both run at the same rate.
+    limit: f64,
+}
+
+impl Report<'_> {
+    fn figures(&self, row: &Row) -> Figures {
+        let pairs = Pairs::of(self.config, row.pass, row.tokens);
+        let own = match row.who {
+            Who::Nsa => Some(pairs.nsa),
+            Who::Dense | Who::PeerDense(_) => Some(pairs.dense),
+            Who::PeerSparse(_) => None,
         };
-        table.add_row([
-            row.tokens.to_string(),
-            row.what.to_owned(),
-            row.who.clone(),
-            format!("{:.4}", row.median_s),
-            format!("{:.4}", row.min_s),
-            format!("{:.4}", row.max_s),
-            format!("{rate:.1}"),
-            shown,
-        ]);
-        let speedup = speedup.map_or(String::new(), |s| format!("{s:.4}"));
-        writeln!(
-            csv,
-            "{},{},{},{dtype},{:e},{:e},{:e},{rate:.3},{speedup}",
-            row.tokens, row.what, row.who, row.median_s, row.min_s, row.max_s
-        )?;
+        let decode = own.filter(|_| row.pass == Pass::Decode);
+        let faster = |is: fn(&Who) -> bool| {
+            let same = |r: &&Row| r.tokens == row.tokens && r.dtype == row.dtype && r.pass == row.pass && is(&r.who);
+            let theirs = self.rows.iter().find(same).filter(|r| r.who != row.who)?.times?;
+            Some(theirs.median_s / row.times?.median_s)
+        };
+        Figures {
+            flop: own.map(|pairs| flop(self.config, row.pass, pairs)),
+            bytes: decode.map(|rows| row_bytes(self.config, rows, row.element_bytes)),
+            over_dense: faster(|who| *who == Who::Dense),
+            over_peer: faster(|who| matches!(who, Who::PeerDense(_))),
+            limit: pairs.limit(),
+        }
     }
-    for column in [0, 3, 4, 5, 6, 7] {
+
+    /// A row for every contender: time, rate, how much faster than full attention, and how much faster NSA can be.
+    pub fn table(&self) -> Table {
+        let mut table = Table::new();
+        table.load_preset(presets::ASCII_FULL_CONDENSED);
+        let header =
+            ["tokens", "dtype", "pass", "who", "median", "min", "max", "n", "rate", "× dense", "× peer", "limit"];
+        table.set_header(header);
+        for row in &self.rows {
+            let figures = self.figures(row);
+            let time = |of: fn(&Times) -> f64| row.times.as_ref().map_or("-".to_owned(), |times| seconds(of(times)));
+            let ratio = |value: Option<f64>| value.map_or(String::new(), |value| format!("{value:.2}"));
+            let limit = (row.who == Who::Nsa).then_some(figures.limit);
+            table.add_row([
+                row.tokens.to_string(),
+                row.dtype.to_owned(),
+                row.pass.name().to_owned(),
+                row.who.name().to_owned(),
+                time(|t| t.median_s),
+                time(|t| t.min_s),
+                time(|t| t.max_s),
+                row.times.map_or("-".to_owned(), |times| times.samples.to_string()),
+                rate(row, &figures),
+                ratio(figures.over_dense),
+                ratio(figures.over_peer),
+                ratio(limit),
+            ]);
+        }
+        right(&mut table, &[0, 4, 5, 6, 7, 8, 9, 10, 11]);
+        table
+    }
+
+    /// How contenders ran, and why they did not: lines behind the table, one for all lengths of which the same holds.
+    pub fn notes(&self) -> Vec<String> {
+        let noted = || self.rows.iter().filter(|row| !row.note.is_empty());
+        let line = |row: &Row| {
+            let mark = if row.times.is_none() { "- " } else { "" };
+            (format!("{mark}{} {} {}", row.who.name(), row.pass.name(), row.dtype), row.note.clone())
+        };
+        let tokens = |of: &(String, String)| {
+            noted().filter(|row| line(row) == *of).map(|row| row.tokens.to_string()).collect::<Vec<_>>().join(", ")
+        };
+        distinct(noted().map(line)).iter().map(|of| format!("{} at {}: {}", of.0, tokens(of), of.1)).collect()
+    }
+
+    /// Exponents of the fitted power laws, and from which length on NSA is faster; empty without a second length.
+    pub fn laws(&self) -> Option<Table> {
+        let mut table = Table::new();
+        table.load_preset(presets::ASCII_FULL_CONDENSED);
+        let header = ["dtype", "pass", "who", "time ~ tokens^", "work ~ tokens^", "NSA is faster from"];
+        table.set_header(header);
+        for dtype in self.dtypes() {
+            for passes in [&[Pass::Forward][..], &[Pass::Backward], &[Pass::Forward, Pass::Backward], &[Pass::Decode]] {
+                for who in self.who() {
+                    let points = self.points(dtype, passes, &who);
+                    let Some(time) = fit::exponent(&points) else { continue };
+                    let work = fit::exponent(&self.work(dtype, passes, &who));
+                    let nsa = self.points(dtype, passes, &Who::Nsa);
+                    let even = (who != Who::Nsa).then(|| fit::break_even(&nsa, &points)).flatten();
+                    table.add_row([
+                        dtype.to_owned(),
+                        passes.iter().map(|pass| pass.name()).collect::<Vec<_>>().join(" + "),
+                        who.name().to_owned(),
+                        format!("{time:.2}"),
+                        work.map_or(String::new(), |work| format!("{work:.2}")),
+                        even.map_or(String::new(), |even| even.to_string()),
+                    ]);
+                }
+            }
+        }
+        right(&mut table, &[3, 4, 5]);
+        (!table.is_empty()).then_some(table)
+    }
+
+    /// Names of the element types, in order.
+    pub fn dtypes(&self) -> Vec<&'static str> {
+        distinct(self.rows.iter().map(|row| row.dtype))
+    }
+
+    /// The contenders, in order.
+    pub fn who(&self) -> Vec<Who> {
+        distinct(self.rows.iter().map(|row| row.who.clone()))
+    }
+
+    /// Lengths and medians of the sum of passes, where all of them ran.
+    pub fn points(&self, dtype: &str, passes: &[Pass], who: &Who) -> Vec<Point> {
+        self.sums(dtype, passes, who, |row| Some(row.times?.median_s))
+    }
+
+    fn work(&self, dtype: &str, passes: &[Pass], who: &Who) -> Vec<Point> {
+        self.sums(dtype, passes, who, |row| row.times.and_then(|_| self.figures(row).flop))
+    }
+
+    /// Seconds that NSA's work takes at the rate of our full attention, at its longest length for those beyond.
+    pub fn limit_points(&self, dtype: &str, pass: Pass) -> Vec<Point> {
+        let rows = |who: Who| self.rows.iter().filter(move |r| r.dtype == dtype && r.pass == pass && r.who == who);
+        let per_pair: Vec<Point> = rows(Who::Dense)
+            .filter_map(|row| {
+                let pairs = Pairs::of(self.config, pass, row.tokens).dense;
+                Some((row.tokens as f64, row.times?.median_s / pairs as f64))
+            })
+            .collect();
+        let limit = |row: &Row| {
+            let tokens = row.tokens as f64;
+            let (_, each) =
+                per_pair.iter().find(|p| p.0 == tokens).or_else(|| per_pair.last().filter(|p| p.0 < tokens))?;
+            Some((tokens, each * Pairs::of(self.config, pass, row.tokens).nsa as f64))
+        };
+        rows(Who::Nsa).filter_map(limit).collect()
+    }
+
+    fn sums(&self, dtype: &str, passes: &[Pass], who: &Who, value: impl Fn(&Row) -> Option<f64>) -> Vec<Point> {
+        let of = |tokens: usize, pass: Pass| {
+            let same = |r: &&Row| r.tokens == tokens && r.dtype == dtype && r.pass == pass && r.who == *who;
+            self.rows.iter().find(same).and_then(&value)
+        };
+        distinct(self.rows.iter().map(|row| row.tokens))
+            .into_iter()
+            .filter_map(|tokens| {
+                Some((tokens as f64, passes.iter().map(|&pass| of(tokens, pass)).sum::<Option<f64>>()?))
+            })
+            .collect()
+    }
+
+    /// Everything, one line a row.
+    pub fn csv(&self) -> Result<String> {
+        let mut csv = String::from(
+            "tokens,dtype,pass,who,samples,median_s,min_s,max_s,flop,gflop_per_s,bytes,gb_per_s,speedup_over_dense,\
+             speedup_over_peer,work_limit,note\n",
+        );
+        for row in &self.rows {
+            let figures = self.figures(row);
+            let number = |value: Option<f64>| value.map_or(String::new(), |value| format!("{value:.6e}"));
+            let time = |of: fn(&Times) -> f64| number(row.times.as_ref().map(of));
+            let rate = |amount: Option<f64>| number(amount.zip(row.times).map(|(a, times)| a / times.median_s / 1e9));
+            writeln!(
+                csv,
+                "{},{},{},{},{},{},{},{},{},{},{},{},{},{},{},{}",
+                row.tokens,
+                row.dtype,
+                row.pass.name(),
+                quoted(row.who.name()),
+                row.times.map_or(0, |times| times.samples),
+                time(|t| t.median_s),
+                time(|t| t.min_s),
+                time(|t| t.max_s),
+                number(figures.flop),
+                rate(figures.flop),
+                number(figures.bytes),
+                rate(figures.bytes),
+                number(figures.over_dense),
+                number(figures.over_peer),
+                number(Some(figures.limit)),
+                quoted(&row.note),
+            )?;
+        }
+        Ok(csv)
+    }
+
+    /// Prints tables and notes; writes `bench.csv` and a plot for each dtype into `out`.
+    ///
+    /// # Errors
+    /// If a file cannot be written.
+    pub fn write(&self, out: &Path) -> Result<()> {
+        println!("{}", self.table());
+        for note in self.notes() {
+            println!("{note}");
+        }
+        if let Some(laws) = self.laws() {
+            println!("{laws}");
+        }
+        std::fs::create_dir_all(out)?;
+        let csv = out.join("bench.csv");
+        crate::files::write_atomic(&csv, self.csv()?.as_bytes())?;
+        println!("{}", csv.display());
+        for dtype in self.dtypes() {
+            let svg = out.join(format!("bench-{dtype}.svg"));
+            crate::files::write_atomic(&svg, super::plot::svg(self, dtype)?.as_bytes())?;
+            println!("{}", svg.display());
+        }
+        Ok(())
+    }
+}
+
+/// Decoding moves bytes, the rest computes.
+fn rate(row: &Row, figures: &Figures) -> String {
+    let Some(times) = row.times else { return "-".to_owned() };
+    match (figures.bytes, figures.flop) {
+        (Some(bytes), _) => format!("{:.1} GB/s", bytes / times.median_s / 1e9),
+        (None, Some(flop)) => format!("{:.1} GFLOP/s", flop / times.median_s / 1e9),
+        (None, None) => String::new(),
+    }
+}
+
+/// Four digits with a unit.
+fn seconds(seconds: f64) -> String {
+    let (value, unit) = match seconds {
+        s if s >= 1.0 => (s, "s"),
+        s if s >= 1e-3 => (s * 1e3, "ms"),
+        s => (s * 1e6, "µs"),
+    };
+    let digits = if value >= 100.0 {
+        1
+    } else if value >= 10.0 {
+        2
+    } else {
+        3
+    };
+    format!("{value:.digits$} {unit}")
+}
+
+fn quoted(text: &str) -> String {
+    match text.contains([',', '"', '\n']) {
+        true => format!("\"{}\"", text.replace('"', "\"\"")),
+        false => text.to_owned(),
+    }
+}
+
+fn distinct<T: PartialEq>(all: impl Iterator<Item = T>) -> Vec<T> {
+    let mut found = Vec::new();
+    for one in all {
+        if !found.contains(&one) {
+            found.push(one);
+        }
+    }
+    found
+}
+
+fn right(table: &mut Table, columns: &[usize]) {
+    for &column in columns {
         table.column_mut(column).expect("a column of the header").set_cell_alignment(CellAlignment::Right);
     }
-    println!("{table}");
-    for pass in ["forward", "backward"] {
-        if let Some((ours, dense)) = exponents(rows, pass) {
-            println!("{pass}: time grows as tokens^{ours:.2} for NSA, tokens^{dense:.2} for full attention");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nsa_core::CompressKind;
+
+    fn row(tokens: usize, pass: Pass, who: Who, seconds: Option<f64>) -> Row {
+        let times = seconds.map(|s| Times { median_s: s, min_s: s / 2.0, max_s: s * 2.0, samples: 3 });
+        let note = if times.is_none() { "beyond, \"the\" limit".to_owned() } else { String::new() };
+        Row { tokens, dtype: "bf16", element_bytes: 2, pass, who, times, note }
+    }
+
+    fn report(config: &NsaConfig) -> Report<'_> {
+        let peer = || Who::PeerDense("PyTorch 2".to_owned());
+        let mut rows = Vec::new();
+        for (tokens, factor) in [(4096, 1.0), (8192, 2.0)] {
+            rows.push(row(tokens, Pass::Forward, Who::Nsa, Some(factor)));
+            rows.push(row(tokens, Pass::Forward, Who::Dense, (tokens == 4096).then_some(0.5)));
+            rows.push(row(tokens, Pass::Forward, peer(), Some(0.75 * factor * factor)));
+            rows.push(row(tokens, Pass::Decode, Who::Nsa, Some(1e-3)));
+            rows.push(row(tokens, Pass::Decode, Who::PeerSparse("LR".to_owned()), Some(4e-3)));
         }
+        Report { config, rows }
     }
-    std::fs::create_dir_all(out)?;
-    let (csv_path, svg_path) = (out.join(format!("bench-{dtype}.csv")), out.join(format!("bench-{dtype}.svg")));
-    crate::files::write_atomic(&csv_path, csv.as_bytes())?;
-    crate::files::write_atomic(&svg_path, plot(rows)?.as_bytes())?;
-    println!("{}\n{}", csv_path.display(), svg_path.display());
-    Ok(())
-}
 
-/// Exponents of a power law through the medians (least squares on logarithms), for NSA and our full attention.
-fn exponents(rows: &[Row], pass: &str) -> Option<(f64, f64)> {
-    let slope = |who: &str| {
-        let points: Vec<(f64, f64)> = rows
-            .iter()
-            .filter(|r| r.who == who && r.what == pass)
-            .map(|r| ((r.tokens as f64).ln(), r.median_s.ln()))
-            .collect();
-        let n = points.len() as f64;
-        let (mean_x, mean_y) =
-            (points.iter().map(|p| p.0).sum::<f64>() / n, points.iter().map(|p| p.1).sum::<f64>() / n);
-        let spread: f64 = points.iter().map(|p| (p.0 - mean_x).powi(2)).sum();
-        let common: f64 = points.iter().map(|p| (p.0 - mean_x) * (p.1 - mean_y)).sum();
-        (spread > 0.0).then(|| common / spread)
-    };
-    Some((slope("nsa")?, slope("dense")?))
-}
-
-/// Median time against length, both logarithmic; forward and backward side by side.
-fn plot(rows: &[Row]) -> Result<String> {
-    let mut svg = String::new();
-    {
-        let area = SVGBackend::with_string(&mut svg, (1000, 420)).into_drawing_area();
-        draw(&area, rows).map_err(|error| anyhow!("cannot draw the plot: {error}"))?;
+    fn config() -> NsaConfig {
+        NsaConfig::builder(16, 1, 128, 128).compress_kind(CompressKind::Mean).build().expect("valid")
     }
-    Ok(svg)
-}
 
-type Area<'a> = DrawingArea<SVGBackend<'a>, plotters::coord::Shift>;
-
-fn draw(area: &Area<'_>, rows: &[Row]) -> Result<(), Box<dyn std::error::Error>> {
-    area.fill(&WHITE)?;
-    let mut names: Vec<&str> = Vec::new();
-    for row in rows {
-        if !names.contains(&row.who.as_str()) {
-            names.push(&row.who);
-        }
+    #[test]
+    fn figures_are_ratios_of_the_same_length_and_pass() {
+        let config = config();
+        let report = report(&config);
+        let figures = report.figures(&report.rows[0]);
+        assert_eq!((figures.over_dense, figures.over_peer), (Some(0.5), Some(0.75)));
+        assert_eq!(figures.bytes, None);
+        let dense = report.figures(&report.rows[1]);
+        assert_eq!((dense.over_dense, dense.over_peer), (None, Some(1.5)));
+        // 4096 · 4097 / 2 pairs in 16 heads of 512 FLOP.
+        assert_eq!(dense.flop, Some(4096.0 * 4097.0 / 2.0 * 16.0 * 512.0));
+        let decode = report.figures(&report.rows[8]);
+        // 511 compressed rows, 1024 selected, 512 in the window; keys and values of 128 in bf16.
+        assert_eq!(decode.bytes, Some(2047.0 * 512.0));
+        assert!((decode.limit - 8192.0 / 2047.0).abs() < 1e-12);
+        let sparse = report.figures(&report.rows[9]);
+        assert!(sparse.flop.is_none() && sparse.bytes.is_none() && sparse.over_dense.is_none());
     }
-    let bounds = |value: fn(&Row) -> f64| {
-        let all = rows.iter().map(value);
-        (all.clone().fold(f64::INFINITY, f64::min), all.fold(0.0, f64::max))
-    };
-    let ((t0, t1), (s0, s1)) = (bounds(|r| r.tokens as f64), bounds(|r| r.median_s));
-    for (panel, pass) in area.split_evenly((1, 2)).iter().zip(["forward", "backward"]) {
-        let mut chart = ChartBuilder::on(panel)
-            .caption(pass, ("sans-serif", 20))
-            .margin(12)
-            .x_label_area_size(42)
-            .y_label_area_size(64)
-            .build_cartesian_2d((t0 * 0.9..t1 * 1.1).log_scale(), (s0 * 0.7..s1 * 1.4).log_scale())?;
-        chart.configure_mesh().x_desc("tokens").y_desc("seconds").light_line_style(WHITE).draw()?;
-        for (i, &name) in names.iter().enumerate() {
-            let color = [RGBColor(200, 60, 40), RGBColor(40, 90, 180), RGBColor(60, 150, 70)][i % 3];
-            let points: Vec<(f64, f64)> = rows
+
+    #[test]
+    fn the_table_shows_what_did_not_run() {
+        let config = config();
+        let report = report(&config);
+        let table = report.table().to_string();
+        let missing = table.lines().find(|line| line.contains("8192") && line.contains("dense")).expect("a row");
+        assert_eq!(missing.matches(" - ").count(), 5, "{missing}");
+        assert_eq!(report.notes(), ["- dense forward bf16 at 8192: beyond, \"the\" limit"]);
+        let first = table.lines().find(|line| line.contains("nsa")).expect("a row");
+        assert!(first.contains("1.000 s") && first.contains("0.50") && first.contains("0.75"), "{first}");
+    }
+
+    #[test]
+    fn laws_need_two_lengths() {
+        let config = config();
+        let mut report = report(&config);
+        let laws = report.laws().expect("two lengths").to_string();
+        let line =
+            |who: &str| laws.lines().find(|line| line.contains(who) && line.contains("forward")).map(str::to_owned);
+        assert!(line("nsa").expect("a law").contains("1.00"), "{laws}");
+        let peer = line("PyTorch").expect("a law");
+        assert!(peer.contains("2.00") && peer.contains("5461"), "{peer}");
+        assert_eq!(line("dense"), None, "full attention has one length");
+        report.rows.retain(|row| row.tokens == 4096);
+        assert!(report.laws().is_none());
+    }
+
+    #[test]
+    fn the_limit_goes_on_at_the_rate_of_the_longest_full_attention() {
+        let config = config();
+        let report = report(&config);
+        let points = report.limit_points("bf16", Pass::Forward);
+        let of = |tokens| Pairs::of(&config, Pass::Forward, tokens);
+        let each = 0.5 / of(4096).dense as f64;
+        assert_eq!(points, [(4096.0, each * of(4096).nsa as f64), (8192.0, each * of(8192).nsa as f64)]);
+        assert!(report.limit_points("f32", Pass::Forward).is_empty());
+    }
+
+    #[test]
+    fn csv_has_every_row_and_quotes() {
+        let config = config();
+        let csv = report(&config).csv().expect("text");
+        let lines: Vec<&str> = csv.lines().collect();
+        assert_eq!(lines.len(), 11);
+        let columns = lines[0].split(',').count();
+        assert!(
+            lines
                 .iter()
-                .filter(|r| r.who == name && r.what == pass)
-                .map(|r| (r.tokens as f64, r.median_s))
-                .collect();
-            chart
-                .draw_series(LineSeries::new(points, color.stroke_width(2)).point_size(3))?
-                .label(name)
-                .legend(move |(x, y)| PathElement::new([(x, y), (x + 18, y)], color.stroke_width(2)));
-        }
-        chart
-            .configure_series_labels()
-            .position(SeriesLabelPosition::UpperLeft)
-            .border_style(BLACK.mix(0.3))
-            .background_style(WHITE)
-            .label_font(("sans-serif", 14))
-            .draw()?;
+                .all(|line| line.split(',').count() == columns || line.contains("\"beyond, \"\"the\"\" limit\""))
+        );
+        assert!(lines[1].starts_with("4096,bf16,forward,nsa,3,1.000000e0,5.000000e-1,2.000000e0,"), "{}", lines[1]);
+        assert!(lines[7].starts_with("8192,bf16,forward,dense,0,,,,"), "{}", lines[7]);
     }
-    area.present()?;
-    Ok(())
+
+    #[test]
+    fn times_have_four_digits() {
+        for (value, shown) in [(304.04, "304.0 s"), (12.345, "12.35 s"), (0.2346, "234.6 ms"), (2e-5, "20.00 µs")] {
+            assert_eq!(seconds(value), shown);
+        }
+    }
 }
