@@ -30,7 +30,7 @@ pub struct Options {
     /// A line for every output, not only the worst of each operation and dtype
     #[arg(long)]
     all: bool,
-    /// Only the memory beside inputs and outputs at 65,536 tokens, forward and backward (Linux; a minute)
+    /// Only the memory beside inputs and outputs at 65,536 tokens, forward and backward (Linux; some minutes)
     #[arg(long, conflicts_with_all = ["op", "case", "dtype", "all"])]
     memory: bool,
     #[command(flatten)]
