@@ -275,7 +275,8 @@ fn output_and_gradients_equal_those_of_plain_operations() -> Result<()> {
 
 #[test]
 fn every_element_type() -> Result<()> {
-    for (dtype, tolerance) in [(DType::F32, 1e-6), (DType::BF16, 2e-2), (DType::F16, 5e-3)] {
+    // Gradients of φ sum terms that cancel: some 20 roundings of f32 are left of them.
+    for (dtype, tolerance) in [(DType::F32, 5e-6), (DType::BF16, 2e-2), (DType::F16, 5e-3)] {
         // Every block is selected, so rounding k̃ moves no selection.
         let config = config(CompressKind::Mlp).to_builder().select_count(10).build().unwrap();
         let model = Model::new(config, &[40, 23], dtype, true)?;
