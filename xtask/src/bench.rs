@@ -208,7 +208,8 @@ pub fn run(options: &Options) -> Result<()> {
     options.check_memory(&config, machine.available_bytes)?;
     let (backend, why) = Backend::pick(options.backend.as_deref())?;
     crate::check::quick(&backend)?;
-    println!("{}{}\nbackend {}: {why}", machine.line(), load(), backend.name());
+    let load = load_note(&std::fs::read_to_string("/proc/loadavg").unwrap_or_default(), machine.threads);
+    println!("{}{load}\nbackend {}: {why}", machine.line(), backend.name());
     let memory_bytes = machine.available_bytes.map_or(u64::MAX >> 1, |bytes| (bytes as f64 * MEMORY_SHARE) as u64);
     let prepare = |&peer| Ready::prepare(peer, options.peer_python.as_deref(), memory_bytes);
     let peers = options.peer.iter().map(prepare).collect::<Result<Vec<Ready>, PeerError>>()?;
@@ -239,10 +240,18 @@ pub fn run(options: &Options) -> Result<()> {
     Report { config: &config, rows }.write(&out)
 }
 
-/// The system's load before the run, where it tells: other work makes times longer.
-fn load() -> String {
-    let text = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
-    text.split(' ').next().filter(|load| !load.is_empty()).map_or(String::new(), |load| format!(", load {load} before"))
+/// What the system's load before the run says: other work makes times longer, and those of programs whose threads
+/// wait for each other more than others.
+fn load_note(loadavg: &str, threads: usize) -> String {
+    match loadavg.split(' ').next().map(str::parse::<f64>) {
+        Some(Ok(load)) if load > threads as f64 / 2.0 => {
+            format!(
+                ", load {load} before\nwarning: other programs are running, so that these times are too long, not all by the same factor"
+            )
+        }
+        Some(Ok(load)) => format!(", load {load} before"),
+        _ => String::new(),
+    }
 }
 
 /// The criterion benchmarks of one operation, after the quick check.
@@ -492,6 +501,13 @@ mod tests {
             let error = parse(arguments).expect_err(arguments);
             assert!(words.iter().all(|word| error.contains(word)), "{arguments}: {error}");
         }
+    }
+
+    #[test]
+    fn a_busy_machine_is_told() {
+        assert_eq!(load_note("0.42 1.00 2.00 1/99 7\n", 2), ", load 0.42 before");
+        assert!(load_note("1.20 1.00 2.00 1/99 7\n", 2).contains("warning"));
+        assert_eq!(load_note("", 2), "");
     }
 
     #[test]
