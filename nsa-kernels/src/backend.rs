@@ -1,10 +1,12 @@
 //! The choice of machine code: a value with a reason.
 
 use crate::cpu::Cpu;
-use crate::{Buffer, Error, Result};
+use crate::{Buffer, Error, Isa, Result};
+use nsa_core::DType;
 use std::fmt;
 
-/// Environment variable that forces a backend: `cpu`, `cpu:portable`.
+/// Environment variable that forces a backend: `cpu` with the best instruction set of the machine, or `cpu:NAME` with
+/// the one of that [name](Isa::name).
 pub const BACKEND_VARIABLE: &str = "NSA_BACKEND";
 
 /// What runs the operations.
@@ -36,20 +38,50 @@ impl Backend {
             (Some(name), _) => Ok((Self::named(name)?, Why(format!("`{name}` was asked for")))),
             (None, Some(name)) => Ok((Self::named(&name)?, Why(format!("{BACKEND_VARIABLE}={name} forces it")))),
             (None, None) => {
-                let why = "the portable CPU path is the only one in this build".to_owned();
-                Ok((Self::Cpu(Cpu::portable()), Why(why)))
+                let isa = Isa::best();
+                Ok((Self::with_isa(isa)?, Why(format!("{isa} is the best that this processor has a path for"))))
             }
         }
     }
 
     fn named(name: &str) -> Result<Self> {
-        match name {
-            "cpu" | "cpu:portable" => Ok(Self::Cpu(Cpu::portable())),
-            _ => Err(Error::Backend {
-                requested: name.to_owned(),
-                missing: "this build has `cpu` and `cpu:portable`".to_owned(),
-                advice: format!("ask for one of those, or unset {BACKEND_VARIABLE}"),
-            }),
+        let isa = match name.split_once(':') {
+            None if name == "cpu" => Some(Isa::best()),
+            Some(("cpu", isa)) => Isa::named(isa),
+            _ => None,
+        };
+        isa.map_or_else(
+            || {
+                let isas: Vec<String> = Isa::ALL.iter().map(|isa| format!("`cpu:{isa}`")).collect();
+                Err(Error::Backend {
+                    requested: name.to_owned(),
+                    missing: format!("this build has `cpu` (the best of the following), {}", isas.join(", ")),
+                    advice: format!("ask for one of those, or unset {BACKEND_VARIABLE}"),
+                })
+            },
+            Self::with_isa,
+        )
+    }
+
+    /// The host's processor with an instruction set.
+    ///
+    /// # Errors
+    /// If the processor lacks it.
+    pub fn with_isa(isa: Isa) -> Result<Self> {
+        Cpu::new(isa).map(Self::Cpu).map_err(|missing| Error::Backend {
+            requested: format!("cpu:{isa}"),
+            missing: format!("this processor lacks {}", missing.join(", ")),
+            advice: format!("ask for `cpu:{}`, the best that it has", Isa::best()),
+        })
+    }
+
+    /// The type that probabilities and the gradients of scores are rounded to before they are multiplied with tensors of
+    /// this type.
+    pub fn probability_type(&self, storage: DType) -> DType {
+        match (self, storage) {
+            (Self::Cpu(_), DType::F64) => DType::F64,
+            (Self::Cpu(cpu), _) if cpu.multiplies_pairs(storage) => DType::Bf16,
+            (Self::Cpu(_), _) => DType::F32,
         }
     }
 

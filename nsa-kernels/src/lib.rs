@@ -18,5 +18,6 @@ pub mod mem;
 pub mod op;
 
 pub use backend::{Backend, Why};
+pub use cpu::isa::Isa;
 pub use error::{Error, Result};
 pub use mem::{Buffer, Mem, Pages, Rows, Tensor, TensorMut};

@@ -53,7 +53,7 @@ pub struct Rounded {
 }
 
 impl Rounded {
-    /// A kernel that keeps probabilities in its accumulators' type, as the portable CPU backend does.
+    /// A kernel that keeps probabilities in its accumulators' type.
     pub fn wide(storage: DType) -> Self {
         let prob = if storage == DType::F64 { DType::F64 } else { DType::F32 };
         Self { storage, prob }

@@ -218,17 +218,18 @@ fn attention<T: Kind>(case: &Case, pattern: Pattern, backend: &Backend, fault: O
         return Ok(None);
     }
     let grads = planted.backward(backend, &output)?;
-    judge_attention(&honest, &output, &grads).map(Some)
+    judge_attention(backend, &honest, &output, &grads).map(Some)
 }
 
 /// What a kernel wrote against the reference on the same inputs.
 fn judge_attention<T: Kind>(
+    backend: &Backend,
     inputs: &Attention<T>,
     output: &AttentionOutput<T, T::Acc>,
     grads: &AttentionGrads<T::Acc>,
 ) -> Result<Report, String> {
     let truth = reference::attention(inputs, Mode::Exact)?;
-    let [first, second] = reference::attention_rounded(inputs)?;
+    let [first, second] = reference::attention_rounded(inputs, reference::rounded(backend, T::DTYPE))?;
     let mut report = Report::default();
     if inputs.pattern == Pattern::Cmp {
         let selections = Selections {
@@ -303,7 +304,8 @@ fn compress<T: Kind>(case: &Case, backend: &Backend, fault: Option<Fault>) -> Ve
         let d_blocks: Vec<T::Acc> = generate::tensor(case, "d_blocks", &shape, 1.0);
         let grads = planted.backward(backend, &d_blocks)?;
         let truth = reference::compressed(&honest, &widen(&d_blocks), Mode::Exact)?;
-        let [first, second] = reference::compressed_rounded(&honest, &widen(&d_blocks))?;
+        let [first, second] =
+            reference::compressed_rounded(&honest, &widen(&d_blocks), reference::rounded(backend, T::DTYPE))?;
         let largest = row_norm(&honest.x, 1);
         let name = format!("{}_cmp", side.letter());
         let versions = [truth.0, first.0, second.0, widen(&blocks)];
@@ -320,17 +322,26 @@ fn compress<T: Kind>(case: &Case, backend: &Backend, fault: Option<Fault>) -> Ve
     Ok(applies.then_some(report))
 }
 
-/// Gradients of the compressed side, through blocks of shape `[M, G, D]`.
-fn compress_grads<T: Element>(side: Side, [blocks, _, dim]: [usize; 3], grads: [Compressed<f64>; 4]) -> Vec<Compared> {
+/// Gradients of the compressed side, through blocks of shape `[M, G, D]`. All that comes through φ shares the rounding of
+/// the blocks' gradients; the embedding sums them over the blocks, so its l rows are one row's draws.
+fn compress_grads<T: Element>(
+    side: Side,
+    [blocks, groups, dim]: [usize; 3],
+    grads: [Compressed<f64>; 4],
+) -> Vec<Compared> {
     let letter = side.letter();
     let [truth, first, second, kernel] = grads.map(parts);
     let all = truth.into_iter().zip(first).zip(second).zip(kernel);
     all.map(|((((name, truth), (_, first)), (_, second)), (_, kernel))| {
+        let draws = if name == POSITION { blocks.min(groups * dim) } else { blocks };
         let name = name.replace('*', letter);
-        Compared { draws: blocks, ..compared::<T>(&name, [truth, first, second, kernel], dim, 0.0) }
+        Compared { draws, ..compared::<T>(&name, [truth, first, second, kernel], dim, 0.0) }
     })
     .collect()
 }
+
+/// Gradient of the position embedding.
+const POSITION: &str = "dpe_*";
 
 fn parts(grads: Compressed<f64>) -> Vec<(&'static str, Vec<f64>)> {
     let (x, position, phi) = match grads {
@@ -338,7 +349,7 @@ fn parts(grads: Compressed<f64>) -> Vec<(&'static str, Vec<f64>)> {
         Compressed::Tokens { x, position, phi } => (x, position, phi),
     };
     let mut list = vec![("d*_cmp", x)];
-    list.extend(position.map(|e| ("dpe_*", e)));
+    list.extend(position.map(|e| (POSITION, e)));
     match phi {
         Weights::Mean => {}
         Weights::Weighted(weight) | Weights::Linear(weight) => list.push(("dphi_*.weight", weight)),
@@ -373,19 +384,24 @@ fn nsa<T: Kind>(case: &Case, backend: &Backend, fault: Option<Fault>) -> Verdict
         return Ok(None);
     }
     let mut report = Report::default();
-    report.take(judge_selection(&inputs, &kernel.blocks, &kernel.block_indices));
+    report.take(judge_selection(backend, &inputs, &kernel.blocks, &kernel.block_indices));
     if report.failure.is_some() {
         return Ok(Some(report));
     }
     inputs.block_indices = Some(kernel.block_indices.clone());
     let truth = reference::run(&inputs, Mode::Exact)?;
-    let [first, second] = reference::run_rounded(&inputs)?;
+    let [first, second] = reference::run_rounded(&inputs, reference::rounded(backend, T::DTYPE))?;
     let list = compare_outputs(&inputs, [truth, first, second, kernel.widen()]);
     report.outcomes = judge(&list, inputs.packing.num_tokens());
     Ok(Some(report))
 }
 
-fn judge_selection<T: Kind>(inputs: &Inputs<T>, blocks: &[Vec<T>; 2], kernel: &[i32]) -> Result<usize, String> {
+fn judge_selection<T: Kind>(
+    backend: &Backend,
+    inputs: &Inputs<T>,
+    blocks: &[Vec<T>; 2],
+    kernel: &[i32],
+) -> Result<usize, String> {
     let attention = Attention {
         pattern: Pattern::Cmp,
         config: inputs.config.clone(),
@@ -398,8 +414,9 @@ fn judge_selection<T: Kind>(inputs: &Inputs<T>, blocks: &[Vec<T>; 2], kernel: &[
         gates: None,
     };
     let (truth, scores) = reference::selection(&attention, Mode::Exact)?;
-    let (_, first) = reference::selection(&attention, Mode::Rounded(T::DTYPE))?;
-    let (_, second) = reference::selection(&attention.mirror(), Mode::Rounded(T::DTYPE))?;
+    let rounded = Mode::Rounded(reference::rounded(backend, T::DTYPE));
+    let (_, first) = reference::selection(&attention, rounded)?;
+    let (_, second) = reference::selection(&attention.mirror(), rounded)?;
     Selections {
         config: &inputs.config,
         packing: &inputs.packing,
@@ -483,14 +500,14 @@ fn decode_step<T: Kind>(case: &Case, backend: &Backend, fault: Option<Fault>) ->
     let (Compressed::Blocks(k), Compressed::Blocks(v)) = (&inputs.k.cmp, &inputs.v.cmp) else {
         return Err("steps take blocks".to_owned());
     };
-    report.take(judge_selection(&inputs, &[k.clone(), v.clone()], &kernel.block_indices));
+    report.take(judge_selection(backend, &inputs, &[k.clone(), v.clone()], &kernel.block_indices));
     report.failure = report.failure.or_else(|| rows_read(&inputs, &kernel));
     if report.failure.is_some() {
         return Ok(Some(report));
     }
     inputs.block_indices = Some(kernel.block_indices.clone());
     let truth = reference::run(&inputs, Mode::Exact)?;
-    let [first, second] = reference::run_rounded(&inputs)?;
+    let [first, second] = reference::run_rounded(&inputs, reference::rounded(backend, T::DTYPE))?;
     let dv = case.config.head_dim_v();
     let magnitude = [&inputs.v.slc, &inputs.v.win, v].map(|v| row_norm(v, dv)).into_iter().fold(0.0, f64::max);
     let o = compared::<T>("o", [truth.o, first.o, second.o, widen(&kernel.o)], dv, magnitude);

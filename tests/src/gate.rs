@@ -62,7 +62,7 @@ impl<T: Kind> Gate<T> {
         let gates = Tensor::from_elements(&sizes.gates(), &honest.gates);
         let branches = honest.branches.each_ref().map(|branch| Tensor::from_elements(&sizes.o(), branch));
         let d_o = Tensor::from_elements(&sizes.o(), &honest.d_o);
-        let rounded = reference::rounded(T::DTYPE);
+        let rounded = reference::rounded(backend, T::DTYPE);
         let each = branches.each_ref();
         let forward = [
             nsa_ref::gate::forward(&Exact, &gates, each).map_err(text)?,

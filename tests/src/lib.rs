@@ -16,6 +16,7 @@ pub mod reference;
 pub mod select;
 
 pub use case::Case;
+use nsa_kernels::Isa;
 
 /// The code blocks of README.md, compiled and run as documentation tests.
 #[cfg(doctest)]
@@ -27,19 +28,34 @@ pub trait Kind: nsa_core::Element<Acc: generate::Poison> + generate::Poison {}
 
 impl<T: nsa_core::Element<Acc: generate::Poison> + generate::Poison> Kind for T {}
 
-/// Runs an operation on every case in one dtype, on the best backend there is.
+/// Runs an operation on every case in one dtype, on every instruction set that this machine has, and prints which.
 ///
 /// # Panics
 /// Lists every case that is red: how the test fails.
 pub fn assert_cases(op: check::Op, dtype: nsa_core::DType) {
-    let (backend, why) = nsa_kernels::Backend::pick(None).expect("a backend");
     let mut red = Vec::new();
-    for case in case::cases() {
-        let report = check::check(op, &case, dtype, &backend);
-        let seed = generate::seed(&case.name, "q");
-        red.extend(
-            report.failures().into_iter().map(|f| format!("{op} {} {dtype} (seed of q {seed:#x}): {f}", case.name)),
-        );
+    for backend in backends(dtype) {
+        println!("{op} {dtype} on {}", backend.name());
+        for case in case::cases() {
+            let report = check::check(op, &case, dtype, &backend);
+            let seed = generate::seed(&case.name, "q");
+            red.extend(
+                report
+                    .failures()
+                    .into_iter()
+                    .map(|f| format!("{op} {} {dtype} on {} (seed of q {seed:#x}): {f}", case.name, backend.name())),
+            );
+        }
     }
-    assert!(red.is_empty(), "{} ({why}), {} red:\n{}", backend.name(), red.len(), red.join("\n"));
+    assert!(red.is_empty(), "{} red:\n{}", red.len(), red.join("\n"));
+}
+
+/// A backend of every instruction set of this machine that has a path of its own for tensors of this type.
+pub fn backends(dtype: nsa_core::DType) -> Vec<nsa_kernels::Backend> {
+    let own = |isa: &Isa| match dtype {
+        nsa_core::DType::F64 => *isa == Isa::Portable,
+        nsa_core::DType::Bf16 => true,
+        nsa_core::DType::F32 | nsa_core::DType::F16 => *isa != Isa::Avx512Bf16,
+    };
+    Isa::available().filter(own).map(|isa| nsa_kernels::Backend::with_isa(isa).expect("it is available")).collect()
 }

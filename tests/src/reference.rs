@@ -5,22 +5,24 @@ use crate::generate::{PhiShapes, Side, Weights, mirror};
 use crate::kernels::{Attention, AttentionGrads, AttentionOutput, Compress, CompressGrads, Pattern, Sizes, text};
 use crate::operator::{Branches, Compressed, Grads, Inputs, Outputs};
 use nsa_core::DType;
+use nsa_kernels::Backend;
 use nsa_ref::branch::{self, Upstream};
 use nsa_ref::{Arithmetic, BlockIndices, Exact, Rounded, Tensor, cmp, compress, dense, nsa, slc, win};
 
 /// Which arithmetic.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug)]
 pub enum Mode {
     /// f64: the truth.
     Exact,
-    /// Rounded as a kernel that stores this type rounds.
-    Rounded(DType),
+    /// Rounded where a kernel rounds.
+    Rounded(Rounded),
 }
 
-/// The arithmetic of a kernel that stores this type. There is nothing finer than f64 to judge an f64 kernel by: it gets
-/// f32's, and the comparison counts in ulps.
-pub fn rounded(storage: DType) -> Rounded {
-    Rounded::wide(if storage == DType::F64 { DType::F32 } else { storage })
+/// The arithmetic of a backend's kernels on tensors of this type. There is nothing finer than f64 to judge an f64 kernel
+/// by: it gets f32's, and the comparison counts in ulps.
+pub fn rounded(backend: &Backend, storage: DType) -> Rounded {
+    let storage = if storage == DType::F64 { DType::F32 } else { storage };
+    Rounded { storage, prob: backend.probability_type(storage) }
 }
 
 /// Calls a function that is generic over the arithmetic.
@@ -31,8 +33,8 @@ macro_rules! with_mode {
                 let $a = &Exact;
                 $body
             }
-            Mode::Rounded(storage) => {
-                let $a = &rounded(storage);
+            Mode::Rounded(ref rounded) => {
+                let $a = rounded;
                 $body
             }
         }
@@ -67,8 +69,8 @@ impl AttentionTruth {
 ///
 /// # Errors
 /// If a shape does not fit.
-pub fn attention_rounded<T: Kind>(inputs: &Attention<T>) -> Result<[AttentionTruth; 2], String> {
-    let mode = Mode::Rounded(T::DTYPE);
+pub fn attention_rounded<T: Kind>(inputs: &Attention<T>, rounded: Rounded) -> Result<[AttentionTruth; 2], String> {
+    let mode = Mode::Rounded(rounded);
     let (dk, dv) = (inputs.config.head_dim_qk(), inputs.config.head_dim_v());
     Ok([attention(inputs, mode)?, attention(&inputs.mirror(), mode)?.mirror(dk, dv)])
 }
@@ -225,8 +227,12 @@ pub type Through = (Vec<f64>, CompressGrads<f64>);
 ///
 /// # Errors
 /// If a shape does not fit.
-pub fn compressed_rounded<T: Kind>(inputs: &Compress<T>, d_blocks: &[f64]) -> Result<[Through; 2], String> {
-    let mode = Mode::Rounded(T::DTYPE);
+pub fn compressed_rounded<T: Kind>(
+    inputs: &Compress<T>,
+    d_blocks: &[f64],
+    rounded: Rounded,
+) -> Result<[Through; 2], String> {
+    let mode = Mode::Rounded(rounded);
     let dim = inputs.side.dim(&inputs.config);
     let (blocks, grads) = compressed(&inputs.mirror(), &mirror(d_blocks, dim), mode)?;
     let mirrored = (mirror(&blocks, dim), grads.mirror(&inputs.config, inputs.side));
@@ -237,8 +243,8 @@ pub fn compressed_rounded<T: Kind>(inputs: &Compress<T>, d_blocks: &[f64]) -> Re
 ///
 /// # Errors
 /// If a shape does not fit.
-pub fn run_rounded<T: Kind>(inputs: &Inputs<T>) -> Result<[Outputs<f64, f64>; 2], String> {
-    let mode = Mode::Rounded(T::DTYPE);
+pub fn run_rounded<T: Kind>(inputs: &Inputs<T>, rounded: Rounded) -> Result<[Outputs<f64, f64>; 2], String> {
+    let mode = Mode::Rounded(rounded);
     Ok([run(inputs, mode)?, run(&inputs.mirror(), mode)?.mirror(&inputs.config)])
 }
 

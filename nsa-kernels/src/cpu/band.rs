@@ -3,10 +3,11 @@
 use crate::Result;
 use crate::cpu::Cpu;
 use crate::cpu::flash::{Flash, Heads, queries_per_tile};
-use crate::cpu::grad::{Cell, Place, Queries, Sums, for_each_cell, split_sums};
-use crate::cpu::rows::{SeqRows, host_rows, packed_rows};
+use crate::cpu::grad::{self, Cell, Place, Queries, Sums, for_each_cell, split_sums};
+use crate::cpu::keys::{Grid, Layout, Order, Tiles};
+use crate::cpu::rows::host_rows;
 use crate::cpu::tasks::{QueryTile, query_tiles, split_rows};
-use crate::cpu::tile::KEYS;
+use crate::cpu::unit::{Pair, Unit};
 use crate::{Rows, Tensor, TensorMut};
 use nsa_core::{CuSeqlens, Element, NsaConfig, Packing, View};
 use rayon::prelude::*;
@@ -25,11 +26,10 @@ pub(crate) struct Forward<'a, T: Element, F> {
     pub(crate) visible: F,
 }
 
-/// Keys and values of one sequence; the first row has position `first`.
-struct SeqKeys<'a, T> {
-    k: SeqRows<'a, T>,
-    v: SeqRows<'a, T>,
-    first: usize,
+/// Keys and values of one sequence.
+struct SeqKeys<'p, T, U> {
+    k: Tiles<'p, T, U>,
+    v: Tiles<'p, T, U>,
 }
 
 /// Attends to all visible keys: a task a tile of queries, with all heads.
@@ -37,16 +37,38 @@ pub(crate) fn forward<T: Element, F>(cpu: &Cpu, args: Forward<'_, T, F>) -> Resu
 where
     F: Fn(usize) -> Range<usize> + Sync,
 {
+    match cpu.multiplies_pairs(T::DTYPE) {
+        true => forward_in::<T, Pair<T::Acc>, F>(cpu, args),
+        false => forward_in::<T, T::Acc, F>(cpu, args),
+    }
+}
+
+fn forward_in<T: Element, U: Unit<Acc = T::Acc>, F>(cpu: &Cpu, args: Forward<'_, T, F>) -> Result<()>
+where
+    F: Fn(usize) -> Range<usize> + Sync,
+{
     let Forward { config, packing, q, k, v, o, lse, visible } = args;
     let (q, o, lse) = (q.to_host()?, o.into_host()?.into_data(), lse.into_host()?.into_data());
-    let seqs: Vec<SeqKeys<'_, T>> = host_rows(&k)?
-        .into_iter()
-        .zip(host_rows(&v)?)
-        .zip(packing.seqs())
-        // The last row belongs to the last query; a window's rows need not reach back to position 0.
-        .map(|((k, v), seq)| SeqKeys { k, v, first: seq.end() - k.len() })
-        .collect();
+    let (k, v) = (host_rows(&k)?, host_rows(&v)?);
     let tiles = query_tiles(packing, queries_per_tile(config.group_size()));
+    // How many tiles of keys the tiles of queries of each sequence look at.
+    let mut looks = vec![0; packing.num_seqs()];
+    for tile in &tiles {
+        looks[tile.seq] += Grid::plain().tiles(&seen(tile, &visible)).len();
+    }
+    let seqs: Vec<SeqKeys<'_, T, U>> = k
+        .iter()
+        .zip(&v)
+        .zip(packing.seqs())
+        .zip(looks)
+        .map(|(((k, v), seq), looks)| {
+            // The last row belongs to the last query; a window's rows need not reach back to position 0.
+            let (grid, first, heads) = (Grid::plain(), seq.end() - k.len(), config.num_kv_heads());
+            let k = Layout::new(*k, first, config.head_dim_qk(), grid, Order::OverDims);
+            let v = Layout::new(*v, first, config.head_dim_v(), grid, Order::OverKeys);
+            SeqKeys { k: k.tiles(cpu.pool(), heads, looks), v: v.tiles(cpu.pool(), heads, looks) }
+        })
+        .collect();
     let rows = || tiles.iter().map(|tile| tile.rows.clone());
     let heads = config.num_heads();
     let o = split_rows(o, heads * config.head_dim_v(), rows());
@@ -57,31 +79,30 @@ where
     Ok(())
 }
 
+/// The positions that the queries of a tile attend to.
+fn seen(tile: &QueryTile, visible: &impl Fn(usize) -> Range<usize>) -> Range<usize> {
+    visible(tile.position).start..visible(tile.position + tile.rows.len() - 1).end
+}
+
 /// One tile of queries, head after head.
-fn attend<T: Element>(
+fn attend<T: Element, U: Unit<Acc = T::Acc>>(
     cpu: &Cpu,
     config: &NsaConfig,
     q: &View<'_, T, 3>,
-    seq: &SeqKeys<'_, T>,
+    seq: &SeqKeys<'_, T, U>,
     tile: &QueryTile,
     visible: &impl Fn(usize) -> Range<usize>,
     (o, lse): (&mut [T], &mut [T::Acc]),
 ) {
-    let heads = Heads::<T::Acc>::new(config);
-    let mut flash = Flash::new(cpu.pool(), heads, tile.rows.len());
-    let mut k_buffer = cpu.pool().take(KEYS * heads.dim_qk);
-    let mut v_buffer = cpu.pool().take(KEYS * heads.dim_v);
-    let last = tile.position + tile.rows.len() - 1;
-    let keys = visible(tile.position).start..visible(last).end;
+    let mut flash = Flash::<U>::new(cpu, Heads::new(config), tile.rows.len());
+    let (mut k_buffer, mut v_buffer) = (seq.k.buffer(cpu.pool()), seq.v.buffer(cpu.pool()));
     for g in 0..config.num_kv_heads() {
         flash.start(q, tile.rows.clone(), g);
-        // Tiles of keys start at multiples of their size, wherever the queries start.
-        for base in (keys.start / KEYS * KEYS..keys.end).step_by(KEYS) {
-            let part = base.max(keys.start)..(base + KEYS).min(keys.end);
-            let stored = part.start - seq.first..part.end - seq.first;
-            let k = seq.k.tile(stored.clone(), g, &mut k_buffer);
-            let v = seq.v.tile(stored, g, &mut v_buffer);
-            flash.step(k, v, |i| clip(visible(tile.position + i), &part));
+        for i in Grid::plain().tiles(&seen(tile, visible)) {
+            let part = Grid::plain().tokens(i);
+            let (k, v) = (seq.k.tile(i, g, &mut k_buffer), seq.v.tile(i, g, &mut v_buffer));
+            let queries = 0..tile.rows.len();
+            flash.step(k, v, queries.map(|query| (query, clip(visible(tile.position + query), &part))));
         }
         flash.finish(g, o, lse);
     }
@@ -121,9 +142,20 @@ pub(crate) fn backward<T: Element, F>(cpu: &Cpu, args: Backward<'_, T, F>) -> Re
 where
     F: Fn(usize) -> Range<usize> + Sync,
 {
+    match cpu.multiplies_pairs(T::DTYPE) {
+        true => backward_in::<T, Pair<T::Acc>, F>(cpu, args),
+        false => backward_in::<T, T::Acc, F>(cpu, args),
+    }
+}
+
+fn backward_in<T: Element, U: Unit<Acc = T::Acc>, F>(cpu: &Cpu, args: Backward<'_, T, F>) -> Result<()>
+where
+    F: Fn(usize) -> Range<usize> + Sync,
+{
     let Backward { config, packing, queries, k, v, offsets, stride, visible, dq, dk, dv } = args;
-    let rows: Vec<_> = packed_rows(k, offsets)?.into_iter().zip(packed_rows(v, offsets)?).collect();
-    let sizes: Vec<usize> = rows.iter().map(|(k, _)| rows_per_tile(k.len(), stride)).collect();
+    let keys = grad::SeqKeys::<T, U>::pack(cpu.pool(), config, (k, v), offsets, Grid::plain())?;
+    let rows = |s: usize| offsets.range(s).len();
+    let sizes: Vec<usize> = (0..keys.len()).map(|s| rows_per_tile(rows(s), stride)).collect();
     let seqs = split_sums(config, packing, offsets, |s| [sizes[s] * stride, sizes[s]], (dq, dk, dv))?;
     // Tile i starts at token i · size · stride; its first query sees no row before `start`.
     let diagonals = |s: usize| {
@@ -137,9 +169,9 @@ where
         let tile = BandCell {
             seq: packing.seq(s).rows.start,
             queries: position..(position + sizes[s] * stride).min(len),
-            keys: j * sizes[s]..((j + 1) * sizes[s]).min(rows[s].0.len()),
+            keys: j * sizes[s]..((j + 1) * sizes[s]).min(rows(s)),
         };
-        add_gradients(cpu, config, &queries, &rows[s], &tile, &visible, sums);
+        add_gradients(cpu, config, &queries, &keys[s], &tile, &visible, sums);
     });
     Ok(())
 }
@@ -155,39 +187,35 @@ struct BandCell {
 }
 
 /// The gradients of one cell, head after head.
-fn add_gradients<T: Element>(
+fn add_gradients<T: Element, U: Unit<Acc = T::Acc>>(
     cpu: &Cpu,
     config: &NsaConfig,
     queries: &Queries<'_, T>,
-    (k, v): &(SeqRows<'_, T>, SeqRows<'_, T>),
-    tile: &BandCell,
+    keys: &grad::SeqKeys<'_, T, U>,
+    cell: &BandCell,
     visible: &impl Fn(usize) -> Range<usize>,
     mut sums: Sums<'_, T::Acc>,
 ) {
-    let seen = visible(tile.queries.start).start..visible(tile.queries.end - 1).end;
-    if clip(seen, &tile.keys).is_empty() {
+    let seen = visible(cell.queries.start).start..visible(cell.queries.end - 1).end;
+    if clip(seen, &cell.keys).is_empty() {
         return;
     }
     let heads = Heads::<T::Acc>::new(config);
-    let pool = cpu.pool();
-    let mut cell = Cell::new(pool, heads);
-    let mut k_buffer = pool.take(KEYS * heads.dim_qk);
-    let mut v_buffer = pool.take(KEYS * heads.dim_v);
+    let mut memory = Cell::<U>::new(cpu, heads);
     for g in 0..config.num_kv_heads() {
-        for start in tile.queries.clone().step_by(Cell::capacity(heads)) {
-            let end = (start + Cell::capacity(heads)).min(tile.queries.end);
-            cell.load(queries, tile.seq + start..tile.seq + end, g);
-            for base in tile.keys.clone().step_by(KEYS) {
-                let part = base..(base + KEYS).min(tile.keys.end);
-                if clip(visible(start).start..visible(end - 1).end, &part).is_empty() {
-                    continue;
-                }
-                let k = k.tile(part.clone(), g, &mut k_buffer);
-                let v = v.tile(part.clone(), g, &mut v_buffer);
-                let span = |i| clip(visible(start + i), &part);
-                let query = |i| start - tile.queries.start + i;
-                let place = Place { g, first_key: base - tile.keys.start, query };
-                cell.step((k, v, part.len()), span, &mut sums, &place);
+        for start in cell.queries.clone().step_by(Cell::<U>::capacity(heads)) {
+            let end = (start + Cell::<U>::capacity(heads)).min(cell.queries.end);
+            memory.load(queries, end - start, |i| cell.seq + start + i, g);
+            for tile in Grid::plain().tiles(&cell.keys) {
+                let tokens = Grid::plain().tokens(tile);
+                let part = tokens.start.max(cell.keys.start)..tokens.end.min(cell.keys.end);
+                let span = |i| {
+                    let seen = clip(visible(start + i), &part);
+                    part.start - tokens.start + seen.start..part.start - tokens.start + seen.end
+                };
+                let query = |i| start - cell.queries.start + i;
+                let key = |s| tokens.start + s - cell.keys.start;
+                memory.step(keys, span, &mut sums, &Place { g, tile, key, query });
             }
         }
     }

@@ -1,37 +1,60 @@
 //! Compressed attention on the CPU, with importance and selection.
 //!
-//! A task is a tile of a few queries. Scores against all visible blocks are computed once and kept in scratch, a panel
-//! of query rows after the other, `[panels][M][LANES]`: at 64k tokens 1 MiB for 64 rows. Their exponentials give lse
-//! and output, and divided by the sums the importance, without a second product.
+//! A task is a tile of a few queries. Scores against all visible blocks are computed once and kept in scratch,
+//! `[rows, M]`. Their exponentials give lse and output, and divided by the sums the importance, without a second product.
 
 use crate::Result;
 use crate::cpu::Cpu;
 use crate::cpu::band::{self, clip};
 use crate::cpu::flash::{self, Heads};
 use crate::cpu::grad::Queries;
-use crate::cpu::rows::{SeqRows, host_rows};
+use crate::cpu::isa::Isa;
+use crate::cpu::keys::{Grid, KEYS, Layout, Order, Tiles};
+use crate::cpu::product::{Left, Product, Right, Steps, Store, Target, product};
+use crate::cpu::rows::host_rows;
 use crate::cpu::scratch::{Pool, Scratch};
+use crate::cpu::simd::{PAD, padded, vectorize};
+use crate::cpu::softmax::{Mix, Whole};
 use crate::cpu::tasks::{QueryTile, query_tiles, split_rows};
-use crate::cpu::tile::{self, KEYS, LANES, Left, Right, Store, Target};
+use crate::cpu::unit::{Pair, Unit};
 use crate::op::cmp::{Backward, Forward};
 use nsa_core::select::{SelectScratch, select_blocks};
 use nsa_core::{Element, NsaConfig, Real, View, index};
+use num_traits::Float;
 use rayon::prelude::*;
-use std::ops::Range;
 
 /// The branch's column of the gates.
 const GATE: usize = 0;
 
-/// Rows of queries that a tile aims at: few enough for their scores to stay in the L2 cache up to 64k tokens.
-const ROWS: usize = 64;
+/// Scores that a tile aims at: they stay in the L2 cache from the product to the last sum.
+const SCORES: usize = 1 << 17;
 
 /// See `op::cmp::forward`.
 pub(crate) fn forward<T: Element>(cpu: &Cpu, args: Forward<'_, T>) -> Result<()> {
+    match cpu.multiplies_pairs(T::DTYPE) {
+        true => forward_in::<T, Pair<T::Acc>>(cpu, args),
+        false => forward_in::<T, T::Acc>(cpu, args),
+    }
+}
+
+fn forward_in<T: Element, U: Unit<Acc = T::Acc>>(cpu: &Cpu, args: Forward<'_, T>) -> Result<()> {
     let Forward { config, packing, q, k_blocks, v_blocks, o, lse, block_indices } = args;
     let (q, o, lse) = (q.to_host()?, o.into_host()?.into_data(), lse.into_host()?.into_data());
-    let seqs: Vec<SeqBlocks<'_, T>> =
-        host_rows(&k_blocks)?.into_iter().zip(host_rows(&v_blocks)?).map(|(k, v)| SeqBlocks { k, v }).collect();
-    let tiles = query_tiles(packing, (ROWS / config.group_size()).max(1));
+    let (k, v) = (host_rows(&k_blocks)?, host_rows(&v_blocks)?);
+    let most_blocks = k.iter().map(|k| k.len()).max().unwrap_or(0);
+    let rows = (SCORES / most_blocks.max(1)).clamp(1, flash::ROWS);
+    let tiles = query_tiles(packing, (rows / config.group_size()).max(1));
+    let mut looks = vec![0; packing.num_seqs()];
+    for tile in &tiles {
+        looks[tile.seq] += k[tile.seq].len().div_ceil(KEYS);
+    }
+    let heads = config.num_kv_heads();
+    let blocks = k.iter().zip(&v).zip(looks).map(|((k, v), looks)| {
+        let k = Layout::new(*k, 0, config.head_dim_qk(), Grid::plain(), Order::OverDims);
+        let v = Layout::new(*v, 0, config.head_dim_v(), Grid::plain(), Order::OverKeys);
+        SeqBlocks { k: k.tiles(cpu.pool(), heads, looks), v: v.tiles(cpu.pool(), heads, looks) }
+    });
+    let blocks: Vec<SeqBlocks<'_, T, U>> = blocks.collect();
     let rows = || tiles.iter().map(|tile| tile.rows.clone());
     let heads = config.num_heads();
     let o = split_rows(o, heads * config.head_dim_v(), rows());
@@ -45,151 +68,161 @@ pub(crate) fn forward<T: Element>(cpu: &Cpu, args: Forward<'_, T>) -> Result<()>
     };
     let selector = Selector::new(config);
     tiles.par_iter().zip(o).zip(lse).zip(lists).with_max_len(1).for_each(|(((tile, o), lse), mut lists)| {
-        let mut scores = Scores::new(cpu.pool(), config, tile);
-        let mut select = SelectScratch::default();
+        let mut scores = Scores::<U>::new(cpu, config, tile);
         for g in 0..config.num_kv_heads() {
-            scores.weigh(&q, &seqs[tile.seq].k, g);
+            scores.weigh(&q, &blocks[tile.seq].k, g);
             if let Some(lists) = &mut lists {
-                selector.select(&scores, cpu.pool(), &mut select, g, lists);
+                scores.select(&selector, g, lists);
             }
-            scores.attend(&seqs[tile.seq].v, g, g, o, lse);
+            scores.attend(&blocks[tile.seq].v, g, o, lse);
         }
     });
     Ok(())
 }
 
 /// k̃ and ṽ of one sequence.
-struct SeqBlocks<'a, T> {
-    k: SeqRows<'a, T>,
-    v: SeqRows<'a, T>,
+struct SeqBlocks<'p, T, U> {
+    k: Tiles<'p, T, U>,
+    v: Tiles<'p, T, U>,
 }
 
 /// The softmax of a tile of queries over all blocks that they see: row i belongs to query i / R.
-pub(crate) struct Scores<'p, A: Real> {
-    pool: &'p Pool,
+struct Scores<'p, U: Unit> {
+    cpu: &'p Cpu,
+    isa: Isa,
     config: &'p NsaConfig,
-    heads: Heads<A>,
+    heads: Heads<U::Acc>,
     tile: &'p QueryTile,
     rows: usize,
     /// Blocks that the last query sees, M.
     blocks: usize,
-    /// exp(score − max), `[⌈rows/LANES⌉][M][LANES]`; 0 for blocks that a row does not see, up to those that the last
-    /// row of its panel sees.
-    weights: Scratch<'p, A>,
-    /// Greatest scaled score.
-    max: Scratch<'p, A>,
-    /// Sum of the weights.
-    sum: Scratch<'p, A>,
+    /// M, to whole tiles: distance between rows of the weights.
+    stride: usize,
+    /// Scores, then exp(score − max), `[rows, stride]`.
+    weights: Scratch<'p, U::Acc>,
+    /// Blocks that each row sees.
+    spans: Scratch<'p, [usize; 2]>,
+    /// Greatest scaled score of each row.
+    max: Scratch<'p, U::Acc>,
+    /// Sum of each row's weights.
+    sum: Scratch<'p, U::Acc>,
 }
 
-impl<'p, A: Real> Scores<'p, A> {
-    pub(crate) fn new(pool: &'p Pool, config: &'p NsaConfig, tile: &'p QueryTile) -> Self {
+impl<'p, U: Unit> Scores<'p, U> {
+    fn new(cpu: &'p Cpu, config: &'p NsaConfig, tile: &'p QueryTile) -> Self {
+        let pool = cpu.pool();
         let rows = tile.rows.len() * config.group_size();
-        let lanes = rows.next_multiple_of(LANES);
         let blocks = index::visible_blocks(config, tile.position + tile.rows.len() - 1);
+        let stride = blocks.next_multiple_of(KEYS);
+        let mut spans = pool.take(rows);
+        for (i, span) in spans.iter_mut().enumerate() {
+            *span = [0, index::visible_blocks(config, tile.position + i / config.group_size())];
+        }
         Self {
-            pool,
+            cpu,
+            isa: cpu.isa(),
             config,
             heads: Heads::new(config),
             tile,
             rows,
             blocks,
-            weights: pool.take(lanes * blocks),
-            max: pool.take(lanes),
-            sum: pool.take(lanes),
+            stride,
+            weights: pool.take(rows * stride),
+            spans,
+            max: pool.take(rows),
+            sum: pool.take(rows),
         }
-    }
-
-    /// Blocks that query `i` of the tile sees.
-    fn visible(&self, i: usize) -> usize {
-        index::visible_blocks(self.config, self.tile.position + i)
-    }
-
-    /// Blocks that the rows of the panel of row `first` see; lanes behind the last row take after it.
-    fn panel_spans(&self, first: usize) -> [Range<usize>; LANES] {
-        std::array::from_fn(|x| 0..self.visible((first + x).min(self.rows - 1) / self.heads.group_size))
     }
 
     /// Computes weights, maxima and sums of KV head `g`.
-    pub(crate) fn weigh<T: Element<Acc = A>>(&mut self, q: &View<'_, T, 3>, k: &SeqRows<'_, T>, g: usize) {
-        let Heads { group_size, dim_qk, scale, .. } = self.heads;
-        let mut gathered = self.pool.take(self.rows * dim_qk);
-        let mut panels = self.pool.take(self.rows.next_multiple_of(LANES) * dim_qk);
-        let mut buffer = self.pool.take(KEYS * dim_qk);
+    fn weigh<T: Element<Acc = U::Acc>>(&mut self, q: &View<'_, T, 3>, k: &Tiles<'_, T, U>, g: usize) {
+        let (pool, Heads { group_size, dim_qk, scale, .. }) = (self.cpu.pool(), self.heads);
+        let units = dim_qk.div_ceil(U::STEP);
+        let mut gathered = pool.take::<U>(self.rows * units);
+        let mut buffer = k.buffer(pool);
+        let (left, places) = (pool.multiples(self.rows, units), pool.multiples(self.rows, self.stride));
         flash::gather(q, self.tile.rows.clone(), g, group_size, &mut gathered);
-        tile::pack(&gathered, dim_qk, &mut panels);
-        self.max.fill(A::neg_infinity());
-        self.sum.fill(A::zero());
-        for base in (0..self.blocks).step_by(KEYS) {
-            let part = base..(base + KEYS).min(self.blocks);
-            let k = k.tile(part.clone(), g, &mut buffer);
-            for first in (0..self.rows).step_by(LANES) {
-                let spans = self.panel_spans(first);
-                let Some(seen) = flash::union(&spans.clone().map(|span| clip(span, &part))) else { continue };
-                let panel = Right { data: &panels[first * dim_qk..][..LANES * dim_qk], stride: LANES };
-                let scores = &mut self.weights[(first * self.blocks + base * LANES)..];
-                flash::product_of_scores(k, dim_qk, seen.clone(), panel, scores);
-                let partly = spans.iter().any(|span| span.end < base + seen.end);
-                let scores = &mut scores.as_chunks_mut().0[seen];
-                if partly {
-                    flash::mask(scores, &spans, base);
-                }
-                flash::raise(self.max[first..].first_chunk_mut().expect("a panel"), scores, scale);
-            }
+        for tile in Grid::plain().tiles(&(0..self.blocks)) {
+            let part = Grid::plain().tokens(tile);
+            // Later queries see more.
+            let first = self.spans.partition_point(|span| span[1] <= part.start);
+            let k = k.tile(tile, g, &mut buffer);
+            let target = &mut self.weights[part.start..];
+            product(
+                self.isa,
+                Product {
+                    left: Left { data: &gathered, rows: &left[first..], step: 1 },
+                    right: Right { data: k.data, stride: k.stride },
+                    target: Target { data: target, rows: &places[first..], store: Store::Write },
+                    columns: padded(self.blocks.min(part.end) - part.start),
+                    steps: Steps::First(dim_qk),
+                },
+            );
         }
-        for first in (0..self.rows).step_by(LANES) {
-            let seen = self.panel_spans(first)[LANES - 1].end;
-            let scores = &mut self.weights[first * self.blocks..][..seen * LANES];
-            let max: &[A; LANES] = self.max[first..].first_chunk().expect("a panel");
-            let sum = self.sum[first..].first_chunk_mut().expect("a panel");
-            flash::exponentiate(scores.as_chunks_mut().0, scale, &max.map(flash::finite), sum);
-        }
+        vectorize(
+            self.isa,
+            Whole {
+                scores: &mut self.weights,
+                stride: self.stride,
+                spans: &self.spans,
+                scale,
+                max: &mut self.max,
+                sum: &mut self.sum,
+            },
+        );
     }
 
-    /// Attends with KV head `g` and writes output and lse as KV head `place` of o `[queries, Hq, Dv]` and lse
-    /// `[queries, Hq]`. (Of a single query's, the part of one KV head is place 0 of itself.)
-    pub(crate) fn attend<T: Element<Acc = A>>(
-        &self,
-        v: &SeqRows<'_, T>,
-        g: usize,
-        place: usize,
-        o: &mut [T],
-        lse: &mut [A],
-    ) {
-        let dim_v = self.heads.dim_v;
-        let mut buffer = self.pool.take(KEYS * dim_v);
-        let mut sums = self.pool.zeroed(self.rows * dim_v);
-        for base in (0..self.blocks).step_by(KEYS) {
-            let part = base..(base + KEYS).min(self.blocks);
-            let v = v.tile(part.clone(), g, &mut buffer);
-            for first in (0..self.rows).step_by(LANES) {
-                let rows = (self.rows - first).min(LANES);
-                let spans = self.panel_spans(first).map(|span| clip(span, &part));
-                let weights = &self.weights[(first * self.blocks + base * LANES)..];
-                let weights = Left::Columns { data: weights, stride: LANES };
-                let data = &mut sums[first * dim_v..];
-                let target = Target { data, row: |i| i * dim_v, store: Store::Add };
-                let values = Right { data: v.data, stride: v.stride };
-                tile::product([rows, dim_v], weights, values, target, |i| spans[i].clone());
+    /// Attends with KV head `g` and writes its part of o `[queries, Hq, Dv]` and lse `[queries, Hq]`.
+    fn attend<T: Element<Acc = U::Acc>>(&self, v: &Tiles<'_, T, U>, g: usize, o: &mut [T], lse: &mut [U::Acc]) {
+        let (pool, dim_v) = (self.cpu.pool(), self.heads.dim_v);
+        let mut buffer = v.buffer(pool);
+        let mut units = pool.take(if U::STEP == 1 { 0 } else { self.weights.len() / U::STEP });
+        let weights = U::along_rows(self.isa, &self.weights, &mut units);
+        let mut sums = pool.zeroed(self.rows * padded(dim_v));
+        let (mut left, mut steps) = (pool.take(self.rows), pool.take(self.rows));
+        let places = pool.multiples(self.rows, padded(dim_v));
+        for tile in Grid::plain().tiles(&(0..self.blocks)) {
+            let part = Grid::plain().tokens(tile);
+            for i in 0..self.rows {
+                let span = clip(0..self.spans[i][1], &part);
+                steps[i] = [span.start, span.end];
+                left[i] = (i * self.stride + part.start) / U::STEP;
             }
+            let v = v.tile(tile, g, &mut buffer);
+            product(
+                self.isa,
+                Product {
+                    left: Left { data: weights, rows: &left, step: 1 },
+                    right: Right { data: v.data, stride: v.stride },
+                    target: Target { data: &mut sums, rows: &places, store: Store::Add },
+                    columns: dim_v,
+                    steps: Steps::Each(&steps),
+                },
+            );
         }
-        self.heads.store(&mut sums, (&self.max, &self.sum), place, o, lse);
+        self.heads.store(&mut sums, (&self.max, &self.sum), g, o, lse);
     }
 
-    /// Adds up the probabilities of query `i` over the heads, in their order: importance P of the blocks that it sees.
-    fn importance(&self, i: usize, importance: &mut [A]) {
-        importance.fill(A::zero());
-        let rows = i * self.heads.group_size..(i + 1) * self.heads.group_size;
-        for panel in rows.start / LANES..rows.end.div_ceil(LANES) {
-            let first = panel * LANES;
-            let lanes = rows.start.max(first) - first..rows.end.min(first + LANES) - first;
-            let weights = self.weights[first * self.blocks..].as_chunks::<LANES>().0;
-            let inverse: [A; LANES] = std::array::from_fn(|x| self.sum[first + x].recip());
-            for (importance, weights) in importance.iter_mut().zip(weights) {
-                for x in lanes.clone() {
-                    *importance += weights[x] * inverse[x];
-                }
+    /// Writes the blocks that the queries select as KV head `g` of `[queries, G, n]`.
+    fn select(&self, selector: &Selector<U::Acc>, g: usize, lists: &mut [i32]) {
+        let (groups, count, r) = (self.config.num_kv_heads(), self.config.select_count(), self.heads.group_size);
+        let last = self.tile.position + self.tile.rows.len() - 1;
+        let mut importance = selector.importance(self.config, self.cpu.pool(), last);
+        let mut inverse = self.cpu.pool().take(r);
+        for i in 0..self.tile.rows.len() {
+            for (inverse, sum) in inverse.iter_mut().zip(&self.sum[i * r..(i + 1) * r]) {
+                *inverse = sum.recip();
             }
+            let visible = self.spans[i * r][1];
+            let mix = Mix {
+                weights: self.weights.get(i * r * self.stride..).unwrap_or(&[]),
+                stride: self.stride,
+                factors: &inverse,
+                mixed: importance.of_blocks(padded(visible)),
+            };
+            vectorize(self.isa, mix);
+            let list = &mut lists[(i * groups + g) * count..][..count];
+            importance.select(self.config, self.tile.position + i, visible, list);
         }
     }
 }
@@ -212,33 +245,50 @@ impl<A: Real> Selector<A> {
         Self { chunks, weights }
     }
 
-    /// Writes the blocks selected by the queries of a tile as KV head `place` of `[queries, G, n]`.
-    pub(crate) fn select(
-        &self,
-        scores: &Scores<'_, A>,
-        pool: &Pool,
-        scratch: &mut SelectScratch<A>,
-        place: usize,
-        lists: &mut [i32],
-    ) {
-        let config = scores.config;
-        let (groups, count) = (config.num_kv_heads(), config.select_count());
-        // Blocks before the first have no importance.
+    /// Memory for one query after the other, up to position `last`.
+    pub(crate) fn importance<'p>(&'p self, config: &NsaConfig, pool: &'p Pool, last: usize) -> Importance<'p, A> {
+        let candidates = index::num_candidates(config, last);
         let before = self.weights.len() - self.chunks;
-        for i in 0..scores.tile.rows.len() {
-            let t = scores.tile.position + i;
-            let candidates = index::num_candidates(config, t);
-            let mut importance = pool.zeroed(before + candidates * self.chunks);
-            scores.importance(i, &mut importance[before..before + scores.visible(i)]);
-            let mut mapped = pool.take(candidates);
-            for (j, mapped) in mapped.iter_mut().enumerate() {
-                let touching = &importance[j * self.chunks..][..self.weights.len()];
-                let score: A = touching.iter().zip(&self.weights).map(|(&p, &weight)| p * weight).sum();
-                // NaN has no order.
-                *mapped = if score.is_nan() { A::zero() } else { score };
-            }
-            select_blocks(config, t, &mapped, scratch, &mut lists[(i * groups + place) * count..][..count]);
+        Importance {
+            selector: self,
+            before,
+            // Blocks before the first have none.
+            importance: pool.zeroed(before + candidates * self.chunks + PAD),
+            scores: pool.take(candidates),
+            scratch: SelectScratch::default(),
         }
+    }
+}
+
+/// The importance of compression blocks for one query, and what is selected from it.
+pub(crate) struct Importance<'p, A: Real> {
+    selector: &'p Selector<A>,
+    /// Compression blocks that touch a selection block and start before it.
+    before: usize,
+    /// From `before` blocks before the first on.
+    importance: Scratch<'p, A>,
+    scores: Scratch<'p, A>,
+    scratch: SelectScratch<A>,
+}
+
+impl<A: Real> Importance<'_, A> {
+    /// The place of the first `len` blocks.
+    pub(crate) fn of_blocks(&mut self, len: usize) -> &mut [A] {
+        &mut self.importance[self.before..][..len]
+    }
+
+    /// Writes the blocks `[n]` that the query at position `t` selects; it sees the first `visible` blocks.
+    pub(crate) fn select(&mut self, config: &NsaConfig, t: usize, visible: usize, list: &mut [i32]) {
+        let Selector { chunks, weights } = self.selector;
+        self.importance[self.before + visible..].fill(A::zero());
+        let scores = &mut self.scores[..index::num_candidates(config, t)];
+        for (j, score) in scores.iter_mut().enumerate() {
+            let touching = &self.importance[j * chunks..][..weights.len()];
+            let sum: A = touching.iter().zip(weights).map(|(&p, &weight)| p * weight).sum();
+            // NaN has no order.
+            *score = if sum.is_nan() { A::zero() } else { sum };
+        }
+        select_blocks(config, t, scores, &mut self.scratch, list);
     }
 }
 

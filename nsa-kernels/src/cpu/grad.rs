@@ -5,12 +5,17 @@
 //! dv of tile j, five products in all. The cells of a diagonal i − j = c share no tile, so they run in parallel, one
 //! diagonal after the other: sums have an order that depends on the sequence alone, without atomics or copies.
 
-use crate::cpu::flash::{Heads, ROWS, union};
-use crate::cpu::math;
-use crate::cpu::rows::Tile;
+use crate::cpu::Cpu;
+use crate::cpu::flash::{Heads, ROWS, seen_by_some, whole_vectors};
+use crate::cpu::isa::Isa;
+use crate::cpu::keys::{Grid, KEYS, Layout, Order, Tile, Tiles};
+use crate::cpu::product::{Left, Product, Right, Steps, Store, Target, product};
+use crate::cpu::rows::packed_rows;
 use crate::cpu::scratch::{Pool, Scratch};
+use crate::cpu::simd::{padded, vectorize};
+use crate::cpu::softmax::Gradient;
 use crate::cpu::tasks::split_rows;
-use crate::cpu::tile::{self, KEYS, LANES, Left, Right, Store, Target};
+use crate::cpu::unit::Unit;
 use crate::{Result, Tensor, TensorMut};
 use nsa_core::{CuSeqlens, Element, NsaConfig, Packing, Real, View};
 use rayon::prelude::*;
@@ -72,194 +77,287 @@ pub(crate) struct Sums<'a, A> {
     pub(crate) dv: &'a mut [A],
 }
 
+/// Keys and values of one sequence as the products of a cell want them.
+pub(crate) struct SeqKeys<'p, T, U> {
+    k: Tiles<'p, T, U>,
+    v: Tiles<'p, T, U>,
+    k_over_keys: Tiles<'p, T, U>,
+}
+
+impl<'p, T: Element, U: Unit<Acc = T::Acc>> SeqKeys<'p, T, U> {
+    /// Lays out the rows of each sequence.
+    pub(crate) fn pack(
+        pool: &'p Pool,
+        config: &NsaConfig,
+        (k, v): (Tensor<'p, T, 3>, Tensor<'p, T, 3>),
+        offsets: &CuSeqlens,
+        grid: Grid,
+    ) -> Result<Vec<Self>> {
+        let seqs = packed_rows(k, offsets)?.into_iter().zip(packed_rows(v, offsets)?);
+        let tiles =
+            |rows, dim, order| Layout::new(rows, 0, dim, grid, order).tiles(pool, config.num_kv_heads(), usize::MAX);
+        let pack = |(k, v)| Self {
+            k: tiles(k, config.head_dim_qk(), Order::OverDims),
+            v: tiles(v, config.head_dim_v(), Order::OverDims),
+            k_over_keys: tiles(k, config.head_dim_qk(), Order::OverKeys),
+        };
+        Ok(seqs.map(pack).collect())
+    }
+}
+
 /// Where the loaded queries and the keys at hand lie in the tiles of a [`Sums`].
-pub(crate) struct Place<F> {
+pub(crate) struct Place<K, Q> {
     /// The KV head.
     pub(crate) g: usize,
-    /// Number of the first key in its tile.
-    pub(crate) first_key: usize,
+    /// The tile of keys in the sequence's grid.
+    pub(crate) tile: usize,
+    /// Number of key s of that tile in the tile of the sums.
+    pub(crate) key: K,
     /// Number of query i in its tile.
-    pub(crate) query: F,
+    pub(crate) query: Q,
 }
 
-/// Up to [`ROWS`] rows of queries, packed, and what is computed with them. Row i belongs to query i / R.
-pub(crate) struct Cell<'p, A: Real> {
-    heads: Heads<A>,
+/// Up to [`ROWS`] rows of queries in units, and what is computed with them. Row i belongs to query i / R.
+pub(crate) struct Cell<'p, U: Unit> {
+    isa: Isa,
+    heads: Heads<U::Acc>,
     queries: usize,
-    /// Distance between keys in `weights` and `d_scores`.
-    lanes: usize,
-    /// `[rows, Dk]`, and in panels.
-    q: Scratch<'p, A>,
-    q_panels: Scratch<'p, A>,
-    /// do^c `[rows, Dv]`, and in panels.
-    d_o: Scratch<'p, A>,
-    d_o_panels: Scratch<'p, A>,
+    /// `[rows, ⌈Dk / STEP⌉]`, `[rows, ⌈Dv / STEP⌉]`: over the dims. With one element a unit the next ones serve.
+    q: Scratch<'p, U>,
+    d_o: Scratch<'p, U>,
+    /// `[⌈rows / STEP⌉, padded(Dk)]`, `[⌈rows / STEP⌉, padded(Dv)]`: over the rows.
+    q_over_rows: Scratch<'p, U>,
+    d_o_over_rows: Scratch<'p, U>,
     /// One a row.
-    lse: Scratch<'p, A>,
-    delta: Scratch<'p, A>,
-    /// Scores, then p, `[KEYS][lanes]`.
-    weights: Scratch<'p, A>,
-    /// do^c·v, then scale·ds, `[KEYS][lanes]`.
-    d_scores: Scratch<'p, A>,
-    /// The keys that each query sees.
+    lse: Scratch<'p, U::Acc>,
+    delta: Scratch<'p, U::Acc>,
+    gates: Scratch<'p, U::Acc>,
+    /// Scores, then g·p, `[rows, KEYS]`.
+    weights: Scratch<'p, U::Acc>,
+    /// do·v, then scale·ds, `[rows, KEYS]`.
+    d_scores: Scratch<'p, U::Acc>,
+    /// In units: scale·ds `[rows, KEYS / STEP]`; g·p and scale·ds `[⌈rows / STEP⌉, KEYS]`.
+    units: [Scratch<'p, U>; 3],
+    /// The keys that each row sees.
     spans: Scratch<'p, [usize; 2]>,
+    at: CellRows<'p>,
 }
 
-impl<'p, A: Real> Cell<'p, A> {
+/// Where the rows lie in the operands of the products.
+struct CellRows<'p> {
+    q: Scratch<'p, usize>,
+    d_o: Scratch<'p, usize>,
+    scores: Scratch<'p, usize>,
+    units: Scratch<'p, usize>,
+    dq: Scratch<'p, usize>,
+}
+
+impl<'p, U: Unit> Cell<'p, U> {
     /// Memory for the rows of [`Cell::capacity`] queries.
-    pub(crate) fn new(pool: &'p Pool, heads: Heads<A>) -> Self {
+    pub(crate) fn new(cpu: &'p Cpu, heads: Heads<U::Acc>) -> Self {
+        let pool = cpu.pool();
         let rows = Self::capacity(heads) * heads.group_size;
-        let panels = rows.next_multiple_of(LANES);
-        // A cache line more than whole panels: the lines of one column then lie in all sets of the cache.
-        let lanes = panels + 2 * LANES;
+        let (units, dims) = (rows.div_ceil(U::STEP), [heads.dim_qk, heads.dim_v]);
+        // Elements one at a time need no second form.
+        let second = |len: usize| if U::STEP == 1 { 0 } else { len };
+        let stride = |dim: usize| if U::STEP == 1 { padded(dim) } else { dim.div_ceil(U::STEP) };
+        let at = CellRows {
+            q: pool.multiples(rows, stride(dims[0])),
+            d_o: pool.multiples(rows, stride(dims[1])),
+            scores: pool.multiples(rows, KEYS),
+            units: pool.multiples(rows, KEYS / U::STEP),
+            dq: pool.take(rows),
+        };
         Self {
+            isa: cpu.isa(),
             heads,
             queries: 0,
-            lanes,
-            q: pool.take(rows * heads.dim_qk),
-            q_panels: pool.take(panels * heads.dim_qk),
-            d_o: pool.take(rows * heads.dim_v),
-            d_o_panels: pool.take(panels * heads.dim_v),
-            lse: pool.take(panels),
-            delta: pool.take(panels),
-            weights: pool.take(KEYS * lanes),
-            d_scores: pool.take(KEYS * lanes),
+            q: pool.take(second(rows * stride(dims[0]))),
+            d_o: pool.take(second(rows * stride(dims[1]))),
+            q_over_rows: pool.take(units * padded(dims[0])),
+            d_o_over_rows: pool.take(units * padded(dims[1])),
+            lse: pool.take(rows),
+            delta: pool.take(rows),
+            gates: pool.take(rows),
+            weights: pool.take(rows * KEYS),
+            d_scores: pool.take(rows * KEYS),
+            units: [rows * (KEYS / U::STEP), units * KEYS, units * KEYS].map(|len| pool.take(second(len))),
             spans: pool.take(rows),
+            at,
         }
     }
 
     /// Queries that fit.
-    pub(crate) fn capacity(heads: Heads<A>) -> usize {
+    pub(crate) fn capacity(heads: Heads<U::Acc>) -> usize {
         (ROWS / heads.group_size).max(1)
     }
 
     /// Loads KV head `g` of the queries in the given rows.
-    #[inline(always)]
-    pub(crate) fn load<T: Element<Acc = A>>(
+    pub(crate) fn load<T: Element<Acc = U::Acc>>(
         &mut self,
         source: &Queries<'_, T>,
-        queries: impl ExactSizeIterator<Item = usize>,
+        queries: usize,
+        token: impl Fn(usize) -> usize,
         g: usize,
     ) {
-        let Heads { group_size, dim_qk, dim_v, .. } = self.heads;
-        self.queries = queries.len();
-        self.lse.fill(A::zero());
-        self.delta.fill(A::zero());
-        for (i, t) in queries.enumerate() {
-            for r in 0..group_size {
-                let (row, h) = (i * group_size + r, g * group_size + r);
-                math::widen(source.q.row(t, h), &mut self.q[row * dim_qk..][..dim_qk]);
-                let d_o = &mut self.d_o[row * dim_v..][..dim_v];
-                math::widen(source.d_o.row(t, h), d_o);
-                let gate = source.gate(t, h);
-                d_o.iter_mut().for_each(|x| *x *= gate);
-                self.lse[row] = source.lse.row(t)[h];
-                self.delta[row] = source.delta[self.heads.row(t, g, r)];
+        let r = self.heads.group_size;
+        let rows = queries * r;
+        self.queries = queries;
+        for i in 0..rows {
+            let (t, h) = (token(i / r), g * r + i % r);
+            self.lse[i] = source.lse.row(t)[h];
+            self.delta[i] = source.delta[self.heads.row(t, g, i % r)];
+            self.gates[i] = source.gate(t, h);
+        }
+        for (x, left, right) in
+            [(&source.q, &mut self.q, &mut self.q_over_rows), (&source.d_o, &mut self.d_o, &mut self.d_o_over_rows)]
+        {
+            let (dim, row) = (x.shape()[2], |i: usize| x.row(token(i / r), g * r + i % r));
+            for (at, units) in (0..rows).step_by(U::STEP).zip(right.chunks_exact_mut(padded(dim))) {
+                // Behind the last row none is seen: itself stands in.
+                let pair = [row(at), row((at + U::STEP - 1).min(rows - 1))];
+                U::put_rows(&pair[..U::STEP], units);
+            }
+            if U::STEP > 1 {
+                let rows = left.chunks_exact_mut(dim.div_ceil(U::STEP)).take(rows).enumerate();
+                rows.for_each(|(i, units)| U::put_row(row(i), units));
             }
         }
-        let rows = self.queries * group_size;
-        tile::pack(&self.q[..rows * dim_qk], dim_qk, &mut self.q_panels);
-        tile::pack(&self.d_o[..rows * dim_v], dim_v, &mut self.d_o_panels);
     }
 
-    /// Adds the gradients of up to [`KEYS`] keys, of which query i sees `span(i)`; neither end of a span ever moves
-    /// back.
-    #[inline(always)]
-    pub(crate) fn step(
+    /// Adds the gradients of a tile of keys, of which query i sees `span(i)`; neither end of a span ever moves back.
+    pub(crate) fn step<T: Element<Acc = U::Acc>>(
         &mut self,
-        (k, v, num_keys): (Tile<'_, A>, Tile<'_, A>, usize),
+        keys: &SeqKeys<'_, T, U>,
         span: impl Fn(usize) -> Range<usize>,
-        sums: &mut Sums<'_, A>,
-        place: &Place<impl Fn(usize) -> usize>,
+        sums: &mut Sums<'_, U::Acc>,
+        place: &Place<impl Fn(usize) -> usize, impl Fn(usize) -> usize>,
     ) {
-        let Heads { num_kv_heads, group_size, dim_qk, dim_v, .. } = self.heads;
-        for (i, place) in self.spans[..self.queries].iter_mut().enumerate() {
-            let span = span(i);
-            *place = [span.start, span.end];
-        }
+        let Heads { group_size, dim_qk, .. } = self.heads;
         let rows = self.queries * group_size;
-        for first in (0..rows).step_by(LANES) {
-            let spans: [Range<usize>; LANES] = std::array::from_fn(|x| {
-                let [start, end] = self.spans[(first + x).min(rows - 1) / group_size];
-                start..end
-            });
-            let Some(seen) = union(&spans) else { continue };
-            self.scores(k, v, first, seen);
-            let d_scores = Left::Columns { data: &self.d_scores[first..], stride: self.lanes };
-            let keys = Right { data: k.data, stride: k.stride };
-            let row = |i: usize| {
-                let (query, r) = ((first + i) / group_size, (first + i) % group_size);
-                self.heads.row((place.query)(query), place.g, r) * dim_qk
-            };
-            let target = Target { data: &mut *sums.dq, row, store: Store::Add };
-            tile::product([(rows - first).min(LANES), dim_qk], d_scores, keys, target, |i| spans[i].clone());
+        for query in 0..self.queries {
+            let span = span(query);
+            for r in 0..group_size {
+                let i = query * group_size + r;
+                self.spans[i] = [span.start, span.end.max(span.start)];
+                self.at.dq[i] = self.heads.row((place.query)(query), place.g, r) * dim_qk;
+            }
         }
-        let mut seeing = [const { 0..0 }; KEYS];
-        self.seeing(&mut seeing[..num_keys]);
-        let d_scores = Left::Rows { data: &self.d_scores, stride: self.lanes };
-        let queries = Right { data: &self.q, stride: dim_qk };
-        let key = |s: usize| (place.first_key + s) * num_kv_heads + place.g;
-        let target = Target { data: &mut *sums.dk, row: |s| key(s) * dim_qk, store: Store::Add };
-        tile::product([num_keys, dim_qk], d_scores, queries, target, |s| seeing[s].clone());
-        let weights = Left::Rows { data: &self.weights, stride: self.lanes };
-        let d_o = Right { data: &self.d_o, stride: dim_v };
-        let target = Target { data: &mut *sums.dv, row: |s| key(s) * dim_v, store: Store::Add };
-        tile::product([num_keys, dim_v], weights, d_o, target, |s| seeing[s].clone());
+        let seen = seen_by_some(&self.spans[..rows]);
+        if seen.is_empty() {
+            return;
+        }
+        let (k, v) = (keys.k.tile(place.tile, place.g, &mut []), keys.v.tile(place.tile, place.g, &mut []));
+        self.scores(k, v, &whole_vectors(&seen));
+        let k = keys.k_over_keys.tile(place.tile, place.g, &mut []);
+        product(
+            self.isa,
+            Product {
+                left: Left {
+                    data: U::along_rows(self.isa, &self.d_scores[..rows * KEYS], &mut self.units[0]),
+                    rows: &self.at.units[..rows],
+                    step: 1,
+                },
+                right: Right { data: k.data, stride: k.stride },
+                target: Target { data: &mut *sums.dq, rows: &self.at.dq[..rows], store: Store::Add },
+                columns: dim_qk,
+                steps: Steps::Each(&self.spans[..rows]),
+            },
+        );
+        self.key_gradients(rows, seen, sums, place);
     }
 
-    /// p and scale·ds of the panel of row `first` for the keys `seen`. Those of keys that a row does not see are never
-    /// used.
-    #[inline(always)]
-    fn scores(&mut self, k: Tile<'_, A>, v: Tile<'_, A>, first: usize, seen: Range<usize>) {
-        let Heads { dim_qk, dim_v, scale, .. } = self.heads;
-        let at = seen.start * self.lanes + first;
-        let sides = [(k, dim_qk, &self.q_panels, &mut self.weights), (v, dim_v, &self.d_o_panels, &mut self.d_scores)];
-        for (tile, dim, panels, target) in sides {
-            let rows = Left::Rows { data: &tile.data[seen.start * tile.stride..], stride: tile.stride };
-            let panel = Right { data: &panels[first * dim..][..LANES * dim], stride: LANES };
-            let target = Target { data: &mut target[at..], row: |i| i * self.lanes, store: Store::Write };
-            tile::product([seen.len(), LANES], rows, panel, target, |_| 0..dim);
+    /// g·p and scale·ds of all rows for the keys of a tile in some columns.
+    fn scores(&mut self, k: Tile<'_, U>, v: Tile<'_, U>, columns: &Range<usize>) {
+        let Heads { group_size, dim_qk, dim_v, scale, .. } = self.heads;
+        let rows = self.queries * group_size;
+        let (q, d_o) = if U::STEP == 1 { (&self.q_over_rows, &self.d_o_over_rows) } else { (&self.q, &self.d_o) };
+        for (tile, dim, left, places, scores) in
+            [(k, dim_qk, q, &self.at.q, &mut self.weights), (v, dim_v, d_o, &self.at.d_o, &mut self.d_scores)]
+        {
+            let rows = ..rows;
+            product(
+                self.isa,
+                Product {
+                    left: Left { data: left, rows: &places[rows], step: 1 },
+                    right: Right { data: &tile.data[columns.start..], stride: tile.stride },
+                    target: Target {
+                        data: &mut scores[columns.start..],
+                        rows: &self.at.scores[rows],
+                        store: Store::Write,
+                    },
+                    columns: columns.len(),
+                    steps: Steps::First(dim),
+                },
+            );
         }
-        let lse = self.lse[first..].first_chunk().expect("a panel");
-        let delta = self.delta[first..].first_chunk().expect("a panel");
-        let weights = self.weights[at..].chunks_mut(self.lanes);
-        let d_scores = self.d_scores[at..].chunks_mut(self.lanes);
-        for (weights, d_scores) in weights.zip(d_scores).take(seen.len()) {
-            let weights = weights.first_chunk_mut().expect("a panel");
-            let d_scores = d_scores.first_chunk_mut().expect("a panel");
-            differentiate(weights, d_scores, scale, lse, delta);
-        }
+        vectorize(
+            self.isa,
+            Gradient {
+                scores: &mut self.weights[..rows * KEYS],
+                d_scores: &mut self.d_scores[..rows * KEYS],
+                spans: &self.spans[..rows],
+                columns: columns.clone(),
+                scale,
+                lse: &self.lse[..rows],
+                delta: &self.delta[..rows],
+                gates: &self.gates[..rows],
+            },
+        );
     }
 
-    /// The rows that see each key: from the first query whose span ends behind it to the last that starts before.
-    #[inline(always)]
-    fn seeing(&self, keys: &mut [Range<usize>]) {
-        let spans = &self.spans[..self.queries];
-        let (mut first, mut last) = (0, 0);
-        for (key, rows) in keys.iter_mut().enumerate() {
-            while first < spans.len() && spans[first][1] <= key {
-                first += 1;
-            }
-            while last < spans.len() && spans[last][0] <= key {
-                last += 1;
-            }
-            *rows = first * self.heads.group_size..last.max(first) * self.heads.group_size;
+    /// Adds dk = Σ scale·ds·q and dv = Σ g·p·do over the rows that see each key.
+    fn key_gradients(
+        &mut self,
+        rows: usize,
+        seen: Range<usize>,
+        sums: &mut Sums<'_, U::Acc>,
+        place: &Place<impl Fn(usize) -> usize, impl Fn(usize) -> usize>,
+    ) {
+        let Heads { num_kv_heads, dim_qk, dim_v, .. } = self.heads;
+        let mut seeing = [[0; 2]; KEYS];
+        rows_that_see(&self.spans[..rows], &mut seeing[..seen.end]);
+        let mut targets = [0; KEYS];
+        for s in seen.clone() {
+            targets[s] = (place.key)(s) * num_kv_heads + place.g;
+        }
+        let columns: [usize; KEYS] = std::array::from_fn(|s| s);
+        let [_, p_units, ds_units] = &mut self.units;
+        for (source, units, right, dim, target) in [
+            (&self.d_scores, ds_units, &self.q_over_rows, dim_qk, &mut *sums.dk),
+            (&self.weights, p_units, &self.d_o_over_rows, dim_v, &mut *sums.dv),
+        ] {
+            let places = targets.map(|row| row * dim);
+            product(
+                self.isa,
+                Product {
+                    left: Left {
+                        data: U::along_columns(self.isa, &source[..rows * KEYS], KEYS, units),
+                        rows: &columns[seen.clone()],
+                        step: KEYS,
+                    },
+                    right: Right { data: right, stride: padded(dim) },
+                    target: Target { data: target, rows: &places[seen.clone()], store: Store::Add },
+                    columns: dim,
+                    steps: Steps::Each(&seeing[seen.clone()]),
+                },
+            );
         }
     }
 }
 
-/// Turns scores into p = exp(scale·score − lse), and do^c·v into scale·ds = scale·p·(do^c·v − δ).
-#[inline(never)]
-fn differentiate<A: Real>(
-    weights: &mut [A; LANES],
-    d_scores: &mut [A; LANES],
-    scale: A,
-    lse: &[A; LANES],
-    delta: &[A; LANES],
-) {
-    for x in 0..LANES {
-        weights[x] = math::exp(weights[x] * scale - lse[x]);
-        d_scores[x] = weights[x] * (d_scores[x] - delta[x]) * scale;
+/// The rows that see each key, of spans whose ends never move back: from the first row whose span ends behind it to the
+/// last that starts before.
+fn rows_that_see(spans: &[[usize; 2]], keys: &mut [[usize; 2]]) {
+    let (mut first, mut last) = (0, 0);
+    for (key, rows) in keys.iter_mut().enumerate() {
+        while first < spans.len() && spans[first][1] <= key {
+            first += 1;
+        }
+        while last < spans.len() && spans[last][0] <= key {
+            last += 1;
+        }
+        *rows = [first, last.max(first)];
     }
 }
 

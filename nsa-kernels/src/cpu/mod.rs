@@ -2,7 +2,12 @@
 
 #[expect(unsafe_code, reason = "the library's GEMM takes pointers")]
 pub(crate) mod gemm;
+pub(crate) mod isa;
 pub(crate) mod layer;
+#[expect(unsafe_code, reason = "the inner loop reads without checks what was checked before it")]
+pub(crate) mod product;
+#[expect(unsafe_code, reason = "intrinsics, loads and stores, and the boundary where features are enabled")]
+pub(crate) mod simd;
 
 pub(crate) mod cmp;
 pub(crate) mod compress;
@@ -15,12 +20,16 @@ pub(crate) mod win;
 pub(crate) mod band;
 pub(crate) mod flash;
 pub(crate) mod grad;
+pub(crate) mod keys;
 pub(crate) mod math;
 pub(crate) mod rows;
 pub(crate) mod scratch;
+pub(crate) mod softmax;
 pub(crate) mod tasks;
-pub(crate) mod tile;
+pub(crate) mod unit;
 
+use isa::Isa;
+use nsa_core::DType;
 use scratch::Pool;
 
 /// The host's processor with the instruction set chosen.
@@ -30,30 +39,24 @@ pub struct Cpu {
     pool: Pool,
 }
 
-/// Instruction sets with a path of their own.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Isa {
-    /// Whatever the target has at least; the compiler vectorises.
-    Portable,
-}
-
-impl std::fmt::Display for Isa {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(match self {
-            Self::Portable => "portable",
-        })
-    }
-}
-
 impl Cpu {
-    /// The path that runs everywhere.
-    pub fn portable() -> Self {
-        Self { isa: Isa::Portable, pool: Pool::default() }
+    /// The processor with an instruction set.
+    ///
+    /// # Errors
+    /// The features that it lacks.
+    pub fn new(isa: Isa) -> Result<Self, Vec<&'static str>> {
+        let missing = isa.missing();
+        if missing.is_empty() { Ok(Self { isa, pool: Pool::default() }) } else { Err(missing) }
     }
 
     /// The instruction set chosen.
     pub fn isa(&self) -> Isa {
         self.isa
+    }
+
+    /// Whether tensors of this type are multiplied as pairs of bf16, not widened.
+    pub(crate) fn multiplies_pairs(&self, dtype: DType) -> bool {
+        dtype == DType::Bf16 && self.isa == Isa::Avx512Bf16
     }
 
     /// Scratch memory, shared by all clones.

@@ -1,6 +1,5 @@
 //! Keys and values of one sequence in host memory, packed or paged, one face for both.
 
-use crate::cpu::math;
 use crate::mem::{Mem, Pages, Rows};
 use crate::{Result, Tensor};
 use nsa_core::{CuSeqlens, Element, View};
@@ -19,15 +18,6 @@ enum Source<'a, T> {
     Packed { view: View<'a, T, 3>, start: usize },
     /// A page table.
     Paged(&'a Pages<'a, T>),
-}
-
-/// Rows of one KV head in the type that is computed with: row i starts at `i · stride`.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Tile<'a, A> {
-    /// The elements.
-    pub(crate) data: &'a [A],
-    /// Distance between rows.
-    pub(crate) stride: usize,
 }
 
 impl<'a, T: Element> SeqRows<'a, T> {
@@ -61,27 +51,30 @@ impl<'a, T: Element> SeqRows<'a, T> {
         }
     }
 
-    /// Rows `range` of KV head `g`, widened: where they lie if they need no conversion and are evenly spaced, else in
-    /// `buffer`, which holds `range.len() · D` elements.
+    /// Rows `range` of KV head `g` where they lie, if they are evenly spaced: the elements from the first row's to the last
+    /// row's, and the distance between rows.
     #[inline(always)]
-    pub(crate) fn tile<'b>(&self, range: Range<usize>, g: usize, buffer: &'b mut [T::Acc]) -> Tile<'b, T::Acc>
-    where
-        'a: 'b,
-    {
-        if let Source::Packed { view, start } = self.source
-            && let Some(data) = math::as_acc(view.data())
-            && !range.is_empty()
-        {
-            let [stride, head_stride, _] = view.layout().strides();
-            let first = (start + range.start) * stride + g * head_stride;
-            let len = (range.len() - 1) * stride + view.shape()[2];
-            return Tile { data: &data[first..first + len], stride };
+    pub(crate) fn spaced(&self, range: Range<usize>, g: usize) -> Option<(&'a [T], usize)> {
+        debug_assert!(range.end <= self.len);
+        if range.is_empty() {
+            return None;
         }
-        let stride = if range.is_empty() { 0 } else { self.row(range.start, g).len() };
-        for (i, r) in range.enumerate() {
-            math::widen(self.row(r, g), &mut buffer[i * stride..(i + 1) * stride]);
+        let rows = range.len() - 1;
+        match self.source {
+            Source::Packed { view, start } => {
+                let [stride, head_stride, _] = view.layout().strides();
+                let first = (start + range.start) * stride + g * head_stride;
+                Some((&view.data()[first..first + rows * stride + view.shape()[2]], stride))
+            }
+            Source::Paged(pages) => {
+                let page = range.start / pages.page_rows;
+                let [heads, dim] = pages.row_shape;
+                let first = (range.start % pages.page_rows * heads + g) * dim;
+                let Mem::Host(data) = pages.pages[page];
+                let stride = heads * dim;
+                ((range.end - 1) / pages.page_rows == page).then(|| (&data[first..first + rows * stride + dim], stride))
+            }
         }
-        Tile { data: buffer, stride }
     }
 }
 
@@ -109,7 +102,6 @@ pub(crate) fn packed_rows<'a, T: Element>(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use half::bf16;
     use nsa_core::view::Strided;
 
     #[test]
@@ -130,27 +122,18 @@ mod tests {
             [Pages { pages: vec![Mem::Host(first), Mem::Host(second)], page_rows: 2, len: 3, row_shape: [2, 3] }];
         let paged = host_rows(&Rows::Paged(&table)).unwrap();
         assert_eq!((packed[0].len(), packed[1].len(), paged[0].len()), (2, 3, 3));
-        let mut buffer = [0.0; 9];
         for g in 0..2 {
             for r in 0..3 {
                 assert_eq!(packed[1].row(r, g), paged[0].row(r, g));
             }
-            let direct = packed[1].tile(0..3, g, &mut []);
-            let copied = paged[0].tile(0..3, g, &mut buffer);
-            assert_eq!((direct.stride, copied.stride), (10, 3));
-            for r in 0..3 {
-                assert_eq!(direct.data[r * 10..r * 10 + 3], copied.data[r * 3..r * 3 + 3]);
-            }
+            let (data, stride) = packed[1].spaced(0..3, g).unwrap();
+            assert_eq!((data.len(), stride), (23, 10));
+            (0..3).for_each(|r| assert_eq!(&data[r * stride..][..3], paged[0].row(r, g)));
+            // The second row ends a page.
+            let (data, stride) = paged[0].spaced(0..2, g).unwrap();
+            assert_eq!((data.len(), stride), (9, 6));
+            (0..2).for_each(|r| assert_eq!(&data[r * stride..][..3], paged[0].row(r, g)));
+            assert!(paged[0].spaced(1..3, g).is_none());
         }
-    }
-
-    #[test]
-    fn tiles_of_halves_are_widened() {
-        let data: Vec<bf16> = (0..12).map(|x| bf16::from_f32(x as f32)).collect();
-        let offsets = CuSeqlens::single(3).unwrap();
-        let rows = packed_rows(Tensor::host(&data, [3, 2, 2]).unwrap(), &offsets).unwrap();
-        let mut buffer = [0.0; 4];
-        assert_eq!(rows[0].tile(1..3, 1, &mut buffer).data, [6.0, 7.0, 10.0, 11.0]);
-        assert!(rows[0].tile(1..1, 1, &mut []).data.is_empty());
     }
 }

@@ -43,6 +43,13 @@ impl Pool {
         scratch
     }
 
+    /// 0, `step`, 2 · `step`, …: `count` places.
+    pub(crate) fn multiples(&self, count: usize, step: usize) -> Scratch<'_, usize> {
+        let mut places = self.take(count);
+        places.iter_mut().enumerate().for_each(|(i, place)| *place = i * step);
+        places
+    }
+
     /// The smallest vector of at least `needed` lines, else the largest.
     fn best_fit(&self, needed: usize) -> Vec<Line> {
         let mut free = self.0.lock().unwrap_or_else(PoisonError::into_inner);
@@ -106,5 +113,6 @@ mod tests {
         assert_eq!(pool.take::<u8>(3).as_ptr() as usize, at_small);
         assert_eq!(pool.clone().take::<i32>(2000).as_ptr() as usize, at_large);
         assert_eq!(pool.take::<f32>(0).len(), 0);
+        assert_eq!(*pool.multiples(3, 7), [0, 7, 14]);
     }
 }

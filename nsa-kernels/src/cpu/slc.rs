@@ -6,11 +6,11 @@
 use crate::cpu::Cpu;
 use crate::cpu::band::clip;
 use crate::cpu::flash::{Flash, Heads, queries_per_tile};
-use crate::cpu::grad::{Cell, Place, Queries, Sums, for_each_cell, split_sums};
-use crate::cpu::rows::{SeqRows, host_rows, packed_rows};
-use crate::cpu::scratch::Pool;
+use crate::cpu::grad::{self, Cell, Place, Queries, Sums, for_each_cell, split_sums};
+use crate::cpu::keys::{Grid, KEYS, Layout, Order, Tiles};
+use crate::cpu::rows::host_rows;
 use crate::cpu::tasks::{QueryTile, query_tiles, split_rows};
-use crate::cpu::tile::KEYS;
+use crate::cpu::unit::{Pair, Unit};
 use crate::op::slc::{Backward, Forward};
 use crate::{Error, Result};
 use nsa_core::{Element, NsaConfig, Packing, View, index, select};
@@ -20,13 +20,39 @@ use std::ops::Range;
 /// The branch's column of the gates.
 const GATE: usize = 1;
 
+/// Keys and values of one sequence.
+struct SeqKeys<'p, T, U> {
+    k: Tiles<'p, T, U>,
+    v: Tiles<'p, T, U>,
+}
+
 /// See `op::slc::forward`.
 pub(crate) fn forward<T: Element>(cpu: &Cpu, args: Forward<'_, T>) -> Result<()> {
+    match cpu.multiplies_pairs(T::DTYPE) {
+        true => forward_in::<T, Pair<T::Acc>>(cpu, args),
+        false => forward_in::<T, T::Acc>(cpu, args),
+    }
+}
+
+fn forward_in<T: Element, U: Unit<Acc = T::Acc>>(cpu: &Cpu, args: Forward<'_, T>) -> Result<()> {
     let Forward { config, packing, q, k, v, block_indices, o, lse } = args;
     let (q, o, lse) = (q.to_host()?, o.into_host()?.into_data(), lse.into_host()?.into_data());
     let lists = block_indices.to_host()?;
     check_lists("slc::forward", config, packing, &lists)?;
-    let seqs: Vec<(SeqRows<'_, T>, SeqRows<'_, T>)> = host_rows(&k)?.into_iter().zip(host_rows(&v)?).collect();
+    let (k, v) = (host_rows(&k)?, host_rows(&v)?);
+    let grid = Grid::of_blocks(config.select_block());
+    let seqs: Vec<SeqKeys<'_, T, U>> = k
+        .iter()
+        .zip(&v)
+        .zip(packing.seqs())
+        .map(|((k, v), seq)| {
+            let looks = seq.rows.len() * config.select_count() * grid.tiles_of(0).len();
+            let k = Layout::new(*k, 0, config.head_dim_qk(), grid, Order::OverDims);
+            let v = Layout::new(*v, 0, config.head_dim_v(), grid, Order::OverKeys);
+            let heads = config.num_kv_heads();
+            SeqKeys { k: k.tiles(cpu.pool(), heads, looks), v: v.tiles(cpu.pool(), heads, looks) }
+        })
+        .collect();
     let tiles = query_tiles(packing, queries_per_tile(config.group_size()));
     let rows = || tiles.iter().map(|tile| tile.rows.clone());
     let heads = config.num_heads();
@@ -39,38 +65,33 @@ pub(crate) fn forward<T: Element>(cpu: &Cpu, args: Forward<'_, T>) -> Result<()>
 }
 
 /// One tile of queries, head after head.
-fn attend<T: Element>(
+fn attend<T: Element, U: Unit<Acc = T::Acc>>(
     cpu: &Cpu,
     config: &NsaConfig,
     q: &View<'_, T, 3>,
     lists: &View<'_, i32, 3>,
-    (k, v): &(SeqRows<'_, T>, SeqRows<'_, T>),
+    seq: &SeqKeys<'_, T, U>,
     tile: &QueryTile,
     (o, lse): (&mut [T], &mut [T::Acc]),
 ) {
-    let heads = Heads::<T::Acc>::new(config);
     let pool = cpu.pool();
-    let mut flash = Flash::new(pool, heads, tile.rows.len());
-    let mut k_buffer = pool.take(KEYS * heads.dim_qk);
-    let mut v_buffer = pool.take(KEYS * heads.dim_v);
+    let grid = Grid::of_blocks(config.select_block());
+    let mut flash = Flash::<U>::new(cpu, Heads::new(config), tile.rows.len());
+    let (mut k_buffer, mut v_buffer) = (seq.k.buffer(pool), seq.v.buffer(pool));
     let mut pairs = pool.take(tile.rows.len() * config.select_count());
-    // Positions up to which each query of the tile sees the block at hand; 0 if it did not select it.
-    let mut ends = pool.take::<usize>(tile.rows.len());
     for g in 0..config.num_kv_heads() {
         flash.start(q, tile.rows.clone(), g);
         invert(lists, tile.rows.clone(), g, &mut pairs);
         for pairs in pairs.chunk_by(|a, b| a.block == b.block).filter(|pairs| pairs[0].block != NONE) {
-            ends.fill(0);
-            for pair in pairs {
-                ends[pair.query as usize] = tile.position + pair.query as usize + 1;
-            }
             let last = tile.position + pairs[pairs.len() - 1].query as usize;
-            let block = index::select_tokens(config, pairs[0].block as usize, last);
-            for base in block.clone().step_by(KEYS) {
-                let part = base..(base + KEYS).min(block.end);
-                let k = k.tile(part.clone(), g, &mut k_buffer);
-                let v = v.tile(part.clone(), g, &mut v_buffer);
-                flash.step(k, v, |i| clip(0..ends[i], &part));
+            for i in grid.tiles_of(pairs[0].block as usize) {
+                let part = grid.tokens(i);
+                if part.start > last {
+                    break;
+                }
+                let (k, v) = (seq.k.tile(i, g, &mut k_buffer), seq.v.tile(i, g, &mut v_buffer));
+                let queries = pairs.iter().map(|pair| pair.query as usize);
+                flash.step(k, v, queries.map(|query| (query, clip(0..tile.position + query + 1, &part))));
             }
         }
         flash.finish(g, o, lse);
@@ -80,7 +101,7 @@ fn attend<T: Element>(
 /// A query that selected a block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, bytemuck::Pod, bytemuck::Zeroable)]
 #[repr(C)]
-pub(crate) struct Pair {
+pub(crate) struct Choice {
     /// The block.
     block: u32,
     /// The query, counted from the first of its tile.
@@ -91,11 +112,11 @@ pub(crate) struct Pair {
 const NONE: u32 = u32::MAX;
 
 /// The block lists of some queries turned round: sorted by block, then by query, padding last.
-fn invert(lists: &View<'_, i32, 3>, queries: Range<usize>, g: usize, pairs: &mut [Pair]) {
+fn invert(lists: &View<'_, i32, 3>, queries: Range<usize>, g: usize, pairs: &mut [Choice]) {
     let places = pairs.chunks_exact_mut(lists.shape()[2]);
     for ((query, t), pairs) in (0..).zip(queries).zip(places) {
         for (&block, pair) in lists.row(t, g).iter().zip(pairs) {
-            *pair = Pair { block: u32::try_from(block).unwrap_or(NONE), query };
+            *pair = Choice { block: u32::try_from(block).unwrap_or(NONE), query };
         }
     }
     pairs.sort_unstable();
@@ -139,13 +160,21 @@ fn broken_rule(list: &[i32], candidates: usize) -> Option<(usize, &'static str)>
 
 /// See `op::slc::backward`.
 pub(crate) fn backward<T: Element>(cpu: &Cpu, args: Backward<'_, T>) -> Result<()> {
+    match cpu.multiplies_pairs(T::DTYPE) {
+        true => backward_in::<T, Pair<T::Acc>>(cpu, args),
+        false => backward_in::<T, T::Acc>(cpu, args),
+    }
+}
+
+fn backward_in<T: Element, U: Unit<Acc = T::Acc>>(cpu: &Cpu, args: Backward<'_, T>) -> Result<()> {
     let Backward { config, packing, q, k, v, block_indices, o, lse, d_o, gates, dq, dk, dv } = args;
     let lists = block_indices.to_host()?;
     check_lists("slc::backward", config, packing, &lists)?;
     let pool = cpu.pool();
     let queries = Queries::new(pool, (q, o, lse, d_o), gates.map(|gates| (gates, GATE)))?;
     let offsets = packing.cu_seqlens();
-    let seqs: Vec<_> = packed_rows(k, offsets)?.into_iter().zip(packed_rows(v, offsets)?).collect();
+    let grid = Grid::of_blocks(config.select_block());
+    let keys = grad::SeqKeys::<T, U>::pack(pool, config, (k, v), offsets, grid)?;
     // Tiles of whole blocks, as many tokens as products want.
     let size = KEYS.div_ceil(config.select_block()) * config.select_block();
     let tiles = query_tiles(packing, size);
@@ -158,7 +187,7 @@ pub(crate) fn backward<T: Element>(cpu: &Cpu, args: Backward<'_, T>) -> Result<(
             invert(&lists, tile.rows.clone(), g, pairs);
         }
     });
-    let inverse = Inverse { config, pairs: &pairs, size };
+    let inverse = Inverse { cpu, config, grid, pairs: &pairs, size };
     let sums = split_sums(config, packing, offsets, |_| [size; 2], (dq, dk, dv))?;
     for_each_cell(
         sums,
@@ -166,7 +195,7 @@ pub(crate) fn backward<T: Element>(cpu: &Cpu, args: Backward<'_, T>) -> Result<(
         |s, i, j, sums| {
             let rows = packing.seq(s).rows;
             let queries_of = rows.start + i * size..rows.end.min(rows.start + (i + 1) * size);
-            inverse.add_gradients(pool, &queries, &seqs[s], (queries_of, i * size, j * size), sums);
+            inverse.add_gradients(&queries, &keys[s], (queries_of, i * size, j * size), sums);
         },
     );
     Ok(())
@@ -174,8 +203,10 @@ pub(crate) fn backward<T: Element>(cpu: &Cpu, args: Backward<'_, T>) -> Result<(
 
 /// The block lists of all tiles of queries turned round: per tile `[G][queries · n]`.
 struct Inverse<'a> {
+    cpu: &'a Cpu,
     config: &'a NsaConfig,
-    pairs: &'a [Pair],
+    grid: Grid,
+    pairs: &'a [Choice],
     /// Tokens of a tile.
     size: usize,
 }
@@ -183,11 +214,10 @@ struct Inverse<'a> {
 impl Inverse<'_> {
     /// The gradients of one cell, head after head and block after block: of the queries in the rows `queries`, from
     /// position `position` on, with the blocks that start in the tile at `first_key`.
-    fn add_gradients<T: Element>(
+    fn add_gradients<T: Element, U: Unit<Acc = T::Acc>>(
         &self,
-        pool: &Pool,
         source: &Queries<'_, T>,
-        (k, v): &(SeqRows<'_, T>, SeqRows<'_, T>),
+        keys: &grad::SeqKeys<'_, T, U>,
         (queries, position, first_key): (Range<usize>, usize, usize),
         mut sums: Sums<'_, T::Acc>,
     ) {
@@ -202,21 +232,15 @@ impl Inverse<'_> {
             let start = pairs.partition_point(|pair| pair.block < blocks.start);
             let end = pairs.partition_point(|pair| pair.block < blocks.end);
             for pairs in pairs[start..end].chunk_by(|a, b| a.block == b.block) {
-                let (cell, k_buffer, v_buffer) = memory.get_or_insert_with(|| {
-                    (Cell::new(pool, heads), pool.take(KEYS * heads.dim_qk), pool.take(KEYS * heads.dim_v))
-                });
-                for pairs in pairs.chunks(Cell::capacity(heads)) {
-                    cell.load(source, pairs.iter().map(|pair| queries.start + pair.query as usize), g);
-                    let last = position + pairs[pairs.len() - 1].query as usize;
-                    let tokens = index::select_tokens(self.config, pairs[0].block as usize, last);
-                    for base in tokens.clone().step_by(KEYS) {
-                        let part = base..(base + KEYS).min(tokens.end);
-                        let k = k.tile(part.clone(), g, k_buffer);
-                        let v = v.tile(part.clone(), g, v_buffer);
+                let cell = memory.get_or_insert_with(|| Cell::<U>::new(self.cpu, heads));
+                for pairs in pairs.chunks(Cell::<U>::capacity(heads)) {
+                    cell.load(source, pairs.len(), |i| queries.start + pairs[i].query as usize, g);
+                    for tile in self.grid.tiles_of(pairs[0].block as usize) {
+                        let part = self.grid.tokens(tile);
                         let span = |i: usize| clip(0..position + pairs[i].query as usize + 1, &part);
                         let query = |i: usize| pairs[i].query as usize;
-                        let place = Place { g, first_key: base - first_key, query };
-                        cell.step((k, v, part.len()), span, &mut sums, &place);
+                        let key = |s| part.start + s - first_key;
+                        cell.step(keys, span, &mut sums, &Place { g, tile, key, query });
                     }
                 }
             }

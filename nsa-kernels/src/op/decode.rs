@@ -50,8 +50,8 @@ pub type RowsRead = Vec<usize>;
 ///
 /// **Shapes**: on the fields of [`Step`] and [`Cache`].
 ///
-/// **Numerics**: those of [`nsa::forward`](super::nsa::forward): the same sums in the same order. Independent of the
-/// number of threads and of the other sequences.
+/// **Numerics**: those of [`nsa::forward`](super::nsa::forward), summed over chunks of keys that are then joined in their
+/// order. Independent of the number of threads and of the other sequences.
 ///
 /// **Source**: SPEC 4; reference twin `nsa_ref::decode`.
 ///

@@ -1,12 +1,12 @@
 //! φ.
 
-use crate::kit::{assert_close, packing, scaled, typed, values, with_threads};
+use crate::kit::{assert_close, backend, packing, rounded, scaled, typed, values, with_threads};
 use half::{bf16, f16};
 use nsa_core::{CompressKind, Element, NsaConfig, Packing, index};
 use nsa_kernels::op::compress::{Backward, Forward, Phi, PhiGrad, backward, forward};
-use nsa_kernels::{Backend, Error, Tensor, TensorMut};
+use nsa_kernels::{Error, Tensor, TensorMut};
+use nsa_ref::Exact;
 use nsa_ref::compress as reference;
-use nsa_ref::{Exact, Rounded};
 
 const HEADS: usize = 3;
 const DIM: usize = 5;
@@ -137,7 +137,7 @@ impl Case {
     }
 
     fn run<T: Element>(&self) -> Results<T> {
-        let backend = Backend::pick(Some("cpu")).unwrap().0;
+        let backend = backend();
         let nan = |len| vec![T::Acc::from_f64(f64::NAN); len];
         let before = |t: &nsa_ref::Tensor| vec![T::Acc::from_f64(BEFORE); t.data.len()];
         let (x, d_blocks) = (typed::<T>(&self.x), typed::<T::Acc>(&self.d_blocks));
@@ -179,7 +179,7 @@ impl Case {
 
     fn check<T: Element>(&self) {
         let results = with_threads(2, || self.run::<T>());
-        let (exact, rounded) = (self.reference(&Exact), self.reference(&Rounded::wide(T::DTYPE)));
+        let (exact, rounded) = (self.reference(&Exact), self.reference(&rounded::<T>()));
         assert_close("blocks", &results.blocks, &exact.0, &rounded.0);
         assert_close("dx", &results.dx, &exact.1.dx, &rounded.1.dx);
         let added = |t: &nsa_ref::Tensor| t.map(|x| x + BEFORE);
@@ -287,7 +287,7 @@ fn other_sequences_change_no_bit() {
 
 #[test]
 fn arguments_that_do_not_fit_are_named() {
-    let backend = Backend::pick(Some("cpu")).unwrap().0;
+    let backend = backend();
     let (config, packing) = (config(CompressKind::Weighted, [8, 4]), packing(&[20]));
     let (x, a) = (vec![0.0f32; 20 * HEADS * DIM], vec![0.0f32; 8 * HEADS]);
     let mut blocks = vec![0.0f32; 4 * HEADS * DIM];
@@ -311,7 +311,7 @@ fn arguments_that_do_not_fit_are_named() {
 
 #[test]
 fn a_gradient_without_its_weight_is_named() {
-    let backend = Backend::pick(Some("cpu")).unwrap().0;
+    let backend = backend();
     let (config, packing) = (config(CompressKind::Mean, [8, 4]), packing(&[20]));
     let (x, d_blocks) = (vec![0.0f32; 20 * HEADS * DIM], vec![0.0f32; 4 * HEADS * DIM]);
     let (mut dx, mut e) = (x.clone(), vec![0.0f32; 8 * HEADS * DIM]);

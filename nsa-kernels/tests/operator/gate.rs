@@ -1,11 +1,11 @@
 //! The gated sum.
 
-use crate::kit::{assert_close, typed, values, with_threads};
+use crate::kit::{assert_close, backend, rounded, typed, values, with_threads};
 use half::{bf16, f16};
 use nsa_core::{Element, ShapeError};
 use nsa_kernels::op::gate::{Backward, Forward, backward, forward};
-use nsa_kernels::{Backend, Error, Tensor, TensorMut};
-use nsa_ref::{Exact, Rounded};
+use nsa_kernels::{Error, Tensor, TensorMut};
+use nsa_ref::Exact;
 
 struct Case<T> {
     shape: [usize; 3],
@@ -23,7 +23,7 @@ impl<T: Element> Case<T> {
     }
 
     fn run(&self) -> (Vec<T>, Vec<T::Acc>) {
-        let ([n, heads, _], backend) = (self.shape, Backend::pick(Some("cpu")).unwrap().0);
+        let ([n, heads, _], backend) = (self.shape, backend());
         let branches = || self.branches.each_ref().map(|b| Tensor::host(b, self.shape).unwrap());
         let mut o = vec![T::from_f64(f64::NAN); self.d_o.len()];
         let mut d_gates = vec![T::Acc::from_f64(f64::NAN); self.gates.len()];
@@ -45,7 +45,7 @@ impl<T: Element> Case<T> {
         let gates = wide(&[n, heads, 3], &self.gates);
         let branches = self.branches.each_ref().map(|b| wide(&self.shape, b));
         let (branches, d_o) = (branches.each_ref(), wide(&self.shape, &self.d_o));
-        let rounded = Rounded::wide(T::DTYPE);
+        let rounded = rounded::<T>();
         let (o, d_gates) = with_threads(2, || self.run());
         let truth = nsa_ref::gate::forward(&Exact, &gates, branches).unwrap();
         assert_close("o", &o, &truth, &nsa_ref::gate::forward(&rounded, &gates, branches).unwrap());
@@ -68,7 +68,7 @@ fn every_type_on_odd_shapes() {
 
 #[test]
 fn a_wrong_shape_is_named() {
-    let (backend, data) = (Backend::pick(Some("cpu")).unwrap().0, [0.0f32; 24]);
+    let (backend, data) = (backend(), [0.0f32; 24]);
     let tensor = |shape| Tensor::host(&data, shape).unwrap();
     let mut out = [0.0f32; 24];
     let o = TensorMut::host(&mut out, [2, 3, 4]).unwrap();

@@ -1,7 +1,8 @@
 //! Inputs, and comparison against the reference: truth in f64 beside the same loops rounded where a kernel rounds.
 
 use nsa_core::{CuSeqlens, DType, Element, Packing};
-use nsa_ref::Tensor;
+use nsa_kernels::Backend;
+use nsa_ref::{Rounded, Tensor};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -30,6 +31,16 @@ pub fn typed<T: Element>(tensor: &Tensor) -> Vec<T> {
 /// Sequences of these lengths from position 0.
 pub fn packing(lengths: &[usize]) -> Packing {
     Packing::new(CuSeqlens::from_lengths(lengths.iter().copied()).unwrap())
+}
+
+/// The best backend that this machine has.
+pub fn backend() -> Backend {
+    Backend::pick(Some("cpu")).expect("the CPU is always there").0
+}
+
+/// The arithmetic of its kernels on tensors of type `T`.
+pub fn rounded<T: Element>() -> Rounded {
+    Rounded { storage: T::DTYPE, prob: backend().probability_type(T::DTYPE) }
 }
 
 /// Half an ulp at 1.

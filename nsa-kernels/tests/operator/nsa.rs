@@ -1,10 +1,10 @@
 //! The whole operator after φ.
 
-use crate::kit::{assert_close, packing, typed, values, with_threads};
+use crate::kit::{assert_close, backend, packing, rounded, typed, values, with_threads};
 use half::{bf16, f16};
 use nsa_core::{CompressKind, CuSeqlens, Element, NsaConfig, Packing};
 use nsa_kernels::op::nsa::{Backward, Forward, Saved, Selection, backward, forward};
-use nsa_kernels::{Backend, Rows, Tensor, TensorMut};
+use nsa_kernels::{Rows, Tensor, TensorMut};
 use nsa_ref::nsa as reference;
 use nsa_ref::{Arithmetic, BlockIndices, Exact, Rounded};
 
@@ -121,7 +121,7 @@ impl Call {
             },
             o: TensorMut::host(&mut results.o, [n, heads, dim]).unwrap(),
         };
-        forward(&Backend::pick(Some("cpu")).unwrap().0, args).unwrap();
+        forward(&backend(), args).unwrap();
         results
     }
 
@@ -155,7 +155,7 @@ impl Call {
             dv: [(dv0, 0), (dv1, 1), (dv2, 2)].map(|(d, c)| TensorMut::host(d, value_shape(c)).unwrap()),
             d_gates: TensorMut::host(&mut grads.d_gates, [n, heads, 3]).unwrap(),
         };
-        backward(&Backend::pick(Some("cpu")).unwrap().0, args).unwrap();
+        backward(&backend(), args).unwrap();
         grads
     }
 
@@ -178,7 +178,7 @@ impl Call {
         let (results, grads) = with_threads(2, run);
         let selected = reference::forward(&Exact, &self.config, &self.packing, &self.inputs).unwrap().block_indices;
         assert_eq!(results.block_indices, selected.data);
-        let rounded = Rounded::wide(T::DTYPE);
+        let rounded = rounded::<T>();
         let outputs = [self.reference(&Exact, &selected.data), self.reference(&rounded, &selected.data)];
         assert_close("o", &results.o, &outputs[0].o, &outputs[1].o);
         for c in 0..3 {
@@ -255,6 +255,6 @@ fn given_blocks_are_attended_to() {
     let lists: Vec<i32> = (0..70 * 2).flat_map(|_| [0, -1, -1, -1]).collect();
     let results = call.forward::<f32>(Some(&lists));
     let truth = call.reference(&Exact, &lists);
-    assert_close("o", &results.o, &truth.o, &call.reference(&Rounded::wide(f32::DTYPE), &lists).o);
+    assert_close("o", &results.o, &truth.o, &call.reference(&rounded::<f32>(), &lists).o);
     assert_eq!(results.block_indices, lists);
 }

@@ -1,0 +1,196 @@
+//! Units: what the operands of products are made of, in memory. One element of the accumulator's type, or a pair of bf16.
+
+use super::isa::Isa;
+use super::math;
+use super::product::{Left, Product, Right, Target};
+use super::simd::vectorize;
+#[cfg(target_arch = "x86_64")]
+use super::simd::{Avx512Bf16, ComputePairs};
+use half::bf16;
+use nsa_core::{DType, Element, Real};
+use std::marker::PhantomData;
+
+/// A unit of a product's operands.
+pub(crate) trait Unit: bytemuck::Pod + Send + Sync {
+    /// The type of sums.
+    type Acc: Real;
+    /// Elements of a unit, neighbours along the sum.
+    const STEP: usize;
+
+    /// Computes a product.
+    fn product(isa: Isa, product: Product<'_, Self>);
+
+    /// Writes a row of elements as units, a last one that is not whole filled up with zeros.
+    fn put_row<T: Element<Acc = Self::Acc>>(row: &[T], units: &mut [Self]);
+
+    /// Writes STEP rows as one row of units.
+    fn put_rows<T: Element<Acc = Self::Acc>>(rows: &[&[T]], units: &mut [Self]);
+
+    /// The units that elements in memory are already, if they are.
+    fn borrow<T: Element<Acc = Self::Acc>>(elements: &[T]) -> Option<&[Self]>;
+
+    /// Rounds `[rows, stride]` results into units along the rows: `[rows, stride / STEP]`. The stride is that of whole
+    /// vectors. What is there already in this form is not copied to `buffer`.
+    fn along_rows<'a>(isa: Isa, source: &'a [Self::Acc], buffer: &'a mut [Self]) -> &'a [Self];
+
+    /// Rounds `[rows, stride]` results into units along the columns: `[⌈rows / STEP⌉, stride]`.
+    fn along_columns<'a>(isa: Isa, source: &'a [Self::Acc], stride: usize, buffer: &'a mut [Self]) -> &'a [Self];
+}
+
+impl<A: Real> Unit for A {
+    type Acc = A;
+    const STEP: usize = 1;
+
+    fn product(isa: Isa, product: Product<'_, A>) {
+        vectorize(isa, product);
+    }
+    #[inline(always)]
+    fn put_row<T: Element<Acc = A>>(row: &[T], units: &mut [A]) {
+        math::widen(row, &mut units[..row.len()]);
+    }
+    #[inline(always)]
+    fn put_rows<T: Element<Acc = A>>(rows: &[&[T]], units: &mut [A]) {
+        math::widen(rows[0], &mut units[..rows[0].len()]);
+    }
+    #[inline(always)]
+    fn borrow<T: Element<Acc = A>>(elements: &[T]) -> Option<&[A]> {
+        math::as_acc(elements)
+    }
+    #[inline(always)]
+    fn along_rows<'a>(_: Isa, source: &'a [A], _: &'a mut [A]) -> &'a [A] {
+        source
+    }
+    #[inline(always)]
+    fn along_columns<'a>(_: Isa, source: &'a [A], _: usize, _: &'a mut [A]) -> &'a [A] {
+        source
+    }
+}
+
+/// Two neighbours along the sum of a product, in bf16: the first in the lower half. A is f32, the type of the sums; a
+/// parameter, so that generic callers can name their own.
+#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+#[repr(transparent)]
+pub(crate) struct Pair<A: Real>([u16; 2], PhantomData<A>);
+
+impl<A: Real> Pair<A> {
+    #[inline(always)]
+    fn new(low: u16, high: u16) -> Self {
+        Self([low, high], PhantomData)
+    }
+}
+
+/// The bits of a row of bf16; pairs are made of no other type.
+#[inline(always)]
+fn bits<T: Element>(row: &[T]) -> &[u16] {
+    assert_eq!(T::DTYPE, DType::Bf16, "pairs hold bf16");
+    bytemuck::cast_slice(row)
+}
+
+impl<A: Real> Unit for Pair<A> {
+    type Acc = A;
+    const STEP: usize = 2;
+
+    fn product(isa: Isa, product: Product<'_, Self>) {
+        assert_eq!(isa, Isa::Avx512Bf16, "pairs are multiplied by AVX-512 BF16");
+        let Product { left, right, target, columns, steps } = product;
+        #[cfg(target_arch = "x86_64")]
+        Avx512Bf16::run(Product::<Pair<f32>> {
+            left: Left { data: bytemuck::cast_slice(left.data), rows: left.rows, step: left.step },
+            right: Right { data: bytemuck::cast_slice(right.data), stride: right.stride },
+            target: Target { data: bytemuck::cast_slice_mut(target.data), rows: target.rows, store: target.store },
+            columns,
+            steps,
+        });
+    }
+
+    #[inline(always)]
+    fn put_row<T: Element<Acc = A>>(row: &[T], units: &mut [Self]) {
+        let (pairs, rest) = bits(row).as_chunks::<2>();
+        for (unit, &pair) in units.iter_mut().zip(pairs) {
+            *unit = Self::new(pair[0], pair[1]);
+        }
+        if let [last] = rest {
+            units[pairs.len()] = Self::new(*last, bf16::ZERO.to_bits());
+        }
+    }
+
+    #[inline(always)]
+    fn put_rows<T: Element<Acc = A>>(rows: &[&[T]], units: &mut [Self]) {
+        for ((unit, &low), &high) in units.iter_mut().zip(bits(rows[0])).zip(bits(rows[1])) {
+            *unit = Self::new(low, high);
+        }
+    }
+
+    #[inline(always)]
+    fn borrow<T: Element<Acc = A>>(elements: &[T]) -> Option<&[Self]> {
+        elements.len().is_multiple_of(2).then(|| bytemuck::cast_slice(bits(elements)))
+    }
+
+    fn along_rows<'a>(_: Isa, source: &'a [A], buffer: &'a mut [Self]) -> &'a [Self] {
+        let units = &mut buffer[..source.len() / 2];
+        #[cfg(target_arch = "x86_64")]
+        Avx512Bf16::run(AlongRows {
+            source: bytemuck::cast_slice(source),
+            units: bytemuck::cast_slice_mut(&mut *units),
+        });
+        units
+    }
+
+    fn along_columns<'a>(_: Isa, source: &'a [A], stride: usize, buffer: &'a mut [Self]) -> &'a [Self] {
+        let rows = source.len() / stride;
+        let units = &mut buffer[..rows.div_ceil(2) * stride];
+        #[cfg(target_arch = "x86_64")]
+        Avx512Bf16::run(AlongColumns {
+            source: bytemuck::cast_slice(source),
+            stride,
+            units: bytemuck::cast_slice_mut(&mut *units),
+        });
+        units
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+impl ComputePairs for Product<'_, Pair<f32>> {
+    #[inline(always)]
+    fn run(self, bf16: Avx512Bf16) {
+        self.blocks::<Avx512Bf16, 6, 4>(bf16);
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+struct AlongRows<'a> {
+    source: &'a [f32],
+    units: &'a mut [Pair<f32>],
+}
+
+#[cfg(target_arch = "x86_64")]
+impl ComputePairs for AlongRows<'_> {
+    #[inline(always)]
+    fn run(self, bf16: Avx512Bf16) {
+        for (source, units) in self.source.chunks_exact(32).zip(self.units.chunks_exact_mut(16)) {
+            bf16.pairs_of_neighbours(source, units);
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+struct AlongColumns<'a> {
+    source: &'a [f32],
+    stride: usize,
+    units: &'a mut [Pair<f32>],
+}
+
+#[cfg(target_arch = "x86_64")]
+impl ComputePairs for AlongColumns<'_> {
+    #[inline(always)]
+    fn run(self, bf16: Avx512Bf16) {
+        for (rows, units) in self.source.chunks(2 * self.stride).zip(self.units.chunks_exact_mut(self.stride)) {
+            let zeros = [0.0; 16];
+            for at in (0..self.stride).step_by(16) {
+                let low = &rows[at..at + 16];
+                let high = rows.get(self.stride + at..self.stride + at + 16).unwrap_or(&zeros);
+                bf16.pairs_of_rows([low, high], &mut units[at..]);
+            }
+        }
+    }
+}
