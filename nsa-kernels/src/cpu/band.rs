@@ -2,11 +2,12 @@
 
 use crate::Result;
 use crate::cpu::Cpu;
-use crate::cpu::flash::{Flash, Heads, queries_per_tile};
-use crate::cpu::grad::{self, Cell, Place, Queries, Sums, for_each_cell, split_sums};
-use crate::cpu::keys::{Grid, Layout, Order, Tiles};
+use crate::cpu::flash::{self, Flash, Heads, queries_per_tile};
+use crate::cpu::grad::{self, Cell, Loaded, Place, Queries};
+use crate::cpu::keys::{Grid, KEYS, Layout, Order, Tiles};
 use crate::cpu::rows::host_rows;
-use crate::cpu::tasks::{QueryTile, query_tiles, split_rows};
+use crate::cpu::tasks::{QueryTile, query_tiles, split_rows, tile_len};
+use crate::cpu::turns::{Cut, Row, for_each_row};
 use crate::cpu::unit::{Pair, Unit};
 use crate::{Rows, Tensor, TensorMut};
 use nsa_core::{CuSeqlens, Element, NsaConfig, Packing, View};
@@ -50,7 +51,7 @@ where
     let Forward { config, packing, q, k, v, o, lse, visible } = args;
     let (q, o, lse) = (q.to_host()?, o.into_host()?.into_data(), lse.into_host()?.into_data());
     let (k, v) = (host_rows(&k)?, host_rows(&v)?);
-    let tiles = query_tiles(packing, queries_per_tile(config.group_size()));
+    let tiles = query_tiles(packing, |_| queries_per_tile(config.group_size()));
     // How many tiles of keys the tiles of queries of each sequence look at.
     let mut looks = vec![0; packing.num_seqs()];
     for tile in &tiles {
@@ -131,12 +132,6 @@ pub(crate) struct Backward<'a, T: Element, F> {
     pub(crate) dv: TensorMut<'a, T::Acc, 3>,
 }
 
-/// Rows of a tile of keys: enough tiles for the threads of a large machine, but no smaller than products need.
-fn rows_per_tile(rows: usize, stride: usize) -> usize {
-    let [least, most] = [(64 / stride).max(8), (256 / stride).max(64)];
-    (rows / 32).next_power_of_two().clamp(least, most)
-}
-
 /// Gradients of the attention to all visible rows.
 pub(crate) fn backward<T: Element, F>(cpu: &Cpu, args: Backward<'_, T, F>) -> Result<()>
 where
@@ -154,68 +149,90 @@ where
 {
     let Backward { config, packing, queries, k, v, offsets, stride, visible, dq, dk, dv } = args;
     let keys = grad::SeqKeys::<T, U>::pack(cpu.pool(), config, (k, v), offsets, Grid::plain())?;
-    let rows = |s: usize| offsets.range(s).len();
-    let sizes: Vec<usize> = (0..keys.len()).map(|s| rows_per_tile(rows(s), stride)).collect();
-    let seqs = split_sums(config, packing, offsets, |s| [sizes[s] * stride, sizes[s]], (dq, dk, dv))?;
-    // Tile i starts at token i · size · stride; its first query sees no row before `start`.
-    let diagonals = |s: usize| {
-        let tokens = sizes[s] * stride;
-        let last = packing.seq(s).rows.len().saturating_sub(1) / tokens;
-        last + 1 - visible(last * tokens).start / sizes[s]
-    };
-    for_each_cell(seqs, diagonals, |s, i, j, sums| {
-        let position = i * sizes[s] * stride;
-        let len = packing.seq(s).rows.len();
-        let tile = BandCell {
-            seq: packing.seq(s).rows.start,
-            queries: position..(position + sizes[s] * stride).min(len),
-            keys: j * sizes[s]..((j + 1) * sizes[s]).min(rows(s)),
+    let cuts: Vec<Cut> = packing
+        .seqs()
+        .zip(0..)
+        .map(|(seq, s)| cut(seq.rows.len(), offsets.range(s).len(), stride, config.group_size(), &visible))
+        .collect();
+    for_each_row(config, packing, offsets, &cuts, (dq, dk, dv), |row| {
+        let cut = &cuts[row.seq];
+        let start = row.tile * cut.queries;
+        let tile = BandRow {
+            cpu,
+            config,
+            visible: &visible,
+            first_row: packing.seq(row.seq).rows.start,
+            queries: start..(start + cut.queries).min(packing.seq(row.seq).rows.len()),
+            cut,
         };
-        add_gradients(cpu, config, &queries, &keys[s], &tile, &visible, sums);
-    });
-    Ok(())
+        tile.add_gradients(&queries, &keys[row.seq], row);
+    })
 }
 
-/// A tile of queries and one of keys.
-struct BandCell {
+/// Keys of a tile whose gradients are summed together.
+const BAND_KEYS: usize = 4 * KEYS;
+
+/// How a sequence of `len` queries and `rows` keys is cut. Where all keys stay in the last cache (the compressed ones: there
+/// is one a few tokens), a tile of queries is one load. Else it is as many as read the keys of a tile often enough.
+fn cut(len: usize, rows: usize, stride: usize, group_size: usize, visible: &impl Fn(usize) -> Range<usize>) -> Cut {
+    let load = flash::queries_per_tile(group_size);
+    let queries = if stride > 1 { load } else { tile_len(len, KEYS..=BAND_KEYS).next_multiple_of(load) };
+    let keys = tile_len(rows, KEYS..=BAND_KEYS);
+    let seen = |start: usize| {
+        let last = (start + queries).min(len) - 1;
+        visible(start).start.min(visible(last).end) / keys..visible(last).end.div_ceil(keys)
+    };
+    Cut { queries, keys, seen: (0..len).step_by(queries).map(seen).collect() }
+}
+
+/// A tile of queries.
+struct BandRow<'a, F> {
+    cpu: &'a Cpu,
+    config: &'a NsaConfig,
+    visible: &'a F,
     /// First row of the sequence in the packed tensors.
-    seq: usize,
+    first_row: usize,
     /// Positions.
     queries: Range<usize>,
-    /// Rows of keys in their sequence.
-    keys: Range<usize>,
+    cut: &'a Cut,
 }
 
-/// The gradients of one cell, head after head.
-fn add_gradients<T: Element, U: Unit<Acc = T::Acc>>(
-    cpu: &Cpu,
-    config: &NsaConfig,
-    queries: &Queries<'_, T>,
-    keys: &grad::SeqKeys<'_, T, U>,
-    cell: &BandCell,
-    visible: &impl Fn(usize) -> Range<usize>,
-    mut sums: Sums<'_, T::Acc>,
-) {
-    let seen = visible(cell.queries.start).start..visible(cell.queries.end - 1).end;
-    if clip(seen, &cell.keys).is_empty() {
-        return;
-    }
-    let heads = Heads::<T::Acc>::new(config);
-    let mut memory = Cell::<U>::new(cpu, heads);
-    for g in 0..config.num_kv_heads() {
-        for start in cell.queries.clone().step_by(Cell::<U>::capacity(heads)) {
-            let end = (start + Cell::<U>::capacity(heads)).min(cell.queries.end);
-            memory.load(queries, end - start, |i| cell.seq + start + i, g);
-            for tile in Grid::plain().tiles(&cell.keys) {
-                let tokens = Grid::plain().tokens(tile);
-                let part = tokens.start.max(cell.keys.start)..tokens.end.min(cell.keys.end);
-                let span = |i| {
-                    let seen = clip(visible(start + i), &part);
-                    part.start - tokens.start + seen.start..part.start - tokens.start + seen.end
-                };
-                let query = |i| start - cell.queries.start + i;
-                let key = |s| tokens.start + s - cell.keys.start;
-                memory.step(keys, span, &mut sums, &Place { g, tile, key, query });
+impl<F: Fn(usize) -> Range<usize>> BandRow<'_, F> {
+    /// Adds its gradients to each tile of keys that it sees, head after head.
+    fn add_gradients<T: Element, U: Unit<Acc = T::Acc>>(
+        &self,
+        source: &Queries<'_, T>,
+        keys: &grad::SeqKeys<'_, T, U>,
+        mut row: Row<'_, '_, T::Acc>,
+    ) {
+        let heads = Heads::<T::Acc>::new(self.config);
+        let capacity = Loaded::<U>::capacity(heads);
+        let seen = self.cut.seen[row.tile].clone();
+        let mut loads = Vec::new();
+        if !seen.is_empty() {
+            for (g, start) in
+                (0..heads.num_kv_heads).flat_map(|g| self.queries.clone().step_by(capacity).map(move |x| (g, x)))
+            {
+                let end = (start + capacity).min(self.queries.end);
+                let mut loaded = Loaded::new(self.cpu.pool(), heads);
+                loaded.load(source, end - start, |i| self.first_row + start + i, g);
+                loads.push((start..end, loaded));
+            }
+        }
+        let mut cell = Cell::<U>::new(self.cpu, heads);
+        for j in seen {
+            let mut sums = row.turns.take(j);
+            let keys_of = j * self.cut.keys..(j + 1) * self.cut.keys;
+            for (queries, loaded) in &loads {
+                let reach = (self.visible)(queries.start).start..(self.visible)(queries.end - 1).end;
+                let reach = reach.start.max(keys_of.start)..reach.end.min(keys_of.end);
+                for tile in Grid::plain().tiles(&reach) {
+                    let part = Grid::plain().tokens(tile);
+                    let span = |i| clip((self.visible)(queries.start + i), &part);
+                    let query = |i| queries.start - self.queries.start + i;
+                    let key = |s| part.start + s - keys_of.start;
+                    cell.step(loaded, keys, span, (&mut *row.dq, &mut sums), &Place { tile, key, query });
+                }
             }
         }
     }

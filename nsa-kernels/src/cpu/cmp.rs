@@ -43,7 +43,7 @@ fn forward_in<T: Element, U: Unit<Acc = T::Acc>>(cpu: &Cpu, args: Forward<'_, T>
     let (k, v) = (host_rows(&k_blocks)?, host_rows(&v_blocks)?);
     let most_blocks = k.iter().map(|k| k.len()).max().unwrap_or(0);
     let rows = (SCORES / most_blocks.max(1)).clamp(1, flash::ROWS);
-    let tiles = query_tiles(packing, (rows / config.group_size()).max(1));
+    let tiles = query_tiles(packing, |_| (rows / config.group_size()).max(1));
     let mut looks = vec![0; packing.num_seqs()];
     for tile in &tiles {
         looks[tile.seq] += k[tile.seq].len().div_ceil(KEYS);

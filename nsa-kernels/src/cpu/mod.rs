@@ -26,6 +26,7 @@ pub(crate) mod rows;
 pub(crate) mod scratch;
 pub(crate) mod softmax;
 pub(crate) mod tasks;
+pub(crate) mod turns;
 pub(crate) mod unit;
 
 use isa::Isa;

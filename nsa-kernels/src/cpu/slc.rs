@@ -6,10 +6,11 @@
 use crate::cpu::Cpu;
 use crate::cpu::band::clip;
 use crate::cpu::flash::{Flash, Heads, queries_per_tile};
-use crate::cpu::grad::{self, Cell, Place, Queries, Sums, for_each_cell, split_sums};
+use crate::cpu::grad::{self, Cell, Loaded, Place, Queries};
 use crate::cpu::keys::{Grid, KEYS, Layout, Order, Tiles};
 use crate::cpu::rows::host_rows;
-use crate::cpu::tasks::{QueryTile, query_tiles, split_rows};
+use crate::cpu::tasks::{QueryTile, query_tiles, split_rows, tile_len};
+use crate::cpu::turns::{Cut, Row, for_each_row};
 use crate::cpu::unit::{Pair, Unit};
 use crate::op::slc::{Backward, Forward};
 use crate::{Error, Result};
@@ -53,7 +54,7 @@ fn forward_in<T: Element, U: Unit<Acc = T::Acc>>(cpu: &Cpu, args: Forward<'_, T>
             SeqKeys { k: k.tiles(cpu.pool(), heads, looks), v: v.tiles(cpu.pool(), heads, looks) }
         })
         .collect();
-    let tiles = query_tiles(packing, queries_per_tile(config.group_size()));
+    let tiles = query_tiles(packing, |_| queries_per_tile(config.group_size()));
     let rows = || tiles.iter().map(|tile| tile.rows.clone());
     let heads = config.num_heads();
     let o = split_rows(o, heads * config.head_dim_v(), rows());
@@ -175,9 +176,8 @@ fn backward_in<T: Element, U: Unit<Acc = T::Acc>>(cpu: &Cpu, args: Backward<'_, 
     let offsets = packing.cu_seqlens();
     let grid = Grid::of_blocks(config.select_block());
     let keys = grad::SeqKeys::<T, U>::pack(pool, config, (k, v), offsets, grid)?;
-    // Tiles of whole blocks, as many tokens as products want.
-    let size = KEYS.div_ceil(config.select_block()) * config.select_block();
-    let tiles = query_tiles(packing, size);
+    let sizes: Vec<usize> = packing.seqs().map(|seq| queries_of_tile(config, seq.rows.len())).collect();
+    let tiles = query_tiles(packing, |s| sizes[s]);
     let list_len = config.num_kv_heads() * config.select_count();
     let mut pairs = pool.take(packing.num_tokens() * list_len);
     let places = split_rows(&mut pairs, list_len, tiles.iter().map(|tile| tile.rows.clone()));
@@ -187,18 +187,29 @@ fn backward_in<T: Element, U: Unit<Acc = T::Acc>>(cpu: &Cpu, args: Backward<'_, 
             invert(&lists, tile.rows.clone(), g, pairs);
         }
     });
-    let inverse = Inverse { cpu, config, grid, pairs: &pairs, size };
-    let sums = split_sums(config, packing, offsets, |_| [size; 2], (dq, dk, dv))?;
-    for_each_cell(
-        sums,
-        |_| usize::MAX,
-        |s, i, j, sums| {
-            let rows = packing.seq(s).rows;
-            let queries_of = rows.start + i * size..rows.end.min(rows.start + (i + 1) * size);
-            inverse.add_gradients(&queries, &keys[s], (queries_of, i * size, j * size), sums);
-        },
-    );
-    Ok(())
+    let inverse = Inverse { cpu, config, grid, pairs: &pairs };
+    let cuts: Vec<Cut> = packing.seqs().zip(&sizes).map(|(seq, &size)| cut(config, seq.rows.len(), size)).collect();
+    for_each_row(config, packing, offsets, &cuts, (dq, dk, dv), |row| {
+        let (rows, size) = (packing.seq(row.seq).rows, sizes[row.seq]);
+        let position = row.tile * size;
+        let queries_of = rows.start + position..rows.end.min(rows.start + position + size);
+        inverse.add_gradients(&queries, &keys[row.seq], (queries_of, position), row);
+    })
+}
+
+/// A sequence of `len` tokens in tiles of `queries` queries and of one block.
+fn cut(config: &NsaConfig, len: usize, queries: usize) -> Cut {
+    let seen = |start: usize| 0..index::num_candidates(config, (start + queries).min(len) - 1);
+    Cut { queries, keys: config.select_block(), seen: (0..len).step_by(queries).map(seen).collect() }
+}
+
+/// Rows of queries that a tile should have at most: what they take of q, do and dq stays in the last cache.
+const TILE_ROWS: usize = 1 << 13;
+
+/// Queries of a tile of a sequence of `len`. The more there are, the more of them meet at a block: its keys are read once
+/// for all of them, and its gradients are summed in registers.
+fn queries_of_tile(config: &NsaConfig, len: usize) -> usize {
+    tile_len(len, KEYS..=(TILE_ROWS / config.group_size()).max(KEYS))
 }
 
 /// The block lists of all tiles of queries turned round: per tile `[G][queries · n]`.
@@ -207,40 +218,41 @@ struct Inverse<'a> {
     config: &'a NsaConfig,
     grid: Grid,
     pairs: &'a [Choice],
-    /// Tokens of a tile.
-    size: usize,
 }
 
 impl Inverse<'_> {
-    /// The gradients of one cell, head after head and block after block: of the queries in the rows `queries`, from
-    /// position `position` on, with the blocks that start in the tile at `first_key`.
+    /// Adds the gradients of the queries in the rows `queries`, from position `position` on, block after block and head
+    /// after head.
     fn add_gradients<T: Element, U: Unit<Acc = T::Acc>>(
         &self,
         source: &Queries<'_, T>,
         keys: &grad::SeqKeys<'_, T, U>,
-        (queries, position, first_key): (Range<usize>, usize, usize),
-        mut sums: Sums<'_, T::Acc>,
+        (queries, position): (Range<usize>, usize),
+        mut row: Row<'_, '_, T::Acc>,
     ) {
         let heads = Heads::<T::Acc>::new(self.config);
         let per_head = queries.len() * self.config.select_count();
-        let first_pair = queries.start * self.config.num_kv_heads() * self.config.select_count();
-        let block = self.config.select_block();
-        let blocks = (first_key / block) as u32..((first_key + self.size) / block) as u32;
-        let mut memory = None;
-        for g in 0..self.config.num_kv_heads() {
-            let pairs = &self.pairs[first_pair + g * per_head..][..per_head];
-            let start = pairs.partition_point(|pair| pair.block < blocks.start);
-            let end = pairs.partition_point(|pair| pair.block < blocks.end);
-            for pairs in pairs[start..end].chunk_by(|a, b| a.block == b.block) {
-                let cell = memory.get_or_insert_with(|| Cell::<U>::new(self.cpu, heads));
-                for pairs in pairs.chunks(Cell::<U>::capacity(heads)) {
-                    cell.load(source, pairs.len(), |i| queries.start + pairs[i].query as usize, g);
-                    for tile in self.grid.tiles_of(pairs[0].block as usize) {
+        let first_pair = queries.start * heads.num_kv_heads * self.config.select_count();
+        let pairs = &self.pairs[first_pair..][..heads.num_kv_heads * per_head];
+        // What is left of each head's pairs, by block.
+        let mut left: Vec<&[Choice]> = pairs.chunks_exact(per_head).collect();
+        let mut loaded = Loaded::<U>::new(self.cpu.pool(), heads);
+        let mut cell = Cell::<U>::new(self.cpu, heads);
+        while let Some(block) =
+            left.iter().filter_map(|pairs| Some(pairs.first()?.block)).min().filter(|&block| block != NONE)
+        {
+            let mut sums = row.turns.take(block as usize);
+            for (g, left) in left.iter_mut().enumerate() {
+                let (pairs, rest) = left.split_at(left.partition_point(|pair| pair.block <= block));
+                *left = rest;
+                for pairs in pairs.chunks(Loaded::<U>::capacity(heads)) {
+                    loaded.load(source, pairs.len(), |i| queries.start + pairs[i].query as usize, g);
+                    for tile in self.grid.tiles_of(block as usize) {
                         let part = self.grid.tokens(tile);
                         let span = |i: usize| clip(0..position + pairs[i].query as usize + 1, &part);
                         let query = |i: usize| pairs[i].query as usize;
-                        let key = |s| part.start + s - first_key;
-                        cell.step(keys, span, &mut sums, &Place { g, tile, key, query });
+                        let key = |s| part.start + s - block as usize * self.config.select_block();
+                        cell.step(&loaded, keys, span, (&mut *row.dq, &mut sums), &Place { tile, key, query });
                     }
                 }
             }

@@ -2,7 +2,7 @@
 //! they lie depends on the sequence alone; outputs are token-major, so each tile owns a contiguous part of each.
 
 use nsa_core::Packing;
-use std::ops::Range;
+use std::ops::{Range, RangeInclusive};
 
 /// Consecutive queries of one sequence.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -15,16 +15,22 @@ pub(crate) struct QueryTile {
     pub(crate) position: usize,
 }
 
-/// The tiles of all sequences in order, `size` queries each but for the last of a sequence. Empty sequences have none.
-pub(crate) fn query_tiles(packing: &Packing, size: usize) -> Vec<QueryTile> {
-    let mut tiles = Vec::with_capacity(packing.num_tokens() / size + packing.num_seqs());
+/// The tiles of all sequences in order, `size(s)` queries each but for the last of a sequence. Empty sequences have none.
+pub(crate) fn query_tiles(packing: &Packing, size: impl Fn(usize) -> usize) -> Vec<QueryTile> {
+    let mut tiles = Vec::new();
     for (s, seq) in packing.seqs().enumerate() {
-        for start in seq.rows.clone().step_by(size) {
-            let rows = start..(start + size).min(seq.rows.end);
+        for start in seq.rows.clone().step_by(size(s)) {
+            let rows = start..(start + size(s)).min(seq.rows.end);
             tiles.push(QueryTile { seq: s, position: seq.context + start - seq.rows.start, rows });
         }
     }
     tiles
+}
+
+/// Tokens of a tile of a sequence of `len` that a backward pass is cut into: tiles enough for the threads of a large
+/// machine, but none smaller than `range` starts nor larger than it ends.
+pub(crate) fn tile_len(len: usize, range: RangeInclusive<usize>) -> usize {
+    (len / 32).next_power_of_two().clamp(*range.start(), *range.end())
 }
 
 /// Splits a tensor with `row_len` elements a token into the parts of consecutive ranges of tokens.
@@ -51,7 +57,7 @@ mod tests {
     fn tiles_cover_every_query_once() {
         let offsets = CuSeqlens::from_lengths([5, 0, 2]).unwrap();
         let packing = Packing::with_contexts(offsets, vec![3, 9, 0]).unwrap();
-        let tiles = query_tiles(&packing, 2);
+        let tiles = query_tiles(&packing, |_| 2);
         let tile = |seq, rows, position| QueryTile { seq, rows, position };
         assert_eq!(tiles, [tile(0, 0..2, 3), tile(0, 2..4, 5), tile(0, 4..5, 7), tile(2, 5..7, 0)]);
         let mut data: Vec<usize> = (0..21).collect();

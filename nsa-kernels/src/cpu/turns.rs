@@ -1,0 +1,207 @@
+//! Rows of tiles of queries that add to the same tiles of keys, in a fixed order on any number of threads.
+//!
+//! A task is a tile of queries, which owns its dq and goes through the tiles of keys that it sees, ascending. dk and dv of
+//! a tile of keys take turns: a task waits for the one before it to have passed, so sums have an order that depends on the
+//! sequence alone, without atomics on numbers or copies. Tasks are begun in order, each a tile behind the last: the first
+//! that is not done never waits, so all come to an end, and a tile that everybody sees holds up nobody but at its turn.
+
+use crate::cpu::tasks::split_rows;
+use crate::{Result, TensorMut};
+use nsa_core::{CuSeqlens, NsaConfig, Packing, Real};
+use rayon::prelude::*;
+use std::ops::{Deref, DerefMut, Range};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+
+/// dk and dv of a tile of keys.
+pub(crate) struct KeySums<'a, A> {
+    /// `[keys, G, Dk]`.
+    pub(crate) dk: &'a mut [A],
+    /// `[keys, G, Dv]`.
+    pub(crate) dv: &'a mut [A],
+    /// The tile of queries whose turn it is.
+    turn: usize,
+}
+
+/// A tile of keys whose sums are taken in turns.
+struct Tile<'a, A> {
+    sums: Mutex<KeySums<'a, A>>,
+    passed: Condvar,
+}
+
+/// The tiles of keys of one sequence, for one tile of queries. Whatever it does not take passes on all the same.
+pub(crate) struct Turns<'t, 'a, A> {
+    tiles: &'t [Tile<'a, A>],
+    queries: usize,
+    /// The tiles that it has not passed.
+    left: Range<usize>,
+}
+
+impl<'t, 'a, A> Turns<'t, 'a, A> {
+    /// Waits for the sums of a tile of keys, one of those that the tile of queries sees; they pass to the next tile of
+    /// queries when the result is dropped. Tiles are taken ascending.
+    pub(crate) fn take(&mut self, tile: usize) -> Turn<'t, 'a, A> {
+        assert!(self.left.contains(&tile), "tiles of keys are taken in order");
+        while self.left.start < tile {
+            self.next();
+        }
+        self.next()
+    }
+
+    fn next(&mut self) -> Turn<'t, 'a, A> {
+        let tile = &self.tiles[self.left.start];
+        self.left.start += 1;
+        let sums = tile.sums.lock().unwrap_or_else(PoisonError::into_inner);
+        let waiting = |sums: &mut KeySums<'a, A>| sums.turn != self.queries;
+        let sums = tile.passed.wait_while(sums, waiting).unwrap_or_else(PoisonError::into_inner);
+        Turn { sums, passed: &tile.passed }
+    }
+}
+
+impl<A> Drop for Turns<'_, '_, A> {
+    fn drop(&mut self) {
+        while !self.left.is_empty() {
+            self.next();
+        }
+    }
+}
+
+/// The sums of a tile of keys while it is a tile of queries' turn.
+pub(crate) struct Turn<'t, 'a, A> {
+    sums: MutexGuard<'t, KeySums<'a, A>>,
+    passed: &'t Condvar,
+}
+
+impl<'a, A> Deref for Turn<'_, 'a, A> {
+    type Target = KeySums<'a, A>;
+
+    fn deref(&self) -> &KeySums<'a, A> {
+        &self.sums
+    }
+}
+
+impl<'a, A> DerefMut for Turn<'_, 'a, A> {
+    fn deref_mut(&mut self) -> &mut KeySums<'a, A> {
+        &mut self.sums
+    }
+}
+
+impl<A> Drop for Turn<'_, '_, A> {
+    fn drop(&mut self) {
+        self.sums.turn += 1;
+        self.passed.notify_all();
+    }
+}
+
+/// How one sequence is cut.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Cut {
+    /// Queries of a tile.
+    pub(crate) queries: usize,
+    /// Keys of a tile.
+    pub(crate) keys: usize,
+    /// The tiles of keys that each tile of queries sees; neither end ever moves back.
+    pub(crate) seen: Vec<Range<usize>>,
+}
+
+/// One tile of queries.
+pub(crate) struct Row<'t, 'a, A> {
+    /// Its sequence.
+    pub(crate) seq: usize,
+    /// Its number in the sequence.
+    pub(crate) tile: usize,
+    /// Its `[queries, Hq, Dk]`.
+    pub(crate) dq: &'t mut [A],
+    /// The tiles of keys.
+    pub(crate) turns: Turns<'t, 'a, A>,
+}
+
+/// Calls `row` for every tile of queries of every sequence, after dk and dv have been set to zero.
+pub(crate) fn for_each_row<'a, A: Real>(
+    config: &NsaConfig,
+    packing: &Packing,
+    keys: &CuSeqlens,
+    cuts: &[Cut],
+    (dq, dk, dv): (TensorMut<'a, A, 3>, TensorMut<'a, A, 3>, TensorMut<'a, A, 3>),
+    row: impl Fn(Row<'_, 'a, A>) + Sync,
+) -> Result<()> {
+    let (dk, dv) = (zeroed(dk)?, zeroed(dv)?);
+    let (dk_len, dv_len) = (config.num_kv_heads() * config.head_dim_qk(), config.num_kv_heads() * config.head_dim_v());
+    let dq_len = config.num_heads() * config.head_dim_qk();
+    let ranges = || (0..keys.num_seqs()).map(|s| keys.range(s));
+    let dq = split_rows(dq.into_host()?.into_data(), dq_len, packing.seqs().map(|seq| seq.rows));
+    let sums = split_rows(dk, dk_len, ranges()).into_iter().zip(split_rows(dv, dv_len, ranges()));
+    let seqs: Vec<Vec<Tile<'a, A>>> = sums
+        .zip(cuts)
+        .map(|((dk, dv), cut)| {
+            let tiles = dk.chunks_mut(cut.keys * dk_len).zip(dv.chunks_mut(cut.keys * dv_len)).enumerate();
+            let tile = |(j, (dk, dv))| {
+                // The first that sees it.
+                let turn = cut.seen.partition_point(|seen| seen.end <= j);
+                Tile { sums: Mutex::new(KeySums { dk, dv, turn }), passed: Condvar::new() }
+            };
+            tiles.map(tile).collect()
+        })
+        .collect();
+    let rows = dq.into_iter().zip(cuts).zip(&seqs).enumerate().flat_map(|(seq, ((dq, cut), tiles))| {
+        dq.chunks_mut(cut.queries * dq_len).enumerate().map(move |(tile, dq)| {
+            let turns = Turns { tiles, queries: tile, left: cut.seen[tile].clone() };
+            Row { seq, tile, dq, turns }
+        })
+    });
+    // In order: a task that waits must wait for one that was begun before it.
+    let rows = Mutex::new(rows);
+    let next = || rows.lock().unwrap_or_else(PoisonError::into_inner).next();
+    (0..rayon::current_num_threads()).into_par_iter().with_max_len(1).for_each(|_| {
+        while let Some(next) = next() {
+            row(next);
+        }
+    });
+    Ok(())
+}
+
+/// The elements of a tensor, set to zero.
+fn zeroed<A: Real>(tensor: TensorMut<'_, A, 3>) -> Result<&mut [A]> {
+    let data = tensor.into_host()?.into_data();
+    data.par_chunks_mut(1 << 16).for_each(|chunk| chunk.fill(A::zero()));
+    Ok(data)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nsa_core::CompressKind;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    /// Records in each tile of keys which tiles of queries came, as digits.
+    #[test]
+    fn tiles_of_keys_are_taken_in_order_on_any_number_of_threads() {
+        let config = NsaConfig::builder(1, 1, 1, 1).compress_kind(CompressKind::Mean).build().unwrap();
+        let offsets = CuSeqlens::from_lengths([0, 10, 3]).unwrap();
+        let packing = Packing::new(offsets.clone());
+        // Windows of two tiles of keys.
+        let cut =
+            |rows: usize| Cut { queries: 2, keys: 2, seen: (0..rows).map(|i| i.saturating_sub(1)..i + 1).collect() };
+        let cuts = [cut(0), cut(5), cut(2)];
+        for threads in [1, 2, 7] {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            let [mut dq, mut dk, mut dv] = [vec![f64::NAN; 13], vec![f64::NAN; 13], vec![f64::NAN; 13]];
+            let calls = AtomicUsize::new(0);
+            let [q, k, v] = [&mut dq, &mut dk, &mut dv].map(|x| TensorMut::host(x, [13, 1, 1]).unwrap());
+            let row = |mut row: Row<'_, '_, f64>| {
+                calls.fetch_add(1, Ordering::Relaxed);
+                row.dq.fill(row.tile as f64);
+                // The second tile of queries leaves out what it sees first.
+                for j in cuts[row.seq].seen[row.tile].clone().skip(usize::from(row.tile == 1)) {
+                    let mut sums = row.turns.take(j);
+                    sums.dk[0] = sums.dk[0] * 10.0 + row.tile as f64 + 1.0;
+                    sums.dv[0] += 1.0;
+                }
+            };
+            pool.install(|| for_each_row(&config, &packing, &offsets, &cuts, (q, k, v), row)).unwrap();
+            assert_eq!(calls.into_inner(), 7);
+            assert_eq!(dq, [0.0, 0.0, 1.0, 1.0, 2.0, 2.0, 3.0, 3.0, 4.0, 4.0, 0.0, 0.0, 1.0]);
+            assert_eq!(dk, [1.0, 0.0, 23.0, 0.0, 34.0, 0.0, 45.0, 0.0, 5.0, 0.0, 1.0, 0.0, 2.0]);
+            assert_eq!(dv, [1.0, 0.0, 2.0, 0.0, 2.0, 0.0, 2.0, 0.0, 1.0, 0.0, 1.0, 0.0, 1.0]);
+        }
+    }
+}
