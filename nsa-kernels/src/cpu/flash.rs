@@ -15,7 +15,7 @@ use num_traits::{Float, Zero};
 use std::ops::Range;
 
 /// Rows of queries that a tile aims at: each packed key is used that often.
-pub(crate) const ROWS: usize = 128;
+pub(crate) const ROWS: usize = 256;
 
 /// Queries of a tile, `group_size` rows each.
 pub(crate) fn queries_per_tile(group_size: usize) -> usize {

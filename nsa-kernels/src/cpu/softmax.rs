@@ -27,15 +27,15 @@ fn seen<A: Real, S: Simd<A>>(s: S, v: S::V, at: usize, columns: &Range<usize>, o
     s.keep(v, columns.start.saturating_sub(at)..columns.end.saturating_sub(at).min(S::WIDTH), other)
 }
 
-/// The greatest of some scores of a row.
+/// The greatest of some scores of a row, lane by lane.
 #[inline(always)]
-fn greatest<A: Real, S: Simd<A>>(s: S, scores: &[A], columns: &Range<usize>) -> A {
+fn greatest<A: Real, S: Simd<A>>(s: S, scores: &[A], columns: &Range<usize>) -> S::V {
     let lowest = s.splat(A::neg_infinity());
     let mut best = lowest;
     for at in vectors::<A, S>(columns) {
         best = s.max(seen(s, s.read(&scores[at..]), at, columns, lowest), best);
     }
-    s.greatest(best)
+    best
 }
 
 /// scale·score − shift, rounded twice: the greatest scaled score, rounded before it was stored as a maximum or an lse, and
@@ -81,29 +81,42 @@ pub(crate) struct Online<'a, A> {
     pub(crate) o_stride: usize,
 }
 
+impl<A: Real> Online<'_, A> {
+    /// Row i of the scores.
+    #[inline(always)]
+    fn row<S: Simd<A>>(&mut self, s: S, i: usize, columns: Range<usize>) {
+        let (row, state) = (&mut self.scores[i * KEYS..][..KEYS], self.states[i]);
+        let best = s.mul(greatest(s, row, &columns), s.splat(self.scale));
+        // Most tiles do not raise the maximum.
+        if s.any_greater(best, s.splat(self.max[state])) {
+            let new = s.greatest(best);
+            if self.sum[state] != A::zero() {
+                let decay = (self.max[state] - new).exp();
+                self.sum[state] *= decay;
+                let decay = s.splat(decay);
+                for part in self.o[state * self.o_stride..][..self.o_stride].chunks_exact_mut(S::WIDTH) {
+                    let v = s.mul(s.read(part), decay);
+                    s.write(part, v);
+                }
+            }
+            self.max[state] = new;
+        }
+        self.sum[state] += exponentiate(s, row, &columns, self.scale, finite(self.max[state]));
+    }
+}
+
 impl<'a, A: Real> Compute<A> for Online<'a, A> {
     type As<B: Real> = Online<'a, B>;
 
     #[inline(always)]
-    fn run<S: Simd<A>>(self, s: S) {
-        for ((row, span), &state) in self.scores.chunks_exact_mut(KEYS).zip(self.spans).zip(self.states) {
-            let columns = span[0]..span[1];
-            let old = self.max[state];
-            let best = greatest(s, row, &columns) * self.scale;
-            let new = if best > old { best } else { old };
-            if new != old {
-                self.max[state] = new;
-                if self.sum[state] != A::zero() {
-                    let decay = (old - new).exp();
-                    self.sum[state] *= decay;
-                    let decay = s.splat(decay);
-                    for part in self.o[state * self.o_stride..][..self.o_stride].chunks_exact_mut(S::WIDTH) {
-                        let v = s.mul(s.read(part), decay);
-                        s.write(part, v);
-                    }
-                }
+    fn run<S: Simd<A>>(mut self, s: S) {
+        for (i, &[start, end]) in self.spans.iter().enumerate() {
+            // Most rows see a whole tile: known columns leave no questions to the loops.
+            if (start, end) == (0, KEYS) {
+                self.row(s, i, 0..KEYS);
+            } else {
+                self.row(s, i, start..end);
             }
-            self.sum[state] += exponentiate(s, row, &columns, self.scale, finite(new));
         }
     }
 
@@ -144,7 +157,7 @@ impl<'a, A: Real> Compute<A> for Whole<'a, A> {
     fn run<S: Simd<A>>(self, s: S) {
         for (i, &[start, end]) in self.spans.iter().enumerate() {
             let row = &mut self.scores[i * self.stride..][..self.stride];
-            self.max[i] = greatest(s, row, &(start..end)) * self.scale;
+            self.max[i] = s.greatest(greatest(s, row, &(start..end))) * self.scale;
             self.sum[i] = exponentiate(s, row, &(start..end), self.scale, finite(self.max[i]));
         }
     }
@@ -218,24 +231,34 @@ pub(crate) struct Gradient<'a, A> {
     pub(crate) gates: &'a [A],
 }
 
+impl<A: Real> Gradient<'_, A> {
+    /// Row i of the scores, of which it sees `span`, in some columns.
+    #[inline(always)]
+    fn row<S: Simd<A>>(&mut self, s: S, i: usize, span: Range<usize>, columns: Range<usize>) {
+        let (scale, zero) = (s.splat(self.scale), s.splat(A::zero()));
+        let (lse, delta, gate) = (s.splat(self.lse[i]), s.splat(self.delta[i]), s.splat(self.gates[i]));
+        let (scores, d_scores) = (&mut self.scores[i * KEYS..][..KEYS], &mut self.d_scores[i * KEYS..][..KEYS]);
+        for at in vectors::<A, S>(&columns) {
+            let (scores, d_scores) = (&mut scores[at..], &mut d_scores[at..]);
+            let p = seen(s, s.exp(shifted(s, s.read(scores), scale, lse)), at, &span, zero);
+            let inner = s.sub(s.mul(gate, s.read(d_scores)), delta);
+            let ds = seen(s, s.mul(s.mul(p, inner), scale), at, &span, zero);
+            s.write(scores, s.mul(p, gate));
+            s.write(d_scores, ds);
+        }
+    }
+}
+
 impl<'a, A: Real> Compute<A> for Gradient<'a, A> {
     type As<B: Real> = Gradient<'a, B>;
 
     #[inline(always)]
-    fn run<S: Simd<A>>(self, s: S) {
-        let (scale, zero) = (s.splat(self.scale), s.splat(A::zero()));
-        let rows = self.scores.chunks_exact_mut(KEYS).zip(self.d_scores.chunks_exact_mut(KEYS));
-        for (i, (scores, d_scores)) in rows.enumerate().take(self.spans.len()) {
-            let columns = self.spans[i][0]..self.spans[i][1];
-            let (lse, delta, gate) = (s.splat(self.lse[i]), s.splat(self.delta[i]), s.splat(self.gates[i]));
-            for at in vectors::<A, S>(&self.columns) {
-                let (scores, d_scores) = (&mut scores[at..], &mut d_scores[at..]);
-                let p = s.exp(shifted(s, s.read(scores), scale, lse));
-                let p = seen(s, p, at, &columns, zero);
-                let inner = s.sub(s.mul(gate, s.read(d_scores)), delta);
-                let ds = seen(s, s.mul(s.mul(p, inner), scale), at, &columns, zero);
-                s.write(scores, s.mul(p, gate));
-                s.write(d_scores, ds);
+    fn run<S: Simd<A>>(mut self, s: S) {
+        for (i, &[start, end]) in self.spans.iter().enumerate() {
+            if (start, end) == (0, KEYS) {
+                self.row(s, i, 0..KEYS, 0..KEYS);
+            } else {
+                self.row(s, i, start..end, self.columns.clone());
             }
         }
     }

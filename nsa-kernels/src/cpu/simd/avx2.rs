@@ -79,13 +79,13 @@ impl Simd<f32> for Avx2 {
         unsafe { _mm256_max_ps(a, b) }
     }
     #[inline(always)]
-    fn min(self, a: __m256, b: __m256) -> __m256 {
-        // SAFETY: see `splat`.
-        unsafe { _mm256_min_ps(a, b) }
-    }
-    #[inline(always)]
     fn exp(self, x: __m256) -> __m256 {
         super::exp(self, x)
+    }
+    #[inline(always)]
+    fn any_greater(self, a: __m256, b: __m256) -> bool {
+        // SAFETY: see `splat`.
+        unsafe { _mm256_movemask_ps(_mm256_cmp_ps::<_CMP_GT_OQ>(a, b)) != 0 }
     }
     #[inline(always)]
     fn keep(self, v: __m256, lanes: Range<usize>, other: __m256) -> __m256 {

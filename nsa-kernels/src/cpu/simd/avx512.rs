@@ -121,13 +121,13 @@ impl Simd<f32> for Avx512 {
         unsafe { _mm512_max_ps(a, b) }
     }
     #[inline(always)]
-    fn min(self, a: __m512, b: __m512) -> __m512 {
-        // SAFETY: see `splat`.
-        unsafe { _mm512_min_ps(a, b) }
-    }
-    #[inline(always)]
     fn exp(self, x: __m512) -> __m512 {
         super::exp(self, x)
+    }
+    #[inline(always)]
+    fn any_greater(self, a: __m512, b: __m512) -> bool {
+        // SAFETY: see `splat`.
+        unsafe { _mm512_cmp_ps_mask::<_CMP_GT_OQ>(a, b) != 0 }
     }
     #[inline(always)]
     fn keep(self, v: __m512, lanes: Range<usize>, other: __m512) -> __m512 {

@@ -51,10 +51,6 @@ impl<A: Real> Simd<A> for Portable {
         std::array::from_fn(|x| if a[x] > b[x] { a[x] } else { b[x] })
     }
     #[inline(always)]
-    fn min(self, a: [A; LANES], b: [A; LANES]) -> [A; LANES] {
-        std::array::from_fn(|x| if a[x] < b[x] { a[x] } else { b[x] })
-    }
-    #[inline(always)]
     fn exp(self, v: [A; LANES]) -> [A; LANES] {
         // Both branches are known when compiled.
         if A::DTYPE == DType::F32 {
@@ -64,6 +60,10 @@ impl<A: Real> Simd<A> for Portable {
         } else {
             v.map(A::exp)
         }
+    }
+    #[inline(always)]
+    fn any_greater(self, a: [A; LANES], b: [A; LANES]) -> bool {
+        a.iter().zip(&b).fold(false, |any, (a, b)| any | (a > b))
     }
     #[inline(always)]
     fn keep(self, v: [A; LANES], lanes: Range<usize>, other: [A; LANES]) -> [A; LANES] {
