@@ -106,3 +106,40 @@ impl Backend {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_available_path_is_picked_by_its_name() {
+        for isa in Isa::available() {
+            let name = format!("cpu:{isa}");
+            let (backend, why) = Backend::pick(Some(&name)).unwrap();
+            assert_eq!((backend.name(), why.to_string()), (name.clone(), format!("`{name}` was asked for")));
+        }
+        assert_eq!(Backend::pick(Some("cpu")).unwrap().0.name(), format!("cpu:{}", Isa::best()));
+    }
+
+    #[test]
+    fn what_is_not_there_is_an_error_that_says_what_to_ask_for() {
+        for name in ["gpu", "cpu:", "cpu:sse9", "CPU", "cpu:avx2:"] {
+            let error = Backend::pick(Some(name)).unwrap_err().to_string();
+            assert!(error.contains(name) && error.contains("`cpu:avx2`"), "{error}");
+        }
+        for isa in Isa::ALL.into_iter().filter(|isa| !isa.missing().is_empty()) {
+            let error = Backend::with_isa(isa).unwrap_err().to_string();
+            assert!(error.contains(isa.missing()[0]) && error.contains(&Isa::best().to_string()), "{error}");
+        }
+    }
+
+    #[test]
+    fn probabilities_are_rounded_where_pairs_are_multiplied() {
+        for isa in Isa::available() {
+            let backend = Backend::with_isa(isa).unwrap();
+            let bf16 = if isa == Isa::Avx512Bf16 { DType::Bf16 } else { DType::F32 };
+            let types = [DType::F64, DType::F32, DType::F16, DType::Bf16].map(|t| backend.probability_type(t));
+            assert_eq!(types, [DType::F64, DType::F32, DType::F32, bf16], "{isa}");
+        }
+    }
+}

@@ -2,8 +2,8 @@
 
 use anyhow::{Result, bail};
 use clap::{Args, ValueEnum};
-use nsa_kernels::Backend;
 use nsa_kernels::backend::BACKEND_VARIABLE;
+use nsa_kernels::{Backend, Isa};
 
 /// The options that choose it.
 #[derive(Args, Clone, Debug)]
@@ -34,17 +34,22 @@ pub enum IsaName {
     Portable,
     /// AVX2 and FMA
     Avx2,
-    /// AVX-512
+    /// AVX-512: bf16 is widened
     Avx512,
+    /// AVX-512 with BF16: bf16 is multiplied in pairs, p and dS rounded
+    #[value(name = "avx512bf16")]
+    Avx512Bf16,
 }
 
 impl IsaName {
     fn name(self) -> &'static str {
-        match self {
-            Self::Portable => "portable",
-            Self::Avx2 => "avx2",
-            Self::Avx512 => "avx512",
-        }
+        let isa = match self {
+            Self::Portable => Isa::Portable,
+            Self::Avx2 => Isa::Avx2,
+            Self::Avx512 => Isa::Avx512,
+            Self::Avx512Bf16 => Isa::Avx512Bf16,
+        };
+        isa.name()
     }
 }
 

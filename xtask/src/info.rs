@@ -2,7 +2,7 @@
 
 use crate::machine::{self, Machine};
 use anyhow::Result;
-use nsa_kernels::Backend;
+use nsa_kernels::{Backend, Isa};
 
 /// Runs the command.
 ///
@@ -20,6 +20,11 @@ pub fn run() -> Result<()> {
         false => list.iter().map(|(name, _)| *name).collect::<Vec<_>>().join(" "),
     };
     println!("features    {}; not there: {}", names(found), names(missing));
+    for isa in Isa::ALL {
+        let missing = isa.missing();
+        let state = if missing.is_empty() { "there".to_owned() } else { format!("lacks {}", missing.join(" ")) };
+        println!("path        cpu:{isa}: {state}");
+    }
     println!("commit      {}", machine.commit);
     let (backend, why) = Backend::pick(None)?;
     println!("backend     {}: {why}", backend.name());

@@ -2,6 +2,7 @@
 
 use half::{bf16, f16};
 use nsa_core::NsaConfig;
+use nsa_kernels::Isa;
 use nsa_tests::generate::{PhiShapes, Side, Weights, widen};
 use nsa_tests::operator::{Branches, Compressed, Inputs, Outputs};
 use nsa_tests::reference::{self, Mode};
@@ -331,7 +332,9 @@ fn half_precision_agrees_on_given_blocks() {
         // k̃ rounded to 8 bits may select other blocks than exact k̃: the lists are given.
         let lists = nsa_tests::generate::selection(&case);
         let inputs = Inputs::<bf16> { block_indices: Some(lists.clone()), ..Inputs::generate(&case) };
-        agree(&inputs, &["--backend", "cpu", "--isa", "portable"], 2e-2);
+        for isa in Isa::available() {
+            agree(&inputs, &["--backend", "cpu", "--isa", isa.name()], 2e-2);
+        }
         agree(&inputs, &["--backend", "ref"], 4e-3);
         let inputs = Inputs::<f16> { block_indices: Some(lists), ..Inputs::generate(&case) };
         agree(&inputs, &[], 2.5e-3);

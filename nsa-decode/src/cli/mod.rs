@@ -31,7 +31,7 @@ struct ModelArgs {
     /// Folder with config.json and model.safetensors, as nsa-train writes it.
     #[arg(long, value_name = "DIR")]
     model: PathBuf,
-    /// Backend, such as `cpu` or `cpu:portable` [default: the variable NSA_BACKEND, else the best there is].
+    /// Backend, such as `cpu` or `cpu:avx2` [default: the variable NSA_BACKEND, else the best there is].
     #[arg(long)]
     backend: Option<String>,
     /// Threads to compute with [default: one a core].
