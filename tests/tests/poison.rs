@@ -1,7 +1,7 @@
 //! NaN in every row of K and V that no kernel may read: excluded by a mask, a list or a length. One read would show.
 
 use half::bf16;
-use nsa_core::{CuSeqlens, DType, Element, Packing, index};
+use nsa_core::{CuSeqlens, DType, Packing, index};
 use nsa_kernels::Backend;
 use nsa_tests::check::attention_inputs;
 use nsa_tests::kernels::{Attention, Compress, Pattern};

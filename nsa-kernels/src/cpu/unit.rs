@@ -70,7 +70,9 @@ impl<A: Real> Unit for A {
 /// parameter, so that generic callers can name their own.
 #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
 #[repr(transparent)]
-pub(crate) struct Pair<A: Real>([u16; 2], PhantomData<A>);
+pub(crate) struct Pair<A>([u16; 2], PhantomData<A>)
+where
+    A: Real;
 
 impl<A: Real> Pair<A> {
     #[inline(always)]
