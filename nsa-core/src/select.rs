@@ -97,14 +97,21 @@ pub fn select_blocks<R: Real>(
     number(first, 0);
     number(last, local);
     let kept = &mut scratch.kept;
-    for block in initial..local {
-        let new = Scored { score: scores[block], block };
-        if kept.len() < free.len() {
-            kept.push(new);
-        } else if let Some(mut worst) = kept.peek_mut()
-            && new < *worst
-        {
-            *worst = new;
+    let places = initial + free.len();
+    kept.extend((initial..places).map(|block| Scored { score: scores[block], block }));
+    // A later block goes before an earlier one only with a higher score: few do once the best of some are kept.
+    const CHUNK: usize = 16;
+    for (chunk, first) in scores[places..local].chunks(CHUNK).zip((places..).step_by(CHUNK)) {
+        let Some(worst) = kept.peek().map(|worst| worst.score) else { break };
+        if !chunk.iter().fold(false, |any, &score| any | (score > worst)) {
+            continue;
+        }
+        for (&score, block) in chunk.iter().zip(first..) {
+            if let Some(mut worst) = kept.peek_mut()
+                && score > worst.score
+            {
+                *worst = Scored { score, block };
+            }
         }
     }
     for (place, scored) in free.iter_mut().zip(kept.drain()) {
