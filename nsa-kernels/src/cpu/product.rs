@@ -65,6 +65,17 @@ pub(crate) enum Steps<'a> {
     Each(&'a [[usize; 2]]),
 }
 
+impl Steps<'_> {
+    /// The same steps in the form that leaves no questions to the blocks, if all rows share it: most do.
+    #[inline(always)]
+    fn simplified(self) -> Self {
+        match self {
+            Self::Each(&[[0, end], ref rest @ ..]) if rest.iter().all(|&steps| steps == [0, end]) => Self::First(end),
+            other => other,
+        }
+    }
+}
+
 /// C[i, j] = or += Σ_p A[i, p]·B[p, j] for all rows i of the target, j < `columns` and the elements p of `steps`.
 pub(crate) struct Product<'a, U: Unit> {
     /// A.
@@ -93,11 +104,20 @@ impl<U: Unit> Product<'_, U> {
     #[inline(always)]
     fn check(&self) {
         let (mut units, mut last) = (0, 0);
-        for i in 0..self.target.rows.len() {
-            let row = self.steps_of(i).end.div_ceil(U::STEP);
-            units = units.max(row);
-            if row > 0 {
-                last = last.max(self.left.rows[i] + (row - 1) * self.left.step + 1);
+        match self.steps {
+            Steps::First(count) => {
+                units = count.div_ceil(U::STEP);
+                let farthest = self.left.rows[..self.target.rows.len()].iter().max();
+                last = farthest.map_or(0, |start| if units > 0 { start + (units - 1) * self.left.step + 1 } else { 0 });
+            }
+            Steps::Each(steps) => {
+                for (row, steps) in self.left.rows[..self.target.rows.len()].iter().zip(steps) {
+                    let row_units = steps[1].max(steps[0]).div_ceil(U::STEP);
+                    units = units.max(row_units);
+                    if row_units > 0 {
+                        last = last.max(row + (row_units - 1) * self.left.step + 1);
+                    }
+                }
             }
         }
         assert!(last <= self.left.data.len(), "the left operand reaches beyond its slice");
@@ -110,6 +130,7 @@ impl<U: Unit> Product<'_, U> {
     /// Computes it with blocks of MR rows and NR vectors.
     #[inline(always)]
     pub(crate) fn blocks<M: Multiply<U, U::Acc>, const MR: usize, const NR: usize>(mut self, m: M) {
+        self.steps = self.steps.simplified();
         self.check();
         let mut j = 0;
         while j + NR * M::Simd::WIDTH <= self.columns {
