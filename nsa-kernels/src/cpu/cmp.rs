@@ -29,6 +29,9 @@ const GATE: usize = 0;
 /// Scores that a tile aims at: they stay in the L2 cache from the product to the last sum.
 const SCORES: usize = 1 << 17;
 
+/// Tiles of values with one element a unit that are summed at once: a strip of their columns stays in the L1 cache.
+const VALUES: usize = 2;
+
 /// See `op::cmp::forward`.
 pub(crate) fn forward<T: Element>(cpu: &Cpu, args: Forward<'_, T>) -> Result<()> {
     match cpu.multiplies_pairs(T::DTYPE) {
@@ -181,14 +184,16 @@ impl<'p, U: Unit> Scores<'p, U> {
         let mut sums = pool.zeroed(self.rows * padded(dim_v));
         let (mut left, mut steps) = (pool.take(self.rows), pool.take(self.rows));
         let places = pool.multiples(self.rows, padded(dim_v));
-        for tile in Grid::plain().tiles(&(0..self.blocks)) {
-            let part = Grid::plain().tokens(tile);
+        let tiles = Grid::plain().tiles(&(0..self.blocks));
+        let mut tile = 0;
+        while tile < tiles.end {
+            let (v, count) = v.several(tile..tiles.end, VALUES * U::STEP, g, &mut buffer);
+            let part = Grid::plain().tokens(tile).start..Grid::plain().tokens(tile + count - 1).end;
             for i in 0..self.rows {
                 let span = clip(0..self.spans[i][1], &part);
                 steps[i] = [span.start, span.end];
                 left[i] = (i * self.stride + part.start) / U::STEP;
             }
-            let v = v.tile(tile, g, &mut buffer);
             product(
                 self.isa,
                 Product {
@@ -199,6 +204,7 @@ impl<'p, U: Unit> Scores<'p, U> {
                     steps: Steps::Each(&steps),
                 },
             );
+            tile += count;
         }
         self.heads.store(&mut sums, (&self.max, &self.sum), g, o, lse);
     }

@@ -145,9 +145,9 @@ impl<'a, T: Element> Layout<'a, T> {
         let len = self.tile_len::<U>();
         let mut data = pool.take(tiles.len() * heads * len);
         data.par_chunks_mut(len.max(1)).enumerate().with_min_len(4).for_each(|(i, units)| {
-            self.put(tiles.start + i / heads, i % heads, units);
+            self.put(tiles.start + i % tiles.len(), i / tiles.len(), units);
         });
-        Packed { data, first_tile: tiles.start, heads, len, stride: self.stride() }
+        Packed { data, tiles, len, stride: self.stride() }
     }
 
     /// The tiles for `heads` KV heads: laid out once, if all tasks together look at a tile more often than there are
@@ -183,14 +183,31 @@ impl<'p, T: Element, U: Unit<Acc = T::Acc>> Tiles<'p, T, U> {
         self.layout.put(tile, g, buffer);
         Tile { data: buffer, stride: self.layout.stride() }
     }
+
+    /// Up to `most` consecutive tiles of [`KEYS`] from one on as a single one over the keys, and how many.
+    pub(crate) fn several<'b>(
+        &'b self,
+        tiles: Range<usize>,
+        most: usize,
+        g: usize,
+        buffer: &'b mut [U],
+    ) -> (Tile<'b, U>, usize) {
+        debug_assert!(self.layout.order == Order::OverKeys && self.layout.grid.block == KEYS);
+        match &self.packed {
+            Some(packed) => {
+                let count = tiles.len().min(most);
+                (packed.several(tiles.start..tiles.start + count, g), count)
+            }
+            None => (self.tile(tiles.start, g, buffer), 1),
+        }
+    }
 }
 
 /// Tiles that are laid out.
 struct Packed<'p, U> {
-    /// `[tiles][heads][len]`.
+    /// `[heads][tiles][len]`.
     data: Scratch<'p, U>,
-    first_tile: usize,
-    heads: usize,
+    tiles: Range<usize>,
     len: usize,
     stride: usize,
 }
@@ -199,8 +216,14 @@ impl<U: Unit> Packed<'_, U> {
     /// A tile of KV head `g`.
     #[inline(always)]
     fn tile(&self, tile: usize, g: usize) -> Tile<'_, U> {
-        let at = (tile - self.first_tile) * self.heads + g;
-        Tile { data: &self.data[at * self.len..][..self.len], stride: self.stride }
+        self.several(tile..tile + 1, g)
+    }
+
+    /// Consecutive tiles of KV head `g`: over the keys, one tile after the other.
+    #[inline(always)]
+    fn several(&self, tiles: Range<usize>, g: usize) -> Tile<'_, U> {
+        let at = g * self.tiles.len() + tiles.start - self.tiles.start;
+        Tile { data: &self.data[at * self.len..][..tiles.len() * self.len], stride: self.stride }
     }
 }
 
@@ -252,6 +275,25 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn several_tiles_lie_one_behind_the_other() {
+        let (pool, heads, dim, len) = (Pool::default(), 2, 3, 150);
+        let data: Vec<f32> = (0..len * heads * dim).map(|i| i as f32).collect();
+        let rows = SeqRows::whole(View::new(&data, [len, heads, dim]).unwrap());
+        let layout = Layout::new(rows, 0, dim, Grid::plain(), Order::OverKeys);
+        let (packed, single) = (layout.tiles::<f32>(&pool, heads, 1000), layout.tiles::<f32>(&pool, heads, 1));
+        let mut buffer = single.buffer(&pool);
+        for (most, counts) in [(1, 1), (2, 2), (9, 2)] {
+            let (tile, count) = packed.several(1..3, most, 1, &mut []);
+            assert_eq!(count, counts);
+            let stored = (0..count * KEYS).filter(|key| KEYS + key < len);
+            stored.for_each(|key| {
+                assert_eq!(tile.data[key * tile.stride..][..dim], data[((KEYS + key) * heads + 1) * dim..][..dim]);
+            });
+        }
+        assert_eq!(single.several(0..3, 9, 0, &mut buffer).1, 1);
     }
 
     #[test]
