@@ -1,5 +1,6 @@
 //! The configuration of the operator: names and rules of the specification.
 
+use crate::object::Object;
 use crate::{ConfigError, FileError};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -14,12 +15,23 @@ pub fn read_json<C: DeserializeOwned>(path: impl AsRef<Path>) -> Result<C, FileE
     let bytes = std::fs::read(path).map_err(|source| FileError::Read { path: path.to_owned(), source })?;
     let content = |message| FileError::Content { path: path.to_owned(), message };
     let mut json = serde_json::Deserializer::from_slice(&bytes);
-    let config = serde_path_to_error::deserialize(&mut json).map_err(|error| {
-        let at_root = error.path().iter().next().is_none();
-        content(if at_root { error.inner().to_string() } else { format!("`{}`: {}", error.path(), error.inner()) })
-    })?;
+    let config = serde_path_to_error::deserialize(&mut json).map_err(|error| content(json_message(&error)))?;
     json.end().map_err(|error| content(error.to_string()))?;
     Ok(config)
+}
+
+/// What is wrong with a JSON text, and in which field if it is one's fault.
+fn json_message(error: &serde_path_to_error::Error<serde_json::Error>) -> String {
+    let inner = error.inner();
+    if inner.is_eof() {
+        return format!("ends early, at line {} column {}", inner.line(), inner.column());
+    }
+    // A path ends in an unknown part, `?`, where an object itself is at fault, such as for a comma too many.
+    let path = error.path().to_string();
+    match path.strip_suffix('?').unwrap_or(&path).trim_end_matches('.') {
+        "" => inner.to_string(),
+        field => format!("`{field}`: {inner}"),
+    }
 }
 
 /// φ: how a compression block becomes one key and one value.
@@ -40,7 +52,7 @@ pub enum CompressKind {
 /// A valid configuration of Native Sparse Attention.
 ///
 /// Every value satisfies: d | l, d | l', l ≤ l', G | Hq, n ≥ n0 + nl, nl ≥ 1, sizes non-zero and within i32.
-/// Made by [`NsaConfig::builder`] or from JSON (unknown fields are errors), checked once, read-only from then on.
+/// Made by [`NsaConfig::builder`] or from a JSON object (unknown fields are errors), checked once, read-only from then on.
 ///
 /// ```
 /// use nsa_core::{CompressKind, NsaConfig};
@@ -51,7 +63,7 @@ pub enum CompressKind {
 /// # Ok::<(), nsa_core::ConfigError>(())
 /// ```
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(try_from = "NsaConfigBuilder", into = "NsaConfigBuilder")]
+#[serde(try_from = "Object<NsaConfigBuilder>", into = "NsaConfigBuilder")]
 pub struct NsaConfig(NsaConfigBuilder);
 
 /// Fields of an [`NsaConfig`] before they are checked. Defaults are the paper's block sizes; heads and head
@@ -284,10 +296,10 @@ impl NsaConfig {
     }
 }
 
-impl TryFrom<NsaConfigBuilder> for NsaConfig {
+impl TryFrom<Object<NsaConfigBuilder>> for NsaConfig {
     type Error = ConfigError;
 
-    fn try_from(builder: NsaConfigBuilder) -> Result<Self, ConfigError> {
+    fn try_from(Object(builder): Object<NsaConfigBuilder>) -> Result<Self, ConfigError> {
         builder.build()
     }
 }

@@ -15,6 +15,7 @@
 //! | [`index`] | visible blocks, candidates, importance weights, windows, rows read by a decoding step |
 //! | [`select`] | the selection policy: forced blocks, order, ties, padding |
 //! | [`dtype`] | [`Element`] (f32, f64, bf16, f16) and the type it accumulates in, [`Real`] |
+//! | [`object`] | [`Object`](object::Object): structs from JSON objects, never from lists |
 //! | [`view`] | [`View`], [`ViewMut`]: shape and strides over memory, checked |
 //! | [`model`] | whole models: `config.json`, tensors and their order, counts, memory plan, rotary frequencies |
 //! | `tokenizer` | text to tokens and back, streaming (feature `text`) |
@@ -55,6 +56,7 @@ pub mod error;
 pub mod index;
 pub mod layout;
 pub mod model;
+pub mod object;
 pub mod select;
 #[cfg(feature = "text")]
 pub mod tokenizer;

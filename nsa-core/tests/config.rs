@@ -104,7 +104,11 @@ fn json_errors_say_what_is_wrong() {
 fn a_file_error_names_the_file() {
     let folder = tempfile::tempdir().expect("a folder");
     let path = folder.path().join("nsa.json");
-    assert!(matches!(read_json::<NsaConfig>(&path), Err(FileError::Read { path: named, .. }) if named == path));
+    let error = read_json::<NsaConfig>(&path).expect_err("no such file");
+    // The reason is the error's source, so that who prints both prints it once.
+    assert!(error.to_string().ends_with("nsa.json: cannot be read"), "{error}");
+    assert!(std::error::Error::source(&error).is_some_and(|source| source.to_string().contains("No such file")));
+    assert!(matches!(error, FileError::Read { path: named, .. } if named == path));
     std::fs::write(&path, serde_json::to_string(&NsaConfig::paper()).expect("serializes")).expect("writes");
     assert_eq!(read_json::<NsaConfig>(&path).expect("valid"), NsaConfig::paper());
     let error_of = |text: &str| {
@@ -112,7 +116,15 @@ fn a_file_error_names_the_file() {
         read_json::<NsaConfig>(&path).expect_err("no such configuration").to_string()
     };
     let short = error_of("{\"num_heads\": 4");
-    assert!(short.contains("nsa.json: ") && short.contains("line 1"), "{short}");
+    assert!(short.ends_with("nsa.json: ends early, at line 1 column 15"), "{short}");
+    for cut in ["", "{", "{\"num_heads\"", "{\"num_heads\":", "{\"num_heads\": 4,"] {
+        let short = error_of(cut);
+        assert!(short.contains("nsa.json: ends early, at line 1 column") && !short.contains('`'), "{short}");
+    }
+    let comma = error_of("{\"num_heads\": 4,}");
+    assert!(comma.contains("nsa.json: trailing comma"), "{comma}");
+    let unknown = error_of("{\"num_head\": 4}");
+    assert!(unknown.contains("nsa.json: `num_head`: unknown field `num_head`"), "{unknown}");
     let field = error_of("{\"num_heads\": 4, \"window\": \"7\"}");
     assert!(field.contains("`window`: invalid type: string \"7\", expected usize"), "{field}");
     let paper = serde_json::to_string(&NsaConfig::paper()).expect("serializes");
@@ -120,6 +132,20 @@ fn a_file_error_names_the_file() {
     assert!(rule.contains("nsa.json: config field `window` = 0: must not be zero"), "{rule}");
     let more = error_of(&format!("{paper} {{}}"));
     assert!(more.contains("trailing characters"), "{more}");
+}
+
+#[test]
+fn a_configuration_is_an_object() {
+    let list = "[4, 2, 16, 16, 8, 4, 16, 4, 1, 2, 32, \"mean\", null, null]";
+    let error = serde_json::from_str::<NsaConfig>(list).expect_err("a list").to_string();
+    assert!(error.starts_with("invalid type: sequence, expected an object"), "{error}");
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("nsa.json");
+    for text in [list, "[]", "7", "\"small\"", "null"] {
+        std::fs::write(&path, text).expect("writes");
+        let error = read_json::<NsaConfig>(&path).expect_err("no object").to_string();
+        assert!(error.contains("nsa.json: invalid type: ") && error.contains("expected an object"), "{error}");
+    }
 }
 
 /// Rounding to nearest, ties to even, found among the neighbours of the rounded value.

@@ -263,6 +263,9 @@ fn json_errors_say_what_is_wrong() {
         (error_of(&|v| drop(v.as_object_mut().expect("an object").remove("vocab_size"))), "missing field `vocab_size`"),
         (error_of(&|v| v["attention"] = json!("full")), "unknown variant `full`"),
         (error_of(&|v| v["tokenizer"] = json!("bpe")), "unknown variant `bpe`"),
+        (error_of(&|v| *v = json!([256, 64, 96, 2, 4, 2, null, null, 512])), "sequence, expected an object"),
+        (error_of(&|v| v["nsa"] = json!([32, 16, 64, 16, 1, 2, 512, "mean"])), "sequence, expected an object"),
+        (error_of(&|v| v["rope_scaling"] = json!(["yarn", 4.0, 8192])), "sequence, expected an object"),
         (error_of(&|v| v["num_key_value_heads"] = json!(3)), "config field `num_attention_heads` = 4"),
     ] {
         assert!(error.contains(part), "`{error}` does not say `{part}`");

@@ -33,7 +33,7 @@ pub enum Finish {
     Stop(String),
     /// There are as many tokens as wanted.
     MaxTokens,
-    /// The longest context is full.
+    /// The longest context is full, and the token after it was drawn.
     ContextFull,
 }
 
@@ -78,10 +78,6 @@ impl<'m> Stream<'m> {
         if session.is_empty() {
             return Err(Error::NoTokens);
         }
-        let limit = model.config().max_position_embeddings();
-        if session.len() >= limit && options.max_tokens > 0 {
-            return Err(Error::ContextFull { tokens: session.len() + 1, limit });
-        }
         let sampler = Sampler::new(options.sampling, number)?;
         let stops = StopMatcher::new(options.stop)?;
         let decoder = (options.max_tokens > 0).then(|| model.tokenizer().stream());
@@ -92,11 +88,15 @@ impl<'m> Stream<'m> {
         self.decoder.is_none()
     }
 
-    /// Draws the next token and adds it to the session, to be computed when the one after it is drawn.
+    /// Draws the next token and adds it to the session, to be computed when the one after it is drawn. The logits of a full
+    /// context give a token too, the last: nothing is computed from it, so that it needs no place.
     fn draw(&mut self, session: &mut Session) -> Result<Piece> {
         session.logits()?;
         let token = session.draw(&mut self.sampler)?;
-        session.push(&[token])?;
+        let full = session.len() == self.model.config().max_position_embeddings();
+        if !full {
+            session.push(&[token])?;
+        }
         self.left -= 1;
         if self.model.config().eos_token_id() == Some(token) {
             return self.close(token, String::new(), Finish::EndOfText);
@@ -111,7 +111,7 @@ impl<'m> Stream<'m> {
         if self.left == 0 {
             return self.close(token, released.text, Finish::MaxTokens);
         }
-        if session.len() == self.model.config().max_position_embeddings() {
+        if full {
             return self.close(token, released.text, Finish::ContextFull);
         }
         Ok(Piece { token, text: released.text, finish: None })
@@ -133,7 +133,8 @@ impl<'m> Stream<'m> {
     }
 }
 
-/// An iterator over the pieces of one text. The session has the tokens drawn, and can be used on afterwards.
+/// An iterator over the pieces of one text. The session has the tokens drawn, and can be used on afterwards; only the token
+/// drawn after a full context is not in it.
 ///
 /// ```no_run
 /// use nsa_decode::{Backend, GenerateOptions, Model};
@@ -170,7 +171,7 @@ impl Model {
     /// Generates text after the tokens of `session`.
     ///
     /// # Errors
-    /// If the session is empty, of another model or as long as the longest context, or an option breaks its rule.
+    /// If the session is empty or of another model, or an option breaks its rule.
     pub fn generate<'a>(&'a self, session: &'a mut Session, options: GenerateOptions) -> Result<Generate<'a>> {
         let stream = Stream::new(self, session, options, 0)?;
         Ok(Generate { session, stream })

@@ -3,11 +3,32 @@
 use crate::cpu::Cpu;
 use crate::{Buffer, Error, Isa, Result};
 use nsa_core::DType;
+use std::ffi::OsStr;
 use std::fmt;
 
 /// Environment variable that forces a backend: `cpu` with the best instruction set of the machine, or `cpu:NAME` with
 /// the one of that [name](Isa::name).
 pub const BACKEND_VARIABLE: &str = "NSA_BACKEND";
+
+/// Environment variable that sets the number of threads: a positive whole number; 0 or nothing takes one a core.
+pub const THREADS_VARIABLE: &str = "RAYON_NUM_THREADS";
+
+/// Checks [`THREADS_VARIABLE`] for a program that is about to start: the thread pool passes over a value that it cannot read
+/// and takes every core.
+///
+/// # Errors
+/// If the value is no whole number.
+pub fn check_threads_variable() -> Result<()> {
+    std::env::var_os(THREADS_VARIABLE).map_or(Ok(()), |value| check_threads(&value))
+}
+
+fn check_threads(value: &OsStr) -> Result<()> {
+    if value.is_empty() || value.to_str().is_some_and(|text| text.parse::<usize>().is_ok()) {
+        return Ok(());
+    }
+    let rule = "must be a positive whole number; 0 or nothing takes one thread a core";
+    Err(Error::Variable { variable: THREADS_VARIABLE, value: value.to_string_lossy().into_owned(), rule })
+}
 
 /// What runs the operations.
 #[derive(Clone, Debug)]
@@ -140,6 +161,18 @@ mod tests {
             let bf16 = if isa == Isa::Avx512Bf16 { DType::Bf16 } else { DType::F32 };
             let types = [DType::F64, DType::F32, DType::F16, DType::Bf16].map(|t| backend.probability_type(t));
             assert_eq!(types, [DType::F64, DType::F32, DType::F32, bf16], "{isa}");
+        }
+    }
+
+    #[test]
+    fn numbers_of_threads_are_whole_numbers() {
+        for value in ["", "0", "1", "16"] {
+            assert_eq!(check_threads(OsStr::new(value)), Ok(()), "{value}");
+        }
+        for value in ["abc", "-1", "1.5", " 2", "2 ", "99999999999999999999"] {
+            let error = check_threads(OsStr::new(value)).unwrap_err().to_string();
+            let start = format!("environment variable RAYON_NUM_THREADS = `{value}`: must be a positive whole number");
+            assert!(error.starts_with(&start), "{error}");
         }
     }
 }

@@ -29,6 +29,16 @@ pub enum Error {
         /// The rule that it breaks.
         rule: &'static str,
     },
+    /// An environment variable breaks a rule.
+    #[error("environment variable {variable} = `{value}`: {rule}")]
+    Variable {
+        /// Its name.
+        variable: &'static str,
+        /// Its value.
+        value: String,
+        /// The rule that it breaks.
+        rule: &'static str,
+    },
     /// The backend that was asked for is not there.
     #[error("backend `{requested}` is not available: {missing}; {advice}")]
     Backend {

@@ -10,12 +10,13 @@ use crate::mapped::map;
 use crate::{Error, Result, TrainOptions};
 use bytemuck::cast_slice;
 use nsa_core::model::{ModelConfig, ParamSpec, manifest};
+use nsa_core::object::{self, Object};
 use nsa_core::tokenizer::TOKENIZER_FILE;
-use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use safetensors::tensor::{Dtype, SafeTensorError, SafeTensors, TensorView};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, HashSet};
-use std::fs;
 use std::path::{Path, PathBuf};
+use std::{fs, io};
 
 /// The model's configuration.
 pub const CONFIG_FILE: &str = "config.json";
@@ -46,8 +47,10 @@ pub struct State {
     /// Loss of the last validation, if there was one.
     pub validation_loss: Option<f64>,
     /// Options of the run.
+    #[serde(deserialize_with = "object::required")]
     pub options: TrainOptions,
     /// The text.
+    #[serde(deserialize_with = "object::required")]
     pub data: DataState,
     /// SHA-256 of the tensor files.
     pub files: BTreeMap<String, String>,
@@ -62,6 +65,7 @@ pub struct DataState {
     /// Validation files, if they are given apart.
     pub validation_files: Vec<PathBuf>,
     /// How files become documents.
+    #[serde(deserialize_with = "object::required")]
     pub text: TextOptions,
     /// How validation text is taken out of the training files.
     pub split: Split,
@@ -141,13 +145,21 @@ fn fill(folder: &Path, parts: Parts<'_>) -> Result<()> {
         let tensors = tensors.into_iter().map(|(_, tensor)| tensor);
         let metadata = [("format".to_owned(), "pt".to_owned())].into();
         safetensors::serialize_to_file(tensors, Some(metadata), &path)
-            .map_err(|error| Error::Write { path: path.clone(), source: std::io::Error::other(error) })?;
+            .map_err(|error| Error::Write { path: path.clone(), source: io_error(error) })?;
         // The library makes files that only their owner reads; they are to be as open as the others.
         let permissions = fs::metadata(&config_path).map_err(Error::read(&config_path))?.permissions();
         fs::set_permissions(&path, permissions).map_err(Error::write(&path))?;
         state.files.insert(name.to_owned(), hash_file(&path)?);
     }
     write_json(&folder.join(STATE_FILE), &state)
+}
+
+/// The system's error itself, not one that quotes it.
+fn io_error(error: SafeTensorError) -> io::Error {
+    match error {
+        SafeTensorError::IoError(error) => error,
+        other => io::Error::other(other),
+    }
 }
 
 fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
@@ -239,6 +251,21 @@ pub struct Loaded {
     pub state: State,
 }
 
+impl Loaded {
+    /// Checks the options to go on with, which may not be those that the checkpoint was written with.
+    ///
+    /// # Errors
+    /// If the checkpoint has taken more steps than they ask for, or they break a rule of [`TrainOptions::check`].
+    pub fn check_options(&self) -> Result<()> {
+        let State { step, options, .. } = &self.state;
+        if options.steps < *step {
+            let rule = format!("must be at least {step}, the step of {}", self.folder.display());
+            return Err(Error::value("steps", options.steps, rule));
+        }
+        options.check()
+    }
+}
+
 /// Reads a checkpoint.
 ///
 /// # Errors
@@ -246,7 +273,7 @@ pub struct Loaded {
 pub fn load(folder: &Path) -> Result<Loaded> {
     let config = load_config(folder)?;
     let state_path = folder.join(STATE_FILE);
-    let state: State = nsa_core::read_json(&state_path)?;
+    let Object(state): Object<State> = nsa_core::read_json(&state_path)?;
     if state.format != FORMAT {
         return Err(Error::content(&state_path, format!("format {}, expected {FORMAT}", state.format)));
     }

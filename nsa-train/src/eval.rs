@@ -81,8 +81,11 @@ pub fn evaluate<R: Real>(
 fn check<R: Real>(workspace: &Workspace<R>, options: EvalOptions) -> Result<()> {
     let capacity = workspace.capacity();
     let longest = capacity.longest.min(capacity.tokens);
-    if options.context == 0 || options.context > longest {
-        let rule = format!("must be from 1 to the workspace's longest sequence, {longest}");
+    if options.context == 0 {
+        return Err(Error::value("context", options.context, "must not be zero"));
+    }
+    if options.context > longest {
+        let rule = format!("must be at most the workspace's longest sequence, {longest}");
         return Err(Error::value("context", options.context, rule));
     }
     if options.stride == 0 || options.stride > options.context {

@@ -1,6 +1,7 @@
 //! What a run is asked to do.
 
 use crate::{Error, Result};
+use nsa_core::model::ModelConfig;
 use serde::{Deserialize, Serialize};
 
 /// Everything that shapes a run besides model and text. JSON: absent fields take their defaults, unknown fields are errors.
@@ -19,8 +20,8 @@ pub struct TrainOptions {
     pub lr: f64,
     /// Last learning rate.
     pub min_lr: f64,
-    /// Steps over which the learning rate rises.
-    pub warmup: u64,
+    /// Steps over which the learning rate rises; if absent, a tenth of the steps, 100 at most. Checkpoints record the number.
+    pub warmup: Option<u64>,
     /// Weight decay of matrices.
     pub weight_decay: f64,
     /// Gradients of a larger norm are scaled down to it; 0 never does.
@@ -52,7 +53,7 @@ impl Default for TrainOptions {
             accumulate: 1,
             lr: 1e-3,
             min_lr: 1e-4,
-            warmup: 100,
+            warmup: None,
             weight_decay: 0.1,
             clip: 1.0,
             beta1: 0.9,
@@ -99,10 +100,28 @@ impl TrainOptions {
         if self.min_lr > self.lr {
             return Err(Error::value("min-lr", self.min_lr, format!("must be at most lr = {}", self.lr)));
         }
-        if self.warmup > self.steps {
-            return Err(Error::value("warmup", self.warmup, format!("must be at most steps = {}", self.steps)));
+        if self.warmup() > self.steps {
+            return Err(Error::value("warmup", self.warmup(), format!("must be at most steps = {}", self.steps)));
         }
         Ok(())
+    }
+
+    /// Checks every rule that concerns the options and a model.
+    ///
+    /// # Errors
+    /// The first rule broken, with the option and its value.
+    pub fn check_model(&self, config: &ModelConfig) -> Result<()> {
+        let longest = config.max_position_embeddings();
+        if self.context > longest {
+            let rule = format!("must be at most the model's max_position_embeddings = {longest}");
+            return Err(Error::value("context", self.context, rule));
+        }
+        Ok(())
+    }
+
+    /// Steps over which the learning rate rises.
+    pub fn warmup(&self) -> u64 {
+        self.warmup.unwrap_or_else(|| 100.min(self.steps / 10))
     }
 
     /// Tokens of one step.

@@ -8,14 +8,15 @@ use std::f64::consts::PI;
 ///
 /// ```
 /// use nsa_train::{TrainOptions, schedule::learning_rate};
-/// let options = TrainOptions { steps: 110, warmup: 10, lr: 1.0, min_lr: 0.1, ..TrainOptions::default() };
+/// let options = TrainOptions { steps: 110, warmup: Some(10), lr: 1.0, min_lr: 0.1, ..TrainOptions::default() };
 /// assert_eq!(learning_rate(&options, 5), 0.5);
 /// assert_eq!(learning_rate(&options, 10), 1.0);
 /// assert!((learning_rate(&options, 60) - 0.55).abs() < 1e-12);
 /// assert_eq!(learning_rate(&options, 110), 0.1);
 /// ```
 pub fn learning_rate(options: &TrainOptions, step: u64) -> f64 {
-    let TrainOptions { steps, warmup, lr, min_lr, .. } = *options;
+    let TrainOptions { steps, lr, min_lr, .. } = *options;
+    let warmup = options.warmup();
     if step < warmup {
         return lr * step as f64 / warmup as f64;
     }

@@ -97,8 +97,10 @@ impl Trainer {
     /// Goes on from a checkpoint, with the options in its state.
     ///
     /// # Errors
-    /// If the text is not the checkpoint's, or options, model and text do not fit together.
+    /// If the text is not the checkpoint's, the checkpoint has taken more steps than the options ask for, or options, model
+    /// and text do not fit together.
     pub fn resume(backend: &Backend, loaded: Loaded, data: Data) -> Result<Self> {
+        loaded.check_options()?;
         let Loaded { folder, config, params, moments, mut state } = loaded;
         if state.data.hash != data.state.hash {
             let message = format!(
@@ -116,14 +118,12 @@ impl Trainer {
         Ok(trainer)
     }
 
-    fn assemble(model: Model<f32>, data: Data, state: State) -> Result<Self> {
+    fn assemble(model: Model<f32>, data: Data, mut state: State) -> Result<Self> {
+        state.options.check()?;
+        state.options.check_model(model.config())?;
+        // What the default is must not change when the run goes on with other steps.
+        state.options.warmup = Some(state.options.warmup());
         let options = &state.options;
-        options.check()?;
-        let longest = model.config().max_position_embeddings();
-        if options.context > longest {
-            let rule = format!("must be at most the model's max_position_embeddings = {longest}");
-            return Err(Error::value("context", options.context, rule));
-        }
         for corpus in [Some(&data.train), data.validation.as_ref()].into_iter().flatten().map(|text| &text.corpus) {
             if corpus.vocab_size() > model.config().vocab_size() {
                 let rule = format!("must be at most the model's vocab_size = {}", model.config().vocab_size());

@@ -20,7 +20,8 @@ fn trained(attention: AttentionKind, run: &std::path::Path) -> (Trainer, std::pa
     let file = run.join("text.txt");
     std::fs::write(&file, TEXT.repeat(40)).unwrap();
     let (backend, _) = Backend::pick(None).unwrap();
-    let options = TrainOptions { steps: 4, batch: 2, context: 192, warmup: 0, eval_every: 0, ..Default::default() };
+    let options =
+        TrainOptions { steps: 4, batch: 2, context: 192, warmup: Some(0), eval_every: 0, ..Default::default() };
     let state = DataState { files: vec![file], val_fraction: 0.1, ..Default::default() };
     let data = Data::open(state, &Tokenizer::bytes(), &run.join("data"), options.seed).unwrap();
     let mut trainer = Trainer::new(&backend, config.unwrap(), options, data, None).unwrap();

@@ -58,7 +58,7 @@ pub fn run(options: &Options) -> Result<()> {
     let config: NsaConfig = nsa_core::read_json(&options.config)?;
     let bytes = files::read(&options.input)?;
     let file = SafeTensors::deserialize(&bytes)
-        .with_context(|| format!("{} is no whole safetensors file", options.input.display()))?;
+        .map_err(|error| anyhow!("{} is no whole safetensors file: {error}", options.input.display()))?;
     let tensors: Tensors = file.tensors().into_iter().collect();
     let in_file = || options.input.display().to_string();
     let plan = Plan::new(config, &tensors, options.backward).with_context(in_file)?;

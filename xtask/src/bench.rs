@@ -36,19 +36,19 @@ pub struct Options {
     /// Run the criterion benchmarks of this name in nsa-kernels/benches instead
     op: Option<String>,
     /// Lengths of the sequence, and of the context of decoding
-    #[arg(long, value_delimiter = ',', default_values_t = [1024, 2048, 4096, 8192])]
+    #[arg(long, value_delimiter = ',', default_values_t = [1024, 2048, 4096, 8192], allow_negative_numbers = true)]
     tokens: Vec<usize>,
     /// Query heads
-    #[arg(long, default_value_t = 16)]
+    #[arg(long, default_value_t = 16, allow_negative_numbers = true)]
     heads: usize,
     /// KV heads
-    #[arg(long, default_value_t = 1)]
+    #[arg(long, default_value_t = 1, allow_negative_numbers = true)]
     kv_heads: usize,
     /// Head dimension of queries and keys
-    #[arg(long, default_value_t = 128)]
+    #[arg(long, default_value_t = 128, allow_negative_numbers = true)]
     dim_qk: usize,
     /// Head dimension of values
-    #[arg(long, default_value_t = 128)]
+    #[arg(long, default_value_t = 128, allow_negative_numbers = true)]
     dim_v: usize,
     /// Types of the tensors
     #[arg(long, value_enum, value_delimiter = ',', default_values_t = [Dtype::F32])]
@@ -57,22 +57,22 @@ pub struct Options {
     #[arg(long, value_enum, value_delimiter = ',', default_values_t = Pass::ALL)]
     pass: Vec<Pass>,
     /// Turns of each contender, of which the median counts
-    #[arg(long, default_value_t = 3)]
+    #[arg(long, default_value_t = 3, allow_negative_numbers = true)]
     samples: usize,
     /// Begin no further turn of a contender that has spent so many seconds at a length; one turn always counts
     #[arg(long, default_value_t = 60.0, allow_negative_numbers = true)]
     budget: f64,
     /// Longest length of our full attention
-    #[arg(long, default_value_t = 65_536)]
+    #[arg(long, default_value_t = 65_536, allow_negative_numbers = true)]
     dense_limit: usize,
     /// Other implementations to time in the same run
     #[arg(long, value_enum, value_delimiter = ',')]
     peer: Vec<peer::Peer>,
     /// Longest length of peers [default: 65536]
-    #[arg(long, requires = "peer")]
+    #[arg(long, requires = "peer", allow_negative_numbers = true)]
     peer_limit: Option<usize>,
     /// Turns of each peer [default: as --samples]
-    #[arg(long, requires = "peer")]
+    #[arg(long, requires = "peer", allow_negative_numbers = true)]
     peer_samples: Option<usize>,
     /// Python that has the peers' packages, instead of installing them below target/peers
     #[arg(long, requires = "peer", value_name = "PROGRAM")]

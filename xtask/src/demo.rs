@@ -20,7 +20,7 @@ pub struct Options {
     #[arg(long, value_name = "FILE", num_args = 1..)]
     text: Vec<PathBuf>,
     /// Training steps, instead of those of configs/demo-run.json
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
     steps: Option<u64>,
     /// What the model continues
     #[arg(long, value_name = "TEXT", default_value = "ROMEO.\n")]

@@ -11,7 +11,9 @@ mod info;
 mod machine;
 mod test;
 
+use anyhow::Result;
 use clap::{Parser, Subcommand};
+use nsa_kernels::backend::check_threads_variable;
 use std::process::ExitCode;
 
 #[derive(Parser)]
@@ -38,19 +40,23 @@ enum Command {
 }
 
 fn main() -> ExitCode {
-    let result = match Cli::parse().command {
-        Command::Demo(options) => demo::run(&options),
-        Command::Test(options) => test::run(&options),
-        Command::Check(options) => check::run(&options),
-        Command::Bench(options) => bench::run(&options),
-        Command::Attend(options) => attend::run(&options),
-        Command::Info => info::run(),
-    };
-    match result {
+    match run(&Cli::parse().command) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {error:#}");
             ExitCode::FAILURE
         }
+    }
+}
+
+fn run(command: &Command) -> Result<()> {
+    check_threads_variable()?;
+    match command {
+        Command::Demo(options) => demo::run(options),
+        Command::Test(options) => test::run(options),
+        Command::Check(options) => check::run(options),
+        Command::Bench(options) => bench::run(options),
+        Command::Attend(options) => attend::run(options),
+        Command::Info => info::run(),
     }
 }

@@ -500,6 +500,8 @@ fn backends_configurations_and_files_are_checked() {
     says(&field, &["nsa.json", "windows"]);
     let kind = attend_text(&json.replace("\"window\":7", "\"window\":\"7\""), &good, &[]).error();
     says(&kind, &["nsa.json", "`window`: invalid type: string \"7\", expected usize"]);
+    let list = attend_text("[15, 3, 5, 3, 6, 3, 6, 3, 1, 1, 7, \"mean\", null, null]", &good, &[]).error();
+    says(&list, &["nsa.json", "invalid type: sequence, expected an object"]);
     let rule = attend_text(&json.replace("\"compress_stride\":3", "\"compress_stride\":4"), &good, &[]).error();
     says(&rule, &["nsa.json", "compress_block", "multiple of compress_stride"]);
     let folder = tempfile::tempdir().unwrap();
@@ -508,4 +510,37 @@ fn backends_configurations_and_files_are_checked() {
     let bytes = std::fs::read(&path).unwrap();
     std::fs::write(&path, &bytes[..bytes.len() - 1]).unwrap();
     says(&run(folder, &[]).error(), &["in.safetensors is no whole safetensors file"]);
+}
+
+#[test]
+fn a_reason_is_said_once() {
+    let folder = tempfile::tempdir().unwrap();
+    let no_config = run(folder, &[]).error();
+    says(&no_config, &["nsa.json: cannot be read"]);
+    assert_eq!(no_config.matches("No such file").count(), 1, "{no_config}");
+    let inputs = Inputs::<f32>::generate(&find("odd-sizes"));
+    let folder = tempfile::tempdir().unwrap();
+    write(folder.path(), &serde_json::to_string(&inputs.config).unwrap(), &file(&inputs));
+    // Eight bytes announce a header of so many bytes, which is no JSON.
+    std::fs::write(folder.path().join("in.safetensors"), b"\x08\0\0\0\0\0\0\0{\"a\": 1,").unwrap();
+    let no_header = run(folder, &[]).error();
+    assert_eq!(no_header.matches("line 1").count(), 1, "{no_header}");
+}
+
+#[test]
+fn a_number_of_threads_that_is_none_is_refused() {
+    let output =
+        Command::new(env!("CARGO_BIN_EXE_xtask")).arg("info").env("RAYON_NUM_THREADS", "abc").output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    says(&said, &["RAYON_NUM_THREADS = `abc`", "must be a positive whole number"]);
+}
+
+#[test]
+fn negative_numbers_are_values() {
+    for arguments in [["bench", "--heads", "-1"], ["bench", "--tokens", "-1"], ["demo", "--steps", "-1"]] {
+        let output = Command::new(env!("CARGO_BIN_EXE_xtask")).args(arguments).output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        says(&said, &[&format!("invalid value '-1' for '{}", arguments[1])]);
+    }
 }

@@ -1,6 +1,7 @@
 //! The model's configuration: `config.json`, field names in the Hugging Face manner.
 
 use crate::config::{check_i32, paper};
+use crate::object::{self, Object};
 use crate::{CompressKind, ConfigError, NsaConfig};
 use serde::{Deserialize, Serialize};
 
@@ -147,7 +148,7 @@ pub struct ModelFields {
     #[serde(default = "defaults::rope_theta")]
     pub rope_theta: f64,
     /// Context extension, if any.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, deserialize_with = "object::optional", skip_serializing_if = "Option::is_none")]
     pub rope_scaling: Option<RopeScaling>,
     /// Whether the head shares the embedding's matrix.
     #[serde(default)]
@@ -159,7 +160,7 @@ pub struct ModelFields {
     #[serde(default)]
     pub attention: AttentionKind,
     /// Block sizes and φ; required when `attention` is `nsa`, checked but unused when it is `dense`.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, deserialize_with = "object::optional", skip_serializing_if = "Option::is_none")]
     pub nsa: Option<NsaFields>,
     /// Softmax scale; 1/√Dk if absent or null.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -246,17 +247,17 @@ pub struct Moe {
 /// # Ok::<(), nsa_core::ConfigError>(())
 /// ```
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(try_from = "ModelFields", into = "ModelFields")]
+#[serde(try_from = "Object<ModelFields>", into = "ModelFields")]
 pub struct ModelConfig {
     fields: ModelFields,
     nsa: Option<NsaConfig>,
     moe: Option<Moe>,
 }
 
-impl TryFrom<ModelFields> for ModelConfig {
+impl TryFrom<Object<ModelFields>> for ModelConfig {
     type Error = ConfigError;
 
-    fn try_from(fields: ModelFields) -> Result<Self, ConfigError> {
+    fn try_from(Object(fields): Object<ModelFields>) -> Result<Self, ConfigError> {
         Self::new(fields)
     }
 }

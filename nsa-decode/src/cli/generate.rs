@@ -19,31 +19,31 @@ pub struct GenerateArgs {
     #[arg(long, value_name = "FILE")]
     prompt_file: Vec<PathBuf>,
     /// Tokens to generate at most, for each prompt.
-    #[arg(long, default_value_t = 256)]
+    #[arg(long, default_value_t = 256, allow_negative_numbers = true)]
     max_tokens: usize,
     /// Divides the logits; 0 takes the likeliest token always.
-    #[arg(long, default_value_t = 1.0)]
+    #[arg(long, default_value_t = 1.0, allow_negative_numbers = true)]
     temperature: f64,
     /// Draw from this many likeliest tokens only.
-    #[arg(long)]
+    #[arg(long, allow_negative_numbers = true)]
     top_k: Option<usize>,
     /// Draw from the smallest set of likeliest tokens whose probabilities reach this sum.
-    #[arg(long)]
+    #[arg(long, allow_negative_numbers = true)]
     top_p: Option<f64>,
     /// Draw from tokens at least this share as likely as the likeliest.
-    #[arg(long)]
+    #[arg(long, allow_negative_numbers = true)]
     min_p: Option<f64>,
     /// Weakens tokens that the text holds already; 1 changes nothing.
-    #[arg(long, default_value_t = 1.0)]
+    #[arg(long, default_value_t = 1.0, allow_negative_numbers = true)]
     repetition_penalty: f64,
     /// Seed of the random numbers.
-    #[arg(long, default_value_t = 0)]
+    #[arg(long, default_value_t = 0, allow_negative_numbers = true)]
     seed: u64,
     /// Text that ends the output, not part of it; may be given several times.
     #[arg(long, value_name = "TEXT")]
     stop: Vec<String>,
     /// Tokens of the prompts that run through the model at once.
-    #[arg(long, default_value_t = SessionOptions::default().chunk)]
+    #[arg(long, default_value_t = SessionOptions::default().chunk, allow_negative_numbers = true)]
     chunk: usize,
     /// Print the text only.
     #[arg(long)]

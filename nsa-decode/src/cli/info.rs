@@ -12,7 +12,7 @@ pub struct InfoArgs {
     #[command(flatten)]
     model: ModelArgs,
     /// Context that cache sizes are printed for; may be given several times [default: the model's longest].
-    #[arg(long, value_name = "TOKENS")]
+    #[arg(long, value_name = "TOKENS", allow_negative_numbers = true)]
     context: Vec<usize>,
 }
 

@@ -34,8 +34,8 @@ struct ModelArgs {
     /// Backend, such as `cpu` or `cpu:avx2` [default: the variable NSA_BACKEND, else the best there is].
     #[arg(long)]
     backend: Option<String>,
-    /// Threads to compute with [default: one a core].
-    #[arg(long, value_parser = clap::value_parser!(u16).range(1..))]
+    /// Threads to compute with [default: RAYON_NUM_THREADS, else one a core].
+    #[arg(long, value_parser = clap::value_parser!(u16).range(1..), allow_negative_numbers = true)]
     threads: Option<u16>,
 }
 
@@ -55,6 +55,7 @@ impl ModelArgs {
 pub fn run(args: Args) -> anyhow::Result<()> {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("warn"));
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false).init();
+    nsa_kernels::backend::check_threads_variable()?;
     match args.command {
         Command::Generate(args) => generate::run(&args),
         Command::Info(args) => info::run(&args),

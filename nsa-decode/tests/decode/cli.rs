@@ -114,3 +114,49 @@ fn info_says_what_is_in_a_model() {
         assert!(text.contains(&line), "{line}: {text}");
     }
 }
+
+#[test]
+fn a_prompt_may_fill_the_context() {
+    let checkpoint = Checkpoint::new(small(CompressKind::Mean), 85);
+    let prompt = "a".repeat(512);
+    let (text, report) = texts(&run(&checkpoint, &["generate", "--prompt", &prompt, "--max-tokens", "1"]));
+    assert!(!text.trim_end_matches('\n').is_empty() && report.contains("decode   1 tokens"), "{report}");
+    let output = run(&checkpoint, &["generate", "--prompt", &format!("{prompt}a"), "--max-tokens", "1"]);
+    let (_, report) = texts(&output);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(report.contains("prompt 1: 513 tokens: max_position_embeddings = 512"), "{report}");
+}
+
+#[test]
+fn negative_numbers_are_values() {
+    let checkpoint = Checkpoint::new(small(CompressKind::Mean), 86);
+    // Rules of the sampler, then numbers that the argument cannot have.
+    for (option, expected, code) in [
+        ("--temperature", "sampling parameter `temperature` = -1: must be", 1),
+        ("--top-p", "sampling parameter `top_p` = -1: must be", 1),
+        ("--min-p", "sampling parameter `min_p` = -1: must be", 1),
+        ("--repetition-penalty", "sampling parameter `repetition_penalty` = -1: must be", 1),
+        ("--max-tokens", "invalid value '-1' for '--max-tokens", 2),
+        ("--seed", "invalid value '-1' for '--seed", 2),
+        ("--top-k", "invalid value '-1' for '--top-k", 2),
+        ("--chunk", "invalid value '-1' for '--chunk", 2),
+        ("--threads", "invalid value '-1' for '--threads", 2),
+    ] {
+        let output = run(&checkpoint, &["generate", "--prompt", "a", option, "-1"]);
+        let (_, report) = texts(&output);
+        assert_eq!(output.status.code(), Some(code), "{report}");
+        assert!(report.contains(expected), "{option}: {report}");
+    }
+}
+
+#[test]
+fn a_number_of_threads_that_is_none_is_refused() {
+    let checkpoint = Checkpoint::new(small(CompressKind::Mean), 87);
+    let output = command(&checkpoint, &["info"]).env("RAYON_NUM_THREADS", "abc").output().unwrap();
+    let (_, report) = texts(&output);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(
+        report.starts_with("error: environment variable RAYON_NUM_THREADS = `abc`: must be a positive"),
+        "{report}"
+    );
+}

@@ -76,8 +76,38 @@ fn texts_end_for_every_reason() {
     );
     let fields = ModelFields { max_position_embeddings: 20, ..checkpoint.config.to_fields() };
     let full = run(&rewritten(&checkpoint, fields), "ab", options(60));
-    assert_eq!((full.len(), full.last().unwrap().finish.clone()), (18, Some(Finish::ContextFull)));
+    // Two tokens of the prompt and 18 fill the context; its last logits give one more.
+    assert_eq!((full.len(), full.last().unwrap().finish.clone()), (19, Some(Finish::ContextFull)));
+    assert!(full[..18].iter().all(|piece| piece.finish.is_none()));
+    assert_eq!(
+        text(&full),
+        model.tokenizer().decode(&whole[..19].iter().map(|p| p.token).collect::<Vec<_>>()).unwrap()
+    );
     assert!(run(&model, "ab", options(0)).is_empty());
+}
+
+#[test]
+fn a_full_context_gives_one_more_token() {
+    let model = Checkpoint::new(small(CompressKind::Mean), 48).open();
+    let mut session = model.session();
+    session.push(&[1; 512]).unwrap();
+    let likeliest = Sampling::greedy();
+    for (max_tokens, finish) in [(1, Finish::MaxTokens), (9, Finish::ContextFull)] {
+        let options = GenerateOptions { sampling: likeliest.clone(), ..options(max_tokens) };
+        let pieces: Vec<Piece> = model.generate(&mut session, options).unwrap().map(Result::unwrap).collect();
+        let logits = session.logits().unwrap();
+        let best = (0..logits.len()).max_by(|&a, &b| logits[a].total_cmp(&logits[b]).then(b.cmp(&a))).unwrap();
+        assert_eq!((pieces.len(), pieces[0].token, pieces[0].finish.clone()), (1, best as u32, Some(finish)));
+        assert_eq!(session.len(), 512, "there is no place for it in the session");
+    }
+    // In a batch beside a sequence that goes on.
+    let mut batch = Batch::new(&model);
+    let mut short = model.session();
+    short.push(&[1, 2]).unwrap();
+    batch.add(session, options(3)).unwrap();
+    batch.add(short, options(3)).unwrap();
+    let counts: Vec<usize> = (0..4).map(|_| batch.step().unwrap().len()).collect();
+    assert_eq!(counts, [2, 1, 1, 0]);
 }
 
 /// The same weights under another configuration.
@@ -147,9 +177,7 @@ fn what_a_generation_refuses() {
     let model = Checkpoint::new(small(CompressKind::Mean), 46).open();
     let mut session = model.session();
     assert!(matches!(model.generate(&mut session, options(1)), Err(Error::NoTokens)));
-    session.push(&[1; 512]).unwrap();
-    assert!(matches!(model.generate(&mut session, options(1)), Err(Error::ContextFull { tokens: 513, limit: 512 })));
-    session.truncate(3).unwrap();
+    session.push(&[1; 3]).unwrap();
     let bad = GenerateOptions { sampling: Sampling { top_k: Some(0), ..Sampling::default() }, ..options(1) };
     let message = model.generate(&mut session, bad).unwrap_err().to_string();
     assert_eq!(message, "sampling parameter `top_k` = 0: must be at least 1");

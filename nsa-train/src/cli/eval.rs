@@ -27,13 +27,13 @@ pub struct EvalArgs {
     #[arg(long, value_name = "FILE", num_args = 1.., required = true)]
     data: Vec<PathBuf>,
     /// Tokens that a prediction may look back on [default: the model's max_position_embeddings].
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
     context: Option<usize>,
     /// Tokens from one window to the next [default: the context].
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
     stride: Option<usize>,
     /// Tokens to predict at most; 0 takes all.
-    #[arg(long, value_name = "N", default_value_t = 0)]
+    #[arg(long, value_name = "N", default_value_t = 0, allow_negative_numbers = true)]
     max_tokens: u64,
     /// Text between documents of a file; \f, \n, \r, \t, \0 and \\ are understood.
     #[arg(long, value_name = "TEXT")]

@@ -1,9 +1,10 @@
 //! `nsa-train plan`, `presets`, `config`, `plot`.
 
 use super::ModelArgs;
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use nsa_core::model::{ModelConfig, PRESETS, memory_plan, param_counts};
-use nsa_train::metrics;
+use nsa_train::TrainOptions;
+use nsa_train::metrics::{self, Line};
 use nsa_train::plot::{PLOT_FILE, loss_curve};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -14,10 +15,10 @@ pub struct PlanArgs {
     #[command(flatten)]
     model: ModelArgs,
     /// Sequences of a training step.
-    #[arg(long, default_value_t = 1)]
+    #[arg(long, default_value_t = 1, allow_negative_numbers = true)]
     batch: usize,
     /// Tokens of a sequence [default: the model's max_position_embeddings].
-    #[arg(long)]
+    #[arg(long, allow_negative_numbers = true)]
     context: Option<usize>,
 }
 
@@ -25,9 +26,11 @@ pub struct PlanArgs {
 pub fn plan(args: &PlanArgs) -> Result<ExitCode> {
     let config = args.model.load()?;
     let context = args.context.unwrap_or(config.max_position_embeddings());
-    let tokens = args.batch.checked_mul(context).context("batch times context is too large")?;
+    let options = TrainOptions { batch: args.batch, context, ..TrainOptions::default() };
+    options.check()?;
+    options.check_model(&config)?;
     println!("`{}` is valid: {:?} attention", args.model.model, config.attention());
-    println!("{}", memory_plan(&config, tokens));
+    println!("{}", memory_plan(&config, options.batch * options.context));
     match config.check_runnable() {
         Ok(()) => println!("this build can train it"),
         Err(error) => println!("this build cannot train it: {error}"),
@@ -86,7 +89,10 @@ pub struct PlotArgs {
 /// Runs `plot`.
 pub fn plot(args: &PlotArgs) -> Result<ExitCode> {
     let output = args.output.clone().unwrap_or_else(|| args.metrics.with_file_name(PLOT_FILE));
-    loss_curve(&metrics::read(&args.metrics)?, &output)?;
+    let lines = metrics::read(&args.metrics)?;
+    let drawable = lines.iter().any(|line| matches!(line, Line::Step(_)));
+    ensure!(drawable, "{}: holds no step to draw", args.metrics.display());
+    loss_curve(&lines, &output)?;
     println!("{}", output.display());
     Ok(ExitCode::SUCCESS)
 }

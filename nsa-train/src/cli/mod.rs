@@ -22,7 +22,7 @@ use tracing_subscriber::fmt::format::FmtSpan;
 #[command(version)]
 pub struct Cli {
     /// Threads to compute with [default: RAYON_NUM_THREADS, else one a core].
-    #[arg(long, global = true, value_name = "N")]
+    #[arg(long, global = true, value_name = "N", allow_negative_numbers = true)]
     threads: Option<usize>,
     /// Backend to compute on [default: NSA_BACKEND, else the best there is].
     #[arg(long, global = true, value_name = "NAME")]
@@ -59,6 +59,7 @@ impl Cli {
             .with_ansi(std::io::stderr().is_terminal())
             .with_writer(std::io::stderr)
             .init();
+        nsa_kernels::backend::check_threads_variable()?;
         if let Some(threads) = self.threads {
             anyhow::ensure!(threads > 0, "--threads 0: must be at least 1");
             rayon::ThreadPoolBuilder::new().num_threads(threads).build_global().context("starting threads")?;

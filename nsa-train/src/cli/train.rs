@@ -4,6 +4,7 @@ use super::{Attention, load_model, load_tokenizer, pick_backend};
 use anyhow::{Context, Result, bail, ensure};
 use clap::ValueEnum;
 use nsa_core::model::{ModelConfig, TokenizerKind, memory_plan};
+use nsa_core::object::Object;
 use nsa_core::tokenizer::{TOKENIZER_FILE, Tokenizer};
 use nsa_kernels::Backend;
 use nsa_train::TrainOptions;
@@ -12,6 +13,7 @@ use nsa_train::data::{Split, TextOptions, unescape};
 use nsa_train::progress::{Progress, profile_table, validation_text};
 use nsa_train::run::{Outcome, run};
 use nsa_train::trainer::{Data, Trainer};
+use std::fmt::Display;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -68,7 +70,7 @@ struct DataArgs {
     #[arg(long, value_enum, conflicts_with = "resume")]
     split: Option<SplitArg>,
     /// How much of it [default: 0.1].
-    #[arg(long, value_name = "SHARE", conflicts_with = "resume")]
+    #[arg(long, value_name = "SHARE", conflicts_with = "resume", allow_negative_numbers = true)]
     val_fraction: Option<f64>,
     /// Hugging Face tokenizer.json [default: bytes, or the file beside the model's configuration].
     #[arg(long, value_name = "FILE", conflicts_with = "resume")]
@@ -106,21 +108,30 @@ macro_rules! option_args {
             /// JSON file with options of the run; those below replace its values.
             #[arg(long, value_name = "FILE", conflicts_with = "resume")]
             options: Option<PathBuf>,
-            $($(#[$doc])* #[arg(long)] $name: Option<$type>),*
+            $($(#[$doc])* #[arg(long, allow_negative_numbers = true)] $name: Option<$type>),*
         }
 
         impl OptionArgs {
             /// Replaces what is given; says so if it was another value.
             fn apply(&self, options: &mut TrainOptions, say: bool) {
-                $(if let Some(value) = self.$name {
-                    if say && options.$name != value {
-                        tracing::warn!("option {}: {} replaces the checkpoint's {}", stringify!($name), value, options.$name);
-                    }
-                    options.$name = value;
-                })*
+                $(replace(stringify!($name), &mut options.$name, self.$name, say);)*
             }
         }
     };
+}
+
+/// Replaces `field` by what is given; says so if it was another value.
+fn replace<T, F>(name: &str, field: &mut F, given: Option<T>, say: bool)
+where
+    T: Copy + PartialEq + Display,
+    F: Copy + From<T> + Into<Option<T>>,
+{
+    let Some(value) = given else { return };
+    let before: Option<T> = (*field).into();
+    if let Some(before) = before.filter(|&before| say && before != value) {
+        tracing::warn!("option {name}: {value} replaces the checkpoint's {before}");
+    }
+    *field = value.into();
 }
 
 option_args! {
@@ -136,7 +147,7 @@ option_args! {
     lr: f64,
     /// Last learning rate [default: 1e-4].
     min_lr: f64,
-    /// Steps over which the learning rate rises [default: 100].
+    /// Steps over which the learning rate rises [default: a tenth of the steps, 100 at most].
     warmup: u64,
     /// Weight decay of matrices [default: 0.1].
     weight_decay: f64,
@@ -193,7 +204,7 @@ fn start(args: &TrainArgs, backend: &Backend) -> Result<Trainer> {
         }
     }
     let mut options = match &args.options.options {
-        Some(path) => nsa_core::read_json(path)?,
+        Some(path) => nsa_core::read_json(path).map(|Object(options)| options)?,
         None => TrainOptions::default(),
     };
     args.options.apply(&mut options, false);
@@ -212,7 +223,7 @@ fn resume(args: &TrainArgs, from: &Path, backend: &Backend) -> Result<Trainer> {
     let apart = args.data.val_data.is_empty() || !loaded.state.data.validation_files.is_empty();
     ensure!(apart, "--val-data: the checkpoint validates on a part of the training files");
     args.options.apply(&mut loaded.state.options, true);
-    loaded.state.options.check()?;
+    loaded.check_options()?;
     if loaded.config.tokenizer() == TokenizerKind::File {
         // The checkpoint may be removed during the run.
         let (source, copy) = (folder.join(TOKENIZER_FILE), args.out.join(TOKENIZER_FILE));
@@ -247,15 +258,17 @@ fn open_data(args: &TrainArgs, config: &ModelConfig, mut state: DataState, optio
 fn announce(trainer: &Trainer) {
     let (options, config) = (trainer.options(), trainer.model().config());
     let plan = memory_plan(config, options.batch * options.context);
+    let steps = match trainer.is_done() {
+        true => format!("all {} steps are done", options.steps),
+        false => format!("steps {} to {}", trainer.state().step + 1, options.steps),
+    };
     tracing::info!(
-        "{:.2}M parameters, {} tokens a step, about {:.0} MiB; {} sequences of {} tokens an epoch; steps {} to {}",
+        "{:.2}M parameters, {} tokens a step, about {:.0} MiB; {} sequences of {} tokens an epoch; {steps}",
         plan.params.total as f64 / 1e6,
         options.tokens_per_step(),
         plan.training_bytes() as f64 / (1 << 20) as f64,
         trainer.sequences_per_epoch(),
         options.context,
-        trainer.state().step + 1,
-        options.steps,
     );
     if !trainer.has_validation() {
         tracing::warn!("there is no validation text");

@@ -206,3 +206,227 @@ fn mistakes_are_explained() {
     let error = failure(&refs(&args));
     assert!(error.contains("abacus"), "{error}");
 }
+
+/// The message for arguments that the parser refuses.
+fn refused(args: &[&str]) -> String {
+    let output = output(args);
+    assert_eq!(output.status.code(), Some(2), "{args:?}");
+    text(&output.stderr)
+}
+
+#[test]
+fn negative_numbers_are_values() {
+    let folder = tempfile::tempdir().unwrap();
+    let args = train_args(folder.path());
+    let with = |option| [&refs(&args)[..], &[option, "-1"]].concat();
+    for (option, expected) in [
+        ("--lr", "`lr` = -1: must be positive and finite"),
+        ("--min-lr", "`min-lr` = -1: must be finite and not negative"),
+        ("--clip", "`clip` = -1: must be finite and not negative"),
+        ("--weight-decay", "`weight-decay` = -1: must be finite and not negative"),
+        ("--beta2", "`beta2` = -1: must be at least 0 and below 1"),
+        ("--eps", "`eps` = -1: must be positive and finite"),
+        ("--val-fraction", "`val-fraction` = -1: must be at least 0 and below 1"),
+    ] {
+        let error = failure(&with(option));
+        assert!(error.contains(expected), "{option}: {error}");
+    }
+    // clap does not take an option twice, so those of `train_args` stay out.
+    for option in ["--steps", "--accumulate", "--seed", "--eval-every", "--eval-tokens", "--save-every", "--keep"] {
+        let error = refused(&with(option));
+        assert!(error.contains(&format!("invalid value '-1' for '{option}")), "{option}: {error}");
+    }
+    let error = refused(&["train", "--model", "tiny-1m", "--data", "a", "--out", "b", "--warmup", "-1"]);
+    assert!(error.contains("invalid value '-1' for '--warmup"), "{error}");
+    for option in ["--context", "--stride", "--max-tokens", "--threads"] {
+        let error = refused(&["eval", "--checkpoint", "a", "--data", "b", option, "-1"]);
+        assert!(error.contains(&format!("invalid value '-1' for '{option}")), "{option}: {error}");
+    }
+    for option in ["--batch", "--context"] {
+        let error = refused(&["plan", "--model", "tiny-1m", option, "-1"]);
+        assert!(error.contains(&format!("invalid value '-1' for '{option}")), "{option}: {error}");
+    }
+}
+
+/// Takes an option and its value out.
+fn without(args: &mut Vec<String>, option: &str) {
+    let at = args.iter().position(|arg| arg == option).unwrap();
+    args.drain(at..at + 2);
+}
+
+#[test]
+fn a_warm_up_that_is_not_given_fits_the_steps() {
+    let warmup = |change: &dyn Fn(&Path, &mut Vec<String>)| {
+        let folder = tempfile::tempdir().unwrap();
+        let mut args = train_args(folder.path());
+        without(&mut args, "--warmup");
+        change(folder.path(), &mut args);
+        success(&refs(&args));
+        let run = folder.path().join("run");
+        let state = checkpoint::load(&checkpoint::resolve(&run).unwrap()).unwrap().state;
+        (state.options.warmup, folder)
+    };
+    let add = |args: &mut Vec<String>, more: &[&str]| args.extend(more.iter().map(|&arg| arg.to_owned()));
+    let (short, folder) = warmup(&|_, args| add(args, &["--steps", "20"]));
+    assert_eq!(short, Some(2));
+    let from_file = |json: &'static str| {
+        warmup(&|folder, args| {
+            let path = folder.join("options.json");
+            fs::write(&path, json).unwrap();
+            add(args, &["--options", &path.display().to_string()]);
+        })
+        .0
+    };
+    assert_eq!((from_file(r#"{"steps": 12}"#), from_file(r#"{"steps": 12, "warmup": 7}"#)), (Some(1), Some(7)));
+
+    // What a checkpoint records stays as it is, whatever the steps become.
+    let run = folder.path().join("run").display().to_string();
+    success(&["train", "--resume", "--out", &run, "--steps", "60", "--threads", "1"]);
+    let state = checkpoint::load(&checkpoint::resolve(Path::new(&run)).unwrap()).unwrap().state;
+    assert_eq!((state.step, state.options.warmup), (60, Some(2)));
+    let mut args = train_args(folder.path());
+    without(&mut args, "--out");
+    let other = folder.path().join("other").display().to_string();
+    add(&mut args, &["--steps", "1", "--out", &other]);
+    let error = failure(&refs(&args));
+    assert!(error.contains("`warmup` = 2: must be at most steps = 1"), "{error}");
+}
+
+#[test]
+fn a_checkpoint_beyond_the_last_step_is_not_resumed() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut args = train_args(folder.path());
+    args.extend(["--steps", "4"].map(str::to_owned));
+    success(&refs(&args));
+    let run = folder.path().join("run");
+    let run_name = run.display().to_string();
+    let state_file = run.join("step-00000004").join(checkpoint::STATE_FILE);
+    let written = || fs::metadata(&state_file).unwrap().modified().unwrap();
+    let before = written();
+    for steps in ["3", "1"] {
+        let error = failure(&["train", "--resume", "--out", &run_name, "--steps", steps]);
+        let expected = format!("`steps` = {steps}: must be at least 4, the step of ");
+        assert!(error.contains(&expected) && error.contains("step-00000004"), "{error}");
+    }
+    assert_eq!(written(), before, "nothing is saved again");
+    // A run that is complete is no error.
+    let done = output(&["train", "--resume", "--out", &run_name]);
+    assert!(done.status.success() && text(&done.stderr).contains("all 4 steps are done"), "{}", text(&done.stderr));
+}
+
+#[test]
+fn a_plan_refuses_what_training_refuses() {
+    for (option, value, expected) in [
+        ("--batch", "9999999999999999", "`batch` = 9999999999999999: times context = 1024 must fit an i32"),
+        ("--batch", "0", "`batch` = 0: must not be zero"),
+        ("--context", "99999999999999", "`batch` = 1: times context = 99999999999999 must fit an i32"),
+        ("--context", "1025", "`context` = 1025: must be at most the model's max_position_embeddings = 1024"),
+    ] {
+        let error = failure(&["plan", "--model", "tiny-1m", option, value]);
+        assert!(error.contains(expected), "{error}");
+        let folder = tempfile::tempdir().unwrap();
+        let mut train = train_args(folder.path());
+        let other = if option == "--batch" { ("--context", "1024") } else { ("--batch", "1") };
+        for (option, value) in [(option, value), other, ("--model", "tiny-1m")] {
+            without(&mut train, option);
+            train.extend([option, value].map(str::to_owned));
+        }
+        let error = failure(&refs(&train));
+        assert!(error.contains(expected), "{error}");
+    }
+}
+
+#[test]
+fn files_that_are_cut_off_or_no_objects_are_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut args = train_args(folder.path());
+    args.extend(["--steps", "2"].map(str::to_owned));
+    success(&refs(&args));
+    let run = folder.path().join("run");
+    let state_file = run.join("step-00000002").join(checkpoint::STATE_FILE);
+    let state = fs::read_to_string(&state_file).unwrap();
+    let resume = |content: &str| {
+        fs::write(&state_file, content).unwrap();
+        failure(&["train", "--resume", "--out", &run.display().to_string()])
+    };
+    for end in [0, 1, 20, state.len() / 2, state.len() - 2] {
+        let error = resume(&state[..end]);
+        assert!(error.contains("state.json: ends early, at line ") && !error.contains('`'), "{end}: {error}");
+    }
+    let error = resume("[1, 2]");
+    assert!(error.contains("state.json: invalid type: sequence, expected an object"), "{error}");
+    let mut json: serde_json::Value = serde_json::from_str(&state).unwrap();
+    for field in ["options", "data"] {
+        let whole = std::mem::replace(&mut json[field], serde_json::json!([1]));
+        let error = resume(&json.to_string());
+        assert!(error.contains(&format!("`{field}`: invalid type: sequence, expected an object")), "{error}");
+        json[field] = whole;
+    }
+    let options = folder.path().join("options.json");
+    fs::write(&options, "[50, 2, 24]").unwrap();
+    let mut args = train_args(folder.path());
+    args.extend(["--options".to_owned(), options.display().to_string()]);
+    without(&mut args, "--out");
+    args.extend(["--out".to_owned(), folder.path().join("other").display().to_string()]);
+    let error = failure(&refs(&args));
+    assert!(error.contains("options.json: invalid type: sequence, expected an object"), "{error}");
+}
+
+#[test]
+fn evaluation_needs_a_context_and_a_plot_steps() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut args = train_args(folder.path());
+    args.extend(["--steps", "2"].map(str::to_owned));
+    success(&refs(&args));
+    let run = folder.path().join("run").display().to_string();
+    let file = folder.path().join("texts/0.txt").display().to_string();
+    let error = failure(&["eval", "--checkpoint", &run, "--data", &file, "--context", "0"]);
+    assert!(error.contains("`context` = 0: must not be zero"), "{error}");
+    let empty = folder.path().join("empty.jsonl");
+    fs::write(&empty, "").unwrap();
+    let error = failure(&["plot", &empty.display().to_string()]);
+    assert!(error.contains("empty.jsonl: holds no step to draw") && !error.contains("loss.svg"), "{error}");
+}
+
+#[test]
+fn a_reason_is_said_once() {
+    let folder = tempfile::tempdir().unwrap();
+    let [missing, other] = ["missing", "other"].map(|name| folder.path().join(name).display().to_string());
+    let args = train_args(folder.path());
+    let data = [&refs(&args)[..], &["--val-data", &missing]].concat();
+    let options = [&refs(&args)[..], &["--options", &missing]].concat();
+    for args in [
+        &["plot", &missing][..],
+        &["plan", "--model", &missing],
+        &["eval", "--checkpoint", &missing, "--data", &missing],
+        &["train", "--resume", &missing, "--out", &other],
+        &["config", "--model", "tiny-1m", "--output", &format!("{missing}/config.json")],
+        &data,
+        &options,
+    ] {
+        let error = failure(args);
+        assert_eq!(error.matches("No such file").count(), 1, "{args:?}: {error}");
+        assert!(error.contains("missing"), "{error}");
+    }
+    fs::write(&missing, "").unwrap();
+    let mut args = train_args(folder.path());
+    without(&mut args, "--out");
+    args.extend(["--steps".to_owned(), "1".to_owned(), "--out".to_owned(), format!("{missing}/run")]);
+    let error = failure(&refs(&args));
+    assert_eq!(error.matches("Not a directory").count(), 1, "{error}");
+}
+
+#[test]
+fn a_number_of_threads_that_is_none_is_refused() {
+    for value in ["abc", "-1", "1.5"] {
+        let output = command(&["presets"]).env("RAYON_NUM_THREADS", value).output().unwrap();
+        let error = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{error}");
+        let expected =
+            format!("error: environment variable RAYON_NUM_THREADS = `{value}`: must be a positive whole number");
+        assert!(error.contains(&expected), "{error}");
+    }
+    for value in ["", "0", "1"] {
+        assert!(command(&["presets"]).env("RAYON_NUM_THREADS", value).status().unwrap().success(), "{value}");
+    }
+}

@@ -52,7 +52,7 @@ pub fn options() -> TrainOptions {
         context: 24,
         lr: 3e-3,
         min_lr: 3e-4,
-        warmup: 2,
+        warmup: Some(2),
         eval_every: 0,
         eval_tokens: 100,
         save_every: 0,

@@ -99,7 +99,7 @@ fn a_small_model_learns_a_short_text_by_heart() {
     for (name, change) in [("nsa", (|_| {}) as fn(&mut _)), ("dense", kit::dense)] {
         let folder = tempfile::tempdir().unwrap();
         let options =
-            TrainOptions { steps: 150, lr: 1e-2, min_lr: 1e-3, warmup: 10, weight_decay: 0.0, ..kit::options() };
+            TrainOptions { steps: 150, lr: 1e-2, min_lr: 1e-3, warmup: Some(10), weight_decay: 0.0, ..kit::options() };
         let mut trainer = kit::trainer(folder.path(), kit::config(change), options);
         let losses = kit::steps(&mut trainer, 150);
         let end = losses[140..].iter().sum::<f64>() / 10.0;
@@ -229,7 +229,7 @@ fn options_that_break_a_rule_are_errors() {
         TrainOptions { batch: 0, ..kit::options() },
         TrainOptions { lr: f64::NAN, ..kit::options() },
         TrainOptions { min_lr: 1.0, ..kit::options() },
-        TrainOptions { warmup: 7, ..kit::options() },
+        TrainOptions { warmup: Some(7), ..kit::options() },
         TrainOptions { beta2: 1.0, ..kit::options() },
         TrainOptions { clip: -1.0, ..kit::options() },
         TrainOptions { batch: 1 << 20, context: 1 << 20, ..kit::options() },

@@ -125,7 +125,7 @@ pub enum PeerError {
     #[error("{0}")]
     Refused(String),
     /// A file or process of the system.
-    #[error("{action}: {source}")]
+    #[error("{action}")]
     Io {
         /// What was tried.
         action: String,
