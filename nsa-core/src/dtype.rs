@@ -92,7 +92,7 @@ macro_rules! element {
 
 element!(f32, f32, F32, |x| x, |x| x, f64::from, |x| x as f32);
 element!(f64, f64, F64, |x| x, |x| x, |x| x, |x| x);
-element!(bf16, f32, Bf16, bf16_to_f32, bf16::from_f32, bf16::to_f64, bf16::from_f64);
+element!(bf16, f32, Bf16, bf16_to_f32, bf16_from_f32, bf16::to_f64, bf16::from_f64);
 element!(f16, f32, F16, f16_to_f32, f16_from_f32, f16::to_f64, f16::from_f64);
 
 // The conversions of crate half ask for the processor's features or branch on NaN at each element, which keeps loops from
@@ -102,6 +102,15 @@ element!(f16, f32, F16, f16_to_f32, f16_from_f32, f16::to_f64, f16::from_f64);
 #[inline(always)]
 fn bf16_to_f32(x: bf16) -> f32 {
     f32::from_bits(u32::from(x.to_bits()) << 16)
+}
+
+/// Rounds 16 bits off to nearest, ties to even, by a carry (which may reach infinity); NaN stays NaN.
+#[inline(always)]
+fn bf16_from_f32(x: f32) -> bf16 {
+    let bits = x.to_bits();
+    let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16;
+    let quiet = (bits >> 16) | 0x40;
+    bf16::from_bits(if bits & 0x7fff_ffff > 0x7f80_0000 { quiet as u16 } else { rounded as u16 })
 }
 
 /// Moves the exponent's bias from 15 to 127. A subnormal gets exponent −14 and an implicit one that is then taken off.
@@ -169,6 +178,21 @@ mod tests {
             let (x, y) = (f16::from_bits(bits), bf16::from_bits(bits));
             assert!(x.to_acc().to_bits() == x.to_f32().to_bits() || x.is_nan() && x.to_acc().is_nan(), "{bits:#x}");
             assert!(y.to_acc().to_bits() == y.to_f32().to_bits() || y.is_nan() && y.to_acc().is_nan(), "{bits:#x}");
+        }
+    }
+
+    #[test]
+    fn singles_round_to_the_nearest_bf16() {
+        let check = |bits: u32| {
+            let x = f32::from_bits(bits);
+            let (got, expected) = (<bf16 as Element>::from_acc(x), bf16::from_f32(x));
+            assert_eq!(got.to_bits(), expected.to_bits(), "{bits:#x}");
+        };
+        // Every bf16, the point halfway to the next one, and their neighbours.
+        for upper in 0..=u32::from(u16::MAX) {
+            for lower in [0, 1, 0x7fff, 0x8000, 0x8001, 0xffff] {
+                check(upper << 16 | lower);
+            }
         }
     }
 

@@ -5,6 +5,7 @@
 
 pub mod adamw;
 pub mod add;
+mod blocked;
 pub mod cross_entropy;
 pub mod embedding;
 pub mod linear;
