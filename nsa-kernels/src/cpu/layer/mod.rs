@@ -13,5 +13,6 @@ mod matmul;
 pub(crate) mod par;
 pub mod rmsnorm;
 pub mod rope;
+pub mod round;
 pub mod sigmoid;
 pub mod swiglu;
