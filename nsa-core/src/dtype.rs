@@ -182,6 +182,21 @@ mod tests {
     }
 
     #[test]
+    fn singles_round_to_the_nearest_bf16() {
+        let check = |bits: u32| {
+            let x = f32::from_bits(bits);
+            let (got, expected) = (<bf16 as Element>::from_acc(x), bf16::from_f32(x));
+            assert_eq!(got.to_bits(), expected.to_bits(), "{bits:#x}");
+        };
+        // Every bf16, the point halfway to the next one, and their neighbours.
+        for upper in 0..=u32::from(u16::MAX) {
+            for lower in [0, 1, 0x7fff, 0x8000, 0x8001, 0xffff] {
+                check(upper << 16 | lower);
+            }
+        }
+    }
+
+    #[test]
     fn singles_round_to_the_nearest_half() {
         let check = |bits: u32| {
             let x = f32::from_bits(bits);

@@ -31,12 +31,13 @@ fn backend() -> Backend {
     Backend::pick(None).expect("a backend").0
 }
 
-fn products(criterion: &mut Criterion) {
-    let backend = backend();
-    let mut group = criterion.benchmark_group("linear");
-    for (i, o) in [(CHANNELS, CHANNELS), (CHANNELS, HIDDEN), (HIDDEN, CHANNELS)] {
-        let (x, weight) = (random::<f32>(ROWS * i), random::<f32>(o * i));
-        let (mut y, mut dx, mut dw) = (random::<f32>(ROWS * o), vec![0f32; ROWS * i], vec![0f32; o * i]);
+/// The products of a linear layer; `cpu:portable` is the library's GEMM.
+fn products<T: Element<Acc = f32>>(criterion: &mut Criterion, backend: &str) {
+    let backend = Backend::pick(Some(backend)).expect("a backend").0;
+    let mut group = criterion.benchmark_group(format!("linear/{}/{}", backend.name(), T::DTYPE));
+    for (i, o) in [(CHANNELS, CHANNELS), (CHANNELS, HIDDEN), (HIDDEN, CHANNELS), (4 * CHANNELS, 4 * CHANNELS)] {
+        let (x, weight, dy) = (random::<T>(ROWS * i), random::<T>(o * i), random::<f32>(ROWS * o));
+        let (mut y, mut dx, mut dw) = (random::<T>(ROWS * o), vec![0f32; ROWS * i], vec![0f32; o * i]);
         group.throughput(Throughput::Elements(2 * (ROWS * i * o) as u64));
         group.bench_function(format!("forward/{ROWS}x{i}x{o}"), |b| {
             b.iter(|| {
@@ -46,18 +47,25 @@ fn products(criterion: &mut Criterion) {
         });
         group.bench_function(format!("backward_input/{ROWS}x{i}x{o}"), |b| {
             b.iter(|| {
-                let (dy, weight, dx) = (tensor(&y, [ROWS, o]), tensor(&weight, [o, i]), tensor_mut(&mut dx, [ROWS, i]));
+                let (weight, dx) = (tensor(&weight, [o, i]), tensor_mut(&mut dx, [ROWS, i]));
+                let dy = tensor(&dy, [ROWS, o]);
                 linear::backward_input(&backend, linear::BackwardInput { dy, weight, dx, accumulate: false })
             });
         });
         group.bench_function(format!("backward_weight/{ROWS}x{i}x{o}"), |b| {
             b.iter(|| {
-                let (x, dy, dw) = (tensor(&x, [ROWS, i]), tensor(&y, [ROWS, o]), tensor_mut(&mut dw, [o, i]));
+                let (x, dy, dw) = (tensor(&x, [ROWS, i]), tensor(&dy, [ROWS, o]), tensor_mut(&mut dw, [o, i]));
                 linear::backward_weight(&backend, linear::BackwardWeight { x, dy, dw, db: None })
             });
         });
     }
     group.finish();
+}
+
+fn all_products(criterion: &mut Criterion) {
+    products::<f32>(criterion, "cpu:portable");
+    products::<f32>(criterion, "cpu");
+    products::<half::bf16>(criterion, "cpu");
 }
 
 /// Few rows times a weight that no cache holds: bytes of the weight a second.
@@ -222,7 +230,7 @@ criterion_group! {
         .sample_size(20)
         .warm_up_time(Duration::from_millis(200))
         .measurement_time(Duration::from_millis(600));
-    targets = products, few_rows::<f32>, few_rows::<half::bf16>, few_rows::<half::f16>, norms, elementwise, rotations,
+    targets = all_products, few_rows::<f32>, few_rows::<half::bf16>, few_rows::<half::f16>, norms, elementwise, rotations,
         tables, optimizer
 }
 criterion_main!(benches);

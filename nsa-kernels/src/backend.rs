@@ -106,6 +106,11 @@ impl Backend {
         }
     }
 
+    /// The type that gradients are rounded to before they are multiplied with matrices of this type.
+    pub fn gradient_type(&self, storage: DType) -> DType {
+        self.probability_type(storage)
+    }
+
     /// The backend's name, as `pick` takes it.
     pub fn name(&self) -> String {
         match self {

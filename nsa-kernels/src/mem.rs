@@ -3,7 +3,7 @@
 
 use crate::Result;
 use nsa_core::view::Strided;
-use nsa_core::{CuSeqlens, Packing, ShapeError, View, ViewMut};
+use nsa_core::{CuSeqlens, Element, Packing, ShapeError, View, ViewMut};
 use std::ops::{Range, RangeInclusive};
 
 /// Read-only memory of some backend.
@@ -82,6 +82,14 @@ impl<'a, T, const N: usize> Tensor<'a, T, N> {
     /// If it is another one.
     pub fn check(&self, op: &'static str, arg: &str, expected: [usize; N]) -> Result<()> {
         Ok(ShapeError::check(op, arg, &expected, &self.shape())?)
+    }
+}
+
+impl<'a, T: Element, const N: usize> Tensor<'a, T, N> {
+    /// The same tensor under another name of its element type; `None` if that is another type.
+    pub fn same_type<U: Element>(self) -> Option<Tensor<'a, U, N>> {
+        let Self { mem: Mem::Host(data), layout } = self;
+        (T::DTYPE == U::DTYPE).then(|| Tensor { mem: Mem::Host(bytemuck::cast_slice(data)), layout })
     }
 }
 

@@ -3,7 +3,7 @@
 use crate::data::Text;
 use crate::model::{Batch, Model, Workspace};
 use crate::{Error, Result};
-use nsa_core::Real;
+use nsa_core::Element;
 use serde::Serialize;
 use std::f64::consts::LN_2;
 
@@ -45,9 +45,9 @@ pub struct Evaluation {
 ///
 /// # Errors
 /// If the options do not fit, the text has no token to predict, or a token is not in the vocabulary.
-pub fn evaluate<R: Real>(
-    model: &Model<R>,
-    workspace: &mut Workspace<R>,
+pub fn evaluate<T: Element>(
+    model: &Model<T>,
+    workspace: &mut Workspace<T>,
     text: &Text,
     options: EvalOptions,
 ) -> Result<Evaluation> {
@@ -78,7 +78,7 @@ pub fn evaluate<R: Real>(
     totals.finish(model.config().vocab_size())
 }
 
-fn check<R: Real>(workspace: &Workspace<R>, options: EvalOptions) -> Result<()> {
+fn check<T: Element>(workspace: &Workspace<T>, options: EvalOptions) -> Result<()> {
     let capacity = workspace.capacity();
     let longest = capacity.longest.min(capacity.tokens);
     if options.context == 0 {
@@ -129,7 +129,7 @@ struct Totals {
 }
 
 impl Totals {
-    fn add<R: Real>(&mut self, model: &Model<R>, workspace: &mut Workspace<R>, batch: &mut Batch) -> Result<()> {
+    fn add<T: Element>(&mut self, model: &Model<T>, workspace: &mut Workspace<T>, batch: &mut Batch) -> Result<()> {
         batch.finish()?;
         if !batch.tokens().is_empty() {
             let loss = model.loss(workspace, batch)?;

@@ -31,6 +31,7 @@ mod files;
 mod mapped;
 pub mod metrics;
 pub mod model;
+pub mod network;
 pub mod optim;
 pub mod options;
 pub mod plot;
@@ -41,4 +42,4 @@ pub mod schedule;
 pub mod trainer;
 
 pub use error::{Error, Result};
-pub use options::TrainOptions;
+pub use options::{Precision, TrainOptions};

@@ -2,7 +2,7 @@
 
 use crate::files::write_atomic;
 use crate::model::Profile;
-use crate::{Error, Result};
+use crate::{Error, Precision, Result};
 use serde::{Deserialize, Serialize};
 use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader, ErrorKind, Write};
@@ -28,6 +28,9 @@ pub struct StepLine {
     pub tokens_per_s: f64,
     /// Duration of this step.
     pub seconds: f64,
+    /// Type of the computation.
+    #[serde(default)]
+    pub precision: Precision,
     /// Seconds spent in each part of it.
     pub phases: Profile,
 }

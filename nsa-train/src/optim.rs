@@ -2,8 +2,8 @@
 
 use crate::model::Model;
 use crate::{Result, TrainOptions};
-use nsa_core::Real;
 use nsa_core::model::ParamSpec;
+use nsa_core::{Element, Real};
 use nsa_kernels::layer::adamw::{self, AdamW, Step};
 use nsa_kernels::{Backend, Buffer};
 
@@ -39,7 +39,7 @@ fn groups(specs: &[ParamSpec]) -> Vec<Group> {
 
 impl<R: Real> Optimizer<R> {
     /// The state before the first step.
-    pub fn new(model: &Model<R>) -> Self {
+    pub fn new<T: Element<Acc = R>>(model: &Model<T>) -> Self {
         let new = || model.new_gradients();
         Self { m: new(), v: new(), groups: groups(model.manifest()) }
     }
@@ -58,29 +58,31 @@ impl<R: Real> Optimizer<R> {
     ///
     /// # Errors
     /// If an option is out of its range.
-    pub fn step(
+    pub fn step<T: Element<Acc = R>>(
         &mut self,
-        model: &mut Model<R>,
+        model: &mut Model<T>,
         grads: &Buffer<R>,
         options: &TrainOptions,
         (step, lr, scale): (u64, f64, f64),
     ) -> Result<()> {
         let backend = model.backend().clone();
-        for &Group { offset, len, decays } in &self.groups {
-            let weight_decay = if decays { options.weight_decay } else { 0.0 };
-            let (beta1, beta2, eps) = (options.beta1, options.beta2, options.eps);
-            let args = Step {
-                config: AdamW { lr, beta1, beta2, eps, weight_decay },
-                step,
-                grad_scale: scale,
-                grads: grads.tensor_at(offset, [len])?,
-                params: model.params_mut().tensor_mut_at(offset, [len])?,
-                m: self.m.tensor_mut_at(offset, [len])?,
-                v: self.v.tensor_mut_at(offset, [len])?,
-            };
-            adamw::step(&backend, args)?;
-        }
-        Ok(())
+        model.change_params(|params| {
+            for &Group { offset, len, decays } in &self.groups {
+                let weight_decay = if decays { options.weight_decay } else { 0.0 };
+                let (beta1, beta2, eps) = (options.beta1, options.beta2, options.eps);
+                let args = Step {
+                    config: AdamW { lr, beta1, beta2, eps, weight_decay },
+                    step,
+                    grad_scale: scale,
+                    grads: grads.tensor_at(offset, [len])?,
+                    params: params.tensor_mut_at(offset, [len])?,
+                    m: self.m.tensor_mut_at(offset, [len])?,
+                    v: self.v.tensor_mut_at(offset, [len])?,
+                };
+                adamw::step(&backend, args)?;
+            }
+            Ok(())
+        })
     }
 }
 

@@ -2,13 +2,14 @@
 
 use crate::checkpoint::{self, DataState, Loaded, Parts, State};
 use crate::data::{Corpus, Sampler, Text};
-use crate::eval::{EvalOptions, Evaluation, evaluate};
+use crate::eval::{EvalOptions, Evaluation};
 use crate::metrics::StepLine;
-use crate::model::{Batch, Capacity, Model, Phase, Workspace};
+use crate::model::{Batch, Capacity, Phase, initial};
+use crate::network::Network;
 use crate::optim::{Optimizer, gradient_norm};
 use crate::schedule::learning_rate;
 use crate::{Error, Result, TrainOptions};
-use nsa_core::model::ModelConfig;
+use nsa_core::model::{ModelConfig, manifest};
 use nsa_core::tokenizer::Tokenizer;
 use nsa_kernels::layer::cross_entropy::Loss;
 use nsa_kernels::{Backend, Buffer};
@@ -59,10 +60,9 @@ impl Data {
 /// A model in training.
 #[derive(Debug)]
 pub struct Trainer {
-    model: Model<f32>,
+    network: Network,
     grads: Buffer<f32>,
     optimizer: Optimizer<f32>,
-    workspace: Workspace<f32>,
     batch: Batch,
     sampler: Sampler,
     validation: Option<Text>,
@@ -82,16 +82,13 @@ impl Trainer {
         data: Data,
         weights: Option<&Path>,
     ) -> Result<Self> {
-        let model = match weights {
-            None => Model::new(backend, config, options.seed)?,
-            Some(folder) => {
-                config.check_runnable()?;
-                let params = checkpoint::load_params(&checkpoint::resolve(folder)?, &config)?;
-                Model::with_params(backend, config, &params)?
-            }
+        config.check_runnable()?;
+        let params = match weights {
+            None => initial(&manifest(&config), options.seed),
+            Some(folder) => checkpoint::load_params(&checkpoint::resolve(folder)?, &config)?,
         };
         let state = State::start(options, data.state.clone());
-        Self::assemble(model, data, state)
+        Self::assemble(backend, config, &params, data, state)
     }
 
     /// Goes on from a checkpoint, with the options in its state.
@@ -110,43 +107,42 @@ impl Trainer {
             return Err(Error::Mismatch { path: folder, message });
         }
         state.data = data.state.clone();
-        let model = Model::with_params(backend, config, &params)?;
-        let mut trainer = Self::assemble(model, data, state)?;
+        let mut trainer = Self::assemble(backend, config, &params, data, state)?;
         for (buffer, values) in trainer.optimizer.moments_mut().into_iter().zip(moments) {
             buffer.write(&values)?;
         }
         Ok(trainer)
     }
 
-    fn assemble(model: Model<f32>, data: Data, mut state: State) -> Result<Self> {
+    fn assemble(backend: &Backend, config: ModelConfig, params: &[f32], data: Data, mut state: State) -> Result<Self> {
         state.options.check()?;
-        state.options.check_model(model.config())?;
+        state.options.check_model(&config)?;
         // What the default is must not change when the run goes on with other steps.
         state.options.warmup = Some(state.options.warmup());
         let options = &state.options;
         for corpus in [Some(&data.train), data.validation.as_ref()].into_iter().flatten().map(|text| &text.corpus) {
-            if corpus.vocab_size() > model.config().vocab_size() {
-                let rule = format!("must be at most the model's vocab_size = {}", model.config().vocab_size());
+            if corpus.vocab_size() > config.vocab_size() {
+                let rule = format!("must be at most the model's vocab_size = {}", config.vocab_size());
                 return Err(Error::value("tokenizer", format!("{} ids", corpus.vocab_size()), rule));
             }
         }
         let capacity = Capacity { tokens: options.batch * options.context, longest: options.context };
+        let network = Network::new(backend, config, params, options.precision, capacity)?;
         Ok(Self {
-            grads: model.new_gradients(),
-            optimizer: Optimizer::new(&model),
-            workspace: Workspace::for_training(&model, capacity)?,
+            grads: network.new_gradients(),
+            optimizer: network.new_optimizer(),
             batch: Batch::default(),
             sampler: Sampler::new(data.train, options.context, options.seed)?,
             validation: data.validation,
             tokenizer: data.tokenizer,
-            model,
+            network,
             state,
         })
     }
 
     /// The model.
-    pub fn model(&self) -> &Model<f32> {
-        &self.model
+    pub fn network(&self) -> &Network {
+        &self.network
     }
 
     /// Where training stands.
@@ -192,18 +188,18 @@ impl Trainer {
         }
         // Gradients were scaled by the number of tokens; those without a target do not count.
         let correction = options.tokens_per_step() as f64 / loss.count as f64;
-        let backend = self.model.backend().clone();
+        let backend = self.network.backend().clone();
         let grads = &self.grads;
-        let profile = self.workspace.profile_mut();
+        let profile = self.network.profile_mut();
         let norm = correction * profile.time(Phase::Optimizer, || gradient_norm(&backend, grads))?;
         if !norm.is_finite() {
             return Err(diverged("gradient norm", norm));
         }
         let clip = if options.clip > 0.0 && norm > options.clip { options.clip / norm } else { 1.0 };
         let lr = learning_rate(&options, step);
-        let (optimizer, model) = (&mut self.optimizer, &mut self.model);
-        let apply = || optimizer.step(model, grads, &options, (step, lr, correction * clip));
-        profile.time(Phase::Optimizer, apply)?;
+        let applied = Instant::now();
+        self.network.optimize(&mut self.optimizer, grads, &options, (step, lr, correction * clip))?;
+        self.network.profile_mut().record(Phase::Optimizer, applied.elapsed());
 
         self.state.step = step;
         self.state.sequences += (options.batch * options.accumulate) as u64;
@@ -218,7 +214,8 @@ impl Trainer {
             tokens: self.state.tokens,
             tokens_per_s: options.tokens_per_step() as f64 / seconds,
             seconds,
-            phases: self.workspace.take_profile(),
+            precision: options.precision,
+            phases: self.network.profile_mut().take(),
         })
     }
 
@@ -230,14 +227,14 @@ impl Trainer {
             grads.tensor_mut([len])?.fill(0.0);
             Ok(())
         };
-        self.workspace.profile_mut().time(Phase::Optimizer, || zero(grads))?;
+        self.network.profile_mut().time(Phase::Optimizer, || zero(grads))?;
         let scale = (options.tokens_per_step() as f64).recip();
         let mut total = Loss::default();
         for part in 0..options.accumulate {
             let position = self.state.sequences + (part * options.batch) as u64;
             let (sampler, batch) = (&mut self.sampler, &mut self.batch);
-            self.workspace.profile_mut().time(Phase::Data, || sampler.fill(position, options.batch, batch))?;
-            let loss = self.model.loss_and_gradients(&mut self.workspace, &self.batch, scale, &mut self.grads)?;
+            self.network.profile_mut().time(Phase::Data, || sampler.fill(position, options.batch, batch))?;
+            let loss = self.network.loss_and_gradients(&self.batch, scale, &mut self.grads)?;
             total.sum += loss.sum;
             total.count += loss.count;
         }
@@ -253,9 +250,9 @@ impl Trainer {
         let _span = tracing::debug_span!("validate", step = self.state.step).entered();
         let TrainOptions { context, eval_tokens, .. } = self.state.options;
         let options = EvalOptions { context, stride: context, max_tokens: eval_tokens };
-        let evaluation = evaluate(&self.model, &mut self.workspace, text, options)?;
+        let evaluation = self.network.evaluate(text, options)?;
         // The time of a validation is its own, not the next step's.
-        self.workspace.take_profile();
+        self.network.profile_mut().take();
         self.state.validation_loss = Some(evaluation.loss);
         Ok(Some(evaluation))
     }
@@ -271,11 +268,11 @@ impl Trainer {
             buffer.read(&mut values)?;
             Ok(values)
         };
-        let params = host(self.model.params())?;
+        let params = host(self.network.params())?;
         let [m, v] = self.optimizer.moments();
         let (m, v) = (host(m)?, host(v)?);
         let parts = Parts {
-            config: self.model.config(),
+            config: self.network.config(),
             tokenizer: self.tokenizer.as_deref(),
             params: &params,
             moments: [&m, &v],

@@ -8,6 +8,7 @@ use nsa_kernels::Backend;
 use nsa_train::TrainOptions;
 use nsa_train::checkpoint::DataState;
 use nsa_train::model::{Batch, Capacity, Workspace};
+use nsa_train::network::{Network, Trained};
 use nsa_train::trainer::{Data, Trainer};
 
 const TEXT: &str =
@@ -44,7 +45,7 @@ fn check(attention: AttentionKind) {
     let (trainer, folder) = trained(attention, run.path());
     // Past the window, with blocks to choose among and a last block that is not whole.
     let tokens: Vec<u32> = TEXT.repeat(5).bytes().take(461).map(u32::from).collect();
-    let model = trainer.model();
+    let Network::F32(Trained { model, .. }) = trainer.network() else { panic!("options ask for f32") };
     let mut workspace = Workspace::for_inference(model, Capacity { tokens: 512, longest: 512 }).unwrap();
     let expected = model.logits(&mut workspace, &Batch::next_token(&[&tokens]).unwrap()).unwrap();
 

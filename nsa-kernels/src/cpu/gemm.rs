@@ -71,6 +71,15 @@ pub(crate) enum Store {
     Add,
 }
 
+impl From<Store> for super::product::Store {
+    fn from(store: Store) -> Self {
+        match store {
+            Store::Write => Self::Write,
+            Store::Add => Self::Add,
+        }
+    }
+}
+
 /// One more than the offset of a matrix' last element; 0 if it has none.
 fn reach(rows: usize, cols: usize, row_stride: usize, col_stride: usize) -> Option<usize> {
     if rows == 0 || cols == 0 {

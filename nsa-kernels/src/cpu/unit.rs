@@ -3,9 +3,9 @@
 use super::isa::Isa;
 use super::math;
 use super::product::{Left, Product, Right, Target};
-use super::simd::vectorize;
 #[cfg(target_arch = "x86_64")]
 use super::simd::{Avx512Bf16, ComputePairs};
+use super::simd::{PAD, vectorize};
 use half::bf16;
 use nsa_core::{DType, Element, Real};
 use std::marker::PhantomData;
@@ -35,6 +35,25 @@ pub(crate) trait Unit: bytemuck::Pod + Send + Sync {
 
     /// Rounds `[rows, stride]` results into units along the columns: `[⌈rows / STEP⌉, stride]`.
     fn along_columns<'a>(isa: Isa, source: &'a [Self::Acc], stride: usize, buffer: &'a mut [Self]) -> &'a [Self];
+}
+
+/// Results of one product that are an operand of another: `[rows, columns]`, rows `stride` apart.
+#[derive(Clone, Copy)]
+pub(crate) struct Results<'a, A> {
+    /// The elements.
+    pub(crate) data: &'a [A],
+    /// Distance between rows.
+    pub(crate) stride: usize,
+    /// Rows and columns.
+    pub(crate) shape: [usize; 2],
+}
+
+impl<'a, A> Results<'a, A> {
+    /// Row i.
+    #[inline(always)]
+    fn row(&self, i: usize) -> &'a [A] {
+        &self.data[i * self.stride..][..self.shape[1]]
+    }
 }
 
 impl<A: Real> Unit for A {
@@ -78,6 +97,20 @@ impl<A: Real> Pair<A> {
     #[inline(always)]
     fn new(low: u16, high: u16) -> Self {
         Self([low, high], PhantomData)
+    }
+
+    /// Rounds rows of results into rows of pairs, a last one that is not whole filled up with a zero:
+    /// `[rows, ⌈columns / 2⌉]`.
+    pub(crate) fn round_rows(source: Results<'_, A>, units: &mut [Self]) {
+        #[cfg(target_arch = "x86_64")]
+        Avx512Bf16::run(RoundRows { source: singles(source), units: bytemuck::cast_slice_mut(units) });
+    }
+
+    /// Rounds columns of results into panels of [`PAD`] columns, pairs along the columns: `[panels, depth, PAD]`, of
+    /// which ⌈rows / 2⌉ of each panel's depth are written. What stands for columns behind the last is unspecified.
+    pub(crate) fn round_panels(source: Results<'_, A>, depth: usize, units: &mut [Self]) {
+        #[cfg(target_arch = "x86_64")]
+        Avx512Bf16::run(RoundPanels { source: singles(source), depth, units: bytemuck::cast_slice_mut(units) });
     }
 }
 
@@ -151,6 +184,12 @@ impl<A: Real> Unit for Pair<A> {
     }
 }
 
+/// Results under the name of their type.
+#[cfg(target_arch = "x86_64")]
+fn singles<A: Real>(source: Results<'_, A>) -> Results<'_, f32> {
+    Results { data: bytemuck::cast_slice(source.data), stride: source.stride, shape: source.shape }
+}
+
 #[cfg(target_arch = "x86_64")]
 impl ComputePairs for Product<'_, Pair<f32>> {
     #[inline(always)]
@@ -192,6 +231,66 @@ impl ComputePairs for AlongColumns<'_> {
                 let low = &rows[at..at + 16];
                 let high = rows.get(self.stride + at..self.stride + at + 16).unwrap_or(&zeros);
                 bf16.pairs_of_rows([low, high], &mut units[at..]);
+            }
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+struct RoundRows<'a> {
+    source: Results<'a, f32>,
+    units: &'a mut [Pair<f32>],
+}
+
+#[cfg(target_arch = "x86_64")]
+impl ComputePairs for RoundRows<'_> {
+    #[inline(always)]
+    fn run(self, bf16: Avx512Bf16) {
+        let [rows, columns] = self.source.shape;
+        let width = columns.div_ceil(2);
+        for i in 0..rows {
+            let (whole, rest) = self.source.row(i).as_chunks::<32>();
+            let units = &mut self.units[i * width..][..width];
+            for (source, units) in whole.iter().zip(units.chunks_exact_mut(16)) {
+                bf16.pairs_of_neighbours(source, units);
+            }
+            if !rest.is_empty() {
+                let (mut source, mut pairs) = ([0.0; 32], [bytemuck::Zeroable::zeroed(); 16]);
+                source[..rest.len()].copy_from_slice(rest);
+                bf16.pairs_of_neighbours(&source, &mut pairs);
+                let units = &mut units[16 * whole.len()..];
+                units.copy_from_slice(&pairs[..units.len()]);
+            }
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+struct RoundPanels<'a> {
+    source: Results<'a, f32>,
+    depth: usize,
+    units: &'a mut [Pair<f32>],
+}
+
+#[cfg(target_arch = "x86_64")]
+impl ComputePairs for RoundPanels<'_> {
+    #[inline(always)]
+    fn run(self, bf16: Avx512Bf16) {
+        let [rows, columns] = self.source.shape;
+        let zeros = [0.0; PAD];
+        for (unit, i) in (0..rows).step_by(2).enumerate() {
+            let (low, high) = (self.source.row(i), (i + 1 < rows).then(|| self.source.row(i + 1)));
+            for (panel, at) in (0..columns).step_by(PAD).enumerate() {
+                let units = &mut self.units[(panel * self.depth + unit) * PAD..];
+                if at + PAD <= columns {
+                    bf16.pairs_of_rows([&low[at..], high.map_or(&zeros[..], |high| &high[at..])], units);
+                } else {
+                    let mut parts = [zeros; 2];
+                    for (part, row) in parts.iter_mut().zip([Some(low), high]) {
+                        row.iter().for_each(|row| part[..columns - at].copy_from_slice(&row[at..]));
+                    }
+                    bf16.pairs_of_rows([&parts[0], &parts[1]], units);
+                }
             }
         }
     }

@@ -76,7 +76,7 @@ where
         losses.check(OP, "losses", [n])?;
     }
     match backend {
-        Backend::Cpu(cpu) => cpu::layer::cross_entropy::forward(cpu.pool(), OP, args),
+        Backend::Cpu(cpu) => cpu::layer::cross_entropy::forward(cpu, OP, args),
     }
 }
 
@@ -85,7 +85,8 @@ where
 ///
 /// **Shapes**: on the fields of [`ForwardBackward`].
 ///
-/// **Numerics**: in A; chunks of rows, whose size depends on the shape alone, are added to d_weight in order.
+/// **Numerics**: in A; chunks of rows, whose size depends on the shape alone, are added to d_weight in order. dz is rounded
+/// as [`linear`](super::linear)'s gradients are.
 ///
 /// **Source**: derivative of [`forward`].
 ///
@@ -105,6 +106,6 @@ where
         d_weight.check(OP, "d_weight", [v, c])?;
     }
     match backend {
-        Backend::Cpu(cpu) => cpu::layer::cross_entropy::forward_backward(cpu.pool(), OP, args),
+        Backend::Cpu(cpu) => cpu::layer::cross_entropy::forward_backward(cpu, OP, args),
     }
 }

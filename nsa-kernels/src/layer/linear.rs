@@ -67,7 +67,7 @@ where
         bias.check(OP, "bias", [o])?;
     }
     match backend {
-        Backend::Cpu(cpu) => cpu::layer::linear::forward(cpu.pool(), args),
+        Backend::Cpu(cpu) => cpu::layer::linear::forward(cpu, args),
     }
 }
 
@@ -75,7 +75,8 @@ where
 ///
 /// **Shapes**: on the fields of [`BackwardInput`].
 ///
-/// **Numerics**: sums in A.
+/// **Numerics**: sums in A. With a weight in bf16, `dy` is rounded to bf16 first where the backend multiplies that type in
+/// pairs ([`Backend::gradient_type`]).
 ///
 /// **Source**: derivative of [`forward`].
 ///
@@ -87,7 +88,7 @@ pub fn backward_input<W: Element>(backend: &Backend, args: BackwardInput<'_, W>)
     args.weight.check(OP, "weight", [o, i])?;
     args.dx.check(OP, "dx", [n, i])?;
     match backend {
-        Backend::Cpu(cpu) => cpu::layer::linear::backward_input(cpu.pool(), args),
+        Backend::Cpu(cpu) => cpu::layer::linear::backward_input(cpu, args),
     }
 }
 
@@ -95,7 +96,8 @@ pub fn backward_input<W: Element>(backend: &Backend, args: BackwardInput<'_, W>)
 ///
 /// **Shapes**: on the fields of [`BackwardWeight`].
 ///
-/// **Numerics**: sums in A, in an order that depends on the shape alone.
+/// **Numerics**: sums in A, in an order that depends on the shape alone; dw of the rounded `dy`, as in
+/// [`backward_input`], if `x` is in bf16.
 ///
 /// **Source**: derivative of [`forward`].
 ///
@@ -110,6 +112,6 @@ pub fn backward_weight<T: Element>(backend: &Backend, args: BackwardWeight<'_, T
         db.check(OP, "db", [o])?;
     }
     match backend {
-        Backend::Cpu(cpu) => cpu::layer::linear::backward_weight(cpu.pool(), args),
+        Backend::Cpu(cpu) => cpu::layer::linear::backward_weight(cpu, args),
     }
 }

@@ -15,5 +15,6 @@ pub mod embedding;
 pub mod linear;
 pub mod rmsnorm;
 pub mod rope;
+pub mod round;
 pub mod sigmoid;
 pub mod swiglu;

@@ -1,6 +1,6 @@
 use crate::kit::*;
 use half::{bf16, f16};
-use nsa_core::Element;
+use nsa_core::{DType, Element};
 use nsa_kernels::layer::cross_entropy::{self, Forward, ForwardBackward, IGNORED, Loss};
 
 const SCALE: f64 = 0.37;
@@ -24,6 +24,19 @@ fn plain(hidden: &[f64], weight: &[f64], targets: &[u32], c: usize) -> (Vec<f64>
         }));
     }
     (losses, gradients)
+}
+
+/// Gradients of logits as they are multiplied with a matrix of type `M`, and how far each may be off: where the exact
+/// number is so near the middle between two of bf16 that the kernel's own error decides, by their distance.
+fn as_multiplied<M: Element>(dz: &[f64]) -> (Vec<f64>, Vec<f64>) {
+    // Relative, of a gradient in f32.
+    const ERROR: f64 = 1.0 / (1 << 17) as f64;
+    if backend().gradient_type(M::DTYPE) != DType::Bf16 {
+        return (dz.to_vec(), vec![0.0; dz.len()]);
+    }
+    let times = |factor: f64| rounded::<M>(&dz.iter().map(|z| M::Acc::from_f64(z * factor)).collect::<Vec<_>>());
+    let ties = times(1.0 - ERROR).iter().zip(times(1.0 + ERROR)).map(|(low, high)| (high - low).abs()).collect();
+    (times(1.0), ties)
 }
 
 struct Got<A> {
@@ -72,15 +85,23 @@ fn check<T: Element, W: Element<Acc = T::Acc>>() {
         assert!((got.loss.sum - sum).abs() <= 16.0 * unit::<T::Acc>() * scale.iter().sum::<f64>(), "{what}: {sum}");
         assert!((got.fused.sum - sum).abs() <= 16.0 * unit::<T::Acc>() * scale.iter().sum::<f64>(), "{what}: {sum}");
         let add = |terms: &mut dyn Iterator<Item = f64>| terms.fold((0.0, 0.0), |(a, b), t: f64| (a + t, b + t.abs()));
-        let rows = (0..n * c).map(|at| add(&mut (0..v).map(|v_| dz[at / c * v + v_] * weight[v_ * c + at % c])));
-        let (want, scale): (Vec<f64>, Vec<f64>) = rows.unzip();
-        assert_near(&format!("d_hidden {what}"), &got.d_hidden, &want, &scale, 64.0 + (v as f64).sqrt());
-        let rows = (0..v * c).map(|at| {
-            let (sum, scale) = add(&mut (0..n).map(|n_| dz[n_ * v + at / c] * hidden[n_ * c + at % c]));
-            (1.0 + sum, 1.0 + scale)
+        let ((dz_w, slack_w), (dz_t, slack_t)) = (as_multiplied::<W>(&dz), as_multiplied::<T>(&dz));
+        let slack = 64.0 + (v as f64).sqrt();
+        let rows = (0..n * c).map(|at| {
+            let (sum, scale) = add(&mut (0..v).map(|v_| dz_w[at / c * v + v_] * weight[v_ * c + at % c]));
+            let (ties, _) = add(&mut (0..v).map(|v_| (slack_w[at / c * v + v_] * weight[v_ * c + at % c]).abs()));
+            (sum, scale + ties / (slack * unit::<T::Acc>()))
         });
         let (want, scale): (Vec<f64>, Vec<f64>) = rows.unzip();
-        assert_near(&format!("d_weight {what}"), &got.d_weight, &want, &scale, 64.0 + (n as f64).sqrt());
+        assert_near(&format!("d_hidden {what}"), &got.d_hidden, &want, &scale, slack);
+        let slack = 64.0 + (n as f64).sqrt();
+        let rows = (0..v * c).map(|at| {
+            let (sum, scale) = add(&mut (0..n).map(|n_| dz_t[n_ * v + at / c] * hidden[n_ * c + at % c]));
+            let (ties, _) = add(&mut (0..n).map(|n_| (slack_t[n_ * v + at / c] * hidden[n_ * c + at % c]).abs()));
+            (1.0 + sum, 1.0 + scale + ties / (slack * unit::<T::Acc>()))
+        });
+        let (want, scale): (Vec<f64>, Vec<f64>) = rows.unzip();
+        assert_near(&format!("d_weight {what}"), &got.d_weight, &want, &scale, slack);
     }
 }
 

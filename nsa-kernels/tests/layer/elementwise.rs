@@ -1,7 +1,7 @@
 use crate::kit::*;
 use half::{bf16, f16};
 use nsa_core::Element;
-use nsa_kernels::layer::{add, sigmoid, swiglu};
+use nsa_kernels::layer::{add, round, sigmoid, swiglu};
 
 const SHAPES: [[usize; 2]; 6] = [[0, 3], [3, 0], [1, 1], [3, 7], [65, 33], [130, 400]];
 
@@ -38,6 +38,22 @@ fn sums_are_plain_loops() {
     check_add::<f32>();
     check_add::<bf16>();
     check_add::<f16>();
+}
+
+fn check_round<T: Element<Acc = f32>>() {
+    for len in [0, 1, 1023, 1024, 40_007] {
+        let (x, mut y) = (random::<f32>(len as u64, len), vec![T::from_f64(f64::NAN); len]);
+        round::round(&backend(), round::Round { x: tensor(&x, [len]), y: tensor_mut(&mut y, [len]) }).unwrap();
+        let want: Vec<T> = x.iter().map(|&x| T::from_acc(x)).collect();
+        assert!(y == want, "{} {len}", T::DTYPE);
+    }
+}
+
+#[test]
+fn rounding_is_a_plain_loop() {
+    check_round::<f32>();
+    check_round::<bf16>();
+    check_round::<f16>();
 }
 
 fn check_sigmoid<T: Element>() {

@@ -5,7 +5,7 @@ use nsa_kernels::Error;
 use nsa_kernels::layer::linear::{self, BackwardInput, BackwardWeight, Forward};
 
 /// [N, I, O]: empty ones, odd ones, each path by the number of rows, and more than one block, panel and task.
-const SHAPES: [[usize; 3]; 14] = [
+const SHAPES: [[usize; 3]; 16] = [
     [0, 3, 2],
     [3, 0, 5],
     [2, 5, 0],
@@ -20,6 +20,8 @@ const SHAPES: [[usize; 3]; 14] = [
     [64, 64, 64],
     [257, 41, 33],
     [300, 600, 450],
+    [400, 259, 131],
+    [2100, 33, 70],
 ];
 
 /// Σ_k a(k)·b(k), and the sum of the magnitudes.
@@ -74,7 +76,7 @@ fn check_backward_input<W: Element>() {
         let seed = 1000 + 100 * seed as u64;
         let (dy, w, old) = (random::<W::Acc>(seed, n * o), random::<W>(seed + 1, o * i), random::<W::Acc>(seed, n * i));
         let (dy_rows, w_rows) = (Gapped::new(&dy, [n, o], 1), Gapped::new(&w, [o, i], 2));
-        let (dy, w) = (exact(&dy), exact(&w));
+        let (dy, w) = (rounded::<W>(&dy), exact(&w));
         for accumulate in [false, true] {
             let mut dx = if accumulate { old.clone() } else { vec![W::Acc::of(f64::NAN); n * i] };
             let start = |at: usize| if accumulate { old[at].to_f64() } else { 0.0 };
@@ -105,10 +107,10 @@ fn check_backward_weight<T: Element>() {
         let (x, dy) = (random::<T>(seed, n * i), random::<T::Acc>(seed + 1, n * o));
         let (mut dw, mut db) = (random::<T::Acc>(seed + 2, o * i), random::<T::Acc>(seed + 3, o));
         let (x_rows, dy_rows) = (Gapped::new(&x, [n, i], 7), Gapped::new(&dy, [n, o], 1));
-        let (x, dy) = (exact(&x), exact(&dy));
+        let (x, dy, plain_dy) = (exact(&x), rounded::<T>(&dy), exact(&dy));
         let plus = |(total, scale): (f64, f64), old: f64| (total + old, scale + old.abs());
         let weights = (0..o * i).map(|at| plus(sum(n, |k| dy[k * o + at / i] * x[k * i + at % i]), dw[at].to_f64()));
-        let biases = (0..o).map(|at| plus(sum(n, |k| dy[k * o + at]), db[at].to_f64()));
+        let biases = (0..o).map(|at| plus(sum(n, |k| plain_dy[k * o + at]), db[at].to_f64()));
         let (want_w, scale_w): (Vec<f64>, Vec<f64>) = weights.unzip();
         let (want_b, scale_b): (Vec<f64>, Vec<f64>) = biases.unzip();
         let args = BackwardWeight {
@@ -178,6 +180,24 @@ fn threads_change_no_bit() {
     }
     check::<f32>();
     check::<bf16>();
+}
+
+#[test]
+fn threads_change_no_bit_of_pairs() {
+    for [n, i, o] in [[300, 300, 70], [2100, 131, 250]] {
+        let (x, w, dy) = (random::<bf16>(1, n * i), random::<bf16>(2, o * i), random::<f32>(3, n * o));
+        assert_same_bits(&format!("{n}x{i}x{o}"), || {
+            let (mut y, mut dx, mut dw) = (vec![bf16::ZERO; n * o], vec![0f32; n * i], vec![0f32; o * i]);
+            let (x, weight, dy) = (tensor(&x, [n, i]), tensor(&w, [o, i]), tensor(&dy, [n, o]));
+            let y_out = tensor_mut(&mut y, [n, o]);
+            linear::forward(&backend(), Forward { x, weight, bias: None, y: y_out, accumulate: false }).unwrap();
+            let dx_out = tensor_mut(&mut dx, [n, i]);
+            linear::backward_input(&backend(), BackwardInput { dy, weight, dx: dx_out, accumulate: false }).unwrap();
+            let dw_out = tensor_mut(&mut dw, [o, i]);
+            linear::backward_weight(&backend(), BackwardWeight { x, dy, dw: dw_out, db: None }).unwrap();
+            (y, dx, dw)
+        });
+    }
 }
 
 #[test]

@@ -61,7 +61,7 @@ pub fn eval(args: &EvalArgs, backend: Option<&str>) -> Result<ExitCode> {
     };
     let cache = tempfile::tempdir().context("making a temporary folder")?;
     let corpus = Corpus::open(&args.data, &tokenizer, &text_options, cache.path())?;
-    let model = Model::with_params(&backend, config.clone(), &checkpoint::load_params(&folder, &config)?)?;
+    let model = Model::<f32>::with_params(&backend, config.clone(), &checkpoint::load_params(&folder, &config)?)?;
     let capacity = Capacity { tokens: context.max(BATCH_TOKENS), longest: context };
     let mut workspace = Workspace::for_inference(&model, capacity)?;
     let options = EvalOptions { context, stride: args.stride.unwrap_or(context), max_tokens: args.max_tokens };

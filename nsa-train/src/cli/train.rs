@@ -7,12 +7,12 @@ use nsa_core::model::{ModelConfig, TokenizerKind, memory_plan};
 use nsa_core::object::Object;
 use nsa_core::tokenizer::{TOKENIZER_FILE, Tokenizer};
 use nsa_kernels::Backend;
-use nsa_train::TrainOptions;
 use nsa_train::checkpoint::{self, DataState};
 use nsa_train::data::{Split, TextOptions, unescape};
 use nsa_train::progress::{Progress, profile_table, validation_text};
 use nsa_train::run::{Outcome, run};
 use nsa_train::trainer::{Data, Trainer};
+use nsa_train::{Precision, TrainOptions};
 use std::fmt::Display;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -143,6 +143,8 @@ option_args! {
     context: usize,
     /// Batches whose gradients make one step [default: 1].
     accumulate: usize,
+    /// Type of activations and products, f32 or bf16; parameters and optimizer are f32 in any case [default: f32].
+    precision: Precision,
     /// Highest learning rate [default: 1e-3].
     lr: f64,
     /// Last learning rate [default: 1e-4].
@@ -256,7 +258,7 @@ fn open_data(args: &TrainArgs, config: &ModelConfig, mut state: DataState, optio
 }
 
 fn announce(trainer: &Trainer) {
-    let (options, config) = (trainer.options(), trainer.model().config());
+    let (options, config) = (trainer.options(), trainer.network().config());
     let plan = memory_plan(config, options.batch * options.context);
     let steps = match trainer.is_done() {
         true => format!("all {} steps are done", options.steps),

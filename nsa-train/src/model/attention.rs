@@ -9,8 +9,9 @@ use super::slots::{AttentionSlots, CoreSlots};
 use super::sparse::{self, SparseActs, SparseGrads};
 use super::workspace::Sizes;
 use crate::Result;
-use nsa_core::Real;
-use nsa_kernels::{Backend, Buffer};
+use nsa_core::Element;
+use nsa_kernels::layer::round;
+use nsa_kernels::{Backend, Buffer, Tensor};
 
 /// What differs between the kinds of attention; slots, activations and gradients of a model are of one kind.
 #[derive(Debug)]
@@ -23,17 +24,17 @@ const ONE_KIND: &str = "slots, activations and gradients come from one configura
 
 /// What the forward pass leaves for the backward pass.
 #[derive(Debug)]
-pub(crate) struct AttentionActs<R: Real> {
+pub(crate) struct AttentionActs<T: Element> {
     /// RMSNorm(x) `[N, C]`, and 1/rms `[N]`.
-    normed: Buffer<R>,
-    rstd: Buffer<R>,
-    q: Heads<R>,
-    core: Core<SparseActs<R>, DenseActs<R>>,
+    normed: Buffer<T>,
+    rstd: Buffer<T::Acc>,
+    q: Heads<T>,
+    core: Core<SparseActs<T>, DenseActs<T>>,
     /// `[N, Hq, Dv]`.
-    o: Buffer<R>,
+    o: Buffer<T>,
 }
 
-impl<R: Real> AttentionActs<R> {
+impl<T: Element> AttentionActs<T> {
     pub(crate) fn new(backend: &Backend, dims: &Dims, sizes: Sizes) -> Self {
         let core = match dims.sparse {
             true => Core::Sparse(Box::new(SparseActs::new(backend, dims, sizes))),
@@ -59,25 +60,28 @@ impl<R: Real> AttentionActs<R> {
 
 /// Gradients of the activations.
 #[derive(Debug)]
-pub(crate) struct AttentionGrads<R: Real> {
-    /// `[N, Hq, Dv]`.
-    o: Buffer<R>,
+pub(crate) struct AttentionGrads<T: Element> {
+    /// `[N, Hq, Dv]`, and as attention takes it, unless that is the same type.
+    o: Buffer<T::Acc>,
+    o_rounded: Option<Buffer<T>>,
     /// `[N, Hq, Dk]`.
-    q: Buffer<R>,
-    core: Core<SparseGrads<R>, DenseGrads<R>>,
+    q: Buffer<T::Acc>,
+    core: Core<SparseGrads<T::Acc>, DenseGrads<T::Acc>>,
     /// With QK-norm, a gradient before it: of queries, the largest heads, or of keys.
-    spare: Buffer<R>,
+    spare: Buffer<T::Acc>,
 }
 
-impl<R: Real> AttentionGrads<R> {
+impl<T: Element> AttentionGrads<T> {
     pub(crate) fn new(backend: &Backend, dims: &Dims, sizes: Sizes) -> Self {
         let core = match dims.sparse {
             true => Core::Sparse(Box::new(SparseGrads::new(backend, dims, sizes))),
             false => Core::Dense(DenseGrads::new(backend, dims, sizes)),
         };
         let queries = sizes.tokens * dims.heads * dims.head_dim;
+        let outputs = sizes.tokens * dims.heads * dims.v_head_dim;
         Self {
-            o: backend.alloc(sizes.tokens * dims.heads * dims.v_head_dim),
+            o: backend.alloc(outputs),
+            o_rounded: (T::DTYPE != T::Acc::DTYPE).then(|| backend.alloc(outputs)),
             q: backend.alloc(queries),
             core,
             spare: backend.alloc(if dims.qk_norm { queries } else { 0 }),
@@ -86,12 +90,12 @@ impl<R: Real> AttentionGrads<R> {
 }
 
 /// `y` = x + o_proj(attention(RMSNorm(x))).
-pub(crate) fn forward<R: Real>(
-    pass: &mut Pass<'_, R>,
+pub(crate) fn forward<T: Element>(
+    pass: &mut Pass<'_, T>,
     slots: &AttentionSlots,
-    acts: &mut AttentionActs<R>,
-    x: &Buffer<R>,
-    y: &mut Buffer<R>,
+    acts: &mut AttentionActs<T>,
+    x: &Buffer<T>,
+    y: &mut Buffer<T>,
 ) -> Result<()> {
     let shape = [pass.inputs.rows(), pass.dims.hidden];
     pass.norm(&slots.norm, shape, x, &mut acts.normed, &mut acts.rstd)?;
@@ -108,19 +112,20 @@ pub(crate) fn forward<R: Real>(
 }
 
 /// Turns the gradient of the output, `residual`, into that of the input; `normed` is free for use.
-pub(crate) fn backward<R: Real>(
-    pass: &mut Pass<'_, R>,
+pub(crate) fn backward<T: Element>(
+    pass: &mut Pass<'_, T>,
     slots: &AttentionSlots,
-    (acts, x): (&AttentionActs<R>, &Buffer<R>),
-    d: &mut AttentionGrads<R>,
-    (residual, normed): (&mut Buffer<R>, &mut Buffer<R>),
-    grads: &mut Buffer<R>,
+    (acts, x): (&AttentionActs<T>, &Buffer<T>),
+    d: &mut AttentionGrads<T>,
+    (residual, normed): (&mut Buffer<T::Acc>, &mut Buffer<T::Acc>),
+    grads: &mut Buffer<T::Acc>,
 ) -> Result<()> {
     pass.linear_backward(Phase::Projection, (&slots.o, None), (&acts.o, residual), (&mut d.o, false), grads)?;
+    let d_o = output_gradient(pass, &d.o, d.o_rounded.as_mut())?;
     match (&acts.core, &mut d.core) {
-        (Core::Sparse(core), Core::Sparse(dc)) => sparse::backward(pass, (core, &acts.q), dc, (&d.o, &mut d.q))?,
+        (Core::Sparse(core), Core::Sparse(dc)) => sparse::backward(pass, (core, &acts.q), dc, (d_o, &mut d.q))?,
         (Core::Dense(core), Core::Dense(dc)) => {
-            dense::backward(pass, (core, &acts.q, &acts.o), dc, (&d.o, &mut d.q))?;
+            dense::backward(pass, (core, &acts.q, &acts.o), dc, (d_o, &mut d.q))?;
         }
         _ => unreachable!("{ONE_KIND}"),
     }
@@ -138,4 +143,20 @@ pub(crate) fn backward<R: Real>(
     }
     let shape = [pass.inputs.rows(), pass.dims.hidden];
     pass.norm_backward(&slots.norm, shape, (x, &acts.rstd), normed, (residual, true), grads)
+}
+
+/// The gradient of attention's output `[N, Hq, Dv]` in the type of the activations.
+fn output_gradient<'a, T: Element>(
+    pass: &mut Pass<'_, T>,
+    d_o: &'a Buffer<T::Acc>,
+    rounded: Option<&'a mut Buffer<T>>,
+) -> Result<Tensor<'a, T, 3>> {
+    let shape = pass.dims.o_shape(pass.inputs.rows());
+    let Some(rounded) = rounded else {
+        return Ok(d_o.tensor(shape)?.same_type().expect("another type is rounded"));
+    };
+    let count = shape.iter().product();
+    let args = round::Round { x: d_o.tensor([count])?, y: rounded.tensor_mut([count])? };
+    pass.run(Phase::AttentionBackward, |backend| round::round(backend, args))?;
+    Ok(rounded.tensor(shape)?)
 }

@@ -7,21 +7,21 @@ use super::profile::Phase;
 use super::slots::BranchSlots;
 use super::workspace::Sizes;
 use crate::Result;
-use nsa_core::Real;
+use nsa_core::{Element, Real};
 use nsa_kernels::op::dense;
-use nsa_kernels::{Backend, Buffer};
+use nsa_kernels::{Backend, Buffer, Tensor};
 
 /// What the forward pass leaves for the backward pass.
 #[derive(Debug)]
-pub(crate) struct DenseActs<R: Real> {
-    k: Heads<R>,
+pub(crate) struct DenseActs<T: Element> {
+    k: Heads<T>,
     /// `[N, G, Dv]`.
-    v: Buffer<R>,
+    v: Buffer<T>,
     /// `[N, Hq]`.
-    lse: Buffer<R>,
+    lse: Buffer<T::Acc>,
 }
 
-impl<R: Real> DenseActs<R> {
+impl<T: Element> DenseActs<T> {
     pub(crate) fn new(backend: &Backend, dims: &Dims, sizes: Sizes) -> Self {
         Self {
             k: Heads::new(backend, dims, Rows::Tokens, dims.groups, sizes),
@@ -48,12 +48,12 @@ impl<R: Real> DenseGrads<R> {
 }
 
 /// `o` = attention(q, k(normed), v(normed)).
-pub(crate) fn forward<R: Real>(
-    pass: &mut Pass<'_, R>,
+pub(crate) fn forward<T: Element>(
+    pass: &mut Pass<'_, T>,
     slots: &BranchSlots,
-    acts: &mut DenseActs<R>,
-    (normed, q): (&Buffer<R>, &Heads<R>),
-    o: &mut Buffer<R>,
+    acts: &mut DenseActs<T>,
+    (normed, q): (&Buffer<T>, &Heads<T>),
+    o: &mut Buffer<T>,
 ) -> Result<()> {
     pass.linear(Phase::Projection, &slots.k, normed, acts.k.input())?;
     pass.linear(Phase::Projection, &slots.v, normed, &mut acts.v)?;
@@ -73,16 +73,16 @@ pub(crate) fn forward<R: Real>(
 }
 
 /// Writes the gradients of keys and values; `d_q` becomes that of the rotated queries.
-pub(crate) fn backward<R: Real>(
-    pass: &mut Pass<'_, R>,
-    (acts, q, o): (&DenseActs<R>, &Heads<R>, &Buffer<R>),
-    d: &mut DenseGrads<R>,
-    (d_o, d_q): (&Buffer<R>, &mut Buffer<R>),
+pub(crate) fn backward<T: Element>(
+    pass: &mut Pass<'_, T>,
+    (acts, q, o): (&DenseActs<T>, &Heads<T>, &Buffer<T>),
+    d: &mut DenseGrads<T::Acc>,
+    (d_o, d_q): (Tensor<'_, T, 3>, &mut Buffer<T::Acc>),
 ) -> Result<()> {
     let (inputs, dims) = (pass.inputs, pass.dims);
     let n = inputs.rows();
     let mut dq = d_q.tensor_mut(dims.q_shape(n))?;
-    pass.profile.time(Phase::AttentionBackward, || dq.fill(R::zero()));
+    pass.profile.time(Phase::AttentionBackward, || dq.fill(T::Acc::default()));
     let args = dense::Backward {
         config: &dims.operator,
         packing: &inputs.packing,
@@ -91,7 +91,7 @@ pub(crate) fn backward<R: Real>(
         v: acts.v.tensor(dims.v_shape(n))?,
         o: o.tensor(dims.o_shape(n))?,
         lse: acts.lse.tensor([n, dims.heads])?,
-        d_o: d_o.tensor(dims.o_shape(n))?,
+        d_o,
         dq,
         dk: d.k.tensor_mut(dims.k_shape(n))?,
         dv: d.v.tensor_mut(dims.v_shape(n))?,
@@ -100,13 +100,13 @@ pub(crate) fn backward<R: Real>(
 }
 
 /// Passes the gradients of keys and values on to `d_normed`, which is added to; `spare` is free for use.
-pub(crate) fn backward_inputs<R: Real>(
-    pass: &mut Pass<'_, R>,
+pub(crate) fn backward_inputs<T: Element>(
+    pass: &mut Pass<'_, T>,
     slots: &BranchSlots,
-    acts: &DenseActs<R>,
-    d: &mut DenseGrads<R>,
-    (normed, d_normed, spare): (&Buffer<R>, &mut Buffer<R>, &mut Buffer<R>),
-    grads: &mut Buffer<R>,
+    acts: &DenseActs<T>,
+    d: &mut DenseGrads<T::Acc>,
+    (normed, d_normed, spare): (&Buffer<T>, &mut Buffer<T::Acc>, &mut Buffer<T::Acc>),
+    grads: &mut Buffer<T::Acc>,
 ) -> Result<()> {
     let dk = acts.k.backward(pass, slots.k_norm.as_ref(), (&mut d.k, spare), grads)?;
     pass.linear_backward(Phase::Projection, (&slots.k, None), (normed, dk), (d_normed, true), grads)?;

@@ -5,21 +5,21 @@ use super::pass::{Pass, Rows};
 use super::slots::Slot;
 use super::workspace::Sizes;
 use crate::Result;
-use nsa_core::Real;
+use nsa_core::Element;
 use nsa_kernels::{Backend, Buffer};
 
 /// Queries or keys as attention takes them: normalised if the model has QK-norm, then rotated.
 #[derive(Debug)]
-pub(crate) struct Heads<R: Real> {
+pub(crate) struct Heads<T: Element> {
     rows: Rows,
     heads: usize,
     /// `[rows, heads, Dk]`.
-    pub(crate) out: Buffer<R>,
+    pub(crate) out: Buffer<T>,
     /// With QK-norm, the values before it and 1/rms `[rows·heads]`.
-    raw: Option<(Buffer<R>, Buffer<R>)>,
+    raw: Option<(Buffer<T>, Buffer<T::Acc>)>,
 }
 
-impl<R: Real> Heads<R> {
+impl<T: Element> Heads<T> {
     pub(crate) fn new(backend: &Backend, dims: &Dims, rows: Rows, heads: usize, sizes: Sizes) -> Self {
         let count = match rows {
             Rows::Tokens => sizes.tokens,
@@ -31,12 +31,12 @@ impl<R: Real> Heads<R> {
     }
 
     /// Where the projection or φ writes.
-    pub(crate) fn input(&mut self) -> &mut Buffer<R> {
+    pub(crate) fn input(&mut self) -> &mut Buffer<T> {
         self.raw.as_mut().map_or(&mut self.out, |(raw, _)| raw)
     }
 
     /// Normalises and rotates what [`Heads::input`] holds.
-    pub(crate) fn finish(&mut self, pass: &mut Pass<'_, R>, norm: Option<&Slot>) -> Result<()> {
+    pub(crate) fn finish(&mut self, pass: &mut Pass<'_, T>, norm: Option<&Slot>) -> Result<()> {
         if let (Some((raw, rstd)), Some(norm)) = (&mut self.raw, norm) {
             let shape = [pass.count(self.rows) * self.heads, pass.dims.head_dim];
             pass.norm(norm, shape, raw, &mut self.out, rstd)?;
@@ -47,11 +47,11 @@ impl<R: Real> Heads<R> {
     /// Turns the gradient `d` of the output into that of the input: in `d` itself, or with QK-norm in `spare`.
     pub(crate) fn backward<'b>(
         &self,
-        pass: &mut Pass<'_, R>,
+        pass: &mut Pass<'_, T>,
         norm: Option<&Slot>,
-        (d, spare): (&'b mut Buffer<R>, &'b mut Buffer<R>),
-        grads: &mut Buffer<R>,
-    ) -> Result<&'b Buffer<R>> {
+        (d, spare): (&'b mut Buffer<T::Acc>, &'b mut Buffer<T::Acc>),
+        grads: &mut Buffer<T::Acc>,
+    ) -> Result<&'b Buffer<T::Acc>> {
         pass.rotate(self.rows, self.heads, d, true)?;
         let (Some((raw, rstd)), Some(norm)) = (&self.raw, norm) else { return Ok(d) };
         let shape = [pass.count(self.rows) * self.heads, pass.dims.head_dim];

@@ -8,7 +8,7 @@ use rayon::prelude::*;
 
 /// Initial values of all tensors, flat. Each tensor has a stream of random numbers of its own, so that its values depend on
 /// the seed and on its place in the manifest alone.
-pub(super) fn initial<R: Real>(specs: &[ParamSpec], seed: u64) -> Vec<R> {
+pub(crate) fn initial<R: Real>(specs: &[ParamSpec], seed: u64) -> Vec<R> {
     let mut values = vec![R::zero(); specs.iter().map(ParamSpec::numel).sum()];
     let mut rest = &mut values[..];
     let mut parts = Vec::with_capacity(specs.len());

@@ -5,24 +5,24 @@ use super::pass::Pass;
 use super::profile::Phase;
 use super::slots::MlpSlots;
 use crate::Result;
-use nsa_core::Real;
+use nsa_core::{Element, Real};
 use nsa_kernels::layer::swiglu;
 use nsa_kernels::{Backend, Buffer};
 
 /// What the forward pass leaves for the backward pass.
 #[derive(Debug)]
-pub(crate) struct MlpActs<R: Real> {
+pub(crate) struct MlpActs<T: Element> {
     /// RMSNorm(x) `[N, C]`, and 1/rms `[N]`.
-    normed: Buffer<R>,
-    rstd: Buffer<R>,
+    normed: Buffer<T>,
+    rstd: Buffer<T::Acc>,
     /// `[N, F]`.
-    gate: Buffer<R>,
-    up: Buffer<R>,
+    gate: Buffer<T>,
+    up: Buffer<T>,
     /// silu(gate)·up `[N, F]`.
-    hidden: Buffer<R>,
+    hidden: Buffer<T>,
 }
 
-impl<R: Real> MlpActs<R> {
+impl<T: Element> MlpActs<T> {
     pub(crate) fn new(backend: &Backend, dims: &Dims, tokens: usize) -> Self {
         let wide = || backend.alloc(tokens * dims.intermediate);
         Self {
@@ -52,12 +52,12 @@ impl<R: Real> MlpGrads<R> {
 }
 
 /// `y` = x + MLP(RMSNorm(x)).
-pub(crate) fn forward<R: Real>(
-    pass: &mut Pass<'_, R>,
+pub(crate) fn forward<T: Element>(
+    pass: &mut Pass<'_, T>,
     slots: &MlpSlots,
-    acts: &mut MlpActs<R>,
-    x: &Buffer<R>,
-    y: &mut Buffer<R>,
+    acts: &mut MlpActs<T>,
+    x: &Buffer<T>,
+    y: &mut Buffer<T>,
 ) -> Result<()> {
     let (rows, dims) = (pass.inputs.rows(), pass.dims);
     pass.norm(&slots.norm, [rows, dims.hidden], x, &mut acts.normed, &mut acts.rstd)?;
@@ -75,13 +75,13 @@ pub(crate) fn forward<R: Real>(
 }
 
 /// Turns the gradient of the output, `residual`, into that of the input; `normed` is free for use.
-pub(crate) fn backward<R: Real>(
-    pass: &mut Pass<'_, R>,
+pub(crate) fn backward<T: Element>(
+    pass: &mut Pass<'_, T>,
     slots: &MlpSlots,
-    (acts, x): (&MlpActs<R>, &Buffer<R>),
-    d: &mut MlpGrads<R>,
-    (residual, normed): (&mut Buffer<R>, &mut Buffer<R>),
-    grads: &mut Buffer<R>,
+    (acts, x): (&MlpActs<T>, &Buffer<T>),
+    d: &mut MlpGrads<T::Acc>,
+    (residual, normed): (&mut Buffer<T::Acc>, &mut Buffer<T::Acc>),
+    grads: &mut Buffer<T::Acc>,
 ) -> Result<()> {
     let (rows, dims) = (pass.inputs.rows(), pass.dims);
     let shape = [rows, dims.intermediate];

@@ -1,8 +1,11 @@
 //! The transformer: parameters in one flat buffer, activations in a reused workspace, forward and backward written out.
 //!
 //! Per layer, on the residual stream x `[N, C]`: x += o_proj(attention(RMSNorm(x))), x += MLP(RMSNorm(x)); then a last
-//! norm and the head, fused with the loss. Positions restart in every sequence. Generic over the real type, so that the
-//! gradient checks in f64 run the very code that trains in f32.
+//! norm and the head, fused with the loss. Positions restart in every sequence.
+//!
+//! Generic over the type of activations, T. Parameters are trained in A = `T::Acc`, as are their gradients, those of
+//! activations, and what norms and softmax keep. With T = bf16 matrices are multiplied as rounded copies of the
+//! parameters, made when these change; with T = A the gradient checks in f64 run the very code that trains in f32.
 
 mod attention;
 mod batch;
@@ -17,17 +20,18 @@ mod sparse;
 mod workspace;
 
 pub use batch::Batch;
+pub(crate) use init::initial;
 pub use profile::{Phase, Profile};
 pub use workspace::{Capacity, Workspace};
 
 use crate::{Error, Result};
 use nsa_core::model::{ModelConfig, ParamSpec};
-use nsa_core::{CompressKind, NsaConfig, Real};
+use nsa_core::{CompressKind, Element, NsaConfig};
 use nsa_kernels::layer::cross_entropy::{self, Loss};
-use nsa_kernels::layer::{embedding, linear};
+use nsa_kernels::layer::{embedding, linear, round};
 use nsa_kernels::{Backend, Buffer};
 use pass::Pass;
-use slots::Slots;
+use slots::{Slots, Weights};
 
 /// Sizes that every pass needs.
 #[derive(Clone, Debug)]
@@ -100,22 +104,24 @@ impl Dims {
 
 /// A model with its parameters.
 #[derive(Debug)]
-pub struct Model<R: Real> {
+pub struct Model<T: Element> {
     backend: Backend,
     config: ModelConfig,
     dims: Dims,
     slots: Slots,
-    params: Buffer<R>,
+    params: Buffer<T::Acc>,
+    /// The parameters in T, if that is another type.
+    rounded: Option<Buffer<T>>,
 }
 
-impl<R: Real> Model<R> {
+impl<T: Element> Model<T> {
     /// A model with initial parameters, as the manifest describes them, drawn by `seed`.
     ///
     /// # Errors
     /// If the model cannot be run.
     pub fn new(backend: &Backend, config: ModelConfig, seed: u64) -> Result<Self> {
         config.check_runnable()?;
-        let params: Vec<R> = init::initial(&nsa_core::model::manifest(&config), seed);
+        let params: Vec<T::Acc> = initial(&nsa_core::model::manifest(&config), seed);
         Self::with_params(backend, config, &params)
     }
 
@@ -123,7 +129,7 @@ impl<R: Real> Model<R> {
     ///
     /// # Errors
     /// If the model cannot be run or has another number of parameters.
-    pub fn with_params(backend: &Backend, config: ModelConfig, params: &[R]) -> Result<Self> {
+    pub fn with_params(backend: &Backend, config: ModelConfig, params: &[T::Acc]) -> Result<Self> {
         config.check_runnable()?;
         let dims = Dims::new(&config)?;
         let slots = Slots::new(&config);
@@ -132,7 +138,22 @@ impl<R: Real> Model<R> {
             return Err(Error::value("number of parameters", params.len(), rule));
         }
         let params = backend.upload(params);
-        Ok(Self { backend: backend.clone(), config, dims, slots, params })
+        let rounded = (T::DTYPE != T::Acc::DTYPE).then(|| backend.alloc(params.len()));
+        let mut model = Self { backend: backend.clone(), config, dims, slots, params, rounded };
+        model.round()?;
+        Ok(model)
+    }
+
+    /// Makes the rounded copy of the parameters anew.
+    fn round(&mut self) -> Result<()> {
+        let Some(rounded) = &mut self.rounded else { return Ok(()) };
+        let count = self.params.len();
+        let args = round::Round { x: self.params.tensor([count])?, y: rounded.tensor_mut([count])? };
+        Ok(round::round(&self.backend, args)?)
+    }
+
+    fn weights(&self) -> Weights<'_, T> {
+        Weights { master: &self.params, rounded: self.rounded.as_ref() }
     }
 
     /// The configuration.
@@ -151,17 +172,21 @@ impl<R: Real> Model<R> {
     }
 
     /// All parameters, flat.
-    pub fn params(&self) -> &Buffer<R> {
+    pub fn params(&self) -> &Buffer<T::Acc> {
         &self.params
     }
 
-    /// All parameters, flat and writable.
-    pub fn params_mut(&mut self) -> &mut Buffer<R> {
-        &mut self.params
+    /// Changes the parameters, flat.
+    ///
+    /// # Errors
+    /// Those of `change`.
+    pub fn change_params(&mut self, change: impl FnOnce(&mut Buffer<T::Acc>) -> Result<()>) -> Result<()> {
+        change(&mut self.params)?;
+        self.round()
     }
 
     /// Zeros for the gradients of all parameters.
-    pub fn new_gradients(&self) -> Buffer<R> {
+    pub fn new_gradients(&self) -> Buffer<T::Acc> {
         self.backend.alloc(self.slots.total)
     }
 
@@ -173,12 +198,12 @@ impl<R: Real> Model<R> {
     ///
     /// # Errors
     /// If the batch does not fit the workspace or a token is not in the vocabulary.
-    pub fn loss(&self, workspace: &mut Workspace<R>, batch: &Batch) -> Result<Loss> {
+    pub fn loss(&self, workspace: &mut Workspace<T>, batch: &Batch) -> Result<Loss> {
         self.forward(workspace, batch)?;
         let (rows, dims) = (workspace.inputs.rows(), &self.dims);
         let args = cross_entropy::Forward {
             hidden: workspace.hidden.tensor([rows, dims.hidden])?,
-            weight: self.slots.head.tensor(&self.params)?,
+            weight: self.weights().tensor(&self.slots.head)?,
             targets: workspace.inputs.targets.tensor([rows])?,
             losses: None,
         };
@@ -189,20 +214,20 @@ impl<R: Real> Model<R> {
     ///
     /// # Errors
     /// If the batch does not fit the workspace or a token is not in the vocabulary.
-    pub fn logits(&self, workspace: &mut Workspace<R>, batch: &Batch) -> Result<Vec<R>> {
+    pub fn logits(&self, workspace: &mut Workspace<T>, batch: &Batch) -> Result<Vec<T>> {
         self.forward(workspace, batch)?;
         let (rows, dims) = (workspace.inputs.rows(), &self.dims);
         let shape = [rows, dims.vocab];
         let mut logits = self.backend.alloc(rows * dims.vocab);
         let args = linear::Forward {
             x: workspace.hidden.tensor([rows, dims.hidden])?,
-            weight: self.slots.head.tensor(&self.params)?,
+            weight: self.weights().tensor(&self.slots.head)?,
             bias: None,
             y: logits.tensor_mut(shape)?,
             accumulate: false,
         };
         linear::forward(&self.backend, args)?;
-        let mut host = vec![R::zero(); rows * dims.vocab];
+        let mut host = vec![T::default(); rows * dims.vocab];
         logits.read(&mut host)?;
         Ok(host)
     }
@@ -213,10 +238,10 @@ impl<R: Real> Model<R> {
     /// If the workspace is not for training, the batch does not fit it or a token is not in the vocabulary.
     pub fn loss_and_gradients(
         &self,
-        workspace: &mut Workspace<R>,
+        workspace: &mut Workspace<T>,
         batch: &Batch,
         scale: f64,
-        grads: &mut Buffer<R>,
+        grads: &mut Buffer<T::Acc>,
     ) -> Result<Loss> {
         if workspace.grads.is_none() {
             return Err(Error::value("workspace", "for inference", "gradients need one for training"));
@@ -226,18 +251,19 @@ impl<R: Real> Model<R> {
     }
 
     /// Runs all layers and the last norm: `workspace.hidden`.
-    fn forward(&self, workspace: &mut Workspace<R>, batch: &Batch) -> Result<()> {
+    fn forward(&self, workspace: &mut Workspace<T>, batch: &Batch) -> Result<()> {
         let _span = tracing::debug_span!("forward", tokens = batch.tokens().len()).entered();
         workspace.load(&self.dims, batch)?;
         let Workspace { inputs, residual, layers, hidden, rstd, rope, profile, .. } = workspace;
         let shape = [inputs.rows(), self.dims.hidden];
         let args = embedding::Forward {
             tokens: inputs.tokens.tensor([shape[0]])?,
-            weight: self.slots.embedding.tensor(&self.params)?,
+            weight: self.weights().tensor(&self.slots.embedding)?,
             y: residual[0].tensor_mut(shape)?,
         };
         profile.time(Phase::Embedding, || embedding::forward(&self.backend, args))?;
-        let mut pass = Pass { backend: &self.backend, dims: &self.dims, params: &self.params, inputs, rope, profile };
+        let mut pass =
+            Pass { backend: &self.backend, dims: &self.dims, weights: self.weights(), inputs, rope, profile };
         let (turns, memories) = (residual.len(), layers.len());
         for (layer, slots) in self.slots.layers.iter().enumerate() {
             let acts = &mut layers[layer % memories];
@@ -251,21 +277,22 @@ impl<R: Real> Model<R> {
     }
 
     /// The loss of what [`Model::forward`] left, and the gradients of everything.
-    fn backward(&self, workspace: &mut Workspace<R>, scale: f64, grads: &mut Buffer<R>) -> Result<Loss> {
+    fn backward(&self, workspace: &mut Workspace<T>, scale: f64, grads: &mut Buffer<T::Acc>) -> Result<Loss> {
         let _span = tracing::debug_span!("backward").entered();
         let Workspace { inputs, residual, layers, hidden, rstd, rope, profile, grads: acts_grads, .. } = workspace;
         let d = acts_grads.as_mut().expect("checked by the caller");
         let shape = [inputs.rows(), self.dims.hidden];
         let args = cross_entropy::ForwardBackward {
             hidden: hidden.tensor(shape)?,
-            weight: self.slots.head.tensor(&self.params)?,
+            weight: self.weights().tensor(&self.slots.head)?,
             targets: inputs.targets.tensor([shape[0]])?,
             scale,
             d_hidden: d.normed.tensor_mut(shape)?,
             d_weight: Some(self.slots.head.tensor_mut(grads)?),
         };
         let loss = profile.time(Phase::Head, || cross_entropy::forward_backward(&self.backend, args))?;
-        let mut pass = Pass { backend: &self.backend, dims: &self.dims, params: &self.params, inputs, rope, profile };
+        let mut pass =
+            Pass { backend: &self.backend, dims: &self.dims, weights: self.weights(), inputs, rope, profile };
         let last = &residual[2 * layers.len()];
         pass.norm_backward(&self.slots.norm, shape, (last, rstd), &d.normed, (&mut d.residual, false), grads)?;
         for (layer, (slots, acts)) in self.slots.layers.iter().zip(&*layers).enumerate().rev() {
@@ -287,7 +314,7 @@ impl<R: Real> Model<R> {
 }
 
 /// Buffer `i` to read and the next one, in turns, to write.
-fn neighbours<R>(buffers: &mut [Buffer<R>], i: usize) -> (&Buffer<R>, &mut Buffer<R>) {
+fn neighbours<T>(buffers: &mut [Buffer<T>], i: usize) -> (&Buffer<T>, &mut Buffer<T>) {
     if i + 1 < buffers.len() {
         let (left, right) = buffers.split_at_mut(i + 1);
         (&left[i], &mut right[0])

@@ -2,26 +2,26 @@
 
 use super::Dims;
 use super::profile::{Phase, Profile};
-use super::slots::{Carver, Slot};
+use super::slots::{Carver, Slot, Weights};
 use super::workspace::Inputs;
 use crate::Result;
-use nsa_core::Real;
+use nsa_core::Element;
 use nsa_kernels::layer::rope::{self, RopeCache, RotateInPlace};
 use nsa_kernels::layer::{add, linear, rmsnorm};
 use nsa_kernels::{Backend, Buffer};
 
 /// The surroundings of one pass.
-pub(crate) struct Pass<'a, R: Real> {
+pub(crate) struct Pass<'a, T: Element> {
     pub(crate) backend: &'a Backend,
     pub(crate) dims: &'a Dims,
     /// Weights of the whole model.
-    pub(crate) params: &'a Buffer<R>,
+    pub(crate) weights: Weights<'a, T>,
     pub(crate) inputs: &'a Inputs,
-    pub(crate) rope: &'a RopeCache<R>,
+    pub(crate) rope: &'a RopeCache<T::Acc>,
     pub(crate) profile: &'a mut Profile,
 }
 
-impl<R: Real> Pass<'_, R> {
+impl<T: Element> Pass<'_, T> {
     /// Runs an operation, whose time belongs to `phase`.
     pub(crate) fn run(
         &mut self,
@@ -37,13 +37,13 @@ impl<R: Real> Pass<'_, R> {
         &mut self,
         weight: &Slot,
         [rows, width]: [usize; 2],
-        x: &Buffer<R>,
-        y: &mut Buffer<R>,
-        rstd: &mut Buffer<R>,
+        x: &Buffer<T>,
+        y: &mut Buffer<T>,
+        rstd: &mut Buffer<T::Acc>,
     ) -> Result<()> {
         let args = rmsnorm::Forward {
             x: x.tensor([rows, width])?,
-            weight: weight.tensor(self.params)?,
+            weight: self.weights.master(weight)?,
             eps: self.dims.eps,
             y: y.tensor_mut([rows, width])?,
             rstd: Some(rstd.tensor_mut([rows])?),
@@ -56,14 +56,14 @@ impl<R: Real> Pass<'_, R> {
         &mut self,
         weight: &Slot,
         [rows, width]: [usize; 2],
-        (x, rstd): (&Buffer<R>, &Buffer<R>),
-        dy: &Buffer<R>,
-        (dx, accumulate): (&mut Buffer<R>, bool),
-        grads: &mut Buffer<R>,
+        (x, rstd): (&Buffer<T>, &Buffer<T::Acc>),
+        dy: &Buffer<T::Acc>,
+        (dx, accumulate): (&mut Buffer<T::Acc>, bool),
+        grads: &mut Buffer<T::Acc>,
     ) -> Result<()> {
         let args = rmsnorm::Backward {
             x: x.tensor([rows, width])?,
-            weight: weight.tensor(self.params)?,
+            weight: self.weights.master(weight)?,
             rstd: rstd.tensor([rows])?,
             dy: dy.tensor([rows, width])?,
             dx: dx.tensor_mut([rows, width])?,
@@ -74,7 +74,7 @@ impl<R: Real> Pass<'_, R> {
     }
 
     /// y = x·Wᵀ, y `[N, outputs]`.
-    pub(crate) fn linear(&mut self, phase: Phase, weight: &Slot, x: &Buffer<R>, y: &mut Buffer<R>) -> Result<()> {
+    pub(crate) fn linear(&mut self, phase: Phase, weight: &Slot, x: &Buffer<T>, y: &mut Buffer<T>) -> Result<()> {
         self.linear_with_bias(phase, weight, None, x, y)
     }
 
@@ -84,16 +84,16 @@ impl<R: Real> Pass<'_, R> {
         phase: Phase,
         weight: &Slot,
         bias: Option<&Slot>,
-        x: &Buffer<R>,
-        y: &mut Buffer<R>,
+        x: &Buffer<T>,
+        y: &mut Buffer<T>,
     ) -> Result<()> {
         let rows = self.inputs.rows();
-        let weight = weight.tensor(self.params)?;
+        let weight = self.weights.tensor(weight)?;
         let [outputs, inputs] = weight.shape();
         let args = linear::Forward {
             x: x.tensor([rows, inputs])?,
             weight,
-            bias: bias.map(|bias| bias.tensor(self.params)).transpose()?,
+            bias: bias.map(|bias| self.weights.tensor(bias)).transpose()?,
             y: y.tensor_mut([rows, outputs])?,
             accumulate: false,
         };
@@ -106,12 +106,12 @@ impl<R: Real> Pass<'_, R> {
         &mut self,
         phase: Phase,
         (weight, bias): (&Slot, Option<&Slot>),
-        (x, dy): (&Buffer<R>, &Buffer<R>),
-        (dx, accumulate): (&mut Buffer<R>, bool),
-        grads: &mut Buffer<R>,
+        (x, dy): (&Buffer<T>, &Buffer<T::Acc>),
+        (dx, accumulate): (&mut Buffer<T::Acc>, bool),
+        grads: &mut Buffer<T::Acc>,
     ) -> Result<()> {
         let rows = self.inputs.rows();
-        let matrix = weight.tensor(self.params)?;
+        let matrix = self.weights.tensor(weight)?;
         let [outputs, inputs] = matrix.shape();
         let dy = dy.tensor([rows, outputs])?;
         let args = linear::BackwardInput { dy, weight: matrix, dx: dx.tensor_mut([rows, inputs])?, accumulate };
@@ -123,14 +123,20 @@ impl<R: Real> Pass<'_, R> {
     }
 
     /// y += x for `[N, C]`.
-    pub(crate) fn add_residual(&mut self, x: &Buffer<R>, y: &mut Buffer<R>) -> Result<()> {
+    pub(crate) fn add_residual(&mut self, x: &Buffer<T>, y: &mut Buffer<T>) -> Result<()> {
         let shape = [self.inputs.rows(), self.dims.hidden];
         let args = add::Accumulate { x: x.tensor(shape)?, y: y.tensor_mut(shape)? };
         self.run(Phase::Norm, |backend| add::accumulate(backend, args))
     }
 
     /// Rotates `[rows, heads, Dk]` by the positions of the tokens or of the blocks, or passes a gradient back.
-    pub(crate) fn rotate(&mut self, rows: Rows, heads: usize, x: &mut Buffer<R>, backward: bool) -> Result<()> {
+    pub(crate) fn rotate<E: Element<Acc = T::Acc>>(
+        &mut self,
+        rows: Rows,
+        heads: usize,
+        x: &mut Buffer<E>,
+        backward: bool,
+    ) -> Result<()> {
         let (count, positions) = match rows {
             Rows::Tokens => (self.inputs.rows(), &self.inputs.positions),
             Rows::Blocks => (self.inputs.block_rows(), &self.inputs.block_positions),

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// A part of the work.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -91,8 +91,13 @@ impl Profile {
         let _span = tracing::trace_span!("phase", name = phase.name()).entered();
         let start = Instant::now();
         let result = work();
-        self.seconds[phase as usize] += start.elapsed().as_secs_f64();
+        self.record(phase, start.elapsed());
         result
+    }
+
+    /// Adds time to a phase.
+    pub(crate) fn record(&mut self, phase: Phase, time: Duration) {
+        self.seconds[phase as usize] += time.as_secs_f64();
     }
 
     /// Seconds of one phase.

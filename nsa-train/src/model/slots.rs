@@ -2,7 +2,7 @@
 
 use crate::Result;
 use nsa_core::model::{ModelConfig, ParamSpec, manifest};
-use nsa_core::{CompressKind, Real, ShapeError};
+use nsa_core::{CompressKind, Element, Real, ShapeError};
 use nsa_kernels::op::compress::{Phi, PhiGrad};
 use nsa_kernels::{Buffer, Tensor, TensorMut};
 use std::collections::HashMap;
@@ -25,7 +25,7 @@ impl Slot {
     }
 
     /// The parameter, out of a flat buffer.
-    pub(crate) fn tensor<'a, R: Real, const N: usize>(&self, buffer: &'a Buffer<R>) -> Result<Tensor<'a, R, N>> {
+    fn tensor<'a, T: Element, const N: usize>(&self, buffer: &'a Buffer<T>) -> Result<Tensor<'a, T, N>> {
         Ok(buffer.tensor_at(self.offset, self.shape())?)
     }
 
@@ -35,6 +35,37 @@ impl Slot {
         buffer: &'a mut Buffer<R>,
     ) -> Result<TensorMut<'a, R, N>> {
         Ok(buffer.tensor_mut_at(self.offset, self.shape())?)
+    }
+}
+
+/// The parameters of a model: as they are trained, and rounded to the type that they are multiplied in.
+#[derive(Debug)]
+pub(crate) struct Weights<'a, T: Element> {
+    pub(crate) master: &'a Buffer<T::Acc>,
+    /// `None` if the types are the same.
+    pub(crate) rounded: Option<&'a Buffer<T>>,
+}
+
+impl<T: Element> Clone for Weights<'_, T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<T: Element> Copy for Weights<'_, T> {}
+
+impl<'a, T: Element> Weights<'a, T> {
+    /// A parameter as it is trained.
+    pub(crate) fn master<const N: usize>(self, slot: &Slot) -> Result<Tensor<'a, T::Acc, N>> {
+        slot.tensor(self.master)
+    }
+
+    /// A parameter in the type of the activations.
+    pub(crate) fn tensor<const N: usize>(self, slot: &Slot) -> Result<Tensor<'a, T, N>> {
+        match self.rounded {
+            Some(rounded) => slot.tensor(rounded),
+            None => Ok(self.master(slot)?.same_type().expect("weights of another type are rounded")),
+        }
     }
 }
 
@@ -73,16 +104,16 @@ pub(crate) enum PhiSlots {
 
 impl PhiSlots {
     /// φ with weights out of a flat buffer.
-    pub(crate) fn phi<'a, R: Real>(&self, params: &'a Buffer<R>) -> Result<Phi<'a, R>> {
+    pub(crate) fn phi<'a, T: Element>(&self, weights: Weights<'a, T>) -> Result<Phi<'a, T>> {
         Ok(match self {
             Self::Mean => Phi::Mean,
-            Self::Weighted(weight) => Phi::Weighted { weight: weight.tensor(params)? },
-            Self::Linear(weight) => Phi::Linear { weight: weight.tensor(params)? },
+            Self::Weighted(weight) => Phi::Weighted { weight: weights.tensor(weight)? },
+            Self::Linear(weight) => Phi::Linear { weight: weights.tensor(weight)? },
             Self::Mlp { weight1, bias1, weight2, bias2 } => Phi::Mlp {
-                weight1: weight1.tensor(params)?,
-                bias1: bias1.as_ref().map(|bias| bias.tensor(params)).transpose()?,
-                weight2: weight2.tensor(params)?,
-                bias2: bias2.as_ref().map(|bias| bias.tensor(params)).transpose()?,
+                weight1: weights.tensor(weight1)?,
+                bias1: bias1.as_ref().map(|bias| weights.tensor(bias)).transpose()?,
+                weight2: weights.tensor(weight2)?,
+                bias2: bias2.as_ref().map(|bias| weights.tensor(bias)).transpose()?,
             },
         })
     }

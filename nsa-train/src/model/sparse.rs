@@ -8,38 +8,37 @@ use super::profile::Phase;
 use super::slots::{SideSlots, SparseSlots};
 use super::workspace::Sizes;
 use crate::Result;
-use nsa_core::Real;
+use nsa_core::{Element, Real};
 use nsa_kernels::layer::sigmoid;
 use nsa_kernels::op::{compress, nsa};
-use nsa_kernels::{Backend, Buffer};
+use nsa_kernels::{Backend, Buffer, Tensor};
 
 /// What the forward pass leaves for the backward pass. Branches in the order cmp, slc, win.
 #[derive(Debug)]
-pub(crate) struct SparseActs<R: Real> {
+pub(crate) struct SparseActs<T: Element> {
     /// Raw keys `[N, G, Dk]` and values `[N, G, Dv]` of the compressed branch.
-    k_cmp: Buffer<R>,
-    v_cmp: Buffer<R>,
+    k_cmp: Buffer<T>,
+    v_cmp: Buffer<T>,
     /// k̃, k^slc, k^win.
-    k: [Heads<R>; 3],
+    k: [Heads<T>; 3],
     /// ṽ `[M, G, Dv]`, v^slc, v^win `[N, G, Dv]`.
-    v: [Buffer<R>; 3],
+    v: [Buffer<T>; 3],
     /// Before and after the sigmoid `[N, Hq, 3]`.
-    gate_logits: Buffer<R>,
-    gates: Buffer<R>,
+    gate_logits: Buffer<T>,
+    gates: Buffer<T>,
     /// Outputs of the branches, each `[N, Hq, Dv]`.
-    o: [Buffer<R>; 3],
+    o: [Buffer<T>; 3],
     /// Their lse, each `[N, Hq]`.
-    lse: [Buffer<R>; 3],
+    lse: [Buffer<T::Acc>; 3],
     /// `[N, G, n]`.
     block_indices: Buffer<i32>,
 }
 
-impl<R: Real> SparseActs<R> {
+impl<T: Element> SparseActs<T> {
     pub(crate) fn new(backend: &Backend, dims: &Dims, sizes: Sizes) -> Self {
         let Sizes { tokens, blocks } = sizes;
         let heads = |rows| Heads::new(backend, dims, rows, dims.groups, sizes);
         let each = |rows: usize, dim: usize| backend.alloc(rows * dims.groups * dim);
-        let three = |size: usize| std::array::from_fn(|_| backend.alloc(size));
         Self {
             k_cmp: each(tokens, dims.head_dim),
             v_cmp: each(tokens, dims.v_head_dim),
@@ -47,8 +46,8 @@ impl<R: Real> SparseActs<R> {
             v: [blocks, tokens, tokens].map(|rows| each(rows, dims.v_head_dim)),
             gate_logits: backend.alloc(tokens * dims.heads * 3),
             gates: backend.alloc(tokens * dims.heads * 3),
-            o: three(tokens * dims.heads * dims.v_head_dim),
-            lse: three(tokens * dims.heads),
+            o: std::array::from_fn(|_| backend.alloc(tokens * dims.heads * dims.v_head_dim)),
+            lse: std::array::from_fn(|_| backend.alloc(tokens * dims.heads)),
             block_indices: backend.upload(&vec![0; tokens * dims.groups * dims.operator.select_count()]),
         }
     }
@@ -88,12 +87,12 @@ impl<R: Real> SparseGrads<R> {
 }
 
 /// `o` = NSA(q, φ(k_cmp), φ(v_cmp), k_slc, v_slc, k_win, v_win, gates), all but q projected from `normed`.
-pub(crate) fn forward<R: Real>(
-    pass: &mut Pass<'_, R>,
+pub(crate) fn forward<T: Element>(
+    pass: &mut Pass<'_, T>,
     slots: &SparseSlots,
-    acts: &mut SparseActs<R>,
-    (normed, q): (&Buffer<R>, &Heads<R>),
-    o: &mut Buffer<R>,
+    acts: &mut SparseActs<T>,
+    (normed, q): (&Buffer<T>, &Heads<T>),
+    o: &mut Buffer<T>,
 ) -> Result<()> {
     let dims = pass.dims;
     let [_, k_slc, k_win] = &mut acts.k;
@@ -116,11 +115,11 @@ pub(crate) fn forward<R: Real>(
     attend(pass, acts, q, o)
 }
 
-fn compress_side<R: Real>(
-    pass: &mut Pass<'_, R>,
+fn compress_side<T: Element>(
+    pass: &mut Pass<'_, T>,
     slots: &SideSlots,
-    x: &Buffer<R>,
-    blocks: &mut Buffer<R>,
+    x: &Buffer<T>,
+    blocks: &mut Buffer<T>,
     dim: usize,
 ) -> Result<()> {
     let (inputs, groups) = (pass.inputs, pass.dims.groups);
@@ -128,14 +127,14 @@ fn compress_side<R: Real>(
         config: &pass.dims.operator,
         packing: &inputs.packing,
         x: x.tensor([inputs.rows(), groups, dim])?,
-        position: slots.position.as_ref().map(|slot| slot.tensor(pass.params)).transpose()?,
-        phi: slots.phi.phi(pass.params)?,
+        position: slots.position.as_ref().map(|slot| pass.weights.tensor(slot)).transpose()?,
+        phi: slots.phi.phi(pass.weights)?,
         blocks: blocks.tensor_mut([inputs.block_rows(), groups, dim])?,
     };
     pass.run(Phase::Compression, |backend| compress::forward(backend, args))
 }
 
-fn attend<R: Real>(pass: &mut Pass<'_, R>, acts: &mut SparseActs<R>, q: &Heads<R>, o: &mut Buffer<R>) -> Result<()> {
+fn attend<T: Element>(pass: &mut Pass<'_, T>, acts: &mut SparseActs<T>, q: &Heads<T>, o: &mut Buffer<T>) -> Result<()> {
     let (inputs, dims) = (pass.inputs, pass.dims);
     let (n, m) = (inputs.rows(), inputs.block_rows());
     let (blocks, tokens) = (&inputs.blocks, inputs.packing.cu_seqlens());
@@ -171,11 +170,11 @@ fn attend<R: Real>(pass: &mut Pass<'_, R>, acts: &mut SparseActs<R>, q: &Heads<R
 }
 
 /// Writes the gradients of the operator's inputs; `d_q` becomes that of the rotated queries.
-pub(crate) fn backward<R: Real>(
-    pass: &mut Pass<'_, R>,
-    (acts, q): (&SparseActs<R>, &Heads<R>),
-    d: &mut SparseGrads<R>,
-    (d_o, d_q): (&Buffer<R>, &mut Buffer<R>),
+pub(crate) fn backward<T: Element>(
+    pass: &mut Pass<'_, T>,
+    (acts, q): (&SparseActs<T>, &Heads<T>),
+    d: &mut SparseGrads<T::Acc>,
+    (d_o, d_q): (Tensor<'_, T, 3>, &mut Buffer<T::Acc>),
 ) -> Result<()> {
     let (inputs, dims) = (pass.inputs, pass.dims);
     let (n, m) = (inputs.rows(), inputs.block_rows());
@@ -196,7 +195,7 @@ pub(crate) fn backward<R: Real>(
         block_indices: acts.block_indices.tensor([n, dims.groups, dims.operator.select_count()])?,
         branches: [o_cmp.tensor(o_shape)?, o_slc.tensor(o_shape)?, o_win.tensor(o_shape)?],
         lse: [lse_cmp.tensor(lse_shape)?, lse_slc.tensor(lse_shape)?, lse_win.tensor(lse_shape)?],
-        d_o: d_o.tensor(o_shape)?,
+        d_o,
         dq: d_q.tensor_mut(dims.q_shape(n))?,
         dk: [dk_cmp.tensor_mut(dims.k_shape(m))?, dk_slc.tensor_mut(k_shape)?, dk_win.tensor_mut(k_shape)?],
         dv: [dv_cmp.tensor_mut(dims.v_shape(m))?, dv_slc.tensor_mut(v_shape)?, dv_win.tensor_mut(v_shape)?],
@@ -206,13 +205,13 @@ pub(crate) fn backward<R: Real>(
 }
 
 /// Passes the gradients of keys, values and gates on to `d_normed`, which is added to; `spare` is free for use.
-pub(crate) fn backward_inputs<R: Real>(
-    pass: &mut Pass<'_, R>,
+pub(crate) fn backward_inputs<T: Element>(
+    pass: &mut Pass<'_, T>,
     slots: &SparseSlots,
-    acts: &SparseActs<R>,
-    d: &mut SparseGrads<R>,
-    (normed, d_normed, spare): (&Buffer<R>, &mut Buffer<R>, &mut Buffer<R>),
-    grads: &mut Buffer<R>,
+    acts: &SparseActs<T>,
+    d: &mut SparseGrads<T::Acc>,
+    (normed, d_normed, spare): (&Buffer<T>, &mut Buffer<T::Acc>, &mut Buffer<T::Acc>),
+    grads: &mut Buffer<T::Acc>,
 ) -> Result<()> {
     let (dims, projection) = (pass.dims, Phase::Projection);
     let [cmp, slc, win] = &slots.branches;
@@ -240,13 +239,13 @@ pub(crate) fn backward_inputs<R: Real>(
     pass.linear_backward(projection, weights, (normed, &d.gate_logits), (d_normed, true), grads)
 }
 
-fn compress_side_backward<R: Real>(
-    pass: &mut Pass<'_, R>,
+fn compress_side_backward<T: Element>(
+    pass: &mut Pass<'_, T>,
     slots: &SideSlots,
-    (x, d_blocks): (&Buffer<R>, &Buffer<R>),
-    dx: &mut Buffer<R>,
+    (x, d_blocks): (&Buffer<T>, &Buffer<T::Acc>),
+    dx: &mut Buffer<T::Acc>,
     dim: usize,
-    grads: &mut Buffer<R>,
+    grads: &mut Buffer<T::Acc>,
 ) -> Result<()> {
     let (inputs, groups) = (pass.inputs, pass.dims.groups);
     let shape = [inputs.rows(), groups, dim];
@@ -255,8 +254,8 @@ fn compress_side_backward<R: Real>(
         config: &pass.dims.operator,
         packing: &inputs.packing,
         x: x.tensor(shape)?,
-        position: slots.position.as_ref().map(|slot| slot.tensor(pass.params)).transpose()?,
-        phi: slots.phi.phi(pass.params)?,
+        position: slots.position.as_ref().map(|slot| pass.weights.tensor(slot)).transpose()?,
+        phi: slots.phi.phi(pass.weights)?,
         d_blocks: d_blocks.tensor([inputs.block_rows(), groups, dim])?,
         dx: dx.tensor_mut(shape)?,
         d_position,

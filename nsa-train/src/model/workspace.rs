@@ -5,7 +5,7 @@ use super::mlp::{MlpActs, MlpGrads};
 use super::profile::Profile;
 use super::{Batch, Dims, Model};
 use crate::{Error, Result};
-use nsa_core::{CuSeqlens, Packing, Real, index};
+use nsa_core::{CuSeqlens, Element, Packing, index};
 use nsa_kernels::layer::rope::RopeCache;
 use nsa_kernels::{Backend, Buffer};
 
@@ -80,47 +80,47 @@ impl Inputs {
 
 /// What one layer leaves for its backward pass.
 #[derive(Debug)]
-pub(crate) struct LayerActs<R: Real> {
-    pub(crate) attention: AttentionActs<R>,
-    pub(crate) mlp: MlpActs<R>,
+pub(crate) struct LayerActs<T: Element> {
+    pub(crate) attention: AttentionActs<T>,
+    pub(crate) mlp: MlpActs<T>,
 }
 
 /// Gradients of activations, shared by all layers.
 #[derive(Debug)]
-pub(crate) struct GradActs<R: Real> {
+pub(crate) struct GradActs<T: Element> {
     /// Gradient of the residual stream `[N, C]`.
-    pub(crate) residual: Buffer<R>,
+    pub(crate) residual: Buffer<T::Acc>,
     /// Gradient of a norm's output `[N, C]`.
-    pub(crate) normed: Buffer<R>,
-    pub(crate) attention: AttentionGrads<R>,
-    pub(crate) mlp: MlpGrads<R>,
+    pub(crate) normed: Buffer<T::Acc>,
+    pub(crate) attention: AttentionGrads<T>,
+    pub(crate) mlp: MlpGrads<T::Acc>,
 }
 
 /// Activations, and for training their gradients.
 ///
 /// Made once; steps of any size up to its [`Capacity`] run in it without further allocation.
 #[derive(Debug)]
-pub struct Workspace<R: Real> {
+pub struct Workspace<T: Element> {
     pub(super) capacity: Capacity,
     pub(super) inputs: Inputs,
     /// Residual stream before each half layer and at the end; two in turns for inference.
-    pub(super) residual: Vec<Buffer<R>>,
+    pub(super) residual: Vec<Buffer<T>>,
     /// One a layer; a single one for inference.
-    pub(super) layers: Vec<LayerActs<R>>,
+    pub(super) layers: Vec<LayerActs<T>>,
     /// Output of the last norm `[N, C]`, and its 1/rms.
-    pub(super) hidden: Buffer<R>,
-    pub(super) rstd: Buffer<R>,
-    pub(super) grads: Option<GradActs<R>>,
-    pub(super) rope: RopeCache<R>,
+    pub(super) hidden: Buffer<T>,
+    pub(super) rstd: Buffer<T::Acc>,
+    pub(super) grads: Option<GradActs<T>>,
+    pub(super) rope: RopeCache<T::Acc>,
     pub(super) profile: Profile,
 }
 
-impl<R: Real> Workspace<R> {
+impl<T: Element> Workspace<T> {
     /// Memory for forward and backward passes.
     ///
     /// # Errors
     /// If the capacity exceeds what an i32 offset addresses.
-    pub fn for_training(model: &Model<R>, capacity: Capacity) -> Result<Self> {
+    pub fn for_training(model: &Model<T>, capacity: Capacity) -> Result<Self> {
         let layers = model.config().num_hidden_layers();
         let mut workspace = Self::new(model, capacity, layers, 2 * layers + 1)?;
         let (backend, dims) = (model.backend(), model.dims());
@@ -138,11 +138,11 @@ impl<R: Real> Workspace<R> {
     ///
     /// # Errors
     /// If the capacity exceeds what an i32 offset addresses.
-    pub fn for_inference(model: &Model<R>, capacity: Capacity) -> Result<Self> {
+    pub fn for_inference(model: &Model<T>, capacity: Capacity) -> Result<Self> {
         Self::new(model, capacity, 1, 2)
     }
 
-    fn new(model: &Model<R>, capacity: Capacity, layers: usize, residuals: usize) -> Result<Self> {
+    fn new(model: &Model<T>, capacity: Capacity, layers: usize, residuals: usize) -> Result<Self> {
         let (backend, dims) = (model.backend(), model.dims());
         CuSeqlens::single(capacity.tokens)?;
         let sizes = Sizes::new(dims, capacity);
@@ -198,7 +198,7 @@ impl<R: Real> Workspace<R> {
     ///
     /// # Errors
     /// If the backend's memory cannot be read.
-    pub fn selected_blocks(&self, model: &Model<R>, layer: usize) -> Result<Option<Vec<i32>>> {
+    pub fn selected_blocks(&self, model: &Model<T>, layer: usize) -> Result<Option<Vec<i32>>> {
         let acts = &self.layers[layer % self.layers.len()].attention;
         acts.selected_blocks(model.dims(), self.inputs.rows())
     }

@@ -1,8 +1,9 @@
 //! The gradient of every parameter against central differences, in f64 through the code that trains.
 
 use crate::kit;
-use nsa_core::CompressKind;
+use half::bf16;
 use nsa_core::model::{ModelConfig, ModelFields, TokenizerKind};
+use nsa_core::{CompressKind, Element};
 use nsa_train::model::{Batch, Capacity, Model, Workspace};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -25,7 +26,7 @@ fn model(change: impl FnOnce(&mut ModelFields)) -> Model<f64> {
     let mut values = params(&model);
     let mut rng = ChaCha8Rng::seed_from_u64(12);
     values.iter_mut().for_each(|value| *value += rng.random_range(-0.2..0.2));
-    model.params_mut().write(&values).unwrap();
+    model.change_params(|params| Ok(params.write(&values)?)).unwrap();
     model
 }
 
@@ -79,7 +80,7 @@ fn check(mut model: Model<f64>, name: &str) {
             let mut loss = |shift: f64| {
                 let mut shifted = values.clone();
                 shifted[offset + i] += shift;
-                model.params_mut().write(&shifted).unwrap();
+                model.change_params(|params| Ok(params.write(&shifted)?)).unwrap();
                 let loss = model.loss(&mut workspace, &batch).unwrap().sum * scale;
                 (loss, selections(&model, &workspace) == chosen)
             };
@@ -187,4 +188,37 @@ fn a_batch_that_does_not_fit_is_an_error() {
     let batch = Batch::next_token(&[&[1, VOCAB as u32, 2]]).unwrap();
     let error = model.loss(&mut workspace, &batch).unwrap_err().to_string();
     assert!(error.contains("position 1"), "{error}");
+}
+
+/// The gradients of all tensors in a type, from the same parameters.
+fn gradient<T: Element<Acc = f32>>(config: &ModelConfig, params: &[f32], batch: &Batch) -> Vec<f32> {
+    let model = Model::<T>::with_params(&kit::backend(), config.clone(), params).unwrap();
+    let capacity = Capacity { tokens: batch.tokens().len(), longest: batch.longest() };
+    let mut workspace = Workspace::for_training(&model, capacity).unwrap();
+    let mut grads = model.new_gradients();
+    model.loss_and_gradients(&mut workspace, batch, 1.0 / batch.num_targets() as f64, &mut grads).unwrap();
+    let mut values = vec![0.0; grads.len()];
+    grads.read(&mut values).unwrap();
+    values
+}
+
+#[test]
+fn gradients_in_bf16_are_those_in_f32_but_for_rounding() {
+    // How much rounding moves these gradients is seen by rounding the parameters alone, in f32. With the activations and
+    // the gradients there are three such sources of independent errors, the later ones with several roundings a parameter.
+    const ALLOWED: f64 = 2.0;
+    let every_block = |fields: &mut ModelFields| fields.nsa.as_mut().unwrap().select_count = 9;
+    for (name, model) in [("dense", model(kit::dense)), ("every block selected", model(every_block))] {
+        let params: Vec<f32> = params(&model).iter().map(|&x| x as f32).collect();
+        let batch = batch();
+        let single = gradient::<f32>(model.config(), &params, &batch);
+        let half = gradient::<bf16>(model.config(), &params, &batch);
+        let rounded: Vec<f32> = params.iter().map(|&x| bf16::from_f32(x).to_f32()).collect();
+        let moved = gradient::<f32>(model.config(), &rounded, &batch);
+        let distance =
+            |other: &[f32]| single.iter().zip(other).map(|(a, b)| f64::from(a - b).powi(2)).sum::<f64>().sqrt();
+        let (error, yardstick) = (distance(&half), distance(&moved));
+        println!("{name}: {:.3}", error / yardstick);
+        assert!(error < ALLOWED * yardstick && error > 0.0, "{name}: {error} against {yardstick}");
+    }
 }

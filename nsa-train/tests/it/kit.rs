@@ -88,7 +88,7 @@ pub fn trainer(folder: &Path, config: ModelConfig, options: TrainOptions) -> Tra
 
 /// All parameters and moments as bits.
 pub fn params(trainer: &Trainer) -> Vec<u32> {
-    let buffer = trainer.model().params();
+    let buffer = trainer.network().params();
     let mut values = vec![0.0f32; buffer.len()];
     buffer.read(&mut values).unwrap();
     values.into_iter().map(f32::to_bits).collect()

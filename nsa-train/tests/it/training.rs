@@ -1,19 +1,19 @@
 //! Steps: the same bits again, in other portions, on other threads; loss that falls or ends.
 
 use crate::kit;
-use nsa_train::TrainOptions;
 use nsa_train::checkpoint;
 use nsa_train::eval::{EvalOptions, evaluate};
 use nsa_train::metrics::{self, Line};
 use nsa_train::model::{Capacity, Workspace};
+use nsa_train::network::{Network, Trained};
 use nsa_train::run::{Event, run};
 use nsa_train::trainer::Trainer;
+use nsa_train::{Precision, TrainOptions};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Trains straight through, and in two parts with a checkpoint between.
-fn resumed_equals_straight(change: impl Fn(&mut nsa_core::model::ModelFields) + Copy, accumulate: usize) {
-    let folder = tempfile::tempdir().unwrap();
-    let options = TrainOptions { accumulate, ..kit::options() };
+fn resumed_equals_straight(change: impl Fn(&mut nsa_core::model::ModelFields) + Copy, options: TrainOptions) {
+    let (folder, accumulate) = (tempfile::tempdir().unwrap(), options.accumulate);
     let mut straight = kit::trainer(folder.path(), kit::config(change), options);
     let mut losses = kit::steps(&mut straight, 6);
 
@@ -33,28 +33,50 @@ fn resumed_equals_straight(change: impl Fn(&mut nsa_core::model::ModelFields) + 
 
 #[test]
 fn resuming_continues_bit_for_bit() {
-    resumed_equals_straight(|_| {}, 1);
-    resumed_equals_straight(|fields| fields.qk_norm = true, 2);
-    resumed_equals_straight(kit::dense, 1);
+    let options = |accumulate, precision| TrainOptions { accumulate, precision, ..kit::options() };
+    resumed_equals_straight(|_| {}, options(1, Precision::F32));
+    resumed_equals_straight(|fields| fields.qk_norm = true, options(2, Precision::F32));
+    resumed_equals_straight(kit::dense, options(1, Precision::F32));
+    resumed_equals_straight(|fields| fields.qk_norm = true, options(2, Precision::Bf16));
+    resumed_equals_straight(kit::dense, options(1, Precision::Bf16));
+}
+
+#[test]
+fn training_in_bf16_follows_training_in_f32() {
+    for change in [|_: &mut nsa_core::model::ModelFields| {}, kit::dense] {
+        let folder = tempfile::tempdir().unwrap();
+        let train = |precision| {
+            let options = TrainOptions { precision, steps: 60, warmup: Some(5), ..kit::options() };
+            kit::steps(&mut kit::trainer(folder.path(), kit::config(change), options), 60)
+        };
+        let (single, half) = (train(Precision::F32), train(Precision::Bf16));
+        // The losses that are parted from the first ones by learning, not by rounding.
+        let (start, end) = (single[0], single[50..].iter().sum::<f64>() / 10.0);
+        let end_half = half[50..].iter().sum::<f64>() / 10.0;
+        assert!(end < 0.8 * start, "{start} {end}");
+        assert!((half[0] / single[0] - 1.0).abs() < 1.0 / 256.0, "{} {}", half[0], single[0]);
+        assert!((end_half - end).abs() < 0.02 * (start - end), "{start} to {end}, in bf16 to {end_half}");
+        println!("{start:.4} to {end:.4}, in bf16 to {end_half:.4}");
+    }
 }
 
 #[test]
 fn runs_repeat_bit_for_bit_on_any_number_of_threads() {
     let folder = tempfile::tempdir().unwrap();
-    let train = |threads: usize| {
+    let train = |threads: usize, precision: Precision| {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
         pool.install(|| {
             // Wide enough that work is divided among threads.
             let config = kit::config(|fields| (fields.hidden_size, fields.intermediate_size) = (96, 200));
-            let options = TrainOptions { batch: 4, context: 64, ..kit::options() };
+            let options = TrainOptions { batch: 5, context: 64, precision, ..kit::options() };
             let mut trainer = kit::trainer(folder.path(), config, options);
             (kit::steps(&mut trainer, 3), kit::params(&trainer))
         })
     };
-    let one = train(1);
-    assert_eq!(one, train(1));
-    assert_eq!(one, train(2));
-    assert_eq!(one, train(3));
+    for precision in [Precision::F32, Precision::Bf16] {
+        let one = train(1, precision);
+        (1..=3).for_each(|threads| assert_eq!(one, train(threads, precision)));
+    }
 }
 
 #[test]
@@ -203,7 +225,7 @@ fn evaluation_does_not_depend_on_how_windows_are_packed() {
     let text = data.train.clone();
     let mut trainer = Trainer::new(&kit::backend(), kit::config(|_| {}), kit::options(), data, None).unwrap();
     kit::steps(&mut trainer, 3);
-    let model = trainer.model();
+    let Network::F32(Trained { model, .. }) = trainer.network() else { panic!("options ask for f32") };
     let eval = |tokens: usize, stride: usize, max_tokens: u64| {
         let mut workspace = Workspace::for_inference(model, Capacity { tokens, longest: 16 }).unwrap();
         evaluate(model, &mut workspace, &text, EvalOptions { context: 16, stride, max_tokens }).unwrap()

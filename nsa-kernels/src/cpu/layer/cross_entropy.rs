@@ -2,9 +2,9 @@
 
 use super::matmul::{add_outer, times, times_transposed};
 use super::par::{LANES, elements, for_rows2, lane_sum, row_range};
+use crate::cpu::Cpu;
 use crate::cpu::gemm::Store;
 use crate::cpu::math::exp;
-use crate::cpu::scratch::Pool;
 use crate::layer::cross_entropy::{Forward, ForwardBackward, IGNORED, Loss};
 use crate::layer::embedding::token_error;
 use crate::{Result, Tensor};
@@ -15,7 +15,7 @@ const CHUNK_ELEMENTS: usize = 1 << 20;
 /// Rows of a chunk at least: with fewer, reading the head costs more than the products.
 const MIN_ROWS: usize = 64;
 
-pub fn forward<T, W>(pool: &Pool, op: &'static str, args: Forward<'_, T, W>) -> Result<Loss>
+pub fn forward<T, W>(cpu: &Cpu, op: &'static str, args: Forward<'_, T, W>) -> Result<Loss>
 where
     T: Element,
     W: Element<Acc = T::Acc>,
@@ -24,7 +24,7 @@ where
     let targets = check_targets(op, &args.targets, weight.shape()[0])?;
     let mut losses = args.losses.map(|losses| losses.into_host()).transpose()?.map(|losses| losses.into_data());
     let mut loss = Loss::default();
-    for_chunks(pool, &hidden, &weight, targets, None, |start, _, row_losses, part| {
+    for_chunks(cpu, &hidden, &weight, targets, None, |start, _, row_losses, part| {
         if let Some(losses) = &mut losses {
             losses[start..start + row_losses.len()].copy_from_slice(row_losses);
         }
@@ -34,7 +34,7 @@ where
     Ok(loss)
 }
 
-pub fn forward_backward<T, W>(pool: &Pool, op: &'static str, args: ForwardBackward<'_, T, W>) -> Result<Loss>
+pub fn forward_backward<T, W>(cpu: &Cpu, op: &'static str, args: ForwardBackward<'_, T, W>) -> Result<Loss>
 where
     T: Element,
     W: Element<Acc = T::Acc>,
@@ -45,12 +45,12 @@ where
     let d_hidden = args.d_hidden.into_host()?.into_data();
     let mut d_weight = args.d_weight.map(|d| d.into_host()).transpose()?.map(|d| d.into_data());
     let mut loss = Loss::default();
-    for_chunks(pool, &hidden, &weight, targets, Some(T::Acc::of(args.scale)), |start, dz, row_losses, part| {
+    for_chunks(cpu, &hidden, &weight, targets, Some(T::Acc::of(args.scale)), |start, dz, row_losses, part| {
         let rows = row_losses.len();
         let dz = View::new(dz, [rows, vocabulary]).expect("a chunk of logits");
-        times(pool, &dz, &weight, &mut d_hidden[start * channels..][..rows * channels], Store::Write);
+        times(cpu, &dz, &weight, &mut d_hidden[start * channels..][..rows * channels], Store::Write);
         if let Some(d_weight) = &mut d_weight {
-            add_outer(pool, &dz, &row_range(&hidden, start, rows), d_weight);
+            add_outer(cpu, &dz, &row_range(&hidden, start, rows), d_weight);
         }
         loss.sum += part.sum;
         loss.count += part.count;
@@ -61,7 +61,7 @@ where
 /// Calls `f` with each chunk's first row, its logits (their gradients, if there is a scale), the losses of its rows and
 /// their sum.
 fn for_chunks<T, W>(
-    pool: &Pool,
+    cpu: &Cpu,
     hidden: &View<'_, T, 2>,
     weight: &View<'_, W, 2>,
     targets: &[u32],
@@ -73,13 +73,13 @@ fn for_chunks<T, W>(
 {
     let ([n, _], [vocabulary, _]) = (hidden.shape(), weight.shape());
     let chunk = (CHUNK_ELEMENTS / vocabulary.max(1)).max(MIN_ROWS).min(n);
-    let (mut logits, mut losses) = (pool.take(chunk * vocabulary), pool.take::<T::Acc>(chunk));
+    let (mut logits, mut losses) = (cpu.pool().take(chunk * vocabulary), cpu.pool().take::<T::Acc>(chunk));
     for start in (0..n).step_by(chunk.max(1)) {
         let targets = &targets[start..(start + chunk).min(n)];
         let rows = targets.len();
         let (logits, losses) = (&mut logits[..rows * vocabulary], &mut losses[..rows]);
         losses.fill(T::Acc::default());
-        times_transposed(pool, &row_range(hidden, start, rows), weight, logits, Store::Write);
+        times_transposed(cpu, &row_range(hidden, start, rows), weight, logits, Store::Write);
         for_rows2((logits, vocabulary), (losses, 1), |i, z, loss| loss[0] = row_loss(z, targets[i], scale));
         let sum = losses.iter().map(|loss| loss.to_f64()).sum();
         let count = targets.iter().filter(|&&target| target != IGNORED).count();

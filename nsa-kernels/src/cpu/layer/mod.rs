@@ -5,6 +5,7 @@
 
 pub mod adamw;
 pub mod add;
+mod blocked;
 pub mod cross_entropy;
 pub mod embedding;
 pub mod linear;
@@ -12,5 +13,6 @@ mod matmul;
 pub(crate) mod par;
 pub mod rmsnorm;
 pub mod rope;
+pub mod round;
 pub mod sigmoid;
 pub mod swiglu;

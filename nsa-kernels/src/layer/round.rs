@@ -1,0 +1,30 @@
+//! Rounded copies of parameters.
+
+use crate::{Backend, Result, Tensor, TensorMut, cpu};
+use nsa_core::Element;
+
+/// Arguments of [`round`].
+#[derive(Debug)]
+pub struct Round<'a, T: Element> {
+    /// `[P]`.
+    pub x: Tensor<'a, T::Acc, 1>,
+    /// Written: `[P]`.
+    pub y: TensorMut<'a, T, 1>,
+}
+
+/// Rounds each element to `T`.
+///
+/// **Shapes**: on the fields of [`Round`].
+///
+/// **Numerics**: to nearest, ties to even.
+///
+/// **Source**: reference twin: a plain loop in `tests/layer/elementwise.rs`.
+///
+/// # Errors
+/// If a shape does not fit.
+pub fn round<T: Element>(backend: &Backend, args: Round<'_, T>) -> Result<()> {
+    args.y.check("round", "y", args.x.shape())?;
+    match backend {
+        Backend::Cpu(_) => cpu::layer::round::round(args),
+    }
+}
