@@ -23,6 +23,19 @@ pub(crate) const fn padded(len: usize) -> usize {
     len.next_multiple_of(PAD)
 }
 
+/// Asks for the cache line at `p`, which is about to be read: a hint, free of effects at any address.
+#[inline(always)]
+pub(crate) fn prefetch(p: *const u8) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        // SAFETY: every x86-64 processor has the instruction, which reads nothing and never faults.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = p;
+}
+
 /// Vectors of [`Simd::WIDTH`] elements. A value proves that the processor has the instructions.
 pub(crate) trait Simd<A: Real>: Copy {
     /// A vector.
