@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 const UNSAFE: [&str; 8] = [
     "nsa-decode/src/weights.rs",
     "nsa-kernels/src/cpu/gemm.rs",
-    "nsa-kernels/src/cpu/product.rs",
+    "nsa-kernels/src/cpu/inner.rs",
     "nsa-kernels/src/cpu/simd/avx2.rs",
     "nsa-kernels/src/cpu/simd/avx512.rs",
     "nsa-kernels/src/cpu/simd/mod.rs",

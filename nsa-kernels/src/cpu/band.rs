@@ -2,10 +2,11 @@
 
 use crate::Result;
 use crate::cpu::Cpu;
+use crate::cpu::chunks::{CHUNK, Keys, Query};
 use crate::cpu::flash::{self, Flash, Heads, queries_per_tile};
 use crate::cpu::grad::{self, Cell, Loaded, Place, Queries};
 use crate::cpu::keys::{Grid, KEYS, Layout, Order, Tiles};
-use crate::cpu::rows::host_rows;
+use crate::cpu::rows::{SeqRows, host_rows};
 use crate::cpu::tasks::{QueryTile, query_tiles, split_rows, tile_len};
 use crate::cpu::turns::{Cut, Row, for_each_row};
 use crate::cpu::unit::{Pair, Unit};
@@ -25,6 +26,9 @@ pub(crate) struct Forward<'a, T: Element, F> {
     pub(crate) lse: TensorMut<'a, T::Acc, 2>,
     /// Positions that the query at a position attends to; neither end ever moves back.
     pub(crate) visible: F,
+    /// Whether the only query of a sequence attends in chunks if it sees more than one: its keys are then shared out among
+    /// the threads.
+    pub(crate) lone_in_chunks: bool,
 }
 
 /// Keys and values of one sequence.
@@ -48,7 +52,7 @@ fn forward_in<T: Element, U: Unit<Acc = T::Acc>, F>(cpu: &Cpu, args: Forward<'_,
 where
     F: Fn(usize) -> Range<usize> + Sync,
 {
-    let Forward { config, packing, q, k, v, o, lse, visible } = args;
+    let Forward { config, packing, q, k, v, o, lse, visible, lone_in_chunks } = args;
     let (q, o, lse) = (q.to_host()?, o.into_host()?.into_data(), lse.into_host()?.into_data());
     let (k, v) = (host_rows(&k)?, host_rows(&v)?);
     let tiles = query_tiles(packing, |_| queries_per_tile(config.group_size()));
@@ -75,9 +79,35 @@ where
     let o = split_rows(o, heads * config.head_dim_v(), rows());
     let lse = split_rows(lse, heads, rows());
     tiles.par_iter().zip(o).zip(lse).with_max_len(1).for_each(|((tile, o), lse)| {
-        attend(cpu, config, &q, &seqs[tile.seq], tile, &visible, (o, lse));
+        let (seq, seen) = (packing.seq(tile.seq), seen(tile, &visible));
+        if lone_in_chunks && seq.rows.len() == 1 && seen.len() > CHUNK {
+            let keys = (k[tile.seq], v[tile.seq], seq.end() - k[tile.seq].len());
+            attend_alone::<T, U>(cpu, Heads::new(config), &q, tile.rows.start, keys, seen, (o, lse));
+        } else {
+            attend(cpu, config, &q, &seqs[tile.seq], tile, &visible, (o, lse));
+        }
     });
     Ok(())
+}
+
+/// The query in row `t` of q, alone: a task a KV head and chunk of the keys. `first` is the position of their first row.
+fn attend_alone<T: Element, U: Unit<Acc = T::Acc>>(
+    cpu: &Cpu,
+    heads: Heads<T::Acc>,
+    q: &View<'_, T, 3>,
+    t: usize,
+    (k, v, first): (SeqRows<'_, T>, SeqRows<'_, T>, usize),
+    seen: Range<usize>,
+    (o, lse): (&mut [T], &mut [T::Acc]),
+) {
+    let Heads { group_size, dim_v, .. } = heads;
+    let groups = o.par_chunks_mut(group_size * dim_v).zip(lse.par_chunks_mut(group_size));
+    groups.enumerate().with_max_len(1).for_each(|(g, (o, lse))| {
+        let query = Query::<U>::new(cpu, heads, q, t, g);
+        let parts = query.attend(&Keys { k, v, len: seen.len(), row: |i| seen.start - first + i }, &mut []);
+        let totals = parts.totals(cpu);
+        heads.store(&mut parts.join(cpu, heads, &totals), (&totals.max, &totals.sum), 0, o, lse);
+    });
 }
 
 /// The positions that the queries of a tile attend to.

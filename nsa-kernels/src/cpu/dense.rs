@@ -1,4 +1,5 @@
-//! Full causal attention on the CPU: the band that reaches back to position 0.
+//! Full causal attention on the CPU: the band that reaches back to position 0. A sequence's only query, as in decoding,
+//! attends in chunks of its keys (see `chunks`).
 
 use crate::Result;
 use crate::cpu::grad::Queries;
@@ -9,7 +10,8 @@ use nsa_core::Element;
 /// See `op::dense::forward`.
 pub(crate) fn forward<T: Element>(cpu: &Cpu, args: Forward<'_, T>) -> Result<()> {
     let Forward { config, packing, q, k, v, o, lse } = args;
-    band::forward(cpu, band::Forward { config, packing, q, k, v, o, lse, visible: |t| 0..t + 1 })
+    let (visible, lone_in_chunks) = (|t| 0..t + 1, true);
+    band::forward(cpu, band::Forward { config, packing, q, k, v, o, lse, visible, lone_in_chunks })
 }
 
 /// See `op::dense::backward`.

@@ -226,7 +226,7 @@ impl<'p, U: Unit> Flash<'p, U> {
 }
 
 /// Divides a row of Σ exp(score − max)·v by its `sum` and returns its lse; a row that saw nothing is 0 with −∞.
-fn normalize<A: Real>(row: &mut [A], max: A, sum: A) -> A {
+pub(crate) fn normalize<A: Real>(row: &mut [A], max: A, sum: A) -> A {
     if sum == A::zero() {
         row.fill(A::zero());
         return A::neg_infinity();

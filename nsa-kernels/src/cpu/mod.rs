@@ -2,9 +2,10 @@
 
 #[expect(unsafe_code, reason = "the library's GEMM takes pointers")]
 pub(crate) mod gemm;
+#[expect(unsafe_code, reason = "the inner loops read without checks what was checked before them")]
+pub(crate) mod inner;
 pub(crate) mod isa;
 pub(crate) mod layer;
-#[expect(unsafe_code, reason = "the inner loop reads without checks what was checked before it")]
 pub(crate) mod product;
 #[expect(unsafe_code, reason = "intrinsics, loads and stores, and the boundary where features are enabled")]
 pub(crate) mod simd;
@@ -17,7 +18,9 @@ pub(crate) mod gate;
 pub(crate) mod slc;
 pub(crate) mod win;
 
+pub(crate) mod ahead;
 pub(crate) mod band;
+pub(crate) mod chunks;
 pub(crate) mod flash;
 pub(crate) mod grad;
 pub(crate) mod keys;

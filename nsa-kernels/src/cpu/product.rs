@@ -6,9 +6,13 @@
 //!
 //! Roofline: a block of MR rows and NR vectors reads MR + NR operands for MR · NR multiply-adds: (6 + 4)/24 loads each, and
 //! the processors that this is made for can do one or two. Bound by arithmetic from L1 or L2.
+//! Results of one vector, as scores of keys against the heads of one query are, have blocks of TALL rows instead: six chains
+//! of additions would wait for themselves (29 against 24 GB/s of keys in f32 from L1 on a Zen 5 core).
 //! An element of the result is Σ_p in the order of p from zero, then added to the target: its bits do not depend on the
 //! blocks around it.
 
+use super::ahead::{Ahead, Lines, Still};
+use super::inner::Place;
 use super::isa::Isa;
 use super::simd::{Compute, Multiply, Simd, padded};
 use super::unit::Unit;
@@ -90,7 +94,7 @@ pub(crate) struct Product<'a, U: Unit> {
     pub(crate) steps: Steps<'a>,
 }
 
-impl<U: Unit> Product<'_, U> {
+impl<'a, U: Unit> Product<'a, U> {
     /// Steps of row i.
     #[inline(always)]
     fn steps_of(&self, i: usize) -> Range<usize> {
@@ -127,65 +131,162 @@ impl<U: Unit> Product<'_, U> {
         assert!(target <= self.target.data.len(), "the target reaches beyond its slice");
     }
 
-    /// Computes it with blocks of MR rows and NR vectors.
+    /// Computes it with blocks of MR rows and NR vectors, or TALL rows where there is one vector and rows of the left
+    /// operand are evenly spaced.
     #[inline(always)]
-    pub(crate) fn blocks<M: Multiply<U, U::Acc>, const MR: usize, const NR: usize>(mut self, m: M) {
+    pub(crate) fn blocks<M: Multiply<U, U::Acc>, const MR: usize, const NR: usize, const TALL: usize>(
+        mut self,
+        m: M,
+        mut ahead: impl Ahead,
+    ) {
         self.steps = self.steps.simplified();
         self.check();
-        let mut j = 0;
-        while j + NR * M::Simd::WIDTH <= self.columns {
-            self.strip::<M, MR, NR>(m, j);
-            j += NR * M::Simd::WIDTH;
+        let (rows, width) = (self.target.rows.len(), M::Simd::WIDTH);
+        if let (Steps::First(steps), Some(spacing)) = (self.steps, self.spacing())
+            && self.columns <= width
+        {
+            ahead.pace(rows.div_ceil(TALL) * steps.div_ceil(U::STEP));
+            return self.tall_strip::<M, TALL>(m, steps, spacing, &mut ahead);
         }
-        if NR > 2 && j + 2 * M::Simd::WIDTH <= self.columns {
-            self.strip::<M, MR, 2>(m, j);
-            j += 2 * M::Simd::WIDTH;
+        if let Steps::First(steps) = self.steps {
+            ahead.pace(rows.div_ceil(MR) * self.columns.div_ceil(NR * width) * steps.div_ceil(U::STEP));
+        }
+        let mut j = 0;
+        while j + NR * width <= self.columns {
+            self.strip::<M, MR, NR>(m, j, &mut ahead);
+            j += NR * width;
+        }
+        if NR > 2 && j + 2 * width <= self.columns {
+            self.strip::<M, MR, 2>(m, j, &mut ahead);
+            j += 2 * width;
         }
         while j < self.columns {
-            self.strip::<M, MR, 1>(m, j);
-            j += M::Simd::WIDTH;
+            self.strip::<M, MR, 1>(m, j, &mut ahead);
+            j += width;
         }
+    }
+
+    /// Distance between the rows of the left operand, if it is everywhere the same.
+    #[inline(always)]
+    fn spacing(&self) -> Option<usize> {
+        let rows = &self.left.rows[..self.target.rows.len()];
+        let spacing = rows.get(1)?.checked_sub(rows[0])?;
+        rows.windows(2).all(|pair| pair[0] + spacing == pair[1]).then_some(spacing)
+    }
+
+    /// The only vector of columns, from rows that are `spacing` apart.
+    #[inline(always)]
+    fn tall_strip<M: Multiply<U, U::Acc>, const TALL: usize>(
+        &mut self,
+        m: M,
+        steps: usize,
+        spacing: usize,
+        ahead: &mut impl Ahead,
+    ) {
+        let rows = self.target.rows.len();
+        let mut i = 0;
+        while i + TALL <= rows {
+            self.tall_block::<M, TALL>(m, i, steps, spacing, ahead);
+            i += TALL;
+        }
+        if TALL > 8 && i + 8 <= rows {
+            self.tall_block::<M, 8>(m, i, steps, spacing, ahead);
+            i += 8;
+        }
+        if TALL > 4 && i + 4 <= rows {
+            self.tall_block::<M, 4>(m, i, steps, spacing, ahead);
+            i += 4;
+        }
+        while i < rows {
+            self.tall_block::<M, 1>(m, i, steps, spacing, ahead);
+            i += 1;
+        }
+    }
+
+    /// The block of MR rows from i.
+    #[inline(always)]
+    fn tall_block<M: Multiply<U, U::Acc>, const MR: usize>(
+        &mut self,
+        m: M,
+        i: usize,
+        steps: usize,
+        spacing: usize,
+        ahead: &mut impl Ahead,
+    ) {
+        let place = self.place::<MR>([i, 0]);
+        let mut sums = [[m.simd().splat(U::Acc::zero())]; MR];
+        place.multiply_even(m, &mut sums, 0..steps / U::STEP, spacing, ahead);
+        if !steps.is_multiple_of(U::STEP) {
+            place.multiply_part(m, &mut sums, steps / U::STEP, 0..steps % U::STEP);
+        }
+        self.put::<M, MR, 1>(m, [i, 0], &sums);
     }
 
     /// The columns from j on that fill NR vectors, or what there is of one.
     #[inline(always)]
-    fn strip<M: Multiply<U, U::Acc>, const MR: usize, const NR: usize>(&mut self, m: M, j: usize) {
+    fn strip<M: Multiply<U, U::Acc>, const MR: usize, const NR: usize>(
+        &mut self,
+        m: M,
+        j: usize,
+        ahead: &mut impl Ahead,
+    ) {
         let rows = self.target.rows.len();
         let mut i = 0;
         while i + MR <= rows {
-            self.block::<M, MR, NR>(m, [i, j]);
+            self.block::<M, MR, NR>(m, [i, j], ahead);
             i += MR;
         }
         match rows - i {
-            5 if MR > 5 => self.block::<M, 5, NR>(m, [i, j]),
-            4 if MR > 4 => self.block::<M, 4, NR>(m, [i, j]),
-            3 if MR > 3 => self.block::<M, 3, NR>(m, [i, j]),
-            2 if MR > 2 => self.block::<M, 2, NR>(m, [i, j]),
-            1 => self.block::<M, 1, NR>(m, [i, j]),
+            5 if MR > 5 => self.block::<M, 5, NR>(m, [i, j], ahead),
+            4 if MR > 4 => self.block::<M, 4, NR>(m, [i, j], ahead),
+            3 if MR > 3 => self.block::<M, 3, NR>(m, [i, j], ahead),
+            2 if MR > 2 => self.block::<M, 2, NR>(m, [i, j], ahead),
+            1 => self.block::<M, 1, NR>(m, [i, j], ahead),
             _ => {}
         }
     }
 
     /// The block of MR rows from i and NR vectors from j.
     #[inline(always)]
-    fn block<M: Multiply<U, U::Acc>, const MR: usize, const NR: usize>(&mut self, m: M, [i, j]: [usize; 2]) {
-        let s = m.simd();
-        let place = Place {
-            // Without steps there may be nothing to start at.
-            left: std::array::from_fn(|x| self.left.data.get(self.left.rows[i + x]..).unwrap_or(&[])),
-            step: self.left.step,
-            right: self.right.data.get(j..).unwrap_or(&[]),
-            stride: self.right.stride,
-        };
-        let mut sums = [[s.splat(U::Acc::zero()); NR]; MR];
+    fn block<M: Multiply<U, U::Acc>, const MR: usize, const NR: usize>(
+        &mut self,
+        m: M,
+        [i, j]: [usize; 2],
+        ahead: &mut impl Ahead,
+    ) {
+        let place = self.place::<MR>([i, j]);
+        let mut sums = [[m.simd().splat(U::Acc::zero()); NR]; MR];
         match self.steps {
-            Steps::First(count) => place.multiply_range(m, &mut sums, 0..count),
+            Steps::First(count) => place.multiply_range(m, &mut sums, 0..count, ahead),
             Steps::Each(_) => {
                 let steps: [Range<usize>; MR] = std::array::from_fn(|x| self.steps_of(i + x));
                 place.multiply_ragged(m, &mut sums, &steps);
             }
         }
-        let width = M::Simd::WIDTH.min(self.columns - j);
+        self.put::<M, MR, NR>(m, [i, j], &sums);
+    }
+
+    /// The operands of the block of MR rows from i and the columns from j on.
+    #[inline(always)]
+    fn place<const MR: usize>(&self, [i, j]: [usize; 2]) -> Place<'a, U, MR> {
+        Place {
+            // Without steps there may be nothing to start at.
+            left: std::array::from_fn(|x| self.left.data.get(self.left.rows[i + x]..).unwrap_or(&[])),
+            step: self.left.step,
+            right: self.right.data.get(j..).unwrap_or(&[]),
+            stride: self.right.stride,
+        }
+    }
+
+    /// Brings the sums of a block to the target.
+    #[inline(always)]
+    fn put<M: Multiply<U, U::Acc>, const MR: usize, const NR: usize>(
+        &mut self,
+        m: M,
+        [i, j]: [usize; 2],
+        sums: &[[<M::Simd as Simd<U::Acc>>::V; NR]; MR],
+    ) {
+        let (s, width) = (m.simd(), M::Simd::WIDTH.min(self.columns - j));
         for x in 0..MR {
             let row = &mut self.target.data[self.target.rows[i + x] + j..];
             for y in 0..NR {
@@ -212,161 +313,48 @@ fn put_part<A: Real, S: Simd<A>>(s: S, target: &mut [A], sum: S::V, store: Store
     }
 }
 
-/// The operands of a block: units of its rows from `left[x]` on, vectors from `right` on. [`Product::check`] has
-/// found all units that its steps touch in the slices.
-struct Place<'a, U, const MR: usize> {
-    left: [&'a [U]; MR],
-    step: usize,
-    right: &'a [U],
-    stride: usize,
+/// A product, and what is brought nearer meanwhile.
+pub(crate) struct Task<'a, U: Unit, L> {
+    /// The product.
+    pub(crate) product: Product<'a, U>,
+    /// The memory.
+    pub(crate) ahead: L,
 }
 
-impl<U: Unit, const MR: usize> Place<'_, U, MR> {
-    /// Adds the whole units of a range of steps: the inner loop. Sums of its own stay in registers.
-    #[inline(always)]
-    fn multiply<M: Multiply<U, U::Acc>, const NR: usize>(
-        &self,
-        m: M,
-        result: &mut [[<M::Simd as Simd<U::Acc>>::V; NR]; MR],
-        units: Range<usize>,
-    ) {
-        let mut sums = *result;
-        let left: [*const U; MR] = self.left.map(<[U]>::as_ptr);
-        let right = self.right.as_ptr();
-        for p in units {
-            // SAFETY: `Product::check` found unit p of every row, and of every strip of columns the right operand's row p
-            // with whole vectors, in the slices.
-            unsafe {
-                let row = right.add(p * self.stride);
-                let b: [M::Units; NR] = std::array::from_fn(|y| m.load_units(row.add(y * M::Simd::WIDTH)));
-                for x in 0..MR {
-                    let a = m.splat_unit(left[x].add(p * self.step));
-                    for y in 0..NR {
-                        sums[x][y] = m.multiply_add(a, b[y], sums[x][y]);
-                    }
-                }
-            }
-        }
-        *result = sums;
-    }
-
-    /// Adds some elements of unit p.
-    #[inline(always)]
-    fn multiply_part<M: Multiply<U, U::Acc>, const NR: usize>(
-        &self,
-        m: M,
-        sums: &mut [[<M::Simd as Simd<U::Acc>>::V; NR]; MR],
-        p: usize,
-        elements: Range<usize>,
-    ) {
-        for x in 0..MR {
-            for y in 0..NR {
-                // SAFETY: as in `multiply`.
-                let (a, b) = unsafe {
-                    let a = m.splat_unit(self.left[x].as_ptr().add(p * self.step));
-                    (a, m.load_units(self.right.as_ptr().add(p * self.stride + y * M::Simd::WIDTH)))
-                };
-                sums[x][y] = m.multiply_add(a, m.keep_elements(b, elements.clone()), sums[x][y]);
-            }
-        }
-    }
-
-    /// Adds a range of steps, which may start or end within a unit.
-    #[inline(always)]
-    fn multiply_range<M: Multiply<U, U::Acc>, const NR: usize>(
-        &self,
-        m: M,
-        sums: &mut [[<M::Simd as Simd<U::Acc>>::V; NR]; MR],
-        steps: Range<usize>,
-    ) {
-        let whole = steps.start.div_ceil(U::STEP)..steps.end / U::STEP;
-        if U::STEP == 1 || (whole.start * U::STEP, whole.end * U::STEP) == (steps.start, steps.end) {
-            return self.multiply(m, sums, whole);
-        }
-        let (first, last) = (steps.start / U::STEP, steps.end / U::STEP);
-        let (start, end) = (steps.start % U::STEP, steps.end % U::STEP);
-        if first == last {
-            return self.multiply_part(m, sums, first, start..end);
-        }
-        if start > 0 {
-            self.multiply_part(m, sums, first, start..U::STEP);
-        }
-        self.multiply(m, sums, whole);
-        if end > 0 {
-            self.multiply_part(m, sums, last, 0..end);
-        }
-    }
-
-    /// Adds ranges that differ from row to row: what all share together, the rest one row at a time. Each row's units
-    /// come in their order, and as many at once as if it were alone.
-    #[inline(always)]
-    fn multiply_ragged<M: Multiply<U, U::Acc>, const NR: usize>(
-        &self,
-        m: M,
-        sums: &mut [[<M::Simd as Simd<U::Acc>>::V; NR]; MR],
-        steps: &[Range<usize>; MR],
-    ) {
-        let start = steps.iter().map(|s| s.start).max().unwrap_or(0);
-        let end = steps.iter().map(|s| s.end).min().unwrap_or(0);
-        if steps.iter().all(|s| (s.start, s.end) == (start, end)) {
-            return self.multiply_range(m, sums, start..end);
-        }
-        let (start, end) = (start.next_multiple_of(U::STEP), end / U::STEP * U::STEP);
-        // Without common steps, those before them are all there are.
-        let common = if start < end { start..end } else { usize::MAX..usize::MAX };
-        for x in 0..MR {
-            self.row(x).multiply_range(m, sums[x..].first_chunk_mut().expect("a row"), head(&steps[x], &common));
-        }
-        if start < end {
-            self.multiply(m, sums, common.start / U::STEP..common.end / U::STEP);
-            for x in 0..MR {
-                let rest = common.end.min(steps[x].end)..steps[x].end;
-                self.row(x).multiply_range(m, sums[x..].first_chunk_mut().expect("a row"), rest);
-            }
-        }
-    }
-
-    /// One row of the block.
-    #[inline(always)]
-    fn row(&self, x: usize) -> Place<'_, U, 1> {
-        Place { left: [self.left[x]], step: self.step, right: self.right, stride: self.stride }
-    }
-}
-
-/// The steps before the common ones.
-#[inline(always)]
-fn head(steps: &Range<usize>, common: &Range<usize>) -> Range<usize> {
-    steps.start..common.start.clamp(steps.start, steps.end)
-}
-
-impl<'a, A: Real> Compute<A> for Product<'a, A> {
-    type As<B: Real> = Product<'a, B>;
+impl<'a, A: Real, L: Ahead> Compute<A> for Task<'a, A, L> {
+    type As<B: Real> = Task<'a, B, L>;
 
     #[inline(always)]
     fn run<S: Simd<A>>(self, s: S) {
         // Known when compiled.
         match S::BLOCK {
-            [6, 4] => self.blocks::<S, 6, 4>(s),
-            [6, 2] => self.blocks::<S, 6, 2>(s),
-            _ => self.blocks::<S, 4, 1>(s),
+            [6, 4] => self.product.blocks::<S, 6, 4, 16>(s, self.ahead),
+            [6, 2] => self.product.blocks::<S, 6, 2, 8>(s, self.ahead),
+            _ => self.product.blocks::<S, 4, 1, 4>(s, self.ahead),
         }
     }
 
-    fn cast<B: Real>(self) -> Product<'a, B> {
-        let Self { left, right, target, columns, steps } = self;
-        Product {
+    fn cast<B: Real>(self) -> Task<'a, B, L> {
+        let Product { left, right, target, columns, steps } = self.product;
+        let product = Product {
             left: Left { data: bytemuck::cast_slice(left.data), rows: left.rows, step: left.step },
             right: Right { data: bytemuck::cast_slice(right.data), stride: right.stride },
             target: Target { data: bytemuck::cast_slice_mut(target.data), rows: target.rows, store: target.store },
             columns,
             steps,
-        }
+        };
+        Task { product, ahead: self.ahead }
     }
 }
 
 /// Computes a product with the instructions of `isa`.
 pub(crate) fn product<U: Unit>(isa: Isa, product: Product<'_, U>) {
-    U::product(isa, product);
+    U::product(isa, Task { product, ahead: Still });
+}
+
+/// The same for operands that come from memory: meanwhile `ahead`, what is read next, comes nearer.
+pub(crate) fn product_ahead<U: Unit>(isa: Isa, product: Product<'_, U>, ahead: Lines) {
+    U::product(isa, Task { product, ahead });
 }
 
 #[cfg(test)]
@@ -458,7 +446,17 @@ mod tests {
     #[test]
     fn products_of_all_shapes_and_steps_equal_plain_loops_on_every_isa() {
         for isa in Isa::available() {
-            for shape in [[1, 1, 1], [4, 8, 5], [7, 43, 9], [13, 17, 3], [3, 70, 0], [6, 64, 12], [17, 96, 20]] {
+            for shape in [
+                [1, 1, 1],
+                [4, 8, 5],
+                [7, 43, 9],
+                [13, 17, 3],
+                [3, 70, 0],
+                [6, 64, 12],
+                [17, 96, 20],
+                [39, 16, 9],
+                [29, 5, 12],
+            ] {
                 for kind in 0..5 {
                     products_equal_plain_loops::<f32>(isa, shape, kind);
                     if isa == Isa::Avx512Bf16 {

@@ -36,6 +36,14 @@ impl<'a, T: Element> SeqRows<'a, T> {
         self.len
     }
 
+    /// D.
+    pub(crate) fn dim(&self) -> usize {
+        match self.source {
+            Source::Packed { view, .. } => view.shape()[2],
+            Source::Paged(pages) => pages.row_shape[1],
+        }
+    }
+
     /// Row `r` of KV head `g`: `[D]`.
     #[inline(always)]
     pub(crate) fn row(&self, r: usize, g: usize) -> &'a [T] {

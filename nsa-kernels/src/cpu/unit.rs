@@ -1,8 +1,9 @@
 //! Units: what the operands of products are made of, in memory. One element of the accumulator's type, or a pair of bf16.
 
+use super::ahead::Ahead;
 use super::isa::Isa;
 use super::math;
-use super::product::{Left, Product, Right, Target};
+use super::product::{Left, Product, Right, Target, Task};
 #[cfg(target_arch = "x86_64")]
 use super::simd::{Avx512Bf16, ComputePairs};
 use super::simd::{PAD, vectorize};
@@ -18,13 +19,23 @@ pub(crate) trait Unit: bytemuck::Pod + Send + Sync {
     const STEP: usize;
 
     /// Computes a product.
-    fn product(isa: Isa, product: Product<'_, Self>);
+    fn product<L: Ahead>(isa: Isa, task: Task<'_, Self, L>);
 
     /// Writes a row of elements as units, a last one that is not whole filled up with zeros.
     fn put_row<T: Element<Acc = Self::Acc>>(row: &[T], units: &mut [Self]);
 
     /// Writes STEP rows as one row of units.
     fn put_rows<T: Element<Acc = Self::Acc>>(rows: &[&[T]], units: &mut [Self]);
+
+    /// Writes `count` rows as the right operand of a sum over the rows: `[⌈count / STEP⌉, stride]`. Rows behind the last,
+    /// up to a whole unit, are asked for too.
+    fn put_tile<'r, T: Element<Acc = Self::Acc>>(
+        isa: Isa,
+        count: usize,
+        row: impl Fn(usize) -> &'r [T],
+        stride: usize,
+        units: &mut [Self],
+    );
 
     /// The units that elements in memory are already, if they are.
     fn borrow<T: Element<Acc = Self::Acc>>(elements: &[T]) -> Option<&[Self]>;
@@ -60,8 +71,8 @@ impl<A: Real> Unit for A {
     type Acc = A;
     const STEP: usize = 1;
 
-    fn product(isa: Isa, product: Product<'_, A>) {
-        vectorize(isa, product);
+    fn product<L: Ahead>(isa: Isa, task: Task<'_, A, L>) {
+        vectorize(isa, task);
     }
     #[inline(always)]
     fn put_row<T: Element<Acc = A>>(row: &[T], units: &mut [A]) {
@@ -70,6 +81,17 @@ impl<A: Real> Unit for A {
     #[inline(always)]
     fn put_rows<T: Element<Acc = A>>(rows: &[&[T]], units: &mut [A]) {
         math::widen(rows[0], &mut units[..rows[0].len()]);
+    }
+    fn put_tile<'r, T: Element<Acc = A>>(
+        _: Isa,
+        count: usize,
+        row: impl Fn(usize) -> &'r [T],
+        stride: usize,
+        units: &mut [A],
+    ) {
+        for (i, units) in units.chunks_exact_mut(stride).enumerate().take(count) {
+            Self::put_row(row(i), units);
+        }
     }
     #[inline(always)]
     fn borrow<T: Element<Acc = A>>(elements: &[T]) -> Option<&[A]> {
@@ -125,17 +147,18 @@ impl<A: Real> Unit for Pair<A> {
     type Acc = A;
     const STEP: usize = 2;
 
-    fn product(isa: Isa, product: Product<'_, Self>) {
+    fn product<L: Ahead>(isa: Isa, task: Task<'_, Self, L>) {
         assert_eq!(isa, Isa::Avx512Bf16, "pairs are multiplied by AVX-512 BF16");
-        let Product { left, right, target, columns, steps } = product;
-        #[cfg(target_arch = "x86_64")]
-        Avx512Bf16::run(Product::<Pair<f32>> {
+        let Product { left, right, target, columns, steps } = task.product;
+        let product = Product::<Pair<f32>> {
             left: Left { data: bytemuck::cast_slice(left.data), rows: left.rows, step: left.step },
             right: Right { data: bytemuck::cast_slice(right.data), stride: right.stride },
             target: Target { data: bytemuck::cast_slice_mut(target.data), rows: target.rows, store: target.store },
             columns,
             steps,
-        });
+        };
+        #[cfg(target_arch = "x86_64")]
+        Avx512Bf16::run(Task { product, ahead: task.ahead });
     }
 
     #[inline(always)]
@@ -154,6 +177,18 @@ impl<A: Real> Unit for Pair<A> {
         for ((unit, &low), &high) in units.iter_mut().zip(bits(rows[0])).zip(bits(rows[1])) {
             *unit = Self::new(low, high);
         }
+    }
+
+    fn put_tile<'r, T: Element<Acc = A>>(
+        _: Isa,
+        count: usize,
+        row: impl Fn(usize) -> &'r [T],
+        stride: usize,
+        units: &mut [Self],
+    ) {
+        let units = bytemuck::cast_slice_mut(&mut units[..count.div_ceil(2) * stride]);
+        #[cfg(target_arch = "x86_64")]
+        Avx512Bf16::run(Interleave { row: |i| bits(row(i)), stride, units });
     }
 
     #[inline(always)]
@@ -191,10 +226,35 @@ fn singles<A: Real>(source: Results<'_, A>) -> Results<'_, f32> {
 }
 
 #[cfg(target_arch = "x86_64")]
-impl ComputePairs for Product<'_, Pair<f32>> {
+impl<L: Ahead> ComputePairs for Task<'_, Pair<f32>, L> {
     #[inline(always)]
     fn run(self, bf16: Avx512Bf16) {
-        self.blocks::<Avx512Bf16, 6, 4>(bf16);
+        self.product.blocks::<Avx512Bf16, 6, 4, 16>(bf16, self.ahead);
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+struct Interleave<'a, F> {
+    row: F,
+    stride: usize,
+    units: &'a mut [Pair<f32>],
+}
+
+#[cfg(target_arch = "x86_64")]
+impl<'r, F: Fn(usize) -> &'r [u16]> ComputePairs for Interleave<'_, F> {
+    #[inline(always)]
+    fn run(self, bf16: Avx512Bf16) {
+        for (i, units) in self.units.chunks_exact_mut(self.stride).enumerate() {
+            let rows = [(self.row)(2 * i), (self.row)(2 * i + 1)];
+            let [(low, low_rest), (high, high_rest)] = rows.map(<[u16]>::as_chunks::<32>);
+            let (whole, rest) = units.split_at_mut(low.len() * 32);
+            for ((low, high), units) in low.iter().zip(high).zip(whole.chunks_exact_mut(32)) {
+                bf16.interleave(low, high, units);
+            }
+            for ((unit, &low), &high) in rest.iter_mut().zip(low_rest).zip(high_rest) {
+                *unit = Pair::new(low, high);
+            }
+        }
     }
 }
 

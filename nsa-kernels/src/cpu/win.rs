@@ -13,7 +13,7 @@ const GATE: usize = 2;
 pub(crate) fn forward<T: Element>(cpu: &Cpu, args: Forward<'_, T>) -> Result<()> {
     let Forward { config, packing, q, k, v, o, lse } = args;
     let visible = |t| index::window_tokens(config, t);
-    band::forward(cpu, band::Forward { config, packing, q, k, v, o, lse, visible })
+    band::forward(cpu, band::Forward { config, packing, q, k, v, o, lse, visible, lone_in_chunks: false })
 }
 
 /// See `op::win::backward`.

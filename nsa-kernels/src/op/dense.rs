@@ -55,8 +55,10 @@ pub struct Backward<'a, T: Element> {
 ///
 /// **Shapes**: on the fields of [`Forward`].
 ///
-/// **Numerics**: products, softmax and sums in A, p rounded to the backend's probability type before it meets v; lse natural log; o rounded to `T` once. The result of a query does
-/// not depend on the number of threads nor on what else is in the call.
+/// **Numerics**: products, softmax and sums in A, p rounded to the backend's probability type before it meets v; lse
+/// natural log; o rounded to `T` once. The result of a query does not depend on the number of threads nor on other
+/// sequences, nor on how a sequence is cut, but for a cut that leaves a single query: over more than 256 keys it sums in
+/// chunks of them, which are then joined in their order.
 ///
 /// **Source**: SPEC 1; reference twin `nsa_ref::dense`.
 ///

@@ -310,11 +310,15 @@ pub fn forward_equals_the_reference<B: Branch>() {
     for config in configs() {
         check_forward::<B, f32>(&Call::new::<B>(&config, packing(&[1, 0, 111, 64], &[0; 4])));
         check_forward::<B, f32>(&Call::new::<B>(&config, packing(&[3, 70], &[130, 61])));
+        check_forward::<B, f32>(&Call::new::<B>(&config, packing(&[1, 1, 1], &[700, 255, 256])));
     }
     let config = config(4, 2, 16, 16);
     check_forward::<B, f64>(&Call::new::<B>(&config, packing(&[5, 140], &[0, 0])));
     check_forward::<B, half::bf16>(&Call::new::<B>(&config, packing(&[5, 140], &[0, 0])));
     check_forward::<B, half::f16>(&Call::new::<B>(&config, packing(&[5, 140], &[7, 0])));
+    check_forward::<B, f64>(&Call::new::<B>(&config, packing(&[1], &[600])));
+    check_forward::<B, half::bf16>(&Call::new::<B>(&config, packing(&[1], &[600])));
+    check_forward::<B, half::f16>(&Call::new::<B>(&config, packing(&[1], &[600])));
     check_forward::<B, f32>(&Call::new::<B>(&config, packing(&[], &[])));
     check_forward::<B, f32>(&Call::new::<B>(&config, packing(&[0, 0], &[0, 5])));
 }
@@ -364,7 +368,23 @@ pub fn bits_depend_on_the_sequence_alone<B: Branch>() {
         assert_same("dk alone", &grads.dk[grads.dk.len() - grads2.dk.len()..], &grads2.dk);
         assert_same("dv alone", &grads.dv[grads.dv.len() - grads2.dv.len()..], &grads2.dv);
         chunks_equal_the_whole::<B>(&part, &o2, &lse2);
+        single_queries_are_independent::<B>(&config);
     }
+}
+
+/// Neither the number of threads nor another sequence changes a bit of a single query after a long context.
+fn single_queries_are_independent<B: Branch>(config: &NsaConfig) {
+    let call = Call::<f32>::new::<B>(config, packing(&[1, 1], &[700, 300]));
+    let run = |threads: usize| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("a few threads");
+        pool.install(|| call.forward::<B>().expect("legal"))
+    };
+    let ((o, lse), (o2, lse2)) = (run(1), run(3));
+    assert_same("o of single queries by threads", &o, &o2);
+    assert_same("lse of single queries by threads", &lse, &lse2);
+    let (o2, lse2) = slice(&call, 1..2, 1, 300).forward::<B>().expect("legal");
+    assert_same("o of a single query alone", &o[o.len() / 2..], &o2);
+    assert_same("lse of a single query alone", &lse[lse.len() / 2..], &lse2);
 }
 
 /// Queries `rows` of sequence `s`, with the keys that it has once they are done.

@@ -53,6 +53,24 @@ impl Avx512Bf16 {
         }
     }
 
+    /// Pairs of one element of each of two rows: 32 pairs.
+    #[inline(always)]
+    pub(crate) fn interleave(self, low: &[u16; 32], high: &[u16; 32], target: &mut [Pair<f32>]) {
+        // Numbers of elements: from 32 on those of the second row.
+        const FIRST: [u16; 32] = pair_places(0);
+        const SECOND: [u16; 32] = pair_places(16);
+        let target = &mut target[..32];
+        // SAFETY: a value of the type proves the features; the arrays have 64 bytes and the slice has 32 pairs, 128 bytes.
+        unsafe {
+            let load = |elements: &[u16; 32]| _mm512_loadu_si512(elements.as_ptr().cast());
+            let (low, high) = (load(low), load(high));
+            let first = _mm512_permutex2var_epi16(low, load(&FIRST), high);
+            let second = _mm512_permutex2var_epi16(low, load(&SECOND), high);
+            _mm512_storeu_si512(target.as_mut_ptr().cast(), first);
+            _mm512_storeu_si512(target[16..].as_mut_ptr().cast(), second);
+        }
+    }
+
     /// Rounds 16 floats of each of two rows: 16 pairs of one element of each.
     #[inline(always)]
     pub(crate) fn pairs_of_rows(self, rows: [&[f32]; 2], target: &mut [Pair<f32>]) {
@@ -66,6 +84,17 @@ impl Avx512Bf16 {
             _mm512_storeu_si512(target.as_mut_ptr().cast(), pairs);
         }
     }
+}
+
+/// Places of the elements of 16 pairs, from column `first` on, in two rows of 32.
+const fn pair_places(first: u16) -> [u16; 32] {
+    let mut places = [0; 32];
+    let mut i = 0;
+    while i < 32 {
+        places[i] = first + i as u16 / 2 + i as u16 % 2 * 32;
+        i += 1;
+    }
+    places
 }
 
 /// Mask of a range of lanes.

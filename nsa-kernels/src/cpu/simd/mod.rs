@@ -23,17 +23,26 @@ pub(crate) const fn padded(len: usize) -> usize {
     len.next_multiple_of(PAD)
 }
 
-/// Asks for the cache lines of a slice: a hint, for what is read soon in an order that the processor does not foresee.
+/// Asks for the cache line at `p`: a hint, free of effects at any address, for what is read soon in an order that the
+/// processor does not foresee.
 #[inline(always)]
-pub(crate) fn prefetch<T>(data: &[T]) {
+pub(crate) fn prefetch_line(p: *const u8) {
     #[cfg(target_arch = "x86_64")]
-    for at in (0..size_of_val(data)).step_by(64) {
+    {
         use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        // SAFETY: a prefetch reads nothing that a program sees; the place lies in the slice.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(data.as_ptr().cast::<i8>().add(at)) };
+        // SAFETY: every x86-64 processor has the instruction, which reads nothing that a program sees and never faults.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) };
     }
     #[cfg(not(target_arch = "x86_64"))]
-    let _ = data;
+    let _ = p;
+}
+
+/// Asks for the cache lines of a slice.
+#[inline(always)]
+pub(crate) fn prefetch<T>(data: &[T]) {
+    for at in (0..size_of_val(data)).step_by(64) {
+        prefetch_line(data.as_ptr().cast::<u8>().wrapping_add(at));
+    }
 }
 
 /// Vectors of [`Simd::WIDTH`] elements. A value proves that the processor has the instructions.
