@@ -44,7 +44,7 @@ pub fn forward<T: Element>(backend: &Backend, args: Forward<'_, T>) -> Result<()
     args.up.check(OP, "up", args.gate.shape())?;
     args.y.check(OP, "y", args.gate.shape())?;
     match backend {
-        Backend::Cpu(_) => cpu::layer::swiglu::forward(args),
+        Backend::Cpu(cpu) => cpu::layer::swiglu::forward(cpu, args),
     }
 }
 
@@ -67,6 +67,6 @@ pub fn backward<T: Element>(backend: &Backend, args: Backward<'_, T>) -> Result<
     args.d_gate.check(OP, "d_gate", shape)?;
     args.d_up.check(OP, "d_up", shape)?;
     match backend {
-        Backend::Cpu(_) => cpu::layer::swiglu::backward(args),
+        Backend::Cpu(cpu) => cpu::layer::swiglu::backward(cpu, args),
     }
 }

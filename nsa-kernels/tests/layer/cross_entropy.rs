@@ -34,7 +34,8 @@ fn as_multiplied<M: Element>(dz: &[f64]) -> (Vec<f64>, Vec<f64>) {
     if backend().gradient_type(M::DTYPE) != DType::Bf16 {
         return (dz.to_vec(), vec![0.0; dz.len()]);
     }
-    let times = |factor: f64| rounded::<M>(&dz.iter().map(|z| M::Acc::from_f64(z * factor)).collect::<Vec<_>>());
+    let times =
+        |factor: f64| rounded::<M>(&backend(), &dz.iter().map(|z| M::Acc::from_f64(z * factor)).collect::<Vec<_>>());
     let ties = times(1.0 - ERROR).iter().zip(times(1.0 + ERROR)).map(|(low, high)| (high - low).abs()).collect();
     (times(1.0), ties)
 }

@@ -1,6 +1,7 @@
 use crate::kit::*;
 use half::{bf16, f16};
 use nsa_core::Element;
+use nsa_kernels::Backend;
 use nsa_kernels::layer::{add, round, sigmoid, swiglu};
 
 const SHAPES: [[usize; 2]; 6] = [[0, 3], [3, 0], [1, 1], [3, 7], [65, 33], [130, 400]];
@@ -84,7 +85,7 @@ fn sigmoid_is_a_plain_loop() {
     check_sigmoid::<f16>();
 }
 
-fn check_swiglu<T: Element>() {
+fn check_swiglu<T: Element>(backend: &Backend) {
     for [n, f] in SHAPES {
         // Few of T can hold the products of the far ends.
         let gate: Vec<T> = wide::<T>(5, n * f).into_iter().map(|x| T::from_f64(x.to_f64().clamp(-1e4, 90.0))).collect();
@@ -95,13 +96,13 @@ fn check_swiglu<T: Element>() {
         let dy_rows = Gapped::new(&dy, [n, f], 3);
         let mut y = vec![T::from_f64(f64::NAN); n * f];
         let (gt, ut, y_out) = (gate_rows.tensor(), up_rows.tensor(), tensor_mut(&mut y, [n, f]));
-        swiglu::forward(&backend(), swiglu::Forward { gate: gt, up: ut, y: y_out }).unwrap();
+        swiglu::forward(backend, swiglu::Forward { gate: gt, up: ut, y: y_out }).unwrap();
         assert_near("swiglu", &y, &want, &want, 8.0);
         let nan = T::Acc::from_f64(f64::NAN);
         let (mut d_gate, mut d_up) = (vec![nan; n * f], vec![nan; n * f]);
         let (dg, du) = (tensor_mut(&mut d_gate, [n, f]), tensor_mut(&mut d_up, [n, f]));
         let args = swiglu::Backward { gate: gt, up: ut, dy: dy_rows.tensor(), d_gate: dg, d_up: du };
-        swiglu::backward(&backend(), args).unwrap();
+        swiglu::backward(backend, args).unwrap();
         let slope = |at: usize| {
             let s = logistic(g64[at]);
             dy64[at] * u64[at] * s * (1.0 + g64[at] * (1.0 - s))
@@ -118,10 +119,12 @@ fn check_swiglu<T: Element>() {
 
 #[test]
 fn swiglu_is_a_plain_loop() {
-    check_swiglu::<f64>();
-    check_swiglu::<f32>();
-    check_swiglu::<bf16>();
-    check_swiglu::<f16>();
+    for backend in backends() {
+        check_swiglu::<f64>(&backend);
+        check_swiglu::<f32>(&backend);
+        check_swiglu::<bf16>(&backend);
+        check_swiglu::<f16>(&backend);
+    }
 }
 
 #[test]

@@ -2,12 +2,17 @@
 
 use nsa_core::view::Strided;
 use nsa_core::{DType, Element};
-use nsa_kernels::{Backend, Mem, Tensor, TensorMut};
+use nsa_kernels::{Backend, Isa, Mem, Tensor, TensorMut};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 pub fn backend() -> Backend {
     Backend::pick(Some("cpu")).expect("the CPU is always there").0
+}
+
+/// One for each instruction set that the machine has.
+pub fn backends() -> impl Iterator<Item = Backend> {
+    Isa::available().map(|isa| Backend::with_isa(isa).expect("an instruction set of this machine"))
 }
 
 /// Numbers in (−1, 1), a different sequence for each seed.
@@ -22,8 +27,8 @@ pub fn exact<T: Element>(values: &[T]) -> Vec<f64> {
 }
 
 /// Gradients as f64, rounded as the backend rounds them before a product with a matrix of type `T`.
-pub fn rounded<T: Element>(gradients: &[T::Acc]) -> Vec<f64> {
-    match backend().gradient_type(T::DTYPE) {
+pub fn rounded<T: Element>(backend: &Backend, gradients: &[T::Acc]) -> Vec<f64> {
+    match backend.gradient_type(T::DTYPE) {
         // They are f32: the cast is exact.
         DType::Bf16 => gradients.iter().map(|x| half::bf16::from_f32(x.to_f64() as f32).to_f64()).collect(),
         _ => exact(gradients),

@@ -1,8 +1,8 @@
 use crate::kit::*;
 use half::{bf16, f16};
 use nsa_core::{Element, Real};
-use nsa_kernels::Error;
 use nsa_kernels::layer::linear::{self, BackwardInput, BackwardWeight, Forward};
+use nsa_kernels::{Backend, Error};
 
 /// [N, I, O]: empty ones, odd ones, each path by the number of rows, and more than one block, panel and task.
 const SHAPES: [[usize; 3]; 16] = [
@@ -29,7 +29,7 @@ fn sum(len: usize, term: impl Fn(usize) -> f64) -> (f64, f64) {
     (0..len).map(term).fold((0.0, 0.0), |(sum, scale), term| (sum + term, scale + term.abs()))
 }
 
-fn check_forward<T: Element, W: Element<Acc = T::Acc>>() {
+fn check_forward<T: Element, W: Element<Acc = T::Acc>>(backend: &Backend) {
     for (seed, [n, i, o]) in SHAPES.into_iter().enumerate() {
         let seed = 100 * seed as u64;
         let (x, w) = (random::<T>(seed, n * i), random::<W>(seed + 1, o * i));
@@ -53,7 +53,7 @@ fn check_forward<T: Element, W: Element<Acc = T::Acc>>() {
                 y: tensor_mut(&mut y, [n, o]),
                 accumulate,
             };
-            linear::forward(&backend(), args).unwrap();
+            linear::forward(backend, args).unwrap();
             let what = format!("{} × {} y {n}x{i}x{o} {accumulate} {with_bias}", T::DTYPE, W::DTYPE);
             assert_near(&what, &y, &want, &scale, 4.0 + (i as f64).sqrt());
         }
@@ -62,21 +62,23 @@ fn check_forward<T: Element, W: Element<Acc = T::Acc>>() {
 
 #[test]
 fn forward_is_a_plain_loop() {
-    check_forward::<f64, f64>();
-    check_forward::<f32, f32>();
-    check_forward::<f32, bf16>();
-    check_forward::<f32, f16>();
-    check_forward::<bf16, bf16>();
-    check_forward::<bf16, f32>();
-    check_forward::<f16, f32>();
+    for backend in backends() {
+        check_forward::<f64, f64>(&backend);
+        check_forward::<f32, f32>(&backend);
+        check_forward::<f32, bf16>(&backend);
+        check_forward::<f32, f16>(&backend);
+        check_forward::<bf16, bf16>(&backend);
+        check_forward::<bf16, f32>(&backend);
+        check_forward::<f16, f32>(&backend);
+    }
 }
 
-fn check_backward_input<W: Element>() {
+fn check_backward_input<W: Element>(backend: &Backend) {
     for (seed, [n, i, o]) in SHAPES.into_iter().enumerate() {
         let seed = 1000 + 100 * seed as u64;
         let (dy, w, old) = (random::<W::Acc>(seed, n * o), random::<W>(seed + 1, o * i), random::<W::Acc>(seed, n * i));
         let (dy_rows, w_rows) = (Gapped::new(&dy, [n, o], 1), Gapped::new(&w, [o, i], 2));
-        let (dy, w) = (rounded::<W>(&dy), exact(&w));
+        let (dy, w) = (rounded::<W>(backend, &dy), exact(&w));
         for accumulate in [false, true] {
             let mut dx = if accumulate { old.clone() } else { vec![W::Acc::of(f64::NAN); n * i] };
             let start = |at: usize| if accumulate { old[at].to_f64() } else { 0.0 };
@@ -86,7 +88,7 @@ fn check_backward_input<W: Element>() {
             });
             let (want, scale): (Vec<f64>, Vec<f64>) = products.unzip();
             let (dy, weight, dx_out) = (dy_rows.tensor(), w_rows.tensor(), tensor_mut(&mut dx, [n, i]));
-            linear::backward_input(&backend(), BackwardInput { dy, weight, dx: dx_out, accumulate }).unwrap();
+            linear::backward_input(backend, BackwardInput { dy, weight, dx: dx_out, accumulate }).unwrap();
             let what = format!("{} dx {n}x{i}x{o} {accumulate}", W::DTYPE);
             assert_near(&what, &dx, &want, &scale, 4.0 + (o as f64).sqrt());
         }
@@ -95,19 +97,21 @@ fn check_backward_input<W: Element>() {
 
 #[test]
 fn the_input_gradient_is_a_plain_loop() {
-    check_backward_input::<f64>();
-    check_backward_input::<f32>();
-    check_backward_input::<bf16>();
-    check_backward_input::<f16>();
+    for backend in backends() {
+        check_backward_input::<f64>(&backend);
+        check_backward_input::<f32>(&backend);
+        check_backward_input::<bf16>(&backend);
+        check_backward_input::<f16>(&backend);
+    }
 }
 
-fn check_backward_weight<T: Element>() {
+fn check_backward_weight<T: Element>(backend: &Backend) {
     for (seed, [n, i, o]) in SHAPES.into_iter().enumerate() {
         let seed = 2000 + 100 * seed as u64;
         let (x, dy) = (random::<T>(seed, n * i), random::<T::Acc>(seed + 1, n * o));
         let (mut dw, mut db) = (random::<T::Acc>(seed + 2, o * i), random::<T::Acc>(seed + 3, o));
         let (x_rows, dy_rows) = (Gapped::new(&x, [n, i], 7), Gapped::new(&dy, [n, o], 1));
-        let (x, dy, plain_dy) = (exact(&x), rounded::<T>(&dy), exact(&dy));
+        let (x, dy, plain_dy) = (exact(&x), rounded::<T>(backend, &dy), exact(&dy));
         let plus = |(total, scale): (f64, f64), old: f64| (total + old, scale + old.abs());
         let weights = (0..o * i).map(|at| plus(sum(n, |k| dy[k * o + at / i] * x[k * i + at % i]), dw[at].to_f64()));
         let biases = (0..o).map(|at| plus(sum(n, |k| plain_dy[k * o + at]), db[at].to_f64()));
@@ -119,7 +123,7 @@ fn check_backward_weight<T: Element>() {
             dw: tensor_mut(&mut dw, [o, i]),
             db: Some(tensor_mut(&mut db, [o])),
         };
-        linear::backward_weight(&backend(), args).unwrap();
+        linear::backward_weight(backend, args).unwrap();
         let what = format!("{} {n}x{i}x{o}", T::DTYPE);
         assert_near(&format!("dw {what}"), &dw, &want_w, &scale_w, 4.0 + (n as f64).sqrt());
         assert_near(&format!("db {what}"), &db, &want_b, &scale_b, 4.0 + (n as f64).sqrt());
@@ -128,10 +132,12 @@ fn check_backward_weight<T: Element>() {
 
 #[test]
 fn the_weight_gradients_are_plain_loops() {
-    check_backward_weight::<f64>();
-    check_backward_weight::<f32>();
-    check_backward_weight::<bf16>();
-    check_backward_weight::<f16>();
+    for backend in backends() {
+        check_backward_weight::<f64>(&backend);
+        check_backward_weight::<f32>(&backend);
+        check_backward_weight::<bf16>(&backend);
+        check_backward_weight::<f16>(&backend);
+    }
 }
 
 #[test]

@@ -14,7 +14,9 @@ use crate::cpu::Cpu;
 use crate::cpu::gemm::{Mat, MatMut, Store, Threads, gemm};
 use crate::cpu::math::{as_acc, widen};
 use crate::cpu::scratch::Pool;
-use nsa_core::{Element, Real, View};
+use crate::cpu::simd::{Compute, Loops, Simd, compiled_for, vectorize};
+use half::bf16;
+use nsa_core::{DType, Element, Real, View};
 use num_traits::{One, Zero};
 use rayon::prelude::*;
 
@@ -22,10 +24,12 @@ use rayon::prelude::*;
 const PANEL_ELEMENTS: usize = 1 << 17;
 /// Up to this many rows the weight is taken in blocks against a column-major output.
 pub const FEW_ROWS: usize = 256;
-/// Up to this many rows sums run along rows of the weight: the library's, where a block is small enough, or [`dots`].
+/// Up to this many rows sums run along rows of the weight: the library's, where the weight is stored as A, or [`Dots`].
 const VERY_FEW_ROWS: usize = 4;
 /// Rows of a block of the weight with at most [`VERY_FEW_ROWS`], and with more.
 const BLOCK_ROWS: [usize; 2] = [64, 512];
+/// Partial sums of [`Dots`]: four vectors of the widest instruction set, as many chains as keep it busy.
+const DOT_LANES: usize = 64;
 /// Elements of the weight that a task reads at least: fewer are done before another thread has woken up.
 const TASK_ELEMENTS: usize = 1 << 16;
 
@@ -53,11 +57,11 @@ where
     let (pool, [n, inputs], [outputs, _]) = (cpu.pool(), x.shape(), weight.shape());
     if n <= FEW_ROWS {
         return match as_acc(x.data()) {
-            Some(data) => few_rows(pool, n, Mat::rows(data, x.layout().strides()[0]), weight, y, store),
+            Some(data) => few_rows(cpu, n, Mat::rows(data, x.layout().strides()[0]), weight, y, store),
             None => {
                 let mut wide = pool.take(n * inputs);
                 for_rows(&mut wide, inputs, |i, row| widen(x.row(i), row));
-                few_rows(pool, n, Mat::rows(&wide, inputs), weight, y, store);
+                few_rows(cpu, n, Mat::rows(&wide, inputs), weight, y, store);
             }
         };
     }
@@ -75,7 +79,7 @@ where
 
 /// [`times_transposed`] with at most [`FEW_ROWS`] rows: every element of the weight is read once.
 fn few_rows<W: Element>(
-    pool: &Pool,
+    cpu: &Cpu,
     n: usize,
     x: Mat<'_, W::Acc>,
     weight: &View<'_, W, 2>,
@@ -83,17 +87,17 @@ fn few_rows<W: Element>(
     store: Store,
 ) {
     if n <= 1 {
-        return column_major(pool, n, x, weight, y, store);
+        return column_major(cpu, n, x, weight, y, store);
     }
     let outputs = weight.shape()[0];
-    let mut columns = pool.take(n * outputs);
-    column_major(pool, n, x, weight, &mut columns, Store::Write);
+    let mut columns = cpu.pool().take(n * outputs);
+    column_major(cpu, n, x, weight, &mut columns, Store::Write);
     add_transposed(&columns, [n, outputs], y, store);
 }
 
 /// yᵀ \[+\]= W·xᵀ, with yᵀ `[O, N]`: tasks over rows of the weight own parts of it.
 fn column_major<W: Element>(
-    pool: &Pool,
+    cpu: &Cpu,
     n: usize,
     x: Mat<'_, W::Acc>,
     weight: &View<'_, W, 2>,
@@ -109,7 +113,7 @@ fn column_major<W: Element>(
     let task = |(index, columns): (usize, &mut [W::Acc])| {
         for (i, columns) in columns.chunks_mut(block * n).enumerate() {
             let weight = row_range(weight, index * task_rows + i * block, columns.len() / n);
-            weight_block(pool, n, x, &weight, columns, store);
+            weight_block(cpu, n, x, &weight, columns, store);
         }
     };
     if columns.len() <= task_rows * n {
@@ -121,7 +125,7 @@ fn column_major<W: Element>(
 
 /// [`column_major`] for one block of the weight, on the calling thread.
 fn weight_block<W: Element>(
-    pool: &Pool,
+    cpu: &Cpu,
     n: usize,
     x: Mat<'_, W::Acc>,
     weight: &View<'_, W, 2>,
@@ -137,13 +141,14 @@ fn weight_block<W: Element>(
         return product(Mat::rows(data, weight.layout().strides()[0]), 0, inputs, store);
     }
     if n <= VERY_FEW_ROWS {
-        for (o, sums) in columns.chunks_exact_mut(n).enumerate() {
-            dots(weight.row(o), x, sums, store);
+        if W::DTYPE == DType::Bf16 {
+            let weight = Mat::rows(bytemuck::cast_slice(weight.data()), weight.layout().strides()[0]);
+            return vectorize(cpu.isa(), Bf16Dots { weight, inputs, x, n, sums: columns, store });
         }
-        return;
+        return compiled_for(cpu.isa(), Dots { weight: *weight, x, n, sums: columns, store });
     }
     let width = (PANEL_ELEMENTS / rows).min(inputs.max(1));
-    let mut panel = pool.take(rows * width);
+    let mut panel = cpu.pool().take(rows * width);
     for start in (0..inputs).step_by(width) {
         let len = width.min(inputs - start);
         for (row, panel) in panel.chunks_exact_mut(len).take(rows).enumerate() {
@@ -153,39 +158,106 @@ fn weight_block<W: Element>(
     }
 }
 
-/// sums_n \[+\]= Σ_i w_i·x_ni for at most [`VERY_FEW_ROWS`] rows of x: `w` is widened in pieces that stay in the nearest
-/// cache. (One pass with the sums of several rows in registers was twice as slow: they are spilled.)
-fn dots<W: Element>(w: &[W], x: Mat<'_, W::Acc>, sums: &mut [W::Acc], store: Store) {
-    const PIECE: usize = 256;
-    let mut lanes = [[W::Acc::zero(); LANES]; VERY_FEW_ROWS];
-    let mut rest = [W::Acc::zero(); VERY_FEW_ROWS];
-    let mut wide = [W::Acc::zero(); PIECE];
-    for (piece, w) in w.chunks(PIECE).enumerate() {
-        let wide = &mut wide[..w.len()];
-        widen(w, wide);
-        for (n, (lanes, rest)) in lanes.iter_mut().zip(&mut rest).enumerate().take(sums.len()) {
-            let x = &x.data[n * x.row_stride + piece * PIECE..][..w.len()];
-            *rest += add_products(lanes, wide, x);
+/// sums_on \[+\]= Σ_i w_oi·x_ni for a block of rows of the weight and at most [`VERY_FEW_ROWS`] rows of x.
+struct Dots<'a, W: Element> {
+    weight: View<'a, W, 2>,
+    x: Mat<'a, W::Acc>,
+    n: usize,
+    sums: &'a mut [W::Acc],
+    store: Store,
+}
+
+impl<W: Element> Loops for Dots<'_, W> {
+    #[inline(always)]
+    fn run(self) {
+        for (o, sums) in self.sums.chunks_exact_mut(self.n).enumerate() {
+            let w = self.weight.row(o);
+            for (n, sum) in sums.iter_mut().enumerate() {
+                let total = dot(w, &self.x.data[n * self.x.row_stride..][..w.len()]);
+                *sum = if self.store == Store::Add { *sum + total } else { total };
+            }
         }
-    }
-    for (n, sum) in sums.iter_mut().enumerate() {
-        let total = lane_total(lanes[n]) + rest[n];
-        *sum = if store == Store::Add { *sum + total } else { total };
     }
 }
 
-/// Adds the products of whole chunks of [`LANES`] elements to `lanes`, and returns the sum of the other ones.
+/// [`Dots`] of a weight in bf16, whose vectors are widened once for two rows of x. Left to the compiler, widening took twice
+/// as long as reading; four rows at once were no faster than two by two.
+struct Bf16Dots<'a, A> {
+    weight: Mat<'a, bf16>,
+    inputs: usize,
+    x: Mat<'a, A>,
+    n: usize,
+    sums: &'a mut [A],
+    store: Store,
+}
+
+/// Σ_i w_i·x_ni for N rows of x, each in two vectors of sums.
 #[inline(always)]
-fn add_products<A: Real>(lanes: &mut [A; LANES], a: &[A], b: &[A]) -> A {
-    let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
-    let mut sums = *lanes;
-    for (a, b) in a.iter().zip(b) {
-        for lane in 0..LANES {
-            sums[lane] += a[lane] * b[lane];
+fn bf16_dots<A: Real, S: Simd<A>, const N: usize>(s: S, w: &[bf16], x: [&[A]; N]) -> [A; N] {
+    let mut parts = [[s.splat(A::zero()); 2]; N];
+    let mut at = 0;
+    while at + 2 * S::WIDTH <= w.len() {
+        for half in 0..2 {
+            let i = at + half * S::WIDTH;
+            let w = s.read_bf16(&w[i..]);
+            for n in 0..N {
+                parts[n][half] = s.mul_add(w, s.read(&x[n][i..]), parts[n][half]);
+            }
+        }
+        at += 2 * S::WIDTH;
+    }
+    std::array::from_fn(|n| {
+        let rest: A = w[at..].iter().zip(&x[n][at..]).map(|(w, &x)| A::of(w.to_f64()) * x).sum();
+        s.sum(s.add(parts[n][0], parts[n][1])) + rest
+    })
+}
+
+impl<'a, A: Real> Compute<A> for Bf16Dots<'a, A> {
+    type As<B: Real> = Bf16Dots<'a, B>;
+
+    #[inline(always)]
+    fn run<S: Simd<A>>(self, s: S) {
+        let Self { weight, inputs, x, n, sums, store } = self;
+        let x = |n: usize| &x.data[n * x.row_stride..][..inputs];
+        let put = |sum: &mut A, total: A| *sum = if store == Store::Add { *sum + total } else { total };
+        for (o, sums) in sums.chunks_exact_mut(n).enumerate() {
+            let w = &weight.data[o * weight.row_stride..][..inputs];
+            let (pairs, last) = sums.as_chunks_mut::<2>();
+            for (i, pair) in pairs.iter_mut().enumerate() {
+                let totals = bf16_dots(s, w, [x(2 * i), x(2 * i + 1)]);
+                pair.iter_mut().zip(totals).for_each(|(sum, total)| put(sum, total));
+            }
+            if let [last] = last {
+                put(last, bf16_dots(s, w, [x(n - 1)])[0]);
+            }
         }
     }
-    *lanes = sums;
-    a_rest.iter().zip(b_rest).map(|(&a, &b)| a * b).sum()
+
+    fn cast<B: Real>(self) -> Bf16Dots<'a, B> {
+        let Self { weight, inputs, x, n, sums, store } = self;
+        let x = Mat { data: bytemuck::cast_slice(x.data), row_stride: x.row_stride, col_stride: x.col_stride };
+        Bf16Dots { weight, inputs, x, n, sums: bytemuck::cast_slice_mut(sums), store }
+    }
+}
+
+/// Σ_i w_i·x_i in [`DOT_LANES`] partial sums. Rows of x after the first find the weight's row in the nearest cache.
+#[inline(always)]
+fn dot<W: Element>(w: &[W], x: &[W::Acc]) -> W::Acc {
+    let ((w, w_rest), (x, x_rest)) = (w.as_chunks::<DOT_LANES>(), x.as_chunks::<DOT_LANES>());
+    let mut sums = [W::Acc::zero(); DOT_LANES];
+    for (w, x) in w.iter().zip(x) {
+        for lane in 0..DOT_LANES {
+            sums[lane] += w[lane].to_acc() * x[lane];
+        }
+    }
+    let mut total = [W::Acc::zero(); LANES];
+    for part in sums.as_chunks::<LANES>().0 {
+        for lane in 0..LANES {
+            total[lane] += part[lane];
+        }
+    }
+    let rest: W::Acc = w_rest.iter().zip(x_rest).map(|(w, &x)| w.to_acc() * x).sum();
+    lane_total(total) + rest
 }
 
 /// y \[+\]= columnsᵀ, with columns `[O, N]` and y `[N, O]`.

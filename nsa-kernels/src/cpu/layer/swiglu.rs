@@ -1,35 +1,66 @@
-//! The gated activation of the MLP.
+//! The gated activation of the MLP. Its exponential is what it costs: rows are compiled for the instruction set chosen.
 
 use super::par::{for_rows, for_rows2};
 use super::sigmoid::sigmoid;
 use crate::Result;
+use crate::cpu::Cpu;
+use crate::cpu::simd::{Loops, compiled_for};
 use crate::layer::swiglu::{Backward, Forward};
 use nsa_core::Element;
 use num_traits::One;
 
-pub fn forward<T: Element>(args: Forward<'_, T>) -> Result<()> {
+pub fn forward<T: Element>(cpu: &Cpu, args: Forward<'_, T>) -> Result<()> {
     let (gate, up) = (args.gate.to_host()?, args.up.to_host()?);
     for_rows(args.y.into_host()?.into_data(), gate.shape()[1], |n, y| {
-        for ((y, gate), up) in y.iter_mut().zip(gate.row(n)).zip(up.row(n)) {
-            let gate = gate.to_acc();
-            *y = T::from_acc(gate * sigmoid(gate) * up.to_acc());
-        }
+        compiled_for(cpu.isa(), ForwardRow { gate: gate.row(n), up: up.row(n), y });
     });
     Ok(())
 }
 
-pub fn backward<T: Element>(args: Backward<'_, T>) -> Result<()> {
+struct ForwardRow<'a, T> {
+    gate: &'a [T],
+    up: &'a [T],
+    y: &'a mut [T],
+}
+
+impl<T: Element> Loops for ForwardRow<'_, T> {
+    #[inline(always)]
+    fn run(self) {
+        for ((y, gate), up) in self.y.iter_mut().zip(self.gate).zip(self.up) {
+            let gate = gate.to_acc();
+            *y = T::from_acc(gate * sigmoid(gate) * up.to_acc());
+        }
+    }
+}
+
+pub fn backward<T: Element>(cpu: &Cpu, args: Backward<'_, T>) -> Result<()> {
     let (gate, up, dy) = (args.gate.to_host()?, args.up.to_host()?, args.dy.to_host()?);
     let width = gate.shape()[1];
     let (d_gate, d_up) = (args.d_gate.into_host()?.into_data(), args.d_up.into_host()?.into_data());
     for_rows2((d_gate, width), (d_up, width), |n, d_gate, d_up| {
-        let (gate, up, dy) = (gate.row(n), up.row(n), dy.row(n));
-        for i in 0..width {
-            let (gate, up) = (gate[i].to_acc(), up[i].to_acc());
-            let s = sigmoid(gate);
-            d_gate[i] = dy[i] * up * s * (T::Acc::one() + gate * (T::Acc::one() - s));
-            d_up[i] = dy[i] * gate * s;
-        }
+        compiled_for(cpu.isa(), BackwardRow { gate: gate.row(n), up: up.row(n), dy: dy.row(n), d_gate, d_up });
     });
     Ok(())
+}
+
+struct BackwardRow<'a, T: Element> {
+    gate: &'a [T],
+    up: &'a [T],
+    dy: &'a [T::Acc],
+    d_gate: &'a mut [T::Acc],
+    d_up: &'a mut [T::Acc],
+}
+
+impl<T: Element> Loops for BackwardRow<'_, T> {
+    #[inline(always)]
+    fn run(self) {
+        let Self { gate, up, dy, d_gate, d_up } = self;
+        let one = T::Acc::one();
+        for ((((d_gate, d_up), gate), up), &dy) in d_gate.iter_mut().zip(d_up).zip(gate).zip(up).zip(dy) {
+            let (gate, up) = (gate.to_acc(), up.to_acc());
+            let s = sigmoid(gate);
+            *d_gate = dy * up * s * (one + gate * (one - s));
+            *d_up = dy * gate * s;
+        }
+    }
 }

@@ -1,6 +1,7 @@
 //! Vectors of AVX2 and FMA.
 
 use super::{Compute, Exponent, Simd};
+use half::bf16;
 use std::arch::x86_64::*;
 use std::ops::Range;
 
@@ -47,6 +48,11 @@ impl Simd<f32> for Avx2 {
     unsafe fn load(self, p: *const f32) -> __m256 {
         // SAFETY: the caller says that the elements can be read; the load needs no alignment.
         unsafe { _mm256_loadu_ps(p) }
+    }
+    #[inline(always)]
+    unsafe fn load_bf16(self, p: *const bf16) -> __m256 {
+        // SAFETY: the caller says that 8 of 16 bits can be read; the load needs no alignment.
+        unsafe { _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(_mm_loadu_si128(p.cast())))) }
     }
     #[inline(always)]
     unsafe fn store(self, p: *mut f32, v: __m256) {

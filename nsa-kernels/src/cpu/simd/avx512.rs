@@ -2,6 +2,7 @@
 
 use super::{Compute, Exponent, Multiply, Simd};
 use crate::cpu::unit::Pair;
+use half::bf16;
 use std::arch::x86_64::*;
 use std::ops::Range;
 
@@ -118,6 +119,11 @@ impl Simd<f32> for Avx512 {
     unsafe fn load(self, p: *const f32) -> __m512 {
         // SAFETY: the caller says that the elements can be read; the load needs no alignment.
         unsafe { _mm512_loadu_ps(p) }
+    }
+    #[inline(always)]
+    unsafe fn load_bf16(self, p: *const bf16) -> __m512 {
+        // SAFETY: the caller says that 16 of 16 bits can be read; the load needs no alignment.
+        unsafe { _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(p.cast())))) }
     }
     #[inline(always)]
     unsafe fn store(self, p: *mut f32, v: __m512) {

@@ -12,6 +12,7 @@ mod portable;
 pub(crate) use avx512::{Avx512Bf16, ComputePairs};
 
 use crate::cpu::isa::Isa;
+use half::bf16;
 use nsa_core::{DType, Real};
 use std::ops::Range;
 
@@ -61,6 +62,11 @@ pub(crate) trait Simd<A: Real>: Copy {
     /// # Safety
     /// WIDTH elements at `p` can be read.
     unsafe fn load(self, p: *const A) -> Self::V;
+    /// The bf16 from `p` on, widened.
+    ///
+    /// # Safety
+    /// WIDTH of them at `p` can be read.
+    unsafe fn load_bf16(self, p: *const bf16) -> Self::V;
     /// Writes the lanes from `p` on.
     ///
     /// # Safety
@@ -93,6 +99,14 @@ pub(crate) trait Simd<A: Real>: Copy {
         let data = &data[..Self::WIDTH];
         // SAFETY: the slice has WIDTH elements.
         unsafe { self.load(data.as_ptr()) }
+    }
+
+    /// The first WIDTH bf16, widened.
+    #[inline(always)]
+    fn read_bf16(self, data: &[bf16]) -> Self::V {
+        let data = &data[..Self::WIDTH];
+        // SAFETY: the slice has WIDTH elements.
+        unsafe { self.load_bf16(data.as_ptr()) }
     }
 
     /// Overwrites the first WIDTH elements.
@@ -191,6 +205,33 @@ pub(crate) fn vectorize<A: Real>(isa: Isa, kernel: impl Compute<A>) {
     }
 }
 
+/// Plain loops that the compiler vectorises: without fused operations, so that their bits are the same on every
+/// instruction set. The body and all that it calls are `#[inline(always)]`.
+pub(crate) trait Loops {
+    /// The loops.
+    fn run(self);
+}
+
+/// Runs loops compiled for the instructions of `isa`, which the machine has.
+pub(crate) fn compiled_for(isa: Isa, loops: impl Loops) {
+    vectorize::<f32>(isa, Compiled(loops));
+}
+
+/// Loops as a kernel that needs no vectors by name.
+struct Compiled<L>(L);
+
+impl<A: Real, L: Loops> Compute<A> for Compiled<L> {
+    type As<B: Real> = Self;
+
+    #[inline(always)]
+    fn run<S: Simd<A>>(self, _: S) {
+        self.0.run();
+    }
+    fn cast<B: Real>(self) -> Self {
+        self
+    }
+}
+
 /// What an exponential needs beside [`Simd`]'s arithmetic.
 trait Exponent: Simd<f32> {
     /// The nearest integer, ties to even.
@@ -273,6 +314,36 @@ mod tests {
             assert_eq!((x[0], x[1], x[2], x[4]), (0.0, 0.0, 1.0, 1.0), "{isa}");
             assert!(x[3].is_nan(), "{isa}");
         }
+    }
+
+    /// Widens whole vectors.
+    struct Widen<'a, A>(&'a [bf16], &'a mut [A]);
+
+    impl<'a, A: Real> Compute<A> for Widen<'a, A> {
+        type As<B: Real> = Widen<'a, B>;
+        #[inline(always)]
+        fn run<S: Simd<A>>(self, s: S) {
+            for (source, target) in self.0.chunks_exact(S::WIDTH).zip(self.1.chunks_exact_mut(S::WIDTH)) {
+                s.write(target, s.read_bf16(source));
+            }
+        }
+        fn cast<B: Real>(self) -> Widen<'a, B> {
+            Widen(self.0, bytemuck::cast_slice_mut(self.1))
+        }
+    }
+
+    #[test]
+    fn every_bf16_is_widened_on_every_isa() {
+        let source: Vec<bf16> = (0..=u16::MAX).map(bf16::from_bits).collect();
+        for isa in Isa::available() {
+            let mut wide = vec![0.0f32; source.len()];
+            vectorize(isa, Widen(&source, &mut wide));
+            let bits = |x: f32| x.to_bits() >> 16;
+            assert!(source.iter().zip(&wide).all(|(x, &y)| u32::from(x.to_bits()) == bits(y)), "{isa}");
+        }
+        let mut wide = vec![0.0f64; 32];
+        vectorize(Isa::Portable, Widen(&source[..32], &mut wide));
+        assert!(source.iter().zip(&wide).all(|(x, &y)| x.to_f64() == y));
     }
 
     /// Results of a vector's methods, and its width.

@@ -1,7 +1,8 @@
 //! Vectors as arrays, which the compiler keeps in whatever registers the target has.
 
 use super::{Exponent, Simd};
-use nsa_core::{DType, Real};
+use half::bf16;
+use nsa_core::{DType, Element, Real};
 use std::ops::Range;
 
 /// The vectors of every processor.
@@ -24,6 +25,17 @@ impl<A: Real> Simd<A> for Portable {
     unsafe fn load(self, p: *const A) -> [A; LANES] {
         // SAFETY: the caller says that the elements can be read; an array is aligned as its elements are.
         unsafe { p.cast::<[A; LANES]>().read() }
+    }
+    #[inline(always)]
+    unsafe fn load_bf16(self, p: *const bf16) -> [A; LANES] {
+        // SAFETY: the caller says that the elements can be read; an array is aligned as its elements are.
+        let elements = unsafe { p.cast::<[bf16; LANES]>().read() };
+        // Both branches are known when compiled.
+        if A::DTYPE == DType::F32 {
+            elements.map(|x| bytemuck::cast(x.to_acc()))
+        } else {
+            elements.map(|x| A::of(x.to_acc().into()))
+        }
     }
     #[inline(always)]
     unsafe fn store(self, p: *mut A, v: [A; LANES]) {
