@@ -275,8 +275,9 @@ fn output_and_gradients_equal_those_of_plain_operations() -> Result<()> {
 
 #[test]
 fn every_element_type() -> Result<()> {
-    // Gradients of φ sum terms that cancel: some 20 roundings of f32 are left of them.
-    for (dtype, tolerance) in [(DType::F32, 5e-6), (DType::BF16, 2e-2), (DType::F16, 5e-3)] {
+    // Gradients of φ sum terms that cancel: some 20 roundings of f32 are left of them. In bf16 dS may be rounded too, and then
+    // does not sum to 0 along a row as it should: some 10 roundings (2^-8) are left.
+    for (dtype, tolerance) in [(DType::F32, 5e-6), (DType::BF16, 4e-2), (DType::F16, 5e-3)] {
         // Every block is selected, so rounding k̃ moves no selection.
         let config = config(CompressKind::Mlp).to_builder().select_count(10).build().unwrap();
         let model = Model::new(config, &[40, 23], dtype, true)?;
