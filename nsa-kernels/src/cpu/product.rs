@@ -143,7 +143,7 @@ impl<'a, U: Unit> Product<'a, U> {
         self.check();
         let (rows, width) = (self.target.rows.len(), M::Simd::WIDTH);
         if let (Steps::First(steps), Some(spacing)) = (self.steps, self.spacing())
-            && self.columns <= width
+            && (1..=width).contains(&self.columns)
         {
             ahead.pace(rows.div_ceil(TALL) * steps.div_ceil(U::STEP));
             return self.tall_strip::<M, TALL>(m, steps, spacing, &mut ahead);
@@ -505,6 +505,18 @@ mod tests {
             if isa == Isa::Avx512Bf16 {
                 rows_are_independent::<Pair<f32>>(isa);
             }
+        }
+    }
+
+    #[test]
+    fn without_columns_nothing_is_read() {
+        let (left, mut c) = ([0.0f32; 8], [7.0f32; 2]);
+        for isa in Isa::available() {
+            let right = Right { data: &[], stride: 0 };
+            let target = Target { data: &mut c, rows: &[0, 1], store: Store::Write };
+            let left = Left { data: &left, rows: &[0, 4], step: 1 };
+            product(isa, Product { left, right, target, columns: 0, steps: Steps::First(4) });
+            assert_eq!(c, [7.0; 2], "{isa}");
         }
     }
 
