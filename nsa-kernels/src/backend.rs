@@ -96,19 +96,14 @@ impl Backend {
         })
     }
 
-    /// The type that probabilities and the gradients of scores are rounded to before they are multiplied with tensors of
-    /// this type.
-    pub fn probability_type(&self, storage: DType) -> DType {
+    /// The type that what is computed (probabilities, gradients) is rounded to before it is multiplied with tensors of this
+    /// type.
+    pub fn operand_type(&self, storage: DType) -> DType {
         match (self, storage) {
             (Self::Cpu(_), DType::F64) => DType::F64,
             (Self::Cpu(cpu), _) if cpu.multiplies_pairs(storage) => DType::Bf16,
             (Self::Cpu(_), _) => DType::F32,
         }
-    }
-
-    /// The type that gradients are rounded to before they are multiplied with matrices of this type.
-    pub fn gradient_type(&self, storage: DType) -> DType {
-        self.probability_type(storage)
     }
 
     /// The backend's name, as `pick` takes it.
@@ -164,7 +159,7 @@ mod tests {
         for isa in Isa::available() {
             let backend = Backend::with_isa(isa).unwrap();
             let bf16 = if isa == Isa::Avx512Bf16 { DType::Bf16 } else { DType::F32 };
-            let types = [DType::F64, DType::F32, DType::F16, DType::Bf16].map(|t| backend.probability_type(t));
+            let types = [DType::F64, DType::F32, DType::F16, DType::Bf16].map(|t| backend.operand_type(t));
             assert_eq!(types, [DType::F64, DType::F32, DType::F32, bf16], "{isa}");
         }
     }

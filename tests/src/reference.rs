@@ -22,7 +22,7 @@ pub enum Mode {
 /// by: it gets f32's, and the comparison counts in ulps.
 pub fn rounded(backend: &Backend, storage: DType) -> Rounded {
     let storage = if storage == DType::F64 { DType::F32 } else { storage };
-    Rounded { storage, prob: backend.probability_type(storage) }
+    Rounded { storage, prob: backend.operand_type(storage) }
 }
 
 /// Calls a function that is generic over the arithmetic.

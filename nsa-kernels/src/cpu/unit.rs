@@ -131,8 +131,14 @@ impl<A: Real> Pair<A> {
     /// Rounds columns of results into panels of [`PAD`] columns, pairs along the columns: `[panels, depth, PAD]`, of
     /// which ⌈rows / 2⌉ of each panel's depth are written. What stands for columns behind the last is unspecified.
     pub(crate) fn round_panels(source: Results<'_, A>, depth: usize, units: &mut [Self]) {
+        Self::round_columns(source, [depth * PAD, PAD], units);
+    }
+
+    /// Rounds columns of results into pairs along them, [`PAD`] columns after another `steps[0]` units apart, and the pairs
+    /// of a column `steps[1]`.
+    fn round_columns(source: Results<'_, A>, steps: [usize; 2], units: &mut [Self]) {
         #[cfg(target_arch = "x86_64")]
-        Avx512Bf16::run(RoundPanels { source: singles(source), depth, units: bytemuck::cast_slice_mut(units) });
+        Avx512Bf16::run(RoundColumns { source: singles(source), steps, units: bytemuck::cast_slice_mut(units) });
     }
 }
 
@@ -198,23 +204,15 @@ impl<A: Real> Unit for Pair<A> {
 
     fn along_rows<'a>(_: Isa, source: &'a [A], buffer: &'a mut [Self]) -> &'a [Self] {
         let units = &mut buffer[..source.len() / 2];
-        #[cfg(target_arch = "x86_64")]
-        Avx512Bf16::run(AlongRows {
-            source: bytemuck::cast_slice(source),
-            units: bytemuck::cast_slice_mut(&mut *units),
-        });
+        // Whole vectors follow one another: as one row.
+        Self::round_rows(Results { data: source, stride: source.len(), shape: [1, source.len()] }, units);
         units
     }
 
     fn along_columns<'a>(_: Isa, source: &'a [A], stride: usize, buffer: &'a mut [Self]) -> &'a [Self] {
         let rows = source.len() / stride;
         let units = &mut buffer[..rows.div_ceil(2) * stride];
-        #[cfg(target_arch = "x86_64")]
-        Avx512Bf16::run(AlongColumns {
-            source: bytemuck::cast_slice(source),
-            stride,
-            units: bytemuck::cast_slice_mut(&mut *units),
-        });
+        Self::round_columns(Results { data: source, stride, shape: [rows, stride] }, [PAD, stride], units);
         units
     }
 }
@@ -259,44 +257,6 @@ impl<'r, F: Fn(usize) -> &'r [u16]> ComputePairs for Interleave<'_, F> {
 }
 
 #[cfg(target_arch = "x86_64")]
-struct AlongRows<'a> {
-    source: &'a [f32],
-    units: &'a mut [Pair<f32>],
-}
-
-#[cfg(target_arch = "x86_64")]
-impl ComputePairs for AlongRows<'_> {
-    #[inline(always)]
-    fn run(self, bf16: Avx512Bf16) {
-        for (source, units) in self.source.chunks_exact(32).zip(self.units.chunks_exact_mut(16)) {
-            bf16.pairs_of_neighbours(source, units);
-        }
-    }
-}
-
-#[cfg(target_arch = "x86_64")]
-struct AlongColumns<'a> {
-    source: &'a [f32],
-    stride: usize,
-    units: &'a mut [Pair<f32>],
-}
-
-#[cfg(target_arch = "x86_64")]
-impl ComputePairs for AlongColumns<'_> {
-    #[inline(always)]
-    fn run(self, bf16: Avx512Bf16) {
-        for (rows, units) in self.source.chunks(2 * self.stride).zip(self.units.chunks_exact_mut(self.stride)) {
-            let zeros = [0.0; 16];
-            for at in (0..self.stride).step_by(16) {
-                let low = &rows[at..at + 16];
-                let high = rows.get(self.stride + at..self.stride + at + 16).unwrap_or(&zeros);
-                bf16.pairs_of_rows([low, high], &mut units[at..]);
-            }
-        }
-    }
-}
-
-#[cfg(target_arch = "x86_64")]
 struct RoundRows<'a> {
     source: Results<'a, f32>,
     units: &'a mut [Pair<f32>],
@@ -326,14 +286,14 @@ impl ComputePairs for RoundRows<'_> {
 }
 
 #[cfg(target_arch = "x86_64")]
-struct RoundPanels<'a> {
+struct RoundColumns<'a> {
     source: Results<'a, f32>,
-    depth: usize,
+    steps: [usize; 2],
     units: &'a mut [Pair<f32>],
 }
 
 #[cfg(target_arch = "x86_64")]
-impl ComputePairs for RoundPanels<'_> {
+impl ComputePairs for RoundColumns<'_> {
     #[inline(always)]
     fn run(self, bf16: Avx512Bf16) {
         let [rows, columns] = self.source.shape;
@@ -341,7 +301,7 @@ impl ComputePairs for RoundPanels<'_> {
         for (unit, i) in (0..rows).step_by(2).enumerate() {
             let (low, high) = (self.source.row(i), (i + 1 < rows).then(|| self.source.row(i + 1)));
             for (panel, at) in (0..columns).step_by(PAD).enumerate() {
-                let units = &mut self.units[(panel * self.depth + unit) * PAD..];
+                let units = &mut self.units[panel * self.steps[0] + unit * self.steps[1]..];
                 if at + PAD <= columns {
                     bf16.pairs_of_rows([&low[at..], high.map_or(&zeros[..], |high| &high[at..])], units);
                 } else {

@@ -76,7 +76,7 @@ where
 /// **Shapes**: on the fields of [`BackwardInput`].
 ///
 /// **Numerics**: sums in A. With a weight in bf16, `dy` is rounded to bf16 first where the backend multiplies that type in
-/// pairs ([`Backend::gradient_type`]).
+/// pairs ([`Backend::operand_type`]).
 ///
 /// **Source**: derivative of [`forward`].
 ///

@@ -61,7 +61,7 @@ pub struct Backward<'a, T: Element> {
 ///
 /// **Shapes**: on the fields of [`Forward`].
 ///
-/// **Numerics**: products, softmax and sums in A, p rounded to the backend's probability type before it meets v; scores are computed once; lse natural log; o rounded to `T` once. The
+/// **Numerics**: products, softmax and sums in A, p rounded to the backend's operand type before it meets v; scores are computed once; lse natural log; o rounded to `T` once. The
 /// result of a query does not depend on the number of threads nor on what else is in the call. Scratch holds the
 /// scores of a few queries a thread.
 ///
@@ -90,7 +90,7 @@ pub fn forward<T: Element>(backend: &Backend, args: Forward<'_, T>) -> Result<()
 ///
 /// **Shapes**: on the fields of [`Backward`].
 ///
-/// **Numerics**: in A, p and ds rounded to the backend's probability type; summed in an order that depends on the
+/// **Numerics**: in A, p and ds rounded to the backend's operand type; summed in an order that depends on the
 /// sequence alone: the same bits on any number of threads.
 ///
 /// **Source**: SPEC 3; reference twin `nsa_ref::cmp`.

@@ -1,7 +1,7 @@
 //! The operator's parts. Each module has argument structs with a shape behind each tensor and one function a direction;
 //! letters: N queries, Hq query heads, G KV heads, Dk and Dv head dims, M compression blocks, n selected blocks. A is the
 //! type of sums: f32, or f64 for f64. Probabilities p and gradients of scores ds are rounded to
-//! [`Backend::probability_type`](crate::Backend::probability_type) where they enter a product: A, or bf16 where bf16
+//! [`Backend::operand_type`](crate::Backend::operand_type) where they enter a product: A, or bf16 where bf16
 //! tensors are multiplied without widening.
 
 pub mod cmp;

@@ -31,7 +31,7 @@ fn plain(hidden: &[f64], weight: &[f64], targets: &[u32], c: usize) -> (Vec<f64>
 fn as_multiplied<M: Element>(dz: &[f64]) -> (Vec<f64>, Vec<f64>) {
     // Relative, of a gradient in f32.
     const ERROR: f64 = 1.0 / (1 << 17) as f64;
-    if backend().gradient_type(M::DTYPE) != DType::Bf16 {
+    if backend().operand_type(M::DTYPE) != DType::Bf16 {
         return (dz.to_vec(), vec![0.0; dz.len()]);
     }
     let times =

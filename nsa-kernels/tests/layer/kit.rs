@@ -28,7 +28,7 @@ pub fn exact<T: Element>(values: &[T]) -> Vec<f64> {
 
 /// Gradients as f64, rounded as the backend rounds them before a product with a matrix of type `T`.
 pub fn rounded<T: Element>(backend: &Backend, gradients: &[T::Acc]) -> Vec<f64> {
-    match backend.gradient_type(T::DTYPE) {
+    match backend.operand_type(T::DTYPE) {
         // They are f32: the cast is exact.
         DType::Bf16 => gradients.iter().map(|x| half::bf16::from_f32(x.to_f64() as f32).to_f64()).collect(),
         _ => exact(gradients),

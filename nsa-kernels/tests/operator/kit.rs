@@ -40,7 +40,7 @@ pub fn backend() -> Backend {
 
 /// The arithmetic of its kernels on tensors of type `T`.
 pub fn rounded<T: Element>() -> Rounded {
-    Rounded { storage: T::DTYPE, prob: backend().probability_type(T::DTYPE) }
+    Rounded { storage: T::DTYPE, prob: backend().operand_type(T::DTYPE) }
 }
 
 /// Half an ulp at 1.
