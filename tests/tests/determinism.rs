@@ -1,6 +1,9 @@
 //! The same bits from run to run, on any number of threads and in any order of the batch.
 
+use half::bf16;
+use nsa_core::Element;
 use nsa_kernels::Backend;
+use nsa_tests::Kind;
 use nsa_tests::case;
 use nsa_tests::decode;
 use nsa_tests::operator::{self, Branches, Compressed, Grads, Inputs, Outputs};
@@ -8,11 +11,12 @@ use nsa_tests::operator::{self, Branches, Compressed, Grads, Inputs, Outputs};
 /// Cases with more than one task to share.
 const CASES: [&str; 4] = ["ragged", "odd-sizes", "111-group-7", "1025"];
 
-fn bits(values: &[f32]) -> Vec<u32> {
-    values.iter().map(|x| x.to_bits()).collect()
+/// Widening is exact, so equal bits of the wide values are equal bits.
+fn bits<T: Element>(values: &[T]) -> Vec<u64> {
+    values.iter().map(|x| x.to_f64().to_bits()).collect()
 }
 
-fn side(branches: &Branches<f32>) -> Vec<u32> {
+fn side<A: Element>(branches: &Branches<A>) -> Vec<u64> {
     let mut all = [bits(&branches.slc), bits(&branches.win)].concat();
     match &branches.cmp {
         Compressed::Blocks(blocks) => all.extend(bits(blocks)),
@@ -20,23 +24,24 @@ fn side(branches: &Branches<f32>) -> Vec<u32> {
             all.extend(bits(x));
             all.extend(position.iter().flat_map(|e| bits(e)));
             // Printed: shortest digits that give the same bits back.
-            all.extend(format!("{phi:?}").bytes().map(u32::from));
+            all.extend(format!("{phi:?}").bytes().map(u64::from));
         }
     }
     all
 }
 
-fn everything(outputs: &Outputs<f32, f32>) -> Vec<u32> {
+fn everything<T: Element>(outputs: &Outputs<T, T::Acc>) -> Vec<u64> {
     let mut all = bits(&outputs.o);
-    outputs.branches.iter().chain(&outputs.lse).chain(&outputs.blocks).for_each(|x| all.extend(bits(x)));
-    all.extend(outputs.block_indices.iter().map(|&j| j as u32));
+    outputs.branches.iter().chain(&outputs.blocks).for_each(|x| all.extend(bits(x)));
+    outputs.lse.iter().for_each(|x| all.extend(bits(x)));
+    all.extend(outputs.block_indices.iter().map(|&j| j as u64));
     if let Some(Grads { q, k, v, gates }) = &outputs.grads {
         all.extend([bits(q), bits(gates), side(k), side(v)].concat());
     }
     all
 }
 
-fn run(inputs: &Inputs<f32>, threads: usize) -> Vec<u32> {
+fn run<T: Kind>(inputs: &Inputs<T>, threads: usize) -> Vec<u64> {
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
     let (backend, _) = Backend::pick(None).unwrap();
     pool.install(|| everything(&operator::run(&backend, inputs).unwrap()))
@@ -44,8 +49,13 @@ fn run(inputs: &Inputs<f32>, threads: usize) -> Vec<u32> {
 
 #[test]
 fn runs_and_numbers_of_threads_change_no_bit() {
+    threads_change_no_bit::<f32>();
+    threads_change_no_bit::<bf16>();
+}
+
+fn threads_change_no_bit<T: Kind>() {
     for name in CASES {
-        let inputs = Inputs::<f32>::generate(&case::find(name).unwrap());
+        let inputs = Inputs::<T>::generate(&case::find(name).unwrap());
         let first = run(&inputs, 1);
         for threads in [1, 2, 3, 7] {
             assert!(first == run(&inputs, threads), "{name} on {threads} threads");
