@@ -250,7 +250,7 @@ impl<F: Fn(usize) -> Range<usize>> BandRow<'_, F> {
             }
         }
         let mut cell = Cell::<U>::new(self.cpu, heads);
-        for j in seen {
+        for j in seen.rev() {
             let mut sums = row.turns.take(j);
             let keys_of = j * self.cut.keys..(j + 1) * self.cut.keys;
             for (queries, loaded) in &loads {

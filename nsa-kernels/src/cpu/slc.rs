@@ -221,8 +221,8 @@ struct Inverse<'a> {
 }
 
 impl Inverse<'_> {
-    /// Adds the gradients of the queries in the rows `queries`, from position `position` on, block after block and head
-    /// after head.
+    /// Adds the gradients of the queries in the rows `queries`, from position `position` on, from the last block to the
+    /// first and head after head.
     fn add_gradients<T: Element, U: Unit<Acc = T::Acc>>(
         &self,
         source: &Queries<'_, T>,
@@ -235,15 +235,15 @@ impl Inverse<'_> {
         let first_pair = queries.start * heads.num_kv_heads * self.config.select_count();
         let pairs = &self.pairs[first_pair..][..heads.num_kv_heads * per_head];
         // What is left of each head's pairs, by block.
-        let mut left: Vec<&[Choice]> = pairs.chunks_exact(per_head).collect();
+        let heads_pairs = pairs.chunks_exact(per_head);
+        let mut left: Vec<&[Choice]> =
+            heads_pairs.map(|pairs| &pairs[..pairs.partition_point(|pair| pair.block != NONE)]).collect();
         let mut loaded = Loaded::<U>::new(self.cpu.pool(), heads);
         let mut cell = Cell::<U>::new(self.cpu, heads);
-        while let Some(block) =
-            left.iter().filter_map(|pairs| Some(pairs.first()?.block)).min().filter(|&block| block != NONE)
-        {
+        while let Some(block) = left.iter().filter_map(|pairs| Some(pairs.last()?.block)).max() {
             let mut sums = row.turns.take(block as usize);
             for (g, left) in left.iter_mut().enumerate() {
-                let (pairs, rest) = left.split_at(left.partition_point(|pair| pair.block <= block));
+                let (rest, pairs) = left.split_at(left.partition_point(|pair| pair.block < block));
                 *left = rest;
                 for pairs in pairs.chunks(Loaded::<U>::capacity(heads)) {
                     loaded.load(source, pairs.len(), |i| queries.start + pairs[i].query as usize, g);
