@@ -10,12 +10,14 @@ use crate::cpu::keys::{Grid, KEYS, Layout, Order, Tile, Tiles};
 use crate::cpu::product::{Left, Product, Right, Steps, Store, Target, product};
 use crate::cpu::rows::packed_rows;
 use crate::cpu::scratch::{Pool, Scratch};
-use crate::cpu::simd::{padded, prefetch, vectorize};
+use crate::cpu::math;
+use crate::cpu::simd::{Compute, PAD, Simd, padded, prefetch, vectorize};
 use crate::cpu::softmax::Gradient;
 use crate::cpu::turns::KeySums;
 use crate::cpu::unit::Unit;
 use crate::{Result, Tensor};
 use nsa_core::{CuSeqlens, Element, NsaConfig, Real, View};
+use num_traits::Zero;
 use rayon::prelude::*;
 use std::ops::Range;
 
@@ -36,7 +38,7 @@ pub(crate) struct Queries<'a, T: Element> {
 impl<'a, T: Element> Queries<'a, T> {
     /// Takes the tensors of an operation's arguments and computes δ.
     pub(crate) fn new(
-        pool: &'a Pool,
+        cpu: &'a Cpu,
         (q, o, lse, d_o): (Tensor<'a, T, 3>, Tensor<'a, T, 3>, Tensor<'a, T::Acc, 2>, Tensor<'a, T, 3>),
         gates: Option<(Tensor<'a, T, 3>, usize)>,
     ) -> Result<Self> {
@@ -46,13 +48,11 @@ impl<'a, T: Element> Queries<'a, T> {
         };
         let [n, heads, _] = q.shape();
         let (q, o, lse, d_o) = (q.to_host()?, o.to_host()?, lse.to_host()?, d_o.to_host()?);
-        let mut queries = Self { q, lse, d_o, gates, delta: pool.take(0) };
-        let mut delta = pool.take(n * heads);
+        let mut queries = Self { q, lse, d_o, gates, delta: cpu.pool().take(0) };
+        let mut delta = cpu.pool().take(n * heads);
         delta.par_chunks_mut(heads).enumerate().with_min_len(16).for_each(|(t, delta)| {
-            for (h, delta) in delta.iter_mut().enumerate() {
-                let products = queries.d_o.row(t, h).iter().zip(o.row(t, h)).map(|(&x, &y)| x.to_acc() * y.to_acc());
-                *delta = products.sum::<T::Acc>() * queries.gate(t, h);
-            }
+            vectorize(cpu.isa(), Dots { x: d_o, y: o, t, dots: &mut *delta });
+            delta.iter_mut().enumerate().for_each(|(h, delta)| *delta *= queries.gate(t, h));
         });
         queries.delta = delta;
         Ok(queries)
@@ -62,6 +62,46 @@ impl<'a, T: Element> Queries<'a, T> {
     #[inline(always)]
     fn gate(&self, t: usize, h: usize) -> T::Acc {
         self.gates.map_or_else(|| T::Acc::of(1.0), |(gates, column)| gates.row(t, h)[column].to_acc())
+    }
+}
+
+/// Σ x·y over the dims of each head of token t: `[Hq]`.
+struct Dots<'a, T, A> {
+    /// `[N, Hq, D]`.
+    x: View<'a, T, 3>,
+    /// `[N, Hq, D]`.
+    y: View<'a, T, 3>,
+    t: usize,
+    dots: &'a mut [A],
+}
+
+/// Elements that are widened at once; whole vectors.
+const WIDENED: usize = 2 * PAD;
+
+impl<'a, T: Element, A: Real> Compute<A> for Dots<'a, T, A> {
+    type As<B: Real> = Dots<'a, T, B>;
+
+    #[inline(always)]
+    fn run<S: Simd<A>>(self, s: S) {
+        for (h, dot) in self.dots.iter_mut().enumerate() {
+            let mut sums = [s.splat(A::zero()); 2];
+            let [mut x, mut y] = [[T::Acc::zero(); WIDENED]; 2];
+            for (a, b) in self.x.row(self.t, h).chunks(WIDENED).zip(self.y.row(self.t, h).chunks(WIDENED)) {
+                math::widen(a, &mut x[..a.len()]);
+                math::widen(b, &mut y[..b.len()]);
+                x[a.len()..].fill(T::Acc::zero());
+                // A is Acc under another name.
+                let [x, y] = [&x, &y].map(|x| bytemuck::cast_slice::<T::Acc, A>(x));
+                for (i, at) in (0..WIDENED).step_by(S::WIDTH).enumerate() {
+                    sums[i % 2] = s.mul_add(s.read(&x[at..]), s.read(&y[at..]), sums[i % 2]);
+                }
+            }
+            *dot = s.sum(s.add(sums[0], sums[1]));
+        }
+    }
+
+    fn cast<B: Real>(self) -> Dots<'a, T, B> {
+        Dots { x: self.x, y: self.y, t: self.t, dots: bytemuck::cast_slice_mut(self.dots) }
     }
 }
 
@@ -115,6 +155,7 @@ fn second<U: Unit>(len: usize) -> usize {
 
 /// Up to [`ROWS`] rows of queries in units: those of one KV head. Row i belongs to query i / R.
 pub(crate) struct Loaded<'p, U: Unit> {
+    isa: Isa,
     heads: Heads<U::Acc>,
     g: usize,
     queries: usize,
@@ -137,10 +178,11 @@ impl<'p, U: Unit> Loaded<'p, U> {
     }
 
     /// Memory for [`Loaded::capacity`] queries.
-    pub(crate) fn new(pool: &'p Pool, heads: Heads<U::Acc>) -> Self {
+    pub(crate) fn new(cpu: &'p Cpu, heads: Heads<U::Acc>) -> Self {
         let rows = Self::capacity(heads) * heads.group_size;
-        let units = rows.div_ceil(U::STEP);
+        let (pool, units) = (cpu.pool(), rows.div_ceil(U::STEP));
         Self {
+            isa: cpu.isa(),
             heads,
             g: 0,
             queries: 0,
@@ -180,11 +222,8 @@ impl<'p, U: Unit> Loaded<'p, U> {
             [(&source.q, &mut self.q, &mut self.q_over_rows), (&source.d_o, &mut self.d_o, &mut self.d_o_over_rows)]
         {
             let (dim, row) = (x.shape()[2], |i: usize| x.row(token(i / r), g * r + i % r));
-            for (at, units) in (0..rows).step_by(U::STEP).zip(right.chunks_exact_mut(padded(dim))) {
-                // Behind the last row none is seen: itself stands in.
-                let pair = [row(at), row((at + U::STEP - 1).min(rows - 1))];
-                U::put_rows(&pair[..U::STEP], units);
-            }
+            // Behind the last row none is seen: itself stands in.
+            U::put_tile(self.isa, rows, |i| row(i.min(rows - 1)), padded(dim), right);
             if U::STEP > 1 {
                 let rows = left.chunks_exact_mut(stride::<U>(dim)).take(rows).enumerate();
                 rows.for_each(|(i, units)| U::put_row(row(i), units));
