@@ -143,9 +143,46 @@ pub(crate) struct Place<K, Q> {
     pub(crate) query: Q,
 }
 
-/// Distance between rows over the dims: with one element a unit, those over the rows serve.
+/// Distance between rows over the dims, copied: with one element a unit, those over the rows serve.
 fn stride<U: Unit>(dim: usize) -> usize {
     if U::STEP == 1 { padded(dim) } else { dim.div_ceil(U::STEP) }
+}
+
+/// The rows of queries as a left operand: where they lie in the tensor, or copied.
+struct LeftRows<'p, U> {
+    in_place: Option<&'p [U]>,
+    copy: Scratch<'p, U>,
+    rows: Scratch<'p, usize>,
+}
+
+impl<'p, U: Unit> LeftRows<'p, U> {
+    fn new(pool: &'p Pool, rows: usize, dim: usize) -> Self {
+        Self { in_place: None, copy: pool.take(second::<U>(rows * stride::<U>(dim))), rows: pool.take(rows) }
+    }
+
+    /// Takes the rows whose heads of a tensor `place` says; with one element a unit those over the rows serve.
+    fn load<T: Element<Acc = U::Acc>>(&mut self, x: &View<'p, T, 3>, rows: usize, place: impl Fn(usize) -> [usize; 2]) {
+        let ([_, _, dim], [row_stride, head_stride, _]) = (x.shape(), x.layout().strides());
+        let whole = [dim, row_stride, head_stride].iter().all(|x| x.is_multiple_of(U::STEP));
+        let units = x.data().len() / U::STEP * U::STEP;
+        self.in_place = if whole && U::STEP > 1 { U::borrow(&x.data()[..units]) } else { None };
+        for (i, start) in self.rows[..rows].iter_mut().enumerate() {
+            let [t, h] = place(i);
+            *start = match self.in_place {
+                Some(_) => (t * row_stride + h * head_stride) / U::STEP,
+                None => i * stride::<U>(dim),
+            };
+            if self.in_place.is_none() && U::STEP > 1 {
+                U::put_row(x.row(t, h), &mut self.copy[*start..]);
+            }
+        }
+    }
+
+    /// The operand of some rows, of which those over the rows are `over_rows`.
+    fn operand<'b>(&'b self, rows: usize, over_rows: &'b [U]) -> Left<'b, U> {
+        let data = if U::STEP == 1 { over_rows } else { self.in_place.unwrap_or(&self.copy) };
+        Left { data, rows: &self.rows[..rows], step: 1 }
+    }
 }
 
 /// Elements of a form that units of one element do without.
@@ -159,9 +196,9 @@ pub(crate) struct Loaded<'p, U: Unit> {
     heads: Heads<U::Acc>,
     g: usize,
     queries: usize,
-    /// `[rows, ⌈Dk / STEP⌉]`, `[rows, ⌈Dv / STEP⌉]`: over the dims. With one element a unit the next ones serve.
-    q: Scratch<'p, U>,
-    d_o: Scratch<'p, U>,
+    /// `[rows, ⌈Dk / STEP⌉]`, `[rows, ⌈Dv / STEP⌉]`: over the dims.
+    q: LeftRows<'p, U>,
+    d_o: LeftRows<'p, U>,
     /// `[⌈rows / STEP⌉, padded(Dk)]`, `[⌈rows / STEP⌉, padded(Dv)]`: over the rows.
     q_over_rows: Scratch<'p, U>,
     d_o_over_rows: Scratch<'p, U>,
@@ -186,8 +223,8 @@ impl<'p, U: Unit> Loaded<'p, U> {
             heads,
             g: 0,
             queries: 0,
-            q: pool.take(second::<U>(rows * stride::<U>(heads.dim_qk))),
-            d_o: pool.take(second::<U>(rows * stride::<U>(heads.dim_v))),
+            q: LeftRows::new(pool, rows, heads.dim_qk),
+            d_o: LeftRows::new(pool, rows, heads.dim_v),
             q_over_rows: pool.take(units * padded(heads.dim_qk)),
             d_o_over_rows: pool.take(units * padded(heads.dim_v)),
             lse: pool.take(rows),
@@ -199,7 +236,7 @@ impl<'p, U: Unit> Loaded<'p, U> {
     /// Loads KV head `g` of some queries; query i lies in row `token(i)` of the tensors.
     pub(crate) fn load<T: Element<Acc = U::Acc>>(
         &mut self,
-        source: &Queries<'_, T>,
+        source: &Queries<'p, T>,
         queries: usize,
         token: impl Fn(usize) -> usize,
         g: usize,
@@ -224,10 +261,7 @@ impl<'p, U: Unit> Loaded<'p, U> {
             let (dim, row) = (x.shape()[2], |i: usize| x.row(token(i / r), g * r + i % r));
             // Behind the last row none is seen: itself stands in.
             U::put_tile(self.isa, rows, |i| row(i.min(rows - 1)), padded(dim), right);
-            if U::STEP > 1 {
-                let rows = left.chunks_exact_mut(stride::<U>(dim)).take(rows).enumerate();
-                rows.for_each(|(i, units)| U::put_row(row(i), units));
-            }
+            left.load(x, rows, |i| [token(i / r), g * r + i % r]);
         }
     }
 }
@@ -249,8 +283,6 @@ pub(crate) struct Cell<'p, U: Unit> {
 
 /// Where the rows lie in the operands of the products.
 struct CellRows<'p> {
-    q: Scratch<'p, usize>,
-    d_o: Scratch<'p, usize>,
     scores: Scratch<'p, usize>,
     units: Scratch<'p, usize>,
     dq: Scratch<'p, usize>,
@@ -270,8 +302,6 @@ impl<'p, U: Unit> Cell<'p, U> {
             units: [rows * (KEYS / U::STEP), units, units].map(|len| pool.take(second::<U>(len))),
             spans: pool.take(rows),
             at: CellRows {
-                q: pool.multiples(rows, stride::<U>(heads.dim_qk)),
-                d_o: pool.multiples(rows, stride::<U>(heads.dim_v)),
                 scores: pool.multiples(rows, KEYS),
                 units: pool.multiples(rows, KEYS / U::STEP),
                 dq: pool.take(rows),
@@ -326,20 +356,19 @@ impl<'p, U: Unit> Cell<'p, U> {
     fn scores(&mut self, queries: &Loaded<'_, U>, (k, v): (Tile<'_, U>, Tile<'_, U>), columns: &Range<usize>) {
         let Heads { group_size, dim_qk, dim_v, scale, .. } = self.heads;
         let rows = queries.queries * group_size;
-        let Loaded { q, d_o, q_over_rows, d_o_over_rows, .. } = queries;
-        let (q, d_o) = if U::STEP == 1 { (q_over_rows, d_o_over_rows) } else { (q, d_o) };
-        for (tile, dim, left, places, scores) in
-            [(k, dim_qk, q, &self.at.q, &mut self.weights), (v, dim_v, d_o, &self.at.d_o, &mut self.d_scores)]
+        let q = queries.q.operand(rows, &queries.q_over_rows);
+        let d_o = queries.d_o.operand(rows, &queries.d_o_over_rows);
+        for (tile, dim, left, scores) in
+            [(k, dim_qk, q, &mut self.weights), (v, dim_v, d_o, &mut self.d_scores)]
         {
-            let rows = ..rows;
             product(
                 self.isa,
                 Product {
-                    left: Left { data: left, rows: &places[rows], step: 1 },
+                    left,
                     right: Right { data: &tile.data[columns.start..], stride: tile.stride },
                     target: Target {
                         data: &mut scores[columns.start..],
-                        rows: &self.at.scores[rows],
+                        rows: &self.at.scores[..rows],
                         store: Store::Write,
                     },
                     columns: columns.len(),
