@@ -2,7 +2,7 @@
 
 use crate::Result;
 use crate::cpu::Cpu;
-use crate::cpu::ahead::Still;
+use crate::cpu::ahead::Lines;
 use crate::cpu::chunks::{CHUNK, Keys, Query};
 use crate::cpu::flash::{self, Flash, Heads, queries_per_tile};
 use crate::cpu::grad::{self, Cell, Loaded, Place, Queries};
@@ -136,7 +136,7 @@ fn attend<T: Element, U: Unit<Acc = T::Acc>>(
             let queries = 0..tile.rows.len();
             let seen = queries.map(|query| (query, clip(visible(tile.position + query), &part)));
             // One tile behind the other, each for many rows: the processor foresees them.
-            flash.step((k, v), seen, [Still; 2]);
+            flash.step((k, v), seen, [Lines::none(); 2]);
         }
         flash.finish(g, o, lse);
     }
@@ -252,7 +252,7 @@ impl<F: Fn(usize) -> Range<usize>> BandRow<'_, F> {
                 loads.push((start..end, loaded));
             }
         }
-        let mut cell = Cell::<U>::new(self.cpu, heads);
+        let mut cell = Cell::<U>::new(self.cpu, heads, false);
         for j in seen.rev() {
             let mut sums = row.turns.take(j);
             let keys_of = j * self.cut.keys..(j + 1) * self.cut.keys;

@@ -2,7 +2,7 @@
 //! share.
 
 use crate::cpu::Cpu;
-use crate::cpu::ahead::Ahead;
+use crate::cpu::ahead::Lines;
 use crate::cpu::isa::Isa;
 use crate::cpu::keys::{KEYS, Tile};
 use crate::cpu::math;
@@ -201,7 +201,7 @@ impl<'p, U: Unit> Flash<'p, U> {
         &mut self,
         (k, v): (Tile<'_, U>, Tile<'_, U>),
         seen: impl Iterator<Item = (usize, Range<usize>)>,
-        ahead: [impl Ahead; 2],
+        ahead: [Lines<'_>; 2],
     ) {
         let Heads { group_size, dim_qk, dim_v, scale, .. } = self.heads;
         let (q_stride, o_stride) = (dim_qk.div_ceil(U::STEP), padded(dim_v));

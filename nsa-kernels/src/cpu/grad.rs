@@ -4,13 +4,14 @@
 //! dk and dv of the keys, five products in all. [`turns`](super::turns) says in which order.
 
 use crate::cpu::Cpu;
+use crate::cpu::ahead::{Lines, Run};
 use crate::cpu::flash::{Heads, ROWS, seen_by_some, whole_vectors};
 use crate::cpu::isa::Isa;
 use crate::cpu::keys::{Grid, KEYS, Layout, Order, Tile, Tiles};
-use crate::cpu::product::{Left, Product, Right, Steps, Store, Target, product};
+use crate::cpu::math;
+use crate::cpu::product::{Left, Product, Right, Steps, Store, Target, product, product_ahead};
 use crate::cpu::rows::packed_rows;
 use crate::cpu::scratch::{Pool, Scratch};
-use crate::cpu::math;
 use crate::cpu::simd::{Compute, PAD, Simd, padded, prefetch, vectorize};
 use crate::cpu::softmax::Gradient;
 use crate::cpu::turns::KeySums;
@@ -279,6 +280,8 @@ pub(crate) struct Cell<'p, U: Unit> {
     /// The keys that each row sees.
     spans: Scratch<'p, [usize; 2]>,
     at: CellRows<'p>,
+    /// If cells are far apart: what gradients of the queries are added to, then those of the keys, with the keys themselves.
+    runs: Option<[Scratch<'p, Run>; 2]>,
 }
 
 /// Where the rows lie in the operands of the products.
@@ -289,8 +292,9 @@ struct CellRows<'p> {
 }
 
 impl<'p, U: Unit> Cell<'p, U> {
-    /// Memory for the rows of [`Loaded`].
-    pub(crate) fn new(cpu: &'p Cpu, heads: Heads<U::Acc>) -> Self {
+    /// Memory for the rows of [`Loaded`]. Cells that follow one another far apart (`far`) ask for what they add to before
+    /// they come to it.
+    pub(crate) fn new(cpu: &'p Cpu, heads: Heads<U::Acc>, far: bool) -> Self {
         let pool = cpu.pool();
         let rows = Loaded::<U>::capacity(heads) * heads.group_size;
         let units = rows.div_ceil(U::STEP) * KEYS;
@@ -306,6 +310,7 @@ impl<'p, U: Unit> Cell<'p, U> {
                 units: pool.multiples(rows, KEYS / U::STEP),
                 dq: pool.take(rows),
             },
+            runs: far.then(|| [pool.take(rows), pool.take(2 * KEYS + 1)]),
         }
     }
 
@@ -333,8 +338,12 @@ impl<'p, U: Unit> Cell<'p, U> {
             return;
         }
         let (k, v) = (keys.k.tile(place.tile, g, &mut []), keys.v.tile(place.tile, g, &mut []));
+        let k_over_keys = keys.k_over_keys.tile(place.tile, g, &mut []);
+        if let Some(runs) = &mut self.runs {
+            let keys = seen.clone().map(|s| (place.key)(s) * self.heads.num_kv_heads + g);
+            Self::find_runs(runs, self.heads, k_over_keys, (dq, &self.at.dq[..rows]), (sums, keys));
+        }
         self.scores(queries, (k, v), &whole_vectors(&seen));
-        let k = keys.k_over_keys.tile(place.tile, g, &mut []);
         product(
             self.isa,
             Product {
@@ -343,7 +352,7 @@ impl<'p, U: Unit> Cell<'p, U> {
                     rows: &self.at.units[..rows],
                     step: 1,
                 },
-                right: Right { data: k.data, stride: k.stride },
+                right: Right { data: k_over_keys.data, stride: k_over_keys.stride },
                 target: Target { data: dq, rows: &self.at.dq[..rows], store: Store::Add },
                 columns: dim_qk,
                 steps: Steps::Each(&self.spans[..rows]),
@@ -352,16 +361,40 @@ impl<'p, U: Unit> Cell<'p, U> {
         self.key_gradients(queries, seen, sums, &place.key);
     }
 
+    /// Where the gradients lie that a cell is about to add to.
+    fn find_runs(
+        runs: &mut [Scratch<'p, Run>; 2],
+        heads: Heads<U::Acc>,
+        k_over_keys: Tile<'_, U>,
+        (dq, dq_rows): (&[U::Acc], &[usize]),
+        (sums, keys): (&KeySums<'_, U::Acc>, impl Iterator<Item = usize>),
+    ) {
+        let Heads { dim_qk, dim_v, .. } = heads;
+        let [of_queries, of_keys] = runs;
+        for (run, &row) in of_queries.iter_mut().zip(dq_rows) {
+            *run = Run::of(&dq[row..row + dim_qk]);
+        }
+        of_keys.fill(Run::of::<U>(&[]));
+        of_keys[0] = Run::of(k_over_keys.data);
+        for (runs, key) in of_keys[1..].as_chunks_mut().0.iter_mut().zip(keys) {
+            *runs = [Run::of(&sums.dk[key * dim_qk..][..dim_qk]), Run::of(&sums.dv[key * dim_v..][..dim_v])];
+        }
+    }
+
     /// g·p and scale·ds of all rows for the keys of a tile in some columns.
     fn scores(&mut self, queries: &Loaded<'_, U>, (k, v): (Tile<'_, U>, Tile<'_, U>), columns: &Range<usize>) {
         let Heads { group_size, dim_qk, dim_v, scale, .. } = self.heads;
         let rows = queries.queries * group_size;
         let q = queries.q.operand(rows, &queries.q_over_rows);
         let d_o = queries.d_o.operand(rows, &queries.d_o_over_rows);
-        for (tile, dim, left, scores) in
-            [(k, dim_qk, q, &mut self.weights), (v, dim_v, d_o, &mut self.d_scores)]
+        let ahead = match &self.runs {
+            Some([of_queries, of_keys]) => [Lines::runs(&of_queries[..rows]), Lines::runs(of_keys)],
+            None => [Lines::none(); 2],
+        };
+        for (tile, dim, left, scores, ahead) in
+            [(k, dim_qk, q, &mut self.weights, ahead[0]), (v, dim_v, d_o, &mut self.d_scores, ahead[1])]
         {
-            product(
+            product_ahead(
                 self.isa,
                 Product {
                     left,
@@ -374,6 +407,7 @@ impl<'p, U: Unit> Cell<'p, U> {
                     columns: columns.len(),
                     steps: Steps::First(dim),
                 },
+                ahead,
             );
         }
         vectorize(

@@ -209,13 +209,7 @@ impl<U: Unit, const MR: usize> Place<'_, U, MR> {
     /// One row of the block.
     #[inline(always)]
     fn row(&self, x: usize) -> Place<'_, U, 1> {
-        Place {
-            left: [self.left[x]],
-            step: self.step,
-            right: self.right,
-            stride: self.stride,
-            operands: PhantomData,
-        }
+        Place { left: [self.left[x]], step: self.step, right: self.right, stride: self.stride, operands: PhantomData }
     }
 }
 

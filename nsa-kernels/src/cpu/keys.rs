@@ -190,7 +190,7 @@ impl<'p, T: Element, U: Unit<Acc = T::Acc>> Tiles<'p, T, U> {
     }
 
     /// The lines of a tile of KV head `g`, if tiles are laid out and so many that they come from memory.
-    pub(crate) fn lines(&self, tile: usize, g: usize) -> Lines {
+    pub(crate) fn lines(&self, tile: usize, g: usize) -> Lines<'_> {
         let far = self.packed.as_ref().filter(|packed| size_of_val(&*packed.data) >= FAR);
         far.map_or_else(Lines::none, |packed| {
             let Tile { data, .. } = packed.tile(tile, g);

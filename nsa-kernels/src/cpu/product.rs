@@ -11,7 +11,7 @@
 //! An element of the result is Σ_p in the order of p from zero, then added to the target: its bits do not depend on the
 //! blocks around it.
 
-use super::ahead::{Ahead, Still};
+use super::ahead::{Ahead, Lines, Still};
 use super::inner::{self, Place};
 use super::isa::Isa;
 use super::simd::{Compute, Multiply, Simd, padded};
@@ -341,9 +341,13 @@ pub(crate) fn product<U: Unit>(isa: Isa, product: Product<'_, U>) {
     U::product(isa, Task { product, ahead: Still });
 }
 
-/// The same for operands that come from memory: meanwhile `ahead`, what is read next, comes nearer.
-pub(crate) fn product_ahead<U: Unit>(isa: Isa, product: Product<'_, U>, ahead: impl Ahead) {
-    U::product(isa, Task { product, ahead });
+/// The same while `ahead`, what is read next, comes nearer.
+pub(crate) fn product_ahead<U: Unit>(isa: Isa, product: Product<'_, U>, ahead: Lines<'_>) {
+    if ahead.is_empty() {
+        U::product(isa, Task { product, ahead: Still });
+    } else {
+        U::product(isa, Task { product, ahead });
+    }
 }
 
 #[cfg(test)]

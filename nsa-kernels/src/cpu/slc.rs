@@ -244,7 +244,7 @@ impl Inverse<'_> {
         let mut left: Vec<&[Choice]> =
             heads_pairs.map(|pairs| &pairs[..pairs.partition_point(|pair| pair.block != NONE)]).collect();
         let mut loaded = Loaded::<U>::new(self.cpu, heads);
-        let mut cell = Cell::<U>::new(self.cpu, heads);
+        let mut cell = Cell::<U>::new(self.cpu, heads, true);
         while let Some(block) = left.iter().filter_map(|pairs| Some(pairs.last()?.block)).max() {
             let mut sums = row.turns.take(block as usize);
             for (g, left) in left.iter_mut().enumerate() {
