@@ -60,7 +60,9 @@ impl Backend {
             (None, Some(name)) => Ok((Self::named(&name)?, Why(format!("{BACKEND_VARIABLE}={name} forces it")))),
             (None, None) => {
                 let isa = Isa::best();
-                Ok((Self::with_isa(isa)?, Why(format!("{isa} is the best that this processor has a path for"))))
+                let more = Isa::available().filter_map(|isa| Some(format!("; not {isa}: {}", isa.slower()?)));
+                let why = format!("{isa} is the best that this processor has a path for{}", more.collect::<String>());
+                Ok((Self::with_isa(isa)?, Why(why)))
             }
         }
     }

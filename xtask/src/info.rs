@@ -22,7 +22,11 @@ pub fn run() -> Result<()> {
     println!("features    {}; not there: {}", names(found), names(missing));
     for isa in Isa::ALL {
         let missing = isa.missing();
-        let state = if missing.is_empty() { "there".to_owned() } else { format!("lacks {}", missing.join(" ")) };
+        let state = match (missing.is_empty(), isa.slower()) {
+            (true, None) => "there".to_owned(),
+            (true, Some(why)) => format!("there, taken only if asked for: {why}"),
+            (false, _) => format!("lacks {}", missing.join(" ")),
+        };
         println!("path        cpu:{isa}: {state}");
     }
     println!("commit      {}", machine.commit);

@@ -187,7 +187,7 @@ where
         .zip(0..)
         .map(|(seq, s)| cut(seq.rows.len(), offsets.range(s).len(), stride, config.group_size(), &visible))
         .collect();
-    for_each_row(config, packing, offsets, &cuts, (dq, dk, dv), |row| {
+    for_each_row((cpu.pool(), config), packing, offsets, &cuts, (dq, dk, dv), |row| {
         let cut = &cuts[row.seq];
         let start = row.tile * cut.queries;
         let tile = BandRow {
@@ -205,6 +205,10 @@ where
 /// Keys of a tile whose gradients are summed together.
 const BAND_KEYS: usize = 4 * KEYS;
 
+/// Parts of a sequence's queries with sums of their own over compressed keys, at most, and tiles of queries in each, at least.
+const SEGMENTS: usize = 4;
+const SEGMENT_TILES: usize = 16;
+
 /// How a sequence of `len` queries and `rows` keys is cut. Where all keys stay in the last cache (the compressed ones: there
 /// is one a few tokens), a tile of queries is one load. Else it is as many as read the keys of a tile often enough.
 fn cut(len: usize, rows: usize, stride: usize, group_size: usize, visible: &impl Fn(usize) -> Range<usize>) -> Cut {
@@ -215,7 +219,9 @@ fn cut(len: usize, rows: usize, stride: usize, group_size: usize, visible: &impl
         let last = (start + queries).min(len) - 1;
         visible(start).start.min(visible(last).end) / keys..visible(last).end.div_ceil(keys)
     };
-    Cut { queries, keys, seen: (0..len).step_by(queries).map(seen).collect() }
+    let seen: Vec<Range<usize>> = (0..len).step_by(queries).map(seen).collect();
+    let segments = if stride > 1 { (seen.len() / SEGMENT_TILES).clamp(1, SEGMENTS) } else { 1 };
+    Cut { queries, keys, seen, segments }
 }
 
 /// A tile of queries.

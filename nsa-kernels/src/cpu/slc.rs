@@ -194,7 +194,7 @@ fn backward_in<T: Element, U: Unit<Acc = T::Acc>>(cpu: &Cpu, args: Backward<'_, 
     });
     let inverse = Inverse { cpu, config, grid, pairs: &pairs };
     let cuts: Vec<Cut> = packing.seqs().zip(&sizes).map(|(seq, &size)| cut(config, seq.rows.len(), size)).collect();
-    for_each_row(config, packing, offsets, &cuts, (dq, dk, dv), |row| {
+    for_each_row((pool, config), packing, offsets, &cuts, (dq, dk, dv), |row| {
         let (rows, size) = (packing.seq(row.seq).rows, sizes[row.seq]);
         let position = row.tile * size;
         let queries_of = rows.start + position..rows.end.min(rows.start + position + size);
@@ -205,7 +205,7 @@ fn backward_in<T: Element, U: Unit<Acc = T::Acc>>(cpu: &Cpu, args: Backward<'_, 
 /// A sequence of `len` tokens in tiles of `queries` queries and of one block.
 fn cut(config: &NsaConfig, len: usize, queries: usize) -> Cut {
     let seen = |start: usize| 0..index::num_candidates(config, (start + queries).min(len) - 1);
-    Cut { queries, keys: config.select_block(), seen: (0..len).step_by(queries).map(seen).collect() }
+    Cut { queries, keys: config.select_block(), seen: (0..len).step_by(queries).map(seen).collect(), segments: 1 }
 }
 
 /// Rows of queries that a tile should have at most: what they take of q, do and dq stays in the last cache.
