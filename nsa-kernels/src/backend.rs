@@ -65,6 +65,14 @@ impl Backend {
         }
     }
 
+    /// Runs `work`, which calls many operations, where they are started the fastest: on the CPU in a thread of the pool, which
+    /// other threads need not be told of at every operation.
+    pub fn run<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
+        match self {
+            Self::Cpu(_) => rayon::scope(|_| work()),
+        }
+    }
+
     fn named(name: &str) -> Result<Self> {
         let isa = match name.split_once(':') {
             None if name == "cpu" => Some(Isa::best()),

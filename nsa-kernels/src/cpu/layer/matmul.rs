@@ -66,7 +66,7 @@ where
         };
     }
     if cpu.multiplies_pairs(T::DTYPE) && cpu.multiplies_pairs(W::DTYPE) {
-        return blocked::multiply(cpu, x, &Strips::of_rows(pool, weight), y, store.into());
+        return blocked::multiply(cpu, x, &Strips::of_rows(cpu, weight), y, store.into());
     }
     for_panels(pool, x, |x_start, n, x, x_stride| {
         for_panels(pool, weight, |w_start, o, w, w_stride| {
@@ -284,47 +284,58 @@ fn add_transposed<A: Real>(columns: &[A], [n, outputs]: [usize; 2], y: &mut [A],
     }
 }
 
+/// Whether gradients of type G are multiplied with matrices of `dtype` as pairs.
+pub fn pairs<G: Element>(cpu: &Cpu, dtype: DType) -> bool {
+    cpu.multiplies_pairs(dtype) && (G::DTYPE == DType::Bf16 || G::DTYPE == G::Acc::DTYPE)
+}
+
 /// dx \[+\]= dy·W, with dy `[N, O]`, W `[O, I]`, dx `[N, I]`.
-pub fn times<W: Element>(
-    cpu: &Cpu,
-    dy: &View<'_, W::Acc, 2>,
-    weight: &View<'_, W, 2>,
-    dx: &mut [W::Acc],
-    store: Store,
-) {
-    let (pool, [n, outputs], [_, inputs]) = (cpu.pool(), dy.shape(), weight.shape());
-    if cpu.multiplies_pairs(W::DTYPE) {
-        return blocked::multiply(cpu, dy, &Strips::of_columns(pool, weight), dx, store.into());
+pub fn times<W, G>(cpu: &Cpu, dy: &View<'_, G, 2>, weight: &View<'_, W, 2>, dx: &mut [W::Acc], store: Store)
+where
+    W: Element,
+    G: Element<Acc = W::Acc>,
+{
+    let (pool, [_, outputs], [_, inputs]) = (cpu.pool(), dy.shape(), weight.shape());
+    if pairs::<G>(cpu, W::DTYPE) {
+        return blocked::multiply(cpu, dy, &Strips::of_columns(cpu, weight), dx, store.into());
     }
     if outputs == 0 && store == Store::Write {
         dx.fill(W::Acc::default());
     }
-    for_panels(pool, weight, |start, o, w, w_stride| {
-        let dy = Mat::rows(dy.data(), dy.layout().strides()[0]).columns_from(start);
-        let store = if start == 0 { store } else { Store::Add };
-        let dx = MatMut::rows(dx, inputs);
-        gemm([n, inputs, o], dx, store, W::Acc::one(), dy, Mat::rows(w, w_stride), Threads::Pool);
+    for_panels(pool, dy, |dy_start, n, dy, dy_stride| {
+        for_panels(pool, weight, |w_start, o, w, w_stride| {
+            let dy = Mat::rows(dy, dy_stride).columns_from(w_start);
+            let store = if w_start == 0 { store } else { Store::Add };
+            let dx = MatMut::rows(&mut dx[dy_start * inputs..][..n * inputs], inputs);
+            gemm([n, inputs, o], dx, store, W::Acc::one(), dy, Mat::rows(w, w_stride), Threads::Pool);
+        });
     });
 }
 
 /// dw += dyᵀ·x, with dy `[N, O]`, x `[N, I]`, dw `[O, I]`.
-pub fn add_outer<T: Element>(cpu: &Cpu, dy: &View<'_, T::Acc, 2>, x: &View<'_, T, 2>, dw: &mut [T::Acc]) {
-    let ([_, outputs], [_, inputs]) = (dy.shape(), x.shape());
-    if cpu.multiplies_pairs(T::DTYPE) {
+pub fn add_outer<T, G>(cpu: &Cpu, dy: &View<'_, G, 2>, x: &View<'_, T, 2>, dw: &mut [T::Acc])
+where
+    T: Element,
+    G: Element<Acc = T::Acc>,
+{
+    let (pool, [_, outputs], [_, inputs]) = (cpu.pool(), dy.shape(), x.shape());
+    if pairs::<G>(cpu, T::DTYPE) {
         return blocked::add_outer(cpu, dy, x, dw);
     }
-    for_panels(cpu.pool(), x, |start, n, x, x_stride| {
-        let dy = row_range(dy, start, n);
-        let dy = Mat::rows(dy.data(), dy.layout().strides()[0]).transposed();
-        let dw = MatMut::rows(dw, inputs);
-        gemm([outputs, inputs, n], dw, Store::Add, T::Acc::one(), dy, Mat::rows(x, x_stride), Threads::Pool);
+    for_panels(pool, x, |x_start, n, x, x_stride| {
+        for_panels(pool, &row_range(dy, x_start, n), |start, n, dy, dy_stride| {
+            let (dy, x) = (Mat::rows(dy, dy_stride).transposed(), Mat::rows(&x[start * x_stride..], x_stride));
+            gemm([outputs, inputs, n], MatMut::rows(dw, inputs), Store::Add, T::Acc::one(), dy, x, Threads::Pool);
+        });
     });
 }
 
 /// sums_o += Σ_n dy_no: the product with a row of ones.
-pub fn add_column_sums<A: Real>(dy: &View<'_, A, 2>, sums: &mut [A]) {
-    let [n, outputs] = dy.shape();
-    let ones = Mat { data: &[A::one()], row_stride: 0, col_stride: 0 };
-    let (sums, dy) = (MatMut::rows(sums, outputs), Mat::rows(dy.data(), dy.layout().strides()[0]));
-    gemm([1, outputs, n], sums, Store::Add, A::one(), ones, dy, Threads::Pool);
+pub fn add_column_sums<G: Element>(cpu: &Cpu, dy: &View<'_, G, 2>, sums: &mut [G::Acc]) {
+    let outputs = dy.shape()[1];
+    let ones = Mat { data: &[G::Acc::one()], row_stride: 0, col_stride: 0 };
+    for_panels(cpu.pool(), dy, |_, n, dy, stride| {
+        let (sums, dy) = (MatMut::rows(sums, outputs), Mat::rows(dy, stride));
+        gemm([1, outputs, n], sums, Store::Add, G::Acc::one(), ones, dy, Threads::Pool);
+    });
 }
