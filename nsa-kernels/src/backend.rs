@@ -73,6 +73,13 @@ impl Backend {
         }
     }
 
+    /// Runs both, at the same time if there are threads for it: for operations that are small and do not need each other.
+    pub fn join<A: Send, B: Send>(&self, a: impl FnOnce() -> A + Send, b: impl FnOnce() -> B + Send) -> (A, B) {
+        match self {
+            Self::Cpu(_) => rayon::join(a, b),
+        }
+    }
+
     fn named(name: &str) -> Result<Self> {
         let isa = match name.split_once(':') {
             None if name == "cpu" => Some(Isa::best()),

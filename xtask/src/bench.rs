@@ -5,6 +5,7 @@
 
 mod decode;
 mod fit;
+mod generate;
 mod peer;
 mod plot;
 mod problem;
@@ -94,6 +95,8 @@ pub struct Options {
 enum OfModel {
     /// Training steps of a model, sparse and dense, against PyTorch's
     Train(train::Options),
+    /// Tokens a second of a model with random weights, against the speed of memory
+    Generate(generate::Options),
 }
 
 /// Names of `--dtype`.
@@ -214,6 +217,7 @@ pub fn run(options: &Options) -> Result<()> {
     match &options.model {
         None => {}
         Some(OfModel::Train(options)) => return train::run(options),
+        Some(OfModel::Generate(options)) => return generate::run(options),
     }
     if let Some(op) = &options.op {
         return criterion(op);
