@@ -2,6 +2,7 @@
 
 use crate::Result;
 use crate::cpu::Cpu;
+use crate::cpu::ahead::Lines;
 use crate::cpu::chunks::{CHUNK, Keys, Query};
 use crate::cpu::flash::{self, Flash, Heads, queries_per_tile};
 use crate::cpu::grad::{self, Cell, Loaded, Place, Queries};
@@ -106,7 +107,7 @@ fn attend_alone<T: Element, U: Unit<Acc = T::Acc>>(
         let query = Query::<U>::new(cpu, heads, q, t, g);
         let parts = query.attend(&Keys { k, v, len: seen.len(), row: |i| seen.start - first + i }, &mut []);
         let totals = parts.totals(cpu);
-        heads.store(&mut parts.join(cpu, heads, &totals), (&totals.max, &totals.sum), 0, o, lse);
+        heads.store(cpu.isa(), &mut parts.join(cpu, heads, &totals), (&totals.max, &totals.sum), 0, o, lse);
     });
 }
 
@@ -133,7 +134,9 @@ fn attend<T: Element, U: Unit<Acc = T::Acc>>(
             let part = Grid::plain().tokens(i);
             let (k, v) = (seq.k.tile(i, g, &mut k_buffer), seq.v.tile(i, g, &mut v_buffer));
             let queries = 0..tile.rows.len();
-            flash.step(k, v, queries.map(|query| (query, clip(visible(tile.position + query), &part))));
+            let seen = queries.map(|query| (query, clip(visible(tile.position + query), &part)));
+            // One tile behind the other, each for many rows: the processor foresees them.
+            flash.step((k, v), seen, [Lines::none(); 2]);
         }
         flash.finish(g, o, lse);
     }
@@ -244,13 +247,13 @@ impl<F: Fn(usize) -> Range<usize>> BandRow<'_, F> {
                 (0..heads.num_kv_heads).flat_map(|g| self.queries.clone().step_by(capacity).map(move |x| (g, x)))
             {
                 let end = (start + capacity).min(self.queries.end);
-                let mut loaded = Loaded::new(self.cpu.pool(), heads);
+                let mut loaded = Loaded::new(self.cpu, heads);
                 loaded.load(source, end - start, |i| self.first_row + start + i, g);
                 loads.push((start..end, loaded));
             }
         }
-        let mut cell = Cell::<U>::new(self.cpu, heads);
-        for j in seen {
+        let mut cell = Cell::<U>::new(self.cpu, heads, false);
+        for j in seen.rev() {
             let mut sums = row.turns.take(j);
             let keys_of = j * self.cut.keys..(j + 1) * self.cut.keys;
             for (queries, loaded) in &loads {

@@ -154,7 +154,7 @@ impl<'p, U: Unit> Query<'p, U> {
         tile: Range<usize>,
         memory: &mut Memory<'_, U>,
         scores: &mut [U::Acc],
-        ahead: Lines,
+        ahead: Lines<'_>,
     ) {
         let (dim, count) = (self.heads.dim_qk, tile.len());
         let units = dim.div_ceil(U::STEP);
@@ -184,7 +184,7 @@ impl<'p, U: Unit> Query<'p, U> {
         buffer: &mut [U],
         weights: &[U],
         o: &mut [U::Acc],
-        ahead: Lines,
+        ahead: Lines<'_>,
     ) {
         let (dim_v, stride, count) = (self.heads.dim_v, padded(self.heads.dim_v), tile.len());
         let whole = U::STEP == 1 && stride == dim_v;
@@ -236,7 +236,7 @@ impl<'p, U: Unit> Query<'p, U> {
         rows: &SeqRows<'_, T>,
         keys: &Keys<'_, T, impl Fn(usize) -> usize>,
         tile: Range<usize>,
-    ) -> Lines {
+    ) -> Lines<'_> {
         if tile.is_empty() {
             return Lines::none();
         }

@@ -206,7 +206,7 @@ impl<'p, U: Unit> Scores<'p, U> {
             );
             tile += count;
         }
-        self.heads.store(&mut sums, (&self.max, &self.sum), g, o, lse);
+        self.heads.store(self.isa, &mut sums, (&self.max, &self.sum), g, o, lse);
     }
 
     /// Writes the blocks that the queries select as KV head `g` of `[queries, G, n]`.
@@ -326,7 +326,7 @@ fn sum<A: Real>(importance: &[A], weights: &[A]) -> A {
 /// See `op::cmp::backward`.
 pub(crate) fn backward<T: Element>(cpu: &Cpu, args: Backward<'_, T>) -> Result<()> {
     let Backward { config, packing, q, k_blocks, v_blocks, o, lse, d_o, gates, dq, dk_blocks, dv_blocks } = args;
-    let queries = Queries::new(cpu.pool(), (q, o, lse, d_o), gates.map(|gates| (gates, GATE)))?;
+    let queries = Queries::new(cpu, (q, o, lse, d_o), gates.map(|gates| (gates, GATE)))?;
     let args = band::Backward {
         config,
         packing,

@@ -17,7 +17,7 @@ pub(crate) fn forward<T: Element>(cpu: &Cpu, args: Forward<'_, T>) -> Result<()>
 /// See `op::dense::backward`.
 pub(crate) fn backward<T: Element>(cpu: &Cpu, args: Backward<'_, T>) -> Result<()> {
     let Backward { config, packing, q, k, v, o, lse, d_o, dq, dk, dv } = args;
-    let queries = Queries::new(cpu.pool(), (q, o, lse, d_o), None)?;
+    let queries = Queries::new(cpu, (q, o, lse, d_o), None)?;
     let (offsets, visible) = (packing.cu_seqlens(), |t| 0..t + 1);
     band::backward(cpu, band::Backward { config, packing, queries, k, v, offsets, stride: 1, visible, dq, dk, dv })
 }

@@ -2,13 +2,14 @@
 //! share.
 
 use crate::cpu::Cpu;
+use crate::cpu::ahead::Lines;
 use crate::cpu::isa::Isa;
 use crate::cpu::keys::{KEYS, Tile};
 use crate::cpu::math;
-use crate::cpu::product::{Left, Product, Right, Steps, Store, Target, product};
-use crate::cpu::scratch::Scratch;
-use crate::cpu::simd::{PAD, padded, vectorize};
-use crate::cpu::softmax::Online;
+use crate::cpu::product::{Left, Product, Right, Steps, Store, Target, product_ahead};
+use crate::cpu::scratch::{Pool, Scratch};
+use crate::cpu::simd::{Loops, PAD, compiled_for, padded, vectorize};
+use crate::cpu::softmax::{Lanes, Online};
 use crate::cpu::unit::Unit;
 use nsa_core::{Element, Real, View};
 use num_traits::{Float, Zero};
@@ -59,17 +60,37 @@ impl<A: Real> Heads<A> {
     /// head `g` of o `[queries, Hq, Dv]` and lse `[queries, Hq]`.
     pub(crate) fn store<T: Element<Acc = A>>(
         &self,
+        isa: Isa,
         rows: &mut [A],
         (max, sum): (&[A], &[A]),
         g: usize,
         o: &mut [T],
         lse: &mut [A],
     ) {
-        for (i, row) in rows.chunks_exact_mut(padded(self.dim_v)).enumerate() {
-            let place = self.row(i / self.group_size, g, i % self.group_size);
-            let row = &mut row[..self.dim_v];
-            lse[place] = normalize(row, max[i], sum[i]);
-            math::narrow(row, &mut o[place * self.dim_v..][..self.dim_v]);
+        compiled_for(isa, StoreRows { heads: *self, rows, max, sum, g, o, lse });
+    }
+}
+
+/// See [`Heads::store`].
+struct StoreRows<'a, T, A> {
+    heads: Heads<A>,
+    rows: &'a mut [A],
+    max: &'a [A],
+    sum: &'a [A],
+    g: usize,
+    o: &'a mut [T],
+    lse: &'a mut [A],
+}
+
+impl<A: Real, T: Element<Acc = A>> Loops for StoreRows<'_, T, A> {
+    #[inline(always)]
+    fn run(self) {
+        let Heads { group_size, dim_v, .. } = self.heads;
+        for (i, row) in self.rows.chunks_exact_mut(padded(dim_v)).enumerate() {
+            let place = self.heads.row(i / group_size, self.g, i % group_size);
+            let row = &mut row[..dim_v];
+            self.lse[place] = normalize(row, self.max[i], self.sum[i]);
+            math::narrow(row, &mut self.o[place * dim_v..][..dim_v]);
         }
     }
 }
@@ -105,6 +126,7 @@ pub(crate) fn whole_vectors(keys: &Range<usize>) -> Range<usize> {
 
 /// The state of the online softmax of some query rows: row i belongs to query i / R.
 pub(crate) struct Flash<'p, U: Unit> {
+    pool: &'p Pool,
     isa: Isa,
     heads: Heads<U::Acc>,
     rows: usize,
@@ -116,7 +138,7 @@ pub(crate) struct Flash<'p, U: Unit> {
     weights: Scratch<'p, U>,
     /// Greatest scaled score so far.
     max: Scratch<'p, U::Acc>,
-    /// Σ exp(score − max) so far.
+    /// Σ exp(score − max) so far, spread over the lanes of a vector: `[rows, PAD]`.
     sum: Scratch<'p, U::Acc>,
     /// Σ exp(score − max) · v so far, `[rows, padded(Dv)]`.
     o: Scratch<'p, U::Acc>,
@@ -149,6 +171,7 @@ impl<'p, U: Unit> Flash<'p, U> {
             o: pool.take(rows),
         };
         Self {
+            pool,
             isa: cpu.isa(),
             heads,
             rows: 0,
@@ -156,7 +179,7 @@ impl<'p, U: Unit> Flash<'p, U> {
             scores: pool.take(rows * KEYS),
             weights: pool.take(if U::STEP == 1 { 0 } else { rows * KEYS / U::STEP }),
             max: pool.take(rows),
-            sum: pool.take(rows),
+            sum: pool.take(rows * PAD),
             o: pool.take(rows * padded(heads.dim_v)),
             at,
         }
@@ -172,8 +195,14 @@ impl<'p, U: Unit> Flash<'p, U> {
     }
 
     /// Attends to a tile of keys (over the dims) and values (over the keys). `seen` are the queries that see some of it
-    /// and the keys that they see.
-    pub(crate) fn step(&mut self, k: Tile<'_, U>, v: Tile<'_, U>, seen: impl Iterator<Item = (usize, Range<usize>)>) {
+    /// and the keys that they see. What is read next comes nearer meanwhile: `ahead[0]` with the product of the keys,
+    /// `ahead[1]` with that of the values.
+    pub(crate) fn step(
+        &mut self,
+        (k, v): (Tile<'_, U>, Tile<'_, U>),
+        seen: impl Iterator<Item = (usize, Range<usize>)>,
+        ahead: [Lines<'_>; 2],
+    ) {
         let Heads { group_size, dim_qk, dim_v, scale, .. } = self.heads;
         let (q_stride, o_stride) = (dim_qk.div_ceil(U::STEP), padded(dim_v));
         let mut rows = 0;
@@ -188,7 +217,7 @@ impl<'p, U: Unit> Flash<'p, U> {
         let spans = &self.at.spans[..rows];
         let columns = whole_vectors(&seen_by_some(spans));
         let scores = &mut self.scores[..rows * KEYS];
-        product(
+        product_ahead(
             self.isa,
             Product {
                 left: Left { data: &self.q, rows: &self.at.q[..rows], step: 1 },
@@ -201,12 +230,13 @@ impl<'p, U: Unit> Flash<'p, U> {
                 columns: columns.len(),
                 steps: Steps::First(dim_qk),
             },
+            ahead[0],
         );
         let states = &self.at.states[..rows];
         let (max, sum, o) = (&mut self.max, &mut self.sum, &mut self.o);
         vectorize(self.isa, Online { scores, spans, states, scale, max, sum, o, o_stride });
         let weights = U::along_rows(self.isa, scores, &mut self.weights);
-        product(
+        product_ahead(
             self.isa,
             Product {
                 left: Left { data: weights, rows: &self.at.weights[..rows], step: 1 },
@@ -215,17 +245,21 @@ impl<'p, U: Unit> Flash<'p, U> {
                 columns: dim_v,
                 steps: Steps::Each(spans),
             },
+            ahead[1],
         );
     }
 
     /// Writes output and lse of KV head `g` of the queries: o `[queries, Hq, Dv]`, lse `[queries, Hq]`.
     pub(crate) fn finish<T: Element<Acc = U::Acc>>(&mut self, g: usize, o: &mut [T], lse: &mut [U::Acc]) {
-        let sums = &mut self.o[..self.rows * padded(self.heads.dim_v)];
-        self.heads.store(sums, (&self.max, &self.sum), g, o, lse);
+        let rows = &mut self.o[..self.rows * padded(self.heads.dim_v)];
+        let mut sum = self.pool.take(self.rows);
+        vectorize(self.isa, Lanes { lanes: &self.sum, sums: &mut sum });
+        self.heads.store(self.isa, rows, (&self.max, &sum), g, o, lse);
     }
 }
 
 /// Divides a row of Σ exp(score − max)·v by its `sum` and returns its lse; a row that saw nothing is 0 with −∞.
+#[inline(always)]
 pub(crate) fn normalize<A: Real>(row: &mut [A], max: A, sum: A) -> A {
     if sum == A::zero() {
         row.fill(A::zero());

@@ -4,18 +4,21 @@
 //! dk and dv of the keys, five products in all. [`turns`](super::turns) says in which order.
 
 use crate::cpu::Cpu;
+use crate::cpu::ahead::{Lines, Run};
 use crate::cpu::flash::{Heads, ROWS, seen_by_some, whole_vectors};
 use crate::cpu::isa::Isa;
 use crate::cpu::keys::{Grid, KEYS, Layout, Order, Tile, Tiles};
-use crate::cpu::product::{Left, Product, Right, Steps, Store, Target, product};
+use crate::cpu::math;
+use crate::cpu::product::{Left, Product, Right, Steps, Store, Target, product, product_ahead};
 use crate::cpu::rows::packed_rows;
 use crate::cpu::scratch::{Pool, Scratch};
-use crate::cpu::simd::{padded, prefetch, vectorize};
+use crate::cpu::simd::{Compute, PAD, Simd, padded, prefetch, vectorize};
 use crate::cpu::softmax::Gradient;
 use crate::cpu::turns::KeySums;
 use crate::cpu::unit::Unit;
 use crate::{Result, Tensor};
 use nsa_core::{CuSeqlens, Element, NsaConfig, Real, View};
+use num_traits::Zero;
 use rayon::prelude::*;
 use std::ops::Range;
 
@@ -36,7 +39,7 @@ pub(crate) struct Queries<'a, T: Element> {
 impl<'a, T: Element> Queries<'a, T> {
     /// Takes the tensors of an operation's arguments and computes δ.
     pub(crate) fn new(
-        pool: &'a Pool,
+        cpu: &'a Cpu,
         (q, o, lse, d_o): (Tensor<'a, T, 3>, Tensor<'a, T, 3>, Tensor<'a, T::Acc, 2>, Tensor<'a, T, 3>),
         gates: Option<(Tensor<'a, T, 3>, usize)>,
     ) -> Result<Self> {
@@ -46,13 +49,11 @@ impl<'a, T: Element> Queries<'a, T> {
         };
         let [n, heads, _] = q.shape();
         let (q, o, lse, d_o) = (q.to_host()?, o.to_host()?, lse.to_host()?, d_o.to_host()?);
-        let mut queries = Self { q, lse, d_o, gates, delta: pool.take(0) };
-        let mut delta = pool.take(n * heads);
+        let mut queries = Self { q, lse, d_o, gates, delta: cpu.pool().take(0) };
+        let mut delta = cpu.pool().take(n * heads);
         delta.par_chunks_mut(heads).enumerate().with_min_len(16).for_each(|(t, delta)| {
-            for (h, delta) in delta.iter_mut().enumerate() {
-                let products = queries.d_o.row(t, h).iter().zip(o.row(t, h)).map(|(&x, &y)| x.to_acc() * y.to_acc());
-                *delta = products.sum::<T::Acc>() * queries.gate(t, h);
-            }
+            vectorize(cpu.isa(), Dots { x: d_o, y: o, t, dots: &mut *delta });
+            delta.iter_mut().enumerate().for_each(|(h, delta)| *delta *= queries.gate(t, h));
         });
         queries.delta = delta;
         Ok(queries)
@@ -62,6 +63,46 @@ impl<'a, T: Element> Queries<'a, T> {
     #[inline(always)]
     fn gate(&self, t: usize, h: usize) -> T::Acc {
         self.gates.map_or_else(|| T::Acc::of(1.0), |(gates, column)| gates.row(t, h)[column].to_acc())
+    }
+}
+
+/// Σ x·y over the dims of each head of token t: `[Hq]`.
+struct Dots<'a, T, A> {
+    /// `[N, Hq, D]`.
+    x: View<'a, T, 3>,
+    /// `[N, Hq, D]`.
+    y: View<'a, T, 3>,
+    t: usize,
+    dots: &'a mut [A],
+}
+
+/// Elements that are widened at once; whole vectors.
+const WIDENED: usize = 2 * PAD;
+
+impl<'a, T: Element, A: Real> Compute<A> for Dots<'a, T, A> {
+    type As<B: Real> = Dots<'a, T, B>;
+
+    #[inline(always)]
+    fn run<S: Simd<A>>(self, s: S) {
+        for (h, dot) in self.dots.iter_mut().enumerate() {
+            let mut sums = [s.splat(A::zero()); 2];
+            let [mut x, mut y] = [[T::Acc::zero(); WIDENED]; 2];
+            for (a, b) in self.x.row(self.t, h).chunks(WIDENED).zip(self.y.row(self.t, h).chunks(WIDENED)) {
+                math::widen(a, &mut x[..a.len()]);
+                math::widen(b, &mut y[..b.len()]);
+                x[a.len()..].fill(T::Acc::zero());
+                // A is Acc under another name.
+                let [x, y] = [&x, &y].map(|x| bytemuck::cast_slice::<T::Acc, A>(x));
+                for (i, at) in (0..WIDENED).step_by(S::WIDTH).enumerate() {
+                    sums[i % 2] = s.mul_add(s.read(&x[at..]), s.read(&y[at..]), sums[i % 2]);
+                }
+            }
+            *dot = s.sum(s.add(sums[0], sums[1]));
+        }
+    }
+
+    fn cast<B: Real>(self) -> Dots<'a, T, B> {
+        Dots { x: self.x, y: self.y, t: self.t, dots: bytemuck::cast_slice_mut(self.dots) }
     }
 }
 
@@ -103,9 +144,46 @@ pub(crate) struct Place<K, Q> {
     pub(crate) query: Q,
 }
 
-/// Distance between rows over the dims: with one element a unit, those over the rows serve.
+/// Distance between rows over the dims, copied: with one element a unit, those over the rows serve.
 fn stride<U: Unit>(dim: usize) -> usize {
     if U::STEP == 1 { padded(dim) } else { dim.div_ceil(U::STEP) }
+}
+
+/// The rows of queries as a left operand: where they lie in the tensor, or copied.
+struct LeftRows<'p, U> {
+    in_place: Option<&'p [U]>,
+    copy: Scratch<'p, U>,
+    rows: Scratch<'p, usize>,
+}
+
+impl<'p, U: Unit> LeftRows<'p, U> {
+    fn new(pool: &'p Pool, rows: usize, dim: usize) -> Self {
+        Self { in_place: None, copy: pool.take(second::<U>(rows * stride::<U>(dim))), rows: pool.take(rows) }
+    }
+
+    /// Takes the rows whose heads of a tensor `place` says; with one element a unit those over the rows serve.
+    fn load<T: Element<Acc = U::Acc>>(&mut self, x: &View<'p, T, 3>, rows: usize, place: impl Fn(usize) -> [usize; 2]) {
+        let ([_, _, dim], [row_stride, head_stride, _]) = (x.shape(), x.layout().strides());
+        let whole = [dim, row_stride, head_stride].iter().all(|x| x.is_multiple_of(U::STEP));
+        let units = x.data().len() / U::STEP * U::STEP;
+        self.in_place = if whole && U::STEP > 1 { U::borrow(&x.data()[..units]) } else { None };
+        for (i, start) in self.rows[..rows].iter_mut().enumerate() {
+            let [t, h] = place(i);
+            *start = match self.in_place {
+                Some(_) => (t * row_stride + h * head_stride) / U::STEP,
+                None => i * stride::<U>(dim),
+            };
+            if self.in_place.is_none() && U::STEP > 1 {
+                U::put_row(x.row(t, h), &mut self.copy[*start..]);
+            }
+        }
+    }
+
+    /// The operand of some rows, of which those over the rows are `over_rows`.
+    fn operand<'b>(&'b self, rows: usize, over_rows: &'b [U]) -> Left<'b, U> {
+        let data = if U::STEP == 1 { over_rows } else { self.in_place.unwrap_or(&self.copy) };
+        Left { data, rows: &self.rows[..rows], step: 1 }
+    }
 }
 
 /// Elements of a form that units of one element do without.
@@ -115,12 +193,13 @@ fn second<U: Unit>(len: usize) -> usize {
 
 /// Up to [`ROWS`] rows of queries in units: those of one KV head. Row i belongs to query i / R.
 pub(crate) struct Loaded<'p, U: Unit> {
+    isa: Isa,
     heads: Heads<U::Acc>,
     g: usize,
     queries: usize,
-    /// `[rows, ⌈Dk / STEP⌉]`, `[rows, ⌈Dv / STEP⌉]`: over the dims. With one element a unit the next ones serve.
-    q: Scratch<'p, U>,
-    d_o: Scratch<'p, U>,
+    /// `[rows, ⌈Dk / STEP⌉]`, `[rows, ⌈Dv / STEP⌉]`: over the dims.
+    q: LeftRows<'p, U>,
+    d_o: LeftRows<'p, U>,
     /// `[⌈rows / STEP⌉, padded(Dk)]`, `[⌈rows / STEP⌉, padded(Dv)]`: over the rows.
     q_over_rows: Scratch<'p, U>,
     d_o_over_rows: Scratch<'p, U>,
@@ -137,15 +216,16 @@ impl<'p, U: Unit> Loaded<'p, U> {
     }
 
     /// Memory for [`Loaded::capacity`] queries.
-    pub(crate) fn new(pool: &'p Pool, heads: Heads<U::Acc>) -> Self {
+    pub(crate) fn new(cpu: &'p Cpu, heads: Heads<U::Acc>) -> Self {
         let rows = Self::capacity(heads) * heads.group_size;
-        let units = rows.div_ceil(U::STEP);
+        let (pool, units) = (cpu.pool(), rows.div_ceil(U::STEP));
         Self {
+            isa: cpu.isa(),
             heads,
             g: 0,
             queries: 0,
-            q: pool.take(second::<U>(rows * stride::<U>(heads.dim_qk))),
-            d_o: pool.take(second::<U>(rows * stride::<U>(heads.dim_v))),
+            q: LeftRows::new(pool, rows, heads.dim_qk),
+            d_o: LeftRows::new(pool, rows, heads.dim_v),
             q_over_rows: pool.take(units * padded(heads.dim_qk)),
             d_o_over_rows: pool.take(units * padded(heads.dim_v)),
             lse: pool.take(rows),
@@ -157,7 +237,7 @@ impl<'p, U: Unit> Loaded<'p, U> {
     /// Loads KV head `g` of some queries; query i lies in row `token(i)` of the tensors.
     pub(crate) fn load<T: Element<Acc = U::Acc>>(
         &mut self,
-        source: &Queries<'_, T>,
+        source: &Queries<'p, T>,
         queries: usize,
         token: impl Fn(usize) -> usize,
         g: usize,
@@ -180,15 +260,9 @@ impl<'p, U: Unit> Loaded<'p, U> {
             [(&source.q, &mut self.q, &mut self.q_over_rows), (&source.d_o, &mut self.d_o, &mut self.d_o_over_rows)]
         {
             let (dim, row) = (x.shape()[2], |i: usize| x.row(token(i / r), g * r + i % r));
-            for (at, units) in (0..rows).step_by(U::STEP).zip(right.chunks_exact_mut(padded(dim))) {
-                // Behind the last row none is seen: itself stands in.
-                let pair = [row(at), row((at + U::STEP - 1).min(rows - 1))];
-                U::put_rows(&pair[..U::STEP], units);
-            }
-            if U::STEP > 1 {
-                let rows = left.chunks_exact_mut(stride::<U>(dim)).take(rows).enumerate();
-                rows.for_each(|(i, units)| U::put_row(row(i), units));
-            }
+            // Behind the last row none is seen: itself stands in.
+            U::put_tile(self.isa, rows, |i| row(i.min(rows - 1)), padded(dim), right);
+            left.load(x, rows, |i| [token(i / r), g * r + i % r]);
         }
     }
 }
@@ -206,20 +280,21 @@ pub(crate) struct Cell<'p, U: Unit> {
     /// The keys that each row sees.
     spans: Scratch<'p, [usize; 2]>,
     at: CellRows<'p>,
+    /// If cells are far apart: what gradients of the queries are added to, then those of the keys, with the keys themselves.
+    runs: Option<[Scratch<'p, Run>; 2]>,
 }
 
 /// Where the rows lie in the operands of the products.
 struct CellRows<'p> {
-    q: Scratch<'p, usize>,
-    d_o: Scratch<'p, usize>,
     scores: Scratch<'p, usize>,
     units: Scratch<'p, usize>,
     dq: Scratch<'p, usize>,
 }
 
 impl<'p, U: Unit> Cell<'p, U> {
-    /// Memory for the rows of [`Loaded`].
-    pub(crate) fn new(cpu: &'p Cpu, heads: Heads<U::Acc>) -> Self {
+    /// Memory for the rows of [`Loaded`]. Cells that follow one another far apart (`far`) ask for what they add to before
+    /// they come to it.
+    pub(crate) fn new(cpu: &'p Cpu, heads: Heads<U::Acc>, far: bool) -> Self {
         let pool = cpu.pool();
         let rows = Loaded::<U>::capacity(heads) * heads.group_size;
         let units = rows.div_ceil(U::STEP) * KEYS;
@@ -231,12 +306,11 @@ impl<'p, U: Unit> Cell<'p, U> {
             units: [rows * (KEYS / U::STEP), units, units].map(|len| pool.take(second::<U>(len))),
             spans: pool.take(rows),
             at: CellRows {
-                q: pool.multiples(rows, stride::<U>(heads.dim_qk)),
-                d_o: pool.multiples(rows, stride::<U>(heads.dim_v)),
                 scores: pool.multiples(rows, KEYS),
                 units: pool.multiples(rows, KEYS / U::STEP),
                 dq: pool.take(rows),
             },
+            runs: far.then(|| [pool.take(rows), pool.take(2 * KEYS + 1)]),
         }
     }
 
@@ -264,8 +338,12 @@ impl<'p, U: Unit> Cell<'p, U> {
             return;
         }
         let (k, v) = (keys.k.tile(place.tile, g, &mut []), keys.v.tile(place.tile, g, &mut []));
+        let k_over_keys = keys.k_over_keys.tile(place.tile, g, &mut []);
+        if let Some(runs) = &mut self.runs {
+            let keys = seen.clone().map(|s| (place.key)(s) * self.heads.num_kv_heads + g);
+            Self::find_runs(runs, self.heads, k_over_keys, (dq, &self.at.dq[..rows]), (sums, keys));
+        }
         self.scores(queries, (k, v), &whole_vectors(&seen));
-        let k = keys.k_over_keys.tile(place.tile, g, &mut []);
         product(
             self.isa,
             Product {
@@ -274,7 +352,7 @@ impl<'p, U: Unit> Cell<'p, U> {
                     rows: &self.at.units[..rows],
                     step: 1,
                 },
-                right: Right { data: k.data, stride: k.stride },
+                right: Right { data: k_over_keys.data, stride: k_over_keys.stride },
                 target: Target { data: dq, rows: &self.at.dq[..rows], store: Store::Add },
                 columns: dim_qk,
                 steps: Steps::Each(&self.spans[..rows]),
@@ -283,29 +361,53 @@ impl<'p, U: Unit> Cell<'p, U> {
         self.key_gradients(queries, seen, sums, &place.key);
     }
 
+    /// Where the gradients lie that a cell is about to add to.
+    fn find_runs(
+        runs: &mut [Scratch<'p, Run>; 2],
+        heads: Heads<U::Acc>,
+        k_over_keys: Tile<'_, U>,
+        (dq, dq_rows): (&[U::Acc], &[usize]),
+        (sums, keys): (&KeySums<'_, U::Acc>, impl Iterator<Item = usize>),
+    ) {
+        let Heads { dim_qk, dim_v, .. } = heads;
+        let [of_queries, of_keys] = runs;
+        for (run, &row) in of_queries.iter_mut().zip(dq_rows) {
+            *run = Run::of(&dq[row..row + dim_qk]);
+        }
+        of_keys.fill(Run::of::<U>(&[]));
+        of_keys[0] = Run::of(k_over_keys.data);
+        for (runs, key) in of_keys[1..].as_chunks_mut().0.iter_mut().zip(keys) {
+            *runs = [Run::of(&sums.dk[key * dim_qk..][..dim_qk]), Run::of(&sums.dv[key * dim_v..][..dim_v])];
+        }
+    }
+
     /// g·p and scale·ds of all rows for the keys of a tile in some columns.
     fn scores(&mut self, queries: &Loaded<'_, U>, (k, v): (Tile<'_, U>, Tile<'_, U>), columns: &Range<usize>) {
         let Heads { group_size, dim_qk, dim_v, scale, .. } = self.heads;
         let rows = queries.queries * group_size;
-        let Loaded { q, d_o, q_over_rows, d_o_over_rows, .. } = queries;
-        let (q, d_o) = if U::STEP == 1 { (q_over_rows, d_o_over_rows) } else { (q, d_o) };
-        for (tile, dim, left, places, scores) in
-            [(k, dim_qk, q, &self.at.q, &mut self.weights), (v, dim_v, d_o, &self.at.d_o, &mut self.d_scores)]
+        let q = queries.q.operand(rows, &queries.q_over_rows);
+        let d_o = queries.d_o.operand(rows, &queries.d_o_over_rows);
+        let ahead = match &self.runs {
+            Some([of_queries, of_keys]) => [Lines::runs(&of_queries[..rows]), Lines::runs(of_keys)],
+            None => [Lines::none(); 2],
+        };
+        for (tile, dim, left, scores, ahead) in
+            [(k, dim_qk, q, &mut self.weights, ahead[0]), (v, dim_v, d_o, &mut self.d_scores, ahead[1])]
         {
-            let rows = ..rows;
-            product(
+            product_ahead(
                 self.isa,
                 Product {
-                    left: Left { data: left, rows: &places[rows], step: 1 },
+                    left,
                     right: Right { data: &tile.data[columns.start..], stride: tile.stride },
                     target: Target {
                         data: &mut scores[columns.start..],
-                        rows: &self.at.scores[rows],
+                        rows: &self.at.scores[..rows],
                         store: Store::Write,
                     },
                     columns: columns.len(),
                     steps: Steps::First(dim),
                 },
+                ahead,
             );
         }
         vectorize(

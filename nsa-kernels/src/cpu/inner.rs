@@ -1,17 +1,65 @@
 //! The inner loops of products: what is summed in registers.
 
 use super::ahead::{Ahead, Still};
+use super::product::{Left, Right, Store, Target};
 use super::simd::{Multiply, Simd};
 use super::unit::Unit;
+use nsa_core::Real;
+use std::marker::PhantomData;
 use std::ops::Range;
 
 /// The operands of a block: units of its rows from `left[x]` on, vectors from `right` on. `Product::check` has
 /// found all units that its steps touch in the slices.
 pub(super) struct Place<'a, U, const MR: usize> {
-    pub(super) left: [&'a [U]; MR],
-    pub(super) step: usize,
-    pub(super) right: &'a [U],
-    pub(super) stride: usize,
+    left: [*const U; MR],
+    step: usize,
+    right: *const U,
+    stride: usize,
+    operands: PhantomData<&'a [U]>,
+}
+
+impl<'a, U, const MR: usize> Place<'a, U, MR> {
+    /// Rows that start where `rows` says, and the columns from `column` on.
+    #[inline(always)]
+    pub(super) fn new(left: &Left<'a, U>, rows: &[usize; MR], right: &Right<'a, U>, column: usize) -> Self {
+        Self {
+            // Without steps there may be nothing to start at.
+            left: rows.map(|row| left.data.as_ptr().wrapping_add(row)),
+            step: left.step,
+            right: right.data.as_ptr().wrapping_add(column),
+            stride: right.stride,
+            operands: PhantomData,
+        }
+    }
+}
+
+/// Brings the sums of a block to rows of the target that start where `rows` says, NR whole vectors from `column` on.
+#[inline(always)]
+pub(super) fn put<A: Real, S: Simd<A>, const MR: usize, const NR: usize>(
+    s: S,
+    target: &mut Target<'_, A>,
+    rows: &[usize; MR],
+    column: usize,
+    sums: &[[S::V; NR]; MR],
+) {
+    let target_rows = rows.map(|row| target.data.as_mut_ptr().wrapping_add(row + column));
+    // SAFETY: `Product::check` found every row of the target in the slice, and its caller as many columns left.
+    unsafe {
+        if target.store == Store::Add {
+            for x in 0..MR {
+                for y in 0..NR {
+                    let place = target_rows[x].add(y * S::WIDTH);
+                    s.store(place, s.add(s.load(place), sums[x][y]));
+                }
+            }
+        } else {
+            for x in 0..MR {
+                for y in 0..NR {
+                    s.store(target_rows[x].add(y * S::WIDTH), sums[x][y]);
+                }
+            }
+        }
+    }
 }
 
 impl<U: Unit, const MR: usize> Place<'_, U, MR> {
@@ -25,8 +73,7 @@ impl<U: Unit, const MR: usize> Place<'_, U, MR> {
         ahead: &mut impl Ahead,
     ) {
         let mut sums = *result;
-        let left: [*const U; MR] = self.left.map(<[U]>::as_ptr);
-        let right = self.right.as_ptr();
+        let (left, right) = (self.left, self.right);
         for p in units {
             ahead.step();
             // SAFETY: `Product::check` found unit p of every row, and of every strip of columns the right operand's row p
@@ -57,8 +104,8 @@ impl<U: Unit, const MR: usize> Place<'_, U, MR> {
         ahead: &mut impl Ahead,
     ) {
         let mut sums = *result;
-        let mut left: [*const U; 4] = std::array::from_fn(|x| self.left[(4 * x).min(MR - 1)].as_ptr());
-        let mut right = self.right.as_ptr();
+        let mut left: [*const U; 4] = std::array::from_fn(|x| self.left[(4 * x).min(MR - 1)]);
+        let mut right = self.right;
         for _ in units {
             ahead.step();
             // SAFETY: `Product::check` found the units of every row, which lie where `Product::spacing` found them, and
@@ -90,8 +137,8 @@ impl<U: Unit, const MR: usize> Place<'_, U, MR> {
             for y in 0..NR {
                 // SAFETY: as in `multiply`.
                 let (a, b) = unsafe {
-                    let a = m.splat_unit(self.left[x].as_ptr().add(p * self.step));
-                    (a, m.load_units(self.right.as_ptr().add(p * self.stride + y * M::Simd::WIDTH)))
+                    let a = m.splat_unit(self.left[x].add(p * self.step));
+                    (a, m.load_units(self.right.add(p * self.stride + y * M::Simd::WIDTH)))
                 };
                 sums[x][y] = m.multiply_add(a, m.keep_elements(b, elements.clone()), sums[x][y]);
             }
@@ -162,7 +209,7 @@ impl<U: Unit, const MR: usize> Place<'_, U, MR> {
     /// One row of the block.
     #[inline(always)]
     fn row(&self, x: usize) -> Place<'_, U, 1> {
-        Place { left: [self.left[x]], step: self.step, right: self.right, stride: self.stride }
+        Place { left: [self.left[x]], step: self.step, right: self.right, stride: self.stride, operands: PhantomData }
     }
 }
 

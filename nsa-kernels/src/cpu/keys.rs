@@ -1,5 +1,6 @@
 //! Keys and values in the layouts that products want: tile by tile, in units.
 
+use crate::cpu::ahead::Lines;
 use crate::cpu::rows::SeqRows;
 use crate::cpu::scratch::{Pool, Scratch};
 use crate::cpu::simd::padded;
@@ -10,6 +11,10 @@ use std::ops::Range;
 
 /// Keys of a tile, at most: with 128 dims a tile of K or V is 32 KiB in f32. Whole vectors and whole units.
 pub(crate) const KEYS: usize = 64;
+
+/// Bytes of tiles of which no more than a part stays in the last cache of a core: asking for lines of fewer costs more than
+/// it saves.
+const FAR: usize = 8 << 20;
 
 /// How the positions of a sequence are cut into tiles: blocks of tokens into parts of at most [`KEYS`].
 #[derive(Clone, Copy, Debug)]
@@ -182,6 +187,15 @@ impl<'p, T: Element, U: Unit<Acc = T::Acc>> Tiles<'p, T, U> {
         }
         self.layout.put(tile, g, buffer);
         Tile { data: buffer, stride: self.layout.stride() }
+    }
+
+    /// The lines of a tile of KV head `g`, if tiles are laid out and so many that they come from memory.
+    pub(crate) fn lines(&self, tile: usize, g: usize) -> Lines<'_> {
+        let far = self.packed.as_ref().filter(|packed| size_of_val(&*packed.data) >= FAR);
+        far.map_or_else(Lines::none, |packed| {
+            let Tile { data, .. } = packed.tile(tile, g);
+            Lines::new(data, data.len(), data.len())
+        })
     }
 
     /// Up to `most` consecutive tiles of [`KEYS`] from one on as a single one over the keys, and how many.

@@ -12,7 +12,7 @@
 //! blocks around it.
 
 use super::ahead::{Ahead, Lines, Still};
-use super::inner::Place;
+use super::inner::{self, Place};
 use super::isa::Isa;
 use super::simd::{Compute, Multiply, Simd, padded};
 use super::unit::Unit;
@@ -269,13 +269,7 @@ impl<'a, U: Unit> Product<'a, U> {
     /// The operands of the block of MR rows from i and the columns from j on.
     #[inline(always)]
     fn place<const MR: usize>(&self, [i, j]: [usize; 2]) -> Place<'a, U, MR> {
-        Place {
-            // Without steps there may be nothing to start at.
-            left: std::array::from_fn(|x| self.left.data.get(self.left.rows[i + x]..).unwrap_or(&[])),
-            step: self.left.step,
-            right: self.right.data.get(j..).unwrap_or(&[]),
-            stride: self.right.stride,
-        }
+        Place::new(&self.left, self.left.rows[i..].first_chunk().expect("rows"), &self.right, j)
     }
 
     /// Brings the sums of a block to the target.
@@ -286,19 +280,14 @@ impl<'a, U: Unit> Product<'a, U> {
         [i, j]: [usize; 2],
         sums: &[[<M::Simd as Simd<U::Acc>>::V; NR]; MR],
     ) {
-        let (s, width) = (m.simd(), M::Simd::WIDTH.min(self.columns - j));
-        for x in 0..MR {
-            let row = &mut self.target.data[self.target.rows[i + x] + j..];
-            for y in 0..NR {
-                let part = &mut row[y * M::Simd::WIDTH..];
-                if width == M::Simd::WIDTH {
-                    let sum =
-                        if self.target.store == Store::Add { s.add(s.read(part), sums[x][y]) } else { sums[x][y] };
-                    s.write(part, sum);
-                } else {
-                    put_part(s, &mut part[..width], sums[x][y], self.target.store);
-                }
-            }
+        let rows: &[usize; MR] = self.target.rows[i..].first_chunk().expect("rows");
+        if j + NR * M::Simd::WIDTH <= self.columns {
+            return inner::put(m.simd(), &mut self.target, rows, j, sums);
+        }
+        // What there is of one vector.
+        for (&row, sums) in rows.iter().zip(sums) {
+            let part = &mut self.target.data[row + j..row + self.columns];
+            put_part(m.simd(), part, sums[0], self.target.store);
         }
     }
 }
@@ -352,9 +341,13 @@ pub(crate) fn product<U: Unit>(isa: Isa, product: Product<'_, U>) {
     U::product(isa, Task { product, ahead: Still });
 }
 
-/// The same for operands that come from memory: meanwhile `ahead`, what is read next, comes nearer.
-pub(crate) fn product_ahead<U: Unit>(isa: Isa, product: Product<'_, U>, ahead: Lines) {
-    U::product(isa, Task { product, ahead });
+/// The same while `ahead`, what is read next, comes nearer.
+pub(crate) fn product_ahead<U: Unit>(isa: Isa, product: Product<'_, U>, ahead: Lines<'_>) {
+    if ahead.is_empty() {
+        U::product(isa, Task { product, ahead: Still });
+    } else {
+        U::product(isa, Task { product, ahead });
+    }
 }
 
 #[cfg(test)]

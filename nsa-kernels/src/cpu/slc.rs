@@ -4,6 +4,7 @@
 //! selected, ascending, the queries that selected it attend to it together, so a block is widened once a tile.
 
 use crate::cpu::Cpu;
+use crate::cpu::ahead::Lines;
 use crate::cpu::band::clip;
 use crate::cpu::flash::{Flash, Heads, queries_per_tile};
 use crate::cpu::grad::{self, Cell, Loaded, Place, Queries};
@@ -83,17 +84,21 @@ fn attend<T: Element, U: Unit<Acc = T::Acc>>(
     for g in 0..config.num_kv_heads() {
         flash.start(q, tile.rows.clone(), g);
         invert(lists, tile.rows.clone(), g, &mut pairs);
-        for pairs in pairs.chunk_by(|a, b| a.block == b.block).filter(|pairs| pairs[0].block != NONE) {
+        let blocks = pairs.chunk_by(|a, b| a.block == b.block).filter(|pairs| pairs[0].block != NONE);
+        let steps = blocks.flat_map(|pairs| {
             let last = tile.position + pairs[pairs.len() - 1].query as usize;
-            for i in grid.tiles_of(pairs[0].block as usize) {
-                let part = grid.tokens(i);
-                if part.start > last {
-                    break;
-                }
-                let (k, v) = (seq.k.tile(i, g, &mut k_buffer), seq.v.tile(i, g, &mut v_buffer));
-                let queries = pairs.iter().map(|pair| pair.query as usize);
-                flash.step(k, v, queries.map(|query| (query, clip(0..tile.position + query + 1, &part))));
-            }
+            let tiles = grid.tiles_of(pairs[0].block as usize).take_while(move |&i| grid.tokens(i).start <= last);
+            tiles.map(move |i| (i, pairs))
+        });
+        let mut steps = steps.peekable();
+        while let Some((i, pairs)) = steps.next() {
+            let part = grid.tokens(i);
+            let (k, v) = (seq.k.tile(i, g, &mut k_buffer), seq.v.tile(i, g, &mut v_buffer));
+            let queries = pairs.iter().map(|pair| pair.query as usize);
+            let seen = queries.map(|query| (query, clip(0..tile.position + query + 1, &part)));
+            // Blocks follow one another in an order that no processor foresees.
+            let next = steps.peek().map_or_else(Lines::none, |&(next, _)| seq.k.lines(next, g));
+            flash.step((k, v), seen, [seq.v.lines(i, g), next]);
         }
         flash.finish(g, o, lse);
     }
@@ -172,7 +177,7 @@ fn backward_in<T: Element, U: Unit<Acc = T::Acc>>(cpu: &Cpu, args: Backward<'_, 
     let lists = block_indices.to_host()?;
     check_lists("slc::backward", config, packing, &lists)?;
     let pool = cpu.pool();
-    let queries = Queries::new(pool, (q, o, lse, d_o), gates.map(|gates| (gates, GATE)))?;
+    let queries = Queries::new(cpu, (q, o, lse, d_o), gates.map(|gates| (gates, GATE)))?;
     let offsets = packing.cu_seqlens();
     let grid = Grid::of_blocks(config.select_block());
     let keys = grad::SeqKeys::<T, U>::pack(pool, config, (k, v), offsets, grid)?;
@@ -221,8 +226,8 @@ struct Inverse<'a> {
 }
 
 impl Inverse<'_> {
-    /// Adds the gradients of the queries in the rows `queries`, from position `position` on, block after block and head
-    /// after head.
+    /// Adds the gradients of the queries in the rows `queries`, from position `position` on, from the last block to the
+    /// first and head after head.
     fn add_gradients<T: Element, U: Unit<Acc = T::Acc>>(
         &self,
         source: &Queries<'_, T>,
@@ -235,15 +240,15 @@ impl Inverse<'_> {
         let first_pair = queries.start * heads.num_kv_heads * self.config.select_count();
         let pairs = &self.pairs[first_pair..][..heads.num_kv_heads * per_head];
         // What is left of each head's pairs, by block.
-        let mut left: Vec<&[Choice]> = pairs.chunks_exact(per_head).collect();
-        let mut loaded = Loaded::<U>::new(self.cpu.pool(), heads);
-        let mut cell = Cell::<U>::new(self.cpu, heads);
-        while let Some(block) =
-            left.iter().filter_map(|pairs| Some(pairs.first()?.block)).min().filter(|&block| block != NONE)
-        {
+        let heads_pairs = pairs.chunks_exact(per_head);
+        let mut left: Vec<&[Choice]> =
+            heads_pairs.map(|pairs| &pairs[..pairs.partition_point(|pair| pair.block != NONE)]).collect();
+        let mut loaded = Loaded::<U>::new(self.cpu, heads);
+        let mut cell = Cell::<U>::new(self.cpu, heads, true);
+        while let Some(block) = left.iter().filter_map(|pairs| Some(pairs.last()?.block)).max() {
             let mut sums = row.turns.take(block as usize);
             for (g, left) in left.iter_mut().enumerate() {
-                let (pairs, rest) = left.split_at(left.partition_point(|pair| pair.block <= block));
+                let (rest, pairs) = left.split_at(left.partition_point(|pair| pair.block < block));
                 *left = rest;
                 for pairs in pairs.chunks(Loaded::<U>::capacity(heads)) {
                     loaded.load(source, pairs.len(), |i| queries.start + pairs[i].query as usize, g);

@@ -2,7 +2,7 @@
 //! they share a vector with ones that it sees.
 
 use crate::cpu::keys::KEYS;
-use crate::cpu::simd::{Compute, Simd};
+use crate::cpu::simd::{Compute, PAD, Simd};
 use nsa_core::Real;
 use std::ops::Range;
 
@@ -45,9 +45,10 @@ fn shifted<A: Real, S: Simd<A>>(s: S, score: S::V, scale: S::V, shift: S::V) -> 
     s.sub(s.mul(score, scale), shift)
 }
 
-/// Replaces scores of a row by exp(scale·score − shift) and returns their sum.
+/// Replaces scores of a row by exp(scale·score − shift) and returns their sum, spread over the lanes: to add lanes up takes
+/// as long as to exponentiate a few vectors.
 #[inline(always)]
-fn exponentiate<A: Real, S: Simd<A>>(s: S, scores: &mut [A], columns: &Range<usize>, scale: A, shift: A) -> A {
+fn exponentiate<A: Real, S: Simd<A>>(s: S, scores: &mut [A], columns: &Range<usize>, scale: A, shift: A) -> S::V {
     let (scale, shift, zero) = (s.splat(scale), s.splat(shift), s.splat(A::zero()));
     let mut sum = zero;
     for at in vectors::<A, S>(columns) {
@@ -56,7 +57,7 @@ fn exponentiate<A: Real, S: Simd<A>>(s: S, scores: &mut [A], columns: &Range<usi
         s.write(scores, weights);
         sum = s.add(sum, weights);
     }
-    s.sum(sum)
+    sum
 }
 
 /// One step of the online softmax: scores `[rows, KEYS]` become exp(scale·score − max) with the maximum brought up to
@@ -73,7 +74,7 @@ pub(crate) struct Online<'a, A> {
     pub(crate) scale: A,
     /// Greatest scaled score so far.
     pub(crate) max: &'a mut [A],
-    /// Σ exp(score − max) so far.
+    /// Σ exp(score − max) so far, spread over the lanes of a vector: `[states, PAD]`.
     pub(crate) sum: &'a mut [A],
     /// Σ exp(score − max)·v so far, in rows of whole vectors.
     pub(crate) o: &'a mut [A],
@@ -87,21 +88,21 @@ impl<A: Real> Online<'_, A> {
     fn row<S: Simd<A>>(&mut self, s: S, i: usize, columns: Range<usize>) {
         let (row, state) = (&mut self.scores[i * KEYS..][..KEYS], self.states[i]);
         let best = s.mul(greatest(s, row, &columns), s.splat(self.scale));
+        let mut sums = s.read(&self.sum[state * PAD..]);
         // Most tiles do not raise the maximum.
         if s.any_greater(best, s.splat(self.max[state])) {
             let new = s.greatest(best);
-            if self.sum[state] != A::zero() {
-                let decay = (self.max[state] - new).exp();
-                self.sum[state] *= decay;
-                let decay = s.splat(decay);
-                for part in self.o[state * self.o_stride..][..self.o_stride].chunks_exact_mut(S::WIDTH) {
-                    let v = s.mul(s.read(part), decay);
-                    s.write(part, v);
-                }
+            // 0 where nothing was seen before: so are the sums.
+            let decay = s.exp(s.splat(self.max[state] - new));
+            sums = s.mul(sums, decay);
+            for part in self.o[state * self.o_stride..][..self.o_stride].chunks_exact_mut(S::WIDTH) {
+                let v = s.mul(s.read(part), decay);
+                s.write(part, v);
             }
             self.max[state] = new;
         }
-        self.sum[state] += exponentiate(s, row, &columns, self.scale, finite(self.max[state]));
+        let weights = exponentiate(s, row, &columns, self.scale, finite(self.max[state]));
+        s.write(&mut self.sum[state * PAD..], s.add(sums, weights));
     }
 }
 
@@ -134,6 +135,29 @@ impl<'a, A: Real> Compute<A> for Online<'a, A> {
     }
 }
 
+/// Sums of rows that were spread over the lanes of a vector.
+pub(crate) struct Lanes<'a, A> {
+    /// `[rows, PAD]`, of which the first lanes are in use.
+    pub(crate) lanes: &'a [A],
+    /// Written: one a row.
+    pub(crate) sums: &'a mut [A],
+}
+
+impl<'a, A: Real> Compute<A> for Lanes<'a, A> {
+    type As<B: Real> = Lanes<'a, B>;
+
+    #[inline(always)]
+    fn run<S: Simd<A>>(self, s: S) {
+        for (lanes, sum) in self.lanes.chunks_exact(PAD).zip(self.sums) {
+            *sum = s.sum(s.read(lanes));
+        }
+    }
+
+    fn cast<B: Real>(self) -> Lanes<'a, B> {
+        Lanes { lanes: bytemuck::cast_slice(self.lanes), sums: bytemuck::cast_slice_mut(self.sums) }
+    }
+}
+
 /// The softmax of whole rows: scores `[rows, stride]` become exp(scale·score − max).
 pub(crate) struct Whole<'a, A> {
     /// `[rows, stride]`, in whole vectors.
@@ -158,7 +182,8 @@ impl<'a, A: Real> Compute<A> for Whole<'a, A> {
         for (i, &[start, end]) in self.spans.iter().enumerate() {
             let row = &mut self.scores[i * self.stride..][..self.stride];
             self.max[i] = s.greatest(greatest(s, row, &(start..end))) * self.scale;
-            self.sum[i] = exponentiate(s, row, &(start..end), self.scale, finite(self.max[i]));
+            let sum = exponentiate(s, row, &(start..end), self.scale, finite(self.max[i]));
+            self.sum[i] = s.sum(sum);
         }
     }
 

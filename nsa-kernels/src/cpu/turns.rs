@@ -1,9 +1,11 @@
 //! Rows of tiles of queries that add to the same tiles of keys, in a fixed order on any number of threads.
 //!
-//! A task is a tile of queries, which owns its dq and goes through the tiles of keys that it sees, ascending. dk and dv of
-//! a tile of keys take turns: a task waits for the one before it to have passed, so sums have an order that depends on the
-//! sequence alone, without atomics on numbers or copies. Tasks are begun in order, each a tile behind the last: the first
-//! that is not done never waits, so all come to an end, and a tile that everybody sees holds up nobody but at its turn.
+//! A task is a tile of queries, which owns its dq and goes through the tiles of keys that it sees, from the last to the
+//! first. dk and dv of a tile of keys take turns: a task waits for the one before it to have passed, so sums have an order
+//! that depends on the sequence alone, without atomics on numbers or copies. Tasks are begun in order: the first that is not
+//! done never waits, so all come to an end. Each begins with keys that those before it do not see or have begun with too, and
+//! then follows them: tasks that keep step never wait, however few tiles each sees. (From the first tile to the last, a task
+//! could begin only when the one before it was past what both see: in a window of three tiles, two out of three.)
 
 use crate::cpu::tasks::split_rows;
 use crate::{Result, TensorMut};
@@ -38,18 +40,18 @@ pub(crate) struct Turns<'t, 'a, A> {
 
 impl<'t, 'a, A> Turns<'t, 'a, A> {
     /// Waits for the sums of a tile of keys, one of those that the tile of queries sees; they pass to the next tile of
-    /// queries when the result is dropped. Tiles are taken ascending.
+    /// queries when the result is dropped. Tiles are taken descending.
     pub(crate) fn take(&mut self, tile: usize) -> Turn<'t, 'a, A> {
-        assert!(self.left.contains(&tile), "tiles of keys are taken in order");
-        while self.left.start < tile {
+        assert!(self.left.contains(&tile), "tiles of keys are taken from the last to the first");
+        while self.left.end > tile + 1 {
             self.next();
         }
         self.next()
     }
 
     fn next(&mut self) -> Turn<'t, 'a, A> {
-        let tile = &self.tiles[self.left.start];
-        self.left.start += 1;
+        self.left.end -= 1;
+        let tile = &self.tiles[self.left.end];
         let sums = tile.sums.lock().unwrap_or_else(PoisonError::into_inner);
         let waiting = |sums: &mut KeySums<'a, A>| sums.turn != self.queries;
         let sums = tile.passed.wait_while(sums, waiting).unwrap_or_else(PoisonError::into_inner);
@@ -190,8 +192,8 @@ mod tests {
             let row = |mut row: Row<'_, '_, f64>| {
                 calls.fetch_add(1, Ordering::Relaxed);
                 row.dq.fill(row.tile as f64);
-                // The second tile of queries leaves out what it sees first.
-                for j in cuts[row.seq].seen[row.tile].clone().skip(usize::from(row.tile == 1)) {
+                // The second tile of queries leaves out what it comes to first.
+                for j in cuts[row.seq].seen[row.tile].clone().rev().skip(usize::from(row.tile == 1)) {
                     let mut sums = row.turns.take(j);
                     sums.dk[0] = sums.dk[0] * 10.0 + row.tile as f64 + 1.0;
                     sums.dv[0] += 1.0;
@@ -200,8 +202,8 @@ mod tests {
             pool.install(|| for_each_row(&config, &packing, &offsets, &cuts, (q, k, v), row)).unwrap();
             assert_eq!(calls.into_inner(), 7);
             assert_eq!(dq, [0.0, 0.0, 1.0, 1.0, 2.0, 2.0, 3.0, 3.0, 4.0, 4.0, 0.0, 0.0, 1.0]);
-            assert_eq!(dk, [1.0, 0.0, 23.0, 0.0, 34.0, 0.0, 45.0, 0.0, 5.0, 0.0, 1.0, 0.0, 2.0]);
-            assert_eq!(dv, [1.0, 0.0, 2.0, 0.0, 2.0, 0.0, 2.0, 0.0, 1.0, 0.0, 1.0, 0.0, 1.0]);
+            assert_eq!(dk, [12.0, 0.0, 3.0, 0.0, 34.0, 0.0, 45.0, 0.0, 5.0, 0.0, 12.0, 0.0, 0.0]);
+            assert_eq!(dv, [2.0, 0.0, 1.0, 0.0, 2.0, 0.0, 2.0, 0.0, 1.0, 0.0, 2.0, 0.0, 0.0]);
         }
     }
 }

@@ -19,7 +19,7 @@ pub(crate) fn forward<T: Element>(cpu: &Cpu, args: Forward<'_, T>) -> Result<()>
 /// See `op::win::backward`.
 pub(crate) fn backward<T: Element>(cpu: &Cpu, args: Backward<'_, T>) -> Result<()> {
     let Backward { config, packing, q, k, v, o, lse, d_o, gates, dq, dk, dv } = args;
-    let queries = Queries::new(cpu.pool(), (q, o, lse, d_o), gates.map(|gates| (gates, GATE)))?;
+    let queries = Queries::new(cpu, (q, o, lse, d_o), gates.map(|gates| (gates, GATE)))?;
     let (offsets, visible) = (packing.cu_seqlens(), |t| index::window_tokens(config, t));
     band::backward(cpu, band::Backward { config, packing, queries, k, v, offsets, stride: 1, visible, dq, dk, dv })
 }
