@@ -275,6 +275,19 @@ mod tests {
     }
 
     #[test]
+    fn the_likeliest_is_the_first_of_the_greatest() {
+        let mut logits: Vec<f32> = (0..1003).map(|i| ((i * 37) % 101) as f32 - 90.0).collect();
+        logits[5] = f32::NEG_INFINITY;
+        let first = logits.iter().position(|&x| x == 10.0).unwrap() as u32;
+        assert_eq!(distribution(Sampling::greedy(), &logits, &[]), [(first, 1.0)]);
+        // With a penalty that changes nothing but the way: no token was there before.
+        let penalised = Sampling { repetition_penalty: 1.5, ..Sampling::greedy() };
+        assert_eq!(distribution(penalised, &logits, &[]), [(first, 1.0)]);
+        logits[1002] = 11.0;
+        assert_eq!(distribution(Sampling::greedy(), &logits, &[]), [(1002, 1.0)]);
+    }
+
+    #[test]
     fn plain_and_temperature() {
         let logits = logits(&[0.1, 0.2, 0.7]);
         assert_close(&distribution(Sampling::default(), &logits, &[]), &[(0, 0.1), (1, 0.2), (2, 0.7)]);

@@ -298,11 +298,13 @@ fn contest(
     let mut contenders = Vec::new();
     for &dtype in &options.dtype {
         for (kind, config) in [(AttentionKind::Nsa, sparse), (AttentionKind::Dense, dense)] {
-            let step: Box<dyn Step> = match dtype {
+            let mut step: Box<dyn Step> = match dtype {
                 Dtype::F32 => Box::new(Training::<f32>::new(backend, config.clone(), shape)?),
                 Dtype::Bf16 => Box::new(Training::<bf16>::new(backend, config.clone(), shape)?),
                 Dtype::F16 => bail!("--dtype f16: training computes in f32 or bf16"),
             };
+            // The first step touches memory for the first time; the peer's first is none of its turns either.
+            step.step()?;
             contenders.push((Who::Ours(kind), dtype, Contender::Ours(step)));
         }
         if let Some(peer) = &mut peer {

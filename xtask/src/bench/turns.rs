@@ -135,6 +135,6 @@ mod tests {
         let outcomes = outcomes.expect("no turn fails");
         assert_eq!(outcomes[1], Err("no memory".to_owned()));
         assert_eq!((outcomes[0].as_ref().map(Vec::len), asked), (Ok(3), 1));
-        assert!(take(&plans, |_, _| anyhow::bail!("broken")).is_err());
+        assert!(take::<Seconds>(&plans, |_, _| anyhow::bail!("broken")).is_err());
     }
 }

@@ -197,7 +197,7 @@ fn left_rows<'a, E: Element>(
 
 /// Rows of a result that make a task. No bit depends on their number.
 fn task_rows(rows: usize) -> usize {
-    rows.div_ceil(2 * rayon::current_num_threads()).next_multiple_of(12).min(TASK_ROWS)
+    rows.div_ceil(2 * rayon::current_num_threads()).next_multiple_of(6).min(TASK_ROWS)
 }
 
 /// Rows of a left operand, ready to be multiplied.
