@@ -76,6 +76,32 @@ pub struct Candidate {
     pub probability: f64,
 }
 
+/// Refuses logits that have no distribution.
+fn check(logits: &[f32]) -> Result<(), SamplingError> {
+    if let Some(token) = logits.iter().position(|&logit| logit.is_nan() || logit == f32::INFINITY) {
+        return Err(SamplingError::Logit { token, value: logits[token] });
+    }
+    match logits.iter().any(|&logit| logit > f32::NEG_INFINITY) {
+        true => Ok(()),
+        false => Err(SamplingError::NoCandidate { count: logits.len() }),
+    }
+}
+
+/// The token with the greatest logit, the first of several; none is NaN.
+fn likeliest(logits: &[f32]) -> u32 {
+    // Eight maxima, which the compiler keeps in vectors.
+    let (chunks, rest) = logits.as_chunks::<8>();
+    let greater = |a: f32, b: f32| if b > a { b } else { a };
+    let mut lanes = [f32::NEG_INFINITY; 8];
+    for chunk in chunks {
+        for (lane, &logit) in lanes.iter_mut().zip(chunk) {
+            *lane = greater(*lane, logit);
+        }
+    }
+    let greatest = lanes.iter().chain(rest).fold(f32::NEG_INFINITY, |a, &b| greater(a, b));
+    logits.iter().position(|&logit| logit == greatest).map_or(0, |token| token as u32)
+}
+
 /// Likelier first, ties to the lower id: a total order, so that every filter is deterministic.
 fn likelier(a: &Candidate, b: &Candidate) -> Ordering {
     b.probability.total_cmp(&a.probability).then(a.token.cmp(&b.token))
@@ -134,7 +160,13 @@ impl Sampler {
     /// # Errors
     /// If a logit is NaN or +∞, or none is finite.
     pub fn distribution(&mut self, logits: &[f32], history: &[u32]) -> Result<&[Candidate], SamplingError> {
-        self.load(logits)?;
+        check(logits)?;
+        if self.sampling.temperature == 0.0 && self.sampling.repetition_penalty == 1.0 {
+            self.candidates.clear();
+            self.candidates.push(Candidate { token: likeliest(logits), probability: 1.0 });
+            return Ok(&self.candidates);
+        }
+        self.load(logits);
         self.penalise(history);
         if self.sampling.temperature == 0.0 {
             let best = self.candidates.iter().min_by(|a, b| likelier(a, b)).map(|best| best.token);
@@ -151,18 +183,10 @@ impl Sampler {
         Ok(&self.candidates)
     }
 
-    fn load(&mut self, logits: &[f32]) -> Result<(), SamplingError> {
+    fn load(&mut self, logits: &[f32]) {
+        let candidate = |(token, &logit)| Candidate { token, probability: f64::from(logit) };
         self.candidates.clear();
-        for (token, &logit) in logits.iter().enumerate() {
-            if logit.is_nan() || logit == f32::INFINITY {
-                return Err(SamplingError::Logit { token, value: logit });
-            }
-            self.candidates.push(Candidate { token: token as u32, probability: f64::from(logit) });
-        }
-        if logits.iter().all(|&logit| logit == f32::NEG_INFINITY) {
-            return Err(SamplingError::NoCandidate { count: logits.len() });
-        }
-        Ok(())
+        self.candidates.extend((0..).zip(logits).map(candidate));
     }
 
     /// Once for each distinct token of the history.
@@ -248,6 +272,19 @@ mod tests {
         for (g, e) in got.iter().zip(expected) {
             assert!(g.0 == e.0 && (g.1 - e.1).abs() < 1e-6, "{got:?} {expected:?}");
         }
+    }
+
+    #[test]
+    fn the_likeliest_is_the_first_of_the_greatest() {
+        let mut logits: Vec<f32> = (0..1003).map(|i| ((i * 37) % 101) as f32 - 90.0).collect();
+        logits[5] = f32::NEG_INFINITY;
+        let first = logits.iter().position(|&x| x == 10.0).unwrap() as u32;
+        assert_eq!(distribution(Sampling::greedy(), &logits, &[]), [(first, 1.0)]);
+        // With a penalty that changes nothing but the way: no token was there before.
+        let penalised = Sampling { repetition_penalty: 1.5, ..Sampling::greedy() };
+        assert_eq!(distribution(penalised, &logits, &[]), [(first, 1.0)]);
+        logits[1002] = 11.0;
+        assert_eq!(distribution(Sampling::greedy(), &logits, &[]), [(1002, 1.0)]);
     }
 
     #[test]

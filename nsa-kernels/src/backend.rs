@@ -67,6 +67,21 @@ impl Backend {
         }
     }
 
+    /// Runs `work`, which calls many operations, where they are started the fastest: on the CPU in a thread of the pool, which
+    /// other threads need not be told of at every operation.
+    pub fn run<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
+        match self {
+            Self::Cpu(_) => rayon::scope(|_| work()),
+        }
+    }
+
+    /// Runs both, at the same time if there are threads for it: for operations that are small and do not need each other.
+    pub fn join<A: Send, B: Send>(&self, a: impl FnOnce() -> A + Send, b: impl FnOnce() -> B + Send) -> (A, B) {
+        match self {
+            Self::Cpu(_) => rayon::join(a, b),
+        }
+    }
+
     fn named(name: &str) -> Result<Self> {
         let isa = match name.split_once(':') {
             None if name == "cpu" => Some(Isa::best()),

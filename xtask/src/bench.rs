@@ -5,22 +5,24 @@
 
 mod decode;
 mod fit;
+mod generate;
 mod peer;
 mod plot;
 mod problem;
 mod progress;
 mod report;
+mod train;
 mod turns;
 mod work;
 
 use crate::machine::Machine;
 use anyhow::{Context, Result, bail, ensure};
-use clap::{Args, ValueEnum};
+use clap::{Args, Subcommand, ValueEnum};
 use decode::Decoding;
 use half::{bf16, f16};
 use nsa_core::{CompressKind, Element, NsaConfig};
 use nsa_kernels::Backend;
-use peer::{Job, PeerError, Ready};
+use peer::{Job, PeerError, Ready, Work};
 use problem::Problem;
 use progress::Progress;
 use report::{Report, Row, Who};
@@ -32,7 +34,10 @@ use work::Pass;
 
 /// Options of `cargo xtask bench`.
 #[derive(Args, Debug)]
+#[command(args_conflicts_with_subcommands = true)]
 pub struct Options {
+    #[command(subcommand)]
+    model: Option<OfModel>,
     /// Run the criterion benchmarks of this name in nsa-kernels/benches instead
     op: Option<String>,
     /// Lengths of the sequence, and of the context of decoding
@@ -85,6 +90,15 @@ pub struct Options {
     out: Option<PathBuf>,
 }
 
+/// Measurements of whole models.
+#[derive(Subcommand, Debug)]
+enum OfModel {
+    /// Training steps of a model, sparse and dense, against PyTorch's
+    Train(train::Options),
+    /// Tokens a second of a model with random weights, against the speed of memory
+    Generate(generate::Options),
+}
+
 /// Names of `--dtype`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Dtype {
@@ -114,6 +128,7 @@ impl Options {
     /// A run of half a minute.
     pub fn short(out: PathBuf) -> Self {
         Self {
+            model: None,
             op: None,
             tokens: vec![1024, 2048, 4096],
             heads: 16,
@@ -199,6 +214,11 @@ impl Options {
 /// # Errors
 /// If the operator is wrong, an option does not fit, or a peer cannot be had.
 pub fn run(options: &Options) -> Result<()> {
+    match &options.model {
+        None => {}
+        Some(OfModel::Train(options)) => return train::run(options),
+        Some(OfModel::Generate(options)) => return generate::run(options),
+    }
     if let Some(op) = &options.op {
         return criterion(op);
     }
@@ -211,7 +231,7 @@ pub fn run(options: &Options) -> Result<()> {
     let load = load_note(&std::fs::read_to_string("/proc/loadavg").unwrap_or_default(), machine.threads);
     println!("{}{load}\nbackend {}: {why}", machine.line(), backend.name());
     let memory_bytes = machine.available_bytes.map_or(u64::MAX >> 1, |bytes| (bytes as f64 * MEMORY_SHARE) as u64);
-    let prepare = |&peer| Ready::prepare(peer, options.peer_python.as_deref(), memory_bytes);
+    let prepare = |&peer| Ready::prepare(peer, Work::Attention, options.peer_python.as_deref(), memory_bytes);
     let peers = options.peer.iter().map(prepare).collect::<Result<Vec<Ready>, PeerError>>()?;
     let mut run = Run { options, config: &config, backend: &backend, peers, progress: Progress::new() };
     let mut rows = Vec::new();
@@ -423,7 +443,7 @@ impl Run<'_> {
         Ok(rows)
     }
 
-    fn row(&self, length: Length, pass: Pass, contender: Contender, outcome: &Outcome, way: String) -> Row {
+    fn row(&self, length: Length, pass: Pass, contender: Contender, outcome: &Outcome<Seconds>, way: String) -> Row {
         let (times, note) = match outcome {
             Err(reason) => (None, reason.clone()),
             Ok(turns) => match Times::of(turns, pass) {

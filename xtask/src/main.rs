@@ -32,7 +32,7 @@ enum Command {
     /// Every operation on every case against the reference, with the table of worst errors
     Check(check::Options),
     /// NSA against full attention, ours and a peer's, in one run
-    Bench(bench::Options),
+    Bench(Box<bench::Options>),
     /// Run the operator on files: safetensors in, safetensors out
     Attend(attend::Options),
     /// What this machine has, which backend would run and why

@@ -1,6 +1,6 @@
 //! The attention half of a layer: projections, caches, operator.
 
-use super::forward::{Pass, Run};
+use super::forward::{Pass, Run, both};
 use super::layers::{Compress, Layer, NsaWeights, norm, project};
 use super::workspace::{Workspace, fit};
 use crate::Result;
@@ -38,33 +38,28 @@ pub(super) fn prepare(pass: &Pass<'_>, ws: &mut Workspace) {
     }
 }
 
-/// q of the layer's input, normed and rotated.
-pub(super) fn queries(pass: &Pass<'_>, ws: &mut Workspace, layer: &Layer) -> Result<()> {
-    let target = Rotated { h: &ws.h, raw: &mut ws.raw, positions: &ws.positions, out: &mut ws.q };
-    target.project(pass, &layer.q, layer.q_norm.as_ref(), pass.model.attention.num_heads())
-}
-
-/// Where a projection that is normed and rotated comes from and goes to.
+/// Where projections that are normed and rotated are finished.
 struct Rotated<'a> {
-    h: &'a Buffer<f32>,
     raw: &'a mut Buffer<f32>,
     positions: &'a Buffer<i32>,
-    out: &'a mut Buffer<f32>,
 }
 
 impl Rotated<'_> {
-    fn project(self, pass: &Pass<'_>, weight: &Weight, norm_weight: Option<&F32Weight>, heads: usize) -> Result<()> {
-        let (backend, n) = (&pass.model.backend, pass.rows());
-        let shape = [n, weight.shape()[0]];
-        let h = self.h.tensor([n, weight.shape()[1]])?;
-        match norm_weight {
-            None => project(backend, h, weight, self.out.tensor_mut(shape)?, false)?,
-            Some(norm_weight) => {
-                project(backend, h, weight, self.raw.tensor_mut(shape)?, false)?;
-                norm(backend, self.raw, norm_weight, pass.eps(), n * heads, self.out)?;
-            }
+    /// Norms and rotates a projection in place.
+    fn finish(
+        &mut self,
+        pass: &Pass<'_>,
+        norm_weight: Option<&F32Weight>,
+        heads: usize,
+        out: &mut Buffer<f32>,
+    ) -> Result<()> {
+        let n = pass.rows();
+        if let Some(norm_weight) = norm_weight {
+            let dim = pass.model.rope.head_dim();
+            self.raw.copy_from(0, out, 0..n * heads * dim)?;
+            norm(&pass.model.backend, self.raw, norm_weight, pass.eps(), n * heads, out)?;
         }
-        rotate(pass, self.positions, self.out, [n, heads])
+        rotate(pass, self.positions, out, [n, heads])
     }
 }
 
@@ -86,14 +81,20 @@ fn plain(pass: &Pass<'_>, h: &Buffer<f32>, weight: &Weight, out: &mut Buffer<f32
 pub(super) fn dense(
     pass: &Pass<'_>,
     ws: &mut Workspace,
+    weights: &Layer,
     (k, v, k_norm): (&Weight, &Weight, Option<&F32Weight>),
     runs: &mut [Run<'_>],
     layer: usize,
 ) -> Result<Vec<usize>> {
     let (config, backend, n) = (&pass.model.attention, &pass.model.backend, pass.rows());
-    let target = Rotated { h: &ws.h, raw: &mut ws.raw, positions: &ws.positions, out: &mut ws.k_slc };
-    target.project(pass, k, k_norm, config.num_kv_heads())?;
-    plain(pass, &ws.h, v, &mut ws.v_slc)?;
+    let (h, q_out, k_out, v_out) = (&ws.h, &mut ws.q, &mut ws.k_slc, &mut ws.v_slc);
+    both(backend.join(
+        || plain(pass, h, &weights.q, q_out),
+        || both(backend.join(|| plain(pass, h, k, k_out), || plain(pass, h, v, v_out))),
+    ))?;
+    let mut rotated = Rotated { raw: &mut ws.raw, positions: &ws.positions };
+    rotated.finish(pass, weights.q_norm.as_ref(), config.num_heads(), &mut ws.q)?;
+    rotated.finish(pass, k_norm, config.num_kv_heads(), &mut ws.k_slc)?;
     for (run, seq) in runs.iter_mut().zip(pass.packing.seqs()) {
         let cache = dense_cache(run, layer);
         cache.k.push(backend, &ws.k_slc, seq.rows.clone())?;
@@ -123,12 +124,13 @@ pub(super) fn dense(
 pub(super) fn nsa(
     pass: &Pass<'_>,
     ws: &mut Workspace,
+    layer_weights: &Layer,
     weights: &NsaWeights,
     runs: &mut [Run<'_>],
     layer: usize,
 ) -> Result<Vec<usize>> {
     let backend = &pass.model.backend;
-    project_branches(pass, ws, weights)?;
+    project_branches(pass, ws, layer_weights, weights)?;
     compress_new_blocks(pass, ws, weights, runs, layer)?;
     for (run, seq) in runs.iter_mut().zip(pass.packing.seqs()) {
         let cache = nsa_cache(run, layer);
@@ -152,22 +154,27 @@ pub(super) fn nsa(
     }
 }
 
-/// Keys and values of all branches, and the gates.
-fn project_branches(pass: &Pass<'_>, ws: &mut Workspace, weights: &NsaWeights) -> Result<()> {
-    let (config, n) = (&pass.model.attention, pass.rows());
+/// Queries, keys and values of all branches, and the gates.
+fn project_branches(pass: &Pass<'_>, ws: &mut Workspace, layer: &Layer, weights: &NsaWeights) -> Result<()> {
+    let (config, backend, n) = (&pass.model.attention, &pass.model.backend, pass.rows());
     let [_, slc_norm, win_norm] = match &weights.k_norm {
         None => [None; 3],
         Some(norms) => norms.each_ref().map(Some),
     };
-    let kv_heads = config.num_kv_heads();
-    plain(pass, &ws.h, &weights.k[0], &mut ws.k_cmp)?;
-    let target = Rotated { h: &ws.h, raw: &mut ws.raw, positions: &ws.positions, out: &mut ws.k_slc };
-    target.project(pass, &weights.k[1], slc_norm, kv_heads)?;
-    let target = Rotated { h: &ws.h, raw: &mut ws.raw, positions: &ws.positions, out: &mut ws.k_win };
-    target.project(pass, &weights.k[2], win_norm, kv_heads)?;
-    for (weight, out) in weights.v.iter().zip([&mut ws.v_cmp, &mut ws.v_slc, &mut ws.v_win]) {
-        plain(pass, &ws.h, weight, out)?;
-    }
+    let (h, q_out) = (&ws.h, &mut ws.q);
+    let keys = [&mut ws.k_cmp, &mut ws.k_slc, &mut ws.k_win];
+    let values = [&mut ws.v_cmp, &mut ws.v_slc, &mut ws.v_win];
+    let each = |weights: &[Weight; 3], outputs: [&mut Buffer<f32>; 3]| -> Result<()> {
+        weights.iter().zip(outputs).try_for_each(|(weight, out)| plain(pass, h, weight, out))
+    };
+    both(backend.join(
+        || plain(pass, h, &layer.q, q_out),
+        || both(backend.join(|| each(&weights.k, keys), || each(&weights.v, values))),
+    ))?;
+    let (mut rotated, kv_heads) = (Rotated { raw: &mut ws.raw, positions: &ws.positions }, config.num_kv_heads());
+    rotated.finish(pass, layer.q_norm.as_ref(), config.num_heads(), &mut ws.q)?;
+    rotated.finish(pass, slc_norm, kv_heads, &mut ws.k_slc)?;
+    rotated.finish(pass, win_norm, kv_heads, &mut ws.k_win)?;
     pass.project_biased(ws, &weights.gate, &weights.gate_bias)?;
     let shape = [n, 3 * config.num_heads()];
     let args = sigmoid::Forward { x: ws.gate_logits.tensor(shape)?, y: ws.gates.tensor_mut(shape)? };

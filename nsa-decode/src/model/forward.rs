@@ -58,22 +58,35 @@ impl Inner {
         let packing = Packing::with_contexts(offsets, runs.iter().map(|run| run.cache.len).collect())?;
         let is_step = runs.iter().all(|run| run.tokens.len() == 1);
         let pass = Pass { model: self, packing, is_step };
-        self.with_workspace(|ws| {
-            pass.prepare(ws, runs)?;
-            let mut rows_read = Vec::new();
-            for (index, layer) in self.layers.iter().enumerate() {
-                rows_read = pass.layer(ws, layer, runs, index)?;
-            }
-            for run in runs.iter_mut() {
-                run.cache.len += run.tokens.len();
-            }
-            pass.logits(ws, wanted, logits)?;
-            Ok(rows_read)
-        })
+        self.with_workspace(|ws| self.backend.run(|| pass.run(ws, runs, wanted, logits)))
     }
 }
 
+/// The first error of two.
+pub(super) fn both((a, b): (Result<()>, Result<()>)) -> Result<()> {
+    a.and(b)
+}
+
 impl Pass<'_> {
+    fn run(
+        &self,
+        ws: &mut Workspace,
+        runs: &mut [Run<'_>],
+        wanted: Wanted,
+        logits: &mut Vec<f32>,
+    ) -> Result<Vec<usize>> {
+        self.prepare(ws, runs)?;
+        let mut rows_read = Vec::new();
+        for (index, layer) in self.model.layers.iter().enumerate() {
+            rows_read = self.layer(ws, layer, runs, index)?;
+        }
+        for run in runs.iter_mut() {
+            run.cache.len += run.tokens.len();
+        }
+        self.logits(ws, wanted, logits)?;
+        Ok(rows_read)
+    }
+
     /// Makes room, and looks the tokens up.
     fn prepare(&self, ws: &mut Workspace, runs: &[Run<'_>]) -> Result<()> {
         let (config, backend, n) = (&self.model.config, &self.model.backend, self.rows());
@@ -100,19 +113,21 @@ impl Pass<'_> {
         let (config, backend, n) = (&self.model.config, &self.model.backend, self.rows());
         let (width, hidden) = (config.hidden_size(), config.intermediate_size());
         norm(backend, &ws.x, &layer.input_norm, self.eps(), n, &mut ws.h)?;
-        attention::queries(self, ws, layer)?;
         let rows_read = match &layer.attention {
-            AttentionWeights::Nsa(weights) => attention::nsa(self, ws, weights, runs, index)?,
+            AttentionWeights::Nsa(weights) => attention::nsa(self, ws, layer, weights, runs, index)?,
             AttentionWeights::Dense { k, v, k_norm } => {
-                attention::dense(self, ws, (k, v, k_norm.as_ref()), runs, index)?
+                attention::dense(self, ws, layer, (k, v, k_norm.as_ref()), runs, index)?
             }
         };
         let joined = config.num_attention_heads() * config.v_head_dim();
         project(backend, ws.o.tensor([n, joined])?, &layer.o, ws.x.tensor_mut([n, width])?, true)?;
         norm(backend, &ws.x, &layer.post_norm, self.eps(), n, &mut ws.h)?;
         let h = ws.h.tensor([n, width])?;
-        project(backend, h, &layer.gate, ws.mlp_gate.tensor_mut([n, hidden])?, false)?;
-        project(backend, h, &layer.up, ws.mlp_up.tensor_mut([n, hidden])?, false)?;
+        let (gate, up) = (ws.mlp_gate.tensor_mut([n, hidden])?, ws.mlp_up.tensor_mut([n, hidden])?);
+        both(
+            backend
+                .join(|| project(backend, h, &layer.gate, gate, false), || project(backend, h, &layer.up, up, false)),
+        )?;
         let args = swiglu::Forward {
             gate: ws.mlp_gate.tensor([n, hidden])?,
             up: ws.mlp_up.tensor([n, hidden])?,

@@ -71,7 +71,7 @@ pub fn step<R: Real>(backend: &Backend, args: Step<'_, R>) -> Result<()> {
         }
     }
     match backend {
-        Backend::Cpu(_) => cpu::layer::adamw::step(args),
+        Backend::Cpu(cpu) => cpu::layer::adamw::step(cpu, args),
     }
 }
 
@@ -87,6 +87,6 @@ pub fn step<R: Real>(backend: &Backend, args: Step<'_, R>) -> Result<()> {
 /// If the tensor is not in this backend's memory.
 pub fn sum_of_squares<R: Real>(backend: &Backend, grads: Tensor<'_, R, 1>) -> Result<f64> {
     match backend {
-        Backend::Cpu(_) => cpu::layer::adamw::sum_of_squares(grads),
+        Backend::Cpu(cpu) => cpu::layer::adamw::sum_of_squares(cpu, grads),
     }
 }

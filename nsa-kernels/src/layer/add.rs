@@ -38,7 +38,7 @@ pub fn forward<T: Element>(backend: &Backend, args: Forward<'_, T>) -> Result<()
     args.b.check(OP, "b", args.a.shape())?;
     args.y.check(OP, "y", args.a.shape())?;
     match backend {
-        Backend::Cpu(_) => cpu::layer::add::forward(args),
+        Backend::Cpu(cpu) => cpu::layer::add::forward(cpu, args),
     }
 }
 
@@ -55,6 +55,6 @@ pub fn forward<T: Element>(backend: &Backend, args: Forward<'_, T>) -> Result<()
 pub fn accumulate<T: Element>(backend: &Backend, args: Accumulate<'_, T>) -> Result<()> {
     args.y.check("add::accumulate", "y", args.x.shape())?;
     match backend {
-        Backend::Cpu(_) => cpu::layer::add::accumulate(args),
+        Backend::Cpu(cpu) => cpu::layer::add::accumulate(cpu, args),
     }
 }

@@ -44,7 +44,7 @@ where
     let ([n], [_, c]) = (args.tokens.shape(), args.weight.shape());
     args.y.check(OP, "y", [n, c])?;
     match backend {
-        Backend::Cpu(_) => cpu::layer::embedding::forward(OP, args),
+        Backend::Cpu(cpu) => cpu::layer::embedding::forward(cpu, OP, args),
     }
 }
 
@@ -63,7 +63,7 @@ pub fn backward<A: Real>(backend: &Backend, args: Backward<'_, A>) -> Result<()>
     let ([n], [_, c]) = (args.tokens.shape(), args.dw.shape());
     args.dy.check(OP, "dy", [n, c])?;
     match backend {
-        Backend::Cpu(_) => cpu::layer::embedding::backward(OP, args),
+        Backend::Cpu(cpu) => cpu::layer::embedding::backward(cpu, OP, args),
     }
 }
 

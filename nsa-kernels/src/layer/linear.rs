@@ -20,24 +20,24 @@ pub struct Forward<'a, T: Element, W: Element> {
 
 /// Arguments of [`backward_input`].
 #[derive(Debug)]
-pub struct BackwardInput<'a, W: Element> {
+pub struct BackwardInput<'a, W: Element, G: Element, D: Element> {
     /// Gradient of the output `[N, O]`.
-    pub dy: Tensor<'a, W::Acc, 2>,
+    pub dy: Tensor<'a, G, 2>,
     /// Weight `[O, I]`.
     pub weight: Tensor<'a, W, 2>,
     /// Written, or added to if `accumulate`: gradient of the input `[N, I]`.
-    pub dx: TensorMut<'a, W::Acc, 2>,
+    pub dx: TensorMut<'a, D, 2>,
     /// Whether the result is added to `dx`.
     pub accumulate: bool,
 }
 
 /// Arguments of [`backward_weight`].
 #[derive(Debug)]
-pub struct BackwardWeight<'a, T: Element> {
+pub struct BackwardWeight<'a, T: Element, G: Element> {
     /// Input of the forward pass `[N, I]`.
     pub x: Tensor<'a, T, 2>,
     /// Gradient of the output `[N, O]`.
-    pub dy: Tensor<'a, T::Acc, 2>,
+    pub dy: Tensor<'a, G, 2>,
     /// Added to: gradient of the weight `[O, I]`.
     pub dw: TensorMut<'a, T::Acc, 2>,
     /// Added to: gradient of the bias `[O]`.
@@ -75,14 +75,19 @@ where
 ///
 /// **Shapes**: on the fields of [`BackwardInput`].
 ///
-/// **Numerics**: sums in A. With a weight in bf16, `dy` is rounded to bf16 first where the backend multiplies that type in
-/// pairs ([`Backend::operand_type`]).
+/// **Numerics**: sums in A, rounded to `D` once. With a weight in bf16, `dy` in A is rounded to bf16 first where the backend
+/// multiplies that type in pairs ([`Backend::operand_type`]).
 ///
 /// **Source**: derivative of [`forward`].
 ///
 /// # Errors
 /// If a shape does not fit.
-pub fn backward_input<W: Element>(backend: &Backend, args: BackwardInput<'_, W>) -> Result<()> {
+pub fn backward_input<W, G, D>(backend: &Backend, args: BackwardInput<'_, W, G, D>) -> Result<()>
+where
+    W: Element,
+    G: Element<Acc = W::Acc>,
+    D: Element<Acc = W::Acc>,
+{
     const OP: &str = "linear::backward_input";
     let ([n, o], [_, i]) = (args.dy.shape(), args.weight.shape());
     args.weight.check(OP, "weight", [o, i])?;
@@ -103,7 +108,11 @@ pub fn backward_input<W: Element>(backend: &Backend, args: BackwardInput<'_, W>)
 ///
 /// # Errors
 /// If a shape does not fit.
-pub fn backward_weight<T: Element>(backend: &Backend, args: BackwardWeight<'_, T>) -> Result<()> {
+pub fn backward_weight<T, G>(backend: &Backend, args: BackwardWeight<'_, T, G>) -> Result<()>
+where
+    T: Element,
+    G: Element<Acc = T::Acc>,
+{
     const OP: &str = "linear::backward_weight";
     let ([n, i], [_, o]) = (args.x.shape(), args.dy.shape());
     args.dy.check(OP, "dy", [n, o])?;

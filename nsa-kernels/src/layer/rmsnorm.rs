@@ -66,7 +66,7 @@ where
         return Err(Error::Value { op: OP, arg, value, rule: "must be finite and not negative" });
     }
     match backend {
-        Backend::Cpu(cpu) => cpu::layer::rmsnorm::forward(cpu.pool(), args),
+        Backend::Cpu(cpu) => cpu::layer::rmsnorm::forward(cpu, args),
     }
 }
 
@@ -95,7 +95,7 @@ where
     args.dx.check(OP, "dx", [n, c])?;
     args.dw.check(OP, "dw", [c])?;
     match backend {
-        Backend::Cpu(cpu) => cpu::layer::rmsnorm::backward(cpu.pool(), args),
+        Backend::Cpu(cpu) => cpu::layer::rmsnorm::backward(cpu, args),
     }
 }
 

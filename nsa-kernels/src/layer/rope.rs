@@ -136,7 +136,7 @@ fn rotate<T: Element>(op: &'static str, backend: &Backend, args: Rotate<'_, T>, 
     args.y.check(op, "y", args.x.shape())?;
     args.positions.check(op, "positions", [n])?;
     match backend {
-        Backend::Cpu(_) => cpu::layer::rope::rotate(op, args, direction),
+        Backend::Cpu(cpu) => cpu::layer::rope::rotate(cpu, op, args, direction),
     }
 }
 
@@ -150,7 +150,7 @@ fn rotate_in_place<T: Element>(
     args.x.check(op, "x", [n, h, args.cache.head_dim()])?;
     args.positions.check(op, "positions", [n])?;
     match backend {
-        Backend::Cpu(_) => cpu::layer::rope::rotate_in_place(op, args, direction),
+        Backend::Cpu(cpu) => cpu::layer::rope::rotate_in_place(cpu, op, args, direction),
     }
 }
 

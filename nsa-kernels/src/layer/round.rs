@@ -25,6 +25,6 @@ pub struct Round<'a, T: Element> {
 pub fn round<T: Element>(backend: &Backend, args: Round<'_, T>) -> Result<()> {
     args.y.check("round", "y", args.x.shape())?;
     match backend {
-        Backend::Cpu(_) => cpu::layer::round::round(args),
+        Backend::Cpu(cpu) => cpu::layer::round::round(cpu, args),
     }
 }

@@ -36,7 +36,7 @@ pub struct Backward<'a, T: Element> {
 pub fn forward<T: Element>(backend: &Backend, args: Forward<'_, T>) -> Result<()> {
     args.y.check("sigmoid::forward", "y", args.x.shape())?;
     match backend {
-        Backend::Cpu(_) => cpu::layer::sigmoid::forward(args),
+        Backend::Cpu(cpu) => cpu::layer::sigmoid::forward(cpu, args),
     }
 }
 
@@ -55,6 +55,6 @@ pub fn backward<T: Element>(backend: &Backend, args: Backward<'_, T>) -> Result<
     args.dy.check(OP, "dy", args.y.shape())?;
     args.dx.check(OP, "dx", args.y.shape())?;
     match backend {
-        Backend::Cpu(_) => cpu::layer::sigmoid::backward(args),
+        Backend::Cpu(cpu) => cpu::layer::sigmoid::backward(cpu, args),
     }
 }

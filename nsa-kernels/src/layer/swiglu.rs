@@ -16,7 +16,7 @@ pub struct Forward<'a, T: Element> {
 
 /// Arguments of [`backward`].
 #[derive(Debug)]
-pub struct Backward<'a, T: Element> {
+pub struct Backward<'a, T: Element, G: Element> {
     /// `[N, F]`.
     pub gate: Tensor<'a, T, 2>,
     /// `[N, F]`.
@@ -24,9 +24,9 @@ pub struct Backward<'a, T: Element> {
     /// Gradient of the output `[N, F]`.
     pub dy: Tensor<'a, T::Acc, 2>,
     /// Written: `[N, F]`.
-    pub d_gate: TensorMut<'a, T::Acc, 2>,
+    pub d_gate: TensorMut<'a, G, 2>,
     /// Written: `[N, F]`.
-    pub d_up: TensorMut<'a, T::Acc, 2>,
+    pub d_up: TensorMut<'a, G, 2>,
 }
 
 /// Gates one half of an MLP's hidden layer by the other: y = gate·σ(gate)·up.
@@ -53,13 +53,17 @@ pub fn forward<T: Element>(backend: &Backend, args: Forward<'_, T>) -> Result<()
 ///
 /// **Shapes**: on the fields of [`Backward`].
 ///
-/// **Numerics**: in A; σ is recomputed.
+/// **Numerics**: in A, rounded to `G` once; σ is recomputed.
 ///
 /// **Source**: derivative of [`forward`].
 ///
 /// # Errors
 /// If a shape does not fit.
-pub fn backward<T: Element>(backend: &Backend, args: Backward<'_, T>) -> Result<()> {
+pub fn backward<T, G>(backend: &Backend, args: Backward<'_, T, G>) -> Result<()>
+where
+    T: Element,
+    G: Element<Acc = T::Acc>,
+{
     const OP: &str = "swiglu::backward";
     let shape = args.gate.shape();
     args.up.check(OP, "up", shape)?;

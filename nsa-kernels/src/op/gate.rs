@@ -43,7 +43,7 @@ pub fn forward<T: Element>(backend: &Backend, args: Forward<'_, T>) -> Result<()
         branch.check(OP, &format!("branches[{c}]"), [tokens, heads, dim])?;
     }
     match backend {
-        Backend::Cpu(_) => cpu::gate::forward(args),
+        Backend::Cpu(cpu) => cpu::gate::forward(cpu, args),
     }
 }
 
@@ -65,6 +65,6 @@ pub fn backward<T: Element>(backend: &Backend, args: Backward<'_, T>) -> Result<
     }
     args.d_gates.check(OP, "d_gates", [tokens, heads, 3])?;
     match backend {
-        Backend::Cpu(_) => cpu::gate::backward(args),
+        Backend::Cpu(cpu) => cpu::gate::backward(cpu, args),
     }
 }

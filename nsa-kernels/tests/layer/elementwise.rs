@@ -114,6 +114,14 @@ fn check_swiglu<T: Element>(backend: &Backend) {
             (0..n * f).map(|at| (dy64[at] * u64[at] * logistic(g64[at])).abs() * (1.0 + g64[at].abs())).collect();
         assert_near("d gate", &d_gate, &want_gate, &scale, 8.0);
         assert_near("d up", &d_up, &want_up, &want_up, 8.0);
+        // The same in T: rounded once.
+        let nan = T::from_f64(f64::NAN);
+        let (mut narrow_gate, mut narrow_up) = (vec![nan; n * f], vec![nan; n * f]);
+        let (dg, du) = (tensor_mut(&mut narrow_gate, [n, f]), tensor_mut(&mut narrow_up, [n, f]));
+        let args = swiglu::Backward { gate: gt, up: ut, dy: dy_rows.tensor(), d_gate: dg, d_up: du };
+        swiglu::backward(backend, args).unwrap();
+        let narrow = |wide: &[T::Acc]| wide.iter().map(|&x| T::from_acc(x)).collect::<Vec<T>>();
+        assert!(narrow_gate == narrow(&d_gate) && narrow_up == narrow(&d_up), "{}", T::DTYPE);
     }
 }
 

@@ -105,6 +105,65 @@ fn the_input_gradient_is_a_plain_loop() {
     }
 }
 
+/// Gradients that are stored in G and written in D.
+fn check_narrow_gradients<T, G, D>(backend: &Backend)
+where
+    T: Element,
+    G: Element<Acc = T::Acc>,
+    D: Element<Acc = T::Acc>,
+{
+    for (seed, [n, i, o]) in SHAPES.into_iter().enumerate() {
+        let seed = 3000 + 100 * seed as u64;
+        let (x, w, dy) = (random::<T>(seed, n * i), random::<T>(seed + 1, o * i), random::<G>(seed + 2, n * o));
+        let (mut dw, mut db) = (random::<T::Acc>(seed + 3, o * i), random::<T::Acc>(seed + 4, o));
+        let (dy_rows, w_rows) = (Gapped::new(&dy, [n, o], 2), Gapped::new(&w, [o, i], 1));
+        let x_rows = Gapped::new(&x, [n, i], 4);
+        let what = format!("{} {} {} {n}x{i}x{o}", T::DTYPE, G::DTYPE, D::DTYPE);
+        // What is not stored in A is multiplied as it is.
+        let multiplied: Vec<f64> = match G::DTYPE == G::Acc::DTYPE {
+            true => rounded::<T>(backend, &dy.iter().map(|y| y.to_acc()).collect::<Vec<_>>()),
+            false => exact(&dy),
+        };
+        let (x, w, plain) = (exact(&x), exact(&w), exact(&dy));
+        for accumulate in [false, true] {
+            let old = random::<D>(seed + 5, n * i);
+            let mut dx = if accumulate { old.clone() } else { vec![D::from_f64(f64::NAN); n * i] };
+            let start = |at: usize| if accumulate { old[at].to_f64() } else { 0.0 };
+            let products = (0..n * i).map(|at| {
+                let (total, scale) = sum(o, |k| multiplied[at / i * o + k] * w[k * i + at % i]);
+                (total + start(at), scale + start(at).abs())
+            });
+            let (want, scale): (Vec<f64>, Vec<f64>) = products.unzip();
+            let (dy, weight, dx_out) = (dy_rows.tensor(), w_rows.tensor(), tensor_mut(&mut dx, [n, i]));
+            linear::backward_input(backend, BackwardInput { dy, weight, dx: dx_out, accumulate }).unwrap();
+            assert_near(&format!("dx {what} {accumulate}"), &dx, &want, &scale, 4.0 + (o as f64).sqrt());
+        }
+        let plus = |(total, scale): (f64, f64), old: f64| (total + old, scale + old.abs());
+        let weights =
+            (0..o * i).map(|at| plus(sum(n, |k| multiplied[k * o + at / i] * x[k * i + at % i]), dw[at].to_f64()));
+        let biases = (0..o).map(|at| plus(sum(n, |k| plain[k * o + at]), db[at].to_f64()));
+        let (want_w, scale_w): (Vec<f64>, Vec<f64>) = weights.unzip();
+        let (want_b, scale_b): (Vec<f64>, Vec<f64>) = biases.unzip();
+        let (dw_out, db_out) = (tensor_mut(&mut dw, [o, i]), Some(tensor_mut(&mut db, [o])));
+        let args = BackwardWeight { x: x_rows.tensor(), dy: dy_rows.tensor(), dw: dw_out, db: db_out };
+        linear::backward_weight(backend, args).unwrap();
+        assert_near(&format!("dw {what}"), &dw, &want_w, &scale_w, 4.0 + (n as f64).sqrt());
+        assert_near(&format!("db {what}"), &db, &want_b, &scale_b, 4.0 + (n as f64).sqrt());
+    }
+}
+
+#[test]
+fn gradients_may_be_stored_in_other_types() {
+    for backend in backends() {
+        check_narrow_gradients::<bf16, bf16, bf16>(&backend);
+        check_narrow_gradients::<bf16, bf16, f32>(&backend);
+        check_narrow_gradients::<bf16, f32, bf16>(&backend);
+        check_narrow_gradients::<f16, f16, f16>(&backend);
+        check_narrow_gradients::<f32, bf16, f32>(&backend);
+        check_narrow_gradients::<bf16, f16, f32>(&backend);
+    }
+}
+
 fn check_backward_weight<T: Element>(backend: &Backend) {
     for (seed, [n, i, o]) in SHAPES.into_iter().enumerate() {
         let seed = 2000 + 100 * seed as u64;
@@ -167,7 +226,7 @@ fn gradients_are_slopes() {
 #[test]
 fn threads_change_no_bit() {
     fn check<W: Element<Acc = f32>>() {
-        for [n, i, o] in [[1, 300, 700], [3, 300, 700], [33, 300, 700], [700, 130, 250]] {
+        for [n, i, o] in [[1, 300, 700], [3, 300, 700], [7, 300, 700], [33, 300, 700], [700, 130, 250]] {
             let (x, w, dy) = (random::<f32>(1, n * i), random::<W>(2, o * i), random::<f32>(3, n * o));
             assert_same_bits(&format!("{n}x{i}x{o}"), || {
                 let (mut y, mut dx, mut dw, mut db) =

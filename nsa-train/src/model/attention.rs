@@ -10,8 +10,7 @@ use super::sparse::{self, SparseActs, SparseGrads};
 use super::workspace::Sizes;
 use crate::Result;
 use nsa_core::Element;
-use nsa_kernels::layer::round;
-use nsa_kernels::{Backend, Buffer, Tensor};
+use nsa_kernels::{Backend, Buffer};
 
 /// What differs between the kinds of attention; slots, activations and gradients of a model are of one kind.
 #[derive(Debug)]
@@ -61,9 +60,8 @@ impl<T: Element> AttentionActs<T> {
 /// Gradients of the activations.
 #[derive(Debug)]
 pub(crate) struct AttentionGrads<T: Element> {
-    /// `[N, Hq, Dv]`, and as attention takes it, unless that is the same type.
-    o: Buffer<T::Acc>,
-    o_rounded: Option<Buffer<T>>,
+    /// `[N, Hq, Dv]`, as attention takes it.
+    o: Buffer<T>,
     /// `[N, Hq, Dk]`.
     q: Buffer<T::Acc>,
     core: Core<SparseGrads<T::Acc>, DenseGrads<T::Acc>>,
@@ -78,10 +76,8 @@ impl<T: Element> AttentionGrads<T> {
             false => Core::Dense(DenseGrads::new(backend, dims, sizes)),
         };
         let queries = sizes.tokens * dims.heads * dims.head_dim;
-        let outputs = sizes.tokens * dims.heads * dims.v_head_dim;
         Self {
-            o: backend.alloc(outputs),
-            o_rounded: (T::DTYPE != T::Acc::DTYPE).then(|| backend.alloc(outputs)),
+            o: backend.alloc(sizes.tokens * dims.heads * dims.v_head_dim),
             q: backend.alloc(queries),
             core,
             spare: backend.alloc(if dims.qk_norm { queries } else { 0 }),
@@ -121,7 +117,7 @@ pub(crate) fn backward<T: Element>(
     grads: &mut Buffer<T::Acc>,
 ) -> Result<()> {
     pass.linear_backward(Phase::Projection, (&slots.o, None), (&acts.o, residual), (&mut d.o, false), grads)?;
-    let d_o = output_gradient(pass, &d.o, d.o_rounded.as_mut())?;
+    let d_o = d.o.tensor(pass.dims.o_shape(pass.inputs.rows()))?;
     match (&acts.core, &mut d.core) {
         (Core::Sparse(core), Core::Sparse(dc)) => sparse::backward(pass, (core, &acts.q), dc, (d_o, &mut d.q))?,
         (Core::Dense(core), Core::Dense(dc)) => {
@@ -143,20 +139,4 @@ pub(crate) fn backward<T: Element>(
     }
     let shape = [pass.inputs.rows(), pass.dims.hidden];
     pass.norm_backward(&slots.norm, shape, (x, &acts.rstd), normed, (residual, true), grads)
-}
-
-/// The gradient of attention's output `[N, Hq, Dv]` in the type of the activations.
-fn output_gradient<'a, T: Element>(
-    pass: &mut Pass<'_, T>,
-    d_o: &'a Buffer<T::Acc>,
-    rounded: Option<&'a mut Buffer<T>>,
-) -> Result<Tensor<'a, T, 3>> {
-    let shape = pass.dims.o_shape(pass.inputs.rows());
-    let Some(rounded) = rounded else {
-        return Ok(d_o.tensor(shape)?.same_type().expect("another type is rounded"));
-    };
-    let count = shape.iter().product();
-    let args = round::Round { x: d_o.tensor([count])?, y: rounded.tensor_mut([count])? };
-    pass.run(Phase::AttentionBackward, |backend| round::round(backend, args))?;
-    Ok(rounded.tensor(shape)?)
 }

@@ -5,7 +5,7 @@ use super::pass::Pass;
 use super::profile::Phase;
 use super::slots::MlpSlots;
 use crate::Result;
-use nsa_core::{Element, Real};
+use nsa_core::Element;
 use nsa_kernels::layer::swiglu;
 use nsa_kernels::{Backend, Buffer};
 
@@ -35,19 +35,19 @@ impl<T: Element> MlpActs<T> {
     }
 }
 
-/// Gradients of the activations.
+/// Gradients of the activations. Those of gate and up are operands of products and nothing else: they are kept rounded.
 #[derive(Debug)]
-pub(crate) struct MlpGrads<R: Real> {
+pub(crate) struct MlpGrads<T: Element> {
     /// `[N, F]`.
-    gate: Buffer<R>,
-    up: Buffer<R>,
-    hidden: Buffer<R>,
+    gate: Buffer<T>,
+    up: Buffer<T>,
+    hidden: Buffer<T::Acc>,
 }
 
-impl<R: Real> MlpGrads<R> {
+impl<T: Element> MlpGrads<T> {
     pub(crate) fn new(backend: &Backend, dims: &Dims, tokens: usize) -> Self {
-        let wide = || backend.alloc(tokens * dims.intermediate);
-        Self { gate: wide(), up: wide(), hidden: wide() }
+        let count = tokens * dims.intermediate;
+        Self { gate: backend.alloc(count), up: backend.alloc(count), hidden: backend.alloc(count) }
     }
 }
 
@@ -79,7 +79,7 @@ pub(crate) fn backward<T: Element>(
     pass: &mut Pass<'_, T>,
     slots: &MlpSlots,
     (acts, x): (&MlpActs<T>, &Buffer<T>),
-    d: &mut MlpGrads<T::Acc>,
+    d: &mut MlpGrads<T>,
     (residual, normed): (&mut Buffer<T::Acc>, &mut Buffer<T::Acc>),
     grads: &mut Buffer<T::Acc>,
 ) -> Result<()> {

@@ -199,6 +199,10 @@ impl<T: Element> Model<T> {
     /// # Errors
     /// If the batch does not fit the workspace or a token is not in the vocabulary.
     pub fn loss(&self, workspace: &mut Workspace<T>, batch: &Batch) -> Result<Loss> {
+        self.backend.run(|| self.forward_loss(workspace, batch))
+    }
+
+    fn forward_loss(&self, workspace: &mut Workspace<T>, batch: &Batch) -> Result<Loss> {
         self.forward(workspace, batch)?;
         let (rows, dims) = (workspace.inputs.rows(), &self.dims);
         let args = cross_entropy::Forward {
@@ -246,8 +250,10 @@ impl<T: Element> Model<T> {
         if workspace.grads.is_none() {
             return Err(Error::value("workspace", "for inference", "gradients need one for training"));
         }
-        self.forward(workspace, batch)?;
-        self.backward(workspace, scale, grads)
+        self.backend.run(|| {
+            self.forward(workspace, batch)?;
+            self.backward(workspace, scale, grads)
+        })
     }
 
     /// Runs all layers and the last norm: `workspace.hidden`.

@@ -102,12 +102,12 @@ impl<T: Element> Pass<'_, T> {
 
     /// Gradients of [`Pass::linear_with_bias`]: dx is written, or added to if `accumulate`; those of the weights are added
     /// to.
-    pub(crate) fn linear_backward(
+    pub(crate) fn linear_backward<G: Element<Acc = T::Acc>, D: Element<Acc = T::Acc>>(
         &mut self,
         phase: Phase,
         (weight, bias): (&Slot, Option<&Slot>),
-        (x, dy): (&Buffer<T>, &Buffer<T::Acc>),
-        (dx, accumulate): (&mut Buffer<T::Acc>, bool),
+        (x, dy): (&Buffer<T>, &Buffer<G>),
+        (dx, accumulate): (&mut Buffer<D>, bool),
         grads: &mut Buffer<T::Acc>,
     ) -> Result<()> {
         let rows = self.inputs.rows();

@@ -93,7 +93,7 @@ pub(crate) struct GradActs<T: Element> {
     /// Gradient of a norm's output `[N, C]`.
     pub(crate) normed: Buffer<T::Acc>,
     pub(crate) attention: AttentionGrads<T>,
-    pub(crate) mlp: MlpGrads<T::Acc>,
+    pub(crate) mlp: MlpGrads<T>,
 }
 
 /// Activations, and for training their gradients.

@@ -23,11 +23,21 @@ pub enum Peer {
     Lucidrains,
 }
 
+/// What a peer is to run: each has a script of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Work {
+    /// Attention alone.
+    Attention,
+    /// Training steps of a model.
+    Training,
+}
+
 impl Peer {
-    const fn script(self) -> &'static str {
-        match self {
-            Self::Torch => "torch_sdpa.py",
-            Self::Lucidrains => "lucidrains_nsa.py",
+    const fn script(self, work: Work) -> &'static str {
+        match (self, work) {
+            (Self::Torch, Work::Attention) => "torch_sdpa.py",
+            (Self::Torch, Work::Training) => "torch_train.py",
+            (Self::Lucidrains, _) => "lucidrains_nsa.py",
         }
     }
 
@@ -44,6 +54,9 @@ impl Peer {
         matches!((self, pass), (Self::Torch, _) | (_, Pass::Forward))
     }
 }
+
+/// A request that needs nothing said.
+const NO_JOB: Option<&Job> = None;
 
 /// What can go wrong with a peer.
 #[derive(Debug, Error)]
@@ -186,6 +199,7 @@ impl Job {
 pub struct Ready {
     /// Which.
     pub peer: Peer,
+    work: Work,
     /// As tables name it.
     pub title: String,
     python: PathBuf,
@@ -201,16 +215,16 @@ impl Ready {
     ///
     /// # Errors
     /// If it cannot be installed or started.
-    pub fn prepare(peer: Peer, python: Option<&Path>, memory_bytes: u64) -> Result<Self, PeerError> {
+    pub fn prepare(peer: Peer, work: Work, python: Option<&Path>, memory_bytes: u64) -> Result<Self, PeerError> {
         let (python, packages) = install::prepare(peer, python)?;
-        let threads = rayon::current_num_threads();
-        let mut ready = Self { peer, title: String::new(), python, packages, threads, memory_bytes, process: None };
+        let (threads, title) = (rayon::current_num_threads(), String::new());
+        let mut ready = Self { peer, work, title, python, packages, threads, memory_bytes, process: None };
         ready.process = Some(ready.start()?);
         Ok(ready)
     }
 
     fn start(&mut self) -> Result<Process, PeerError> {
-        let script = install::scripts().join(self.peer.script());
+        let script = install::scripts().join(self.peer.script(self.work));
         let mut process = Process::start(&self.python, &script, self.packages.as_deref())?;
         let hello = json!({"call": "hello", "threads": self.threads, "memory_bytes": self.memory_bytes});
         let version: String = field(&process.ask(&hello)?, "version")?;
@@ -218,7 +232,7 @@ impl Ready {
         Ok(process)
     }
 
-    fn ask(&mut self, call: &str, job: Option<&Job>) -> Result<Value, PeerError> {
+    fn ask<J: Serialize>(&mut self, call: &str, job: Option<&J>) -> Result<Value, PeerError> {
         let mut process = match self.process.take() {
             Some(process) => process,
             None => self.start()?,
@@ -246,7 +260,7 @@ impl Ready {
     /// # Errors
     /// If the peer cannot run this shape.
     pub fn turn(&mut self, job: &Job) -> Result<Vec<(Pass, f64)>, PeerError> {
-        let reply = self.ask("turn", None)?;
+        let reply = self.ask("turn", NO_JOB)?;
         passes(&reply, job.backward)
     }
 
@@ -263,13 +277,29 @@ impl Ready {
     /// # Errors
     /// If the peer cannot run this shape.
     pub fn step(&mut self) -> Result<f64, PeerError> {
-        field(&self.ask("step", None)?, "seconds")
+        field(&self.ask("step", NO_JOB)?, "seconds")
+    }
+
+    /// Makes a model, its optimizer and a batch, and chooses the fastest way to write the step; returns its name.
+    ///
+    /// # Errors
+    /// If the peer cannot run this shape.
+    pub fn train(&mut self, job: &impl Serialize) -> Result<String, PeerError> {
+        field(&self.ask("train", Some(job))?, "way")
+    }
+
+    /// Seconds of a training step of a model made before, by its element type.
+    ///
+    /// # Errors
+    /// If the peer cannot run this shape.
+    pub fn training_step(&mut self, dtype: &str) -> Result<f64, PeerError> {
+        field(&self.ask("step", Some(&json!({"dtype": dtype})))?, "seconds")
     }
 
     /// Frees the inputs.
     pub fn drop_inputs(&mut self) {
         // A peer that died holds none.
-        if self.process.is_some() && self.ask("drop", None).is_err() {
+        if self.process.is_some() && self.ask("drop", NO_JOB).is_err() {
             self.process = None;
         }
     }

@@ -290,7 +290,7 @@ fn rate(row: &Row, figures: &Figures) -> String {
 }
 
 /// Four digits with a unit.
-fn seconds(seconds: f64) -> String {
+pub(super) fn seconds(seconds: f64) -> String {
     let (value, unit) = match seconds {
         s if s >= 1.0 => (s, "s"),
         s if s >= 1e-3 => (s * 1e3, "ms"),
@@ -306,7 +306,7 @@ fn seconds(seconds: f64) -> String {
     format!("{value:.digits$} {unit}")
 }
 
-fn quoted(text: &str) -> String {
+pub(super) fn quoted(text: &str) -> String {
     match text.contains([',', '"', '\n']) {
         true => format!("\"{}\"", text.replace('"', "\"\"")),
         false => text.to_owned(),
@@ -323,7 +323,7 @@ fn distinct<T: PartialEq>(all: impl Iterator<Item = T>) -> Vec<T> {
     found
 }
 
-fn right(table: &mut Table, columns: &[usize]) {
+pub(super) fn right(table: &mut Table, columns: &[usize]) {
     for &column in columns {
         table.column_mut(column).expect("a column of the header").set_cell_alignment(CellAlignment::Right);
     }

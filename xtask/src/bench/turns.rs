@@ -19,20 +19,20 @@ pub struct Plan {
 /// Seconds of the passes of a turn.
 pub type Seconds = Vec<(Pass, f64)>;
 
-/// Times of a contender's turns, or why it has none.
-pub type Outcome = Result<Vec<Seconds>, String>;
+/// What a contender's turns gave, or why it has none.
+pub type Outcome<S> = Result<Vec<S>, String>;
 
-/// Lets contenders take turns; `turn(i)` runs contender i and says what its passes took, or why it cannot run.
+/// Lets contenders take turns; `turn(i)` runs contender i and says what it took, or why it cannot run.
 ///
 /// # Errors
 /// If a turn fails, other than by saying that it cannot run.
-pub fn take(
+pub fn take<S>(
     plans: &[Plan],
-    mut turn: impl FnMut(usize, usize) -> Result<Result<Seconds, String>>,
-) -> Result<Vec<Outcome>> {
-    let mut outcomes: Vec<Outcome> = plans.iter().map(|_| Ok(Vec::new())).collect();
+    mut turn: impl FnMut(usize, usize) -> Result<Result<S, String>>,
+) -> Result<Vec<Outcome<S>>> {
+    let mut outcomes: Vec<Outcome<S>> = plans.iter().map(|_| Ok(Vec::new())).collect();
     let mut spent_s = vec![0.0; plans.len()];
-    let wants = |outcome: &Outcome, plan: &Plan, spent_s: f64| match outcome {
+    let wants = |outcome: &Outcome<S>, plan: &Plan, spent_s: f64| match outcome {
         Ok(turns) => turns.is_empty() || (turns.len() < plan.samples && spent_s < plan.budget_s),
         Err(_) => false,
     };
@@ -79,7 +79,12 @@ pub struct Times {
 impl Times {
     /// Of a pass in all turns; None if no turn has it.
     pub fn of(turns: &[Seconds], pass: Pass) -> Option<Self> {
-        let mut sorted: Vec<f64> = turns.iter().flatten().filter(|(p, _)| *p == pass).map(|&(_, s)| s).collect();
+        Self::of_all(turns.iter().flatten().filter(|(p, _)| *p == pass).map(|&(_, s)| s))
+    }
+
+    /// Of some seconds; None if there are none.
+    pub fn of_all(seconds: impl Iterator<Item = f64>) -> Option<Self> {
+        let mut sorted: Vec<f64> = seconds.collect();
         sorted.sort_by(f64::total_cmp);
         let (min_s, max_s) = (*sorted.first()?, *sorted.last()?);
         let (low, high) = (sorted[(sorted.len() - 1) / 2], sorted[sorted.len() / 2]);
@@ -130,6 +135,6 @@ mod tests {
         let outcomes = outcomes.expect("no turn fails");
         assert_eq!(outcomes[1], Err("no memory".to_owned()));
         assert_eq!((outcomes[0].as_ref().map(Vec::len), asked), (Ok(3), 1));
-        assert!(take(&plans, |_, _| anyhow::bail!("broken")).is_err());
+        assert!(take::<Seconds>(&plans, |_, _| anyhow::bail!("broken")).is_err());
     }
 }

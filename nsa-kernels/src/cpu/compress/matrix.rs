@@ -12,7 +12,7 @@ use super::sum::Call;
 use super::{Piece, pieces};
 use crate::cpu::Cpu;
 use crate::cpu::gemm::{Mat, MatMut, Store, Threads, gemm};
-use crate::cpu::layer::par::for_rows;
+use crate::cpu::layer::par::{for_rows, for_rows2};
 use crate::cpu::math::{self, exp, narrow, widen};
 use crate::cpu::scratch::{Pool, Scratch};
 use crate::cpu::tasks::split_rows;
@@ -310,8 +310,9 @@ fn second_backward<'p, A: Real>(
     let Sizes { dim, hidden, .. } = head.sizes;
     let mut z = head.first(pool, tokens, blocks, Threads::Pool);
     let mut active = pool.take(z.len());
-    for_rows(&mut active, hidden, |i, row| {
-        row.iter_mut().zip(&z[i * hidden..]).for_each(|(a, z)| *a = gelu(*z));
+    // Φ is what costs: once for both. From here on z is the slope.
+    for_rows2((&mut active, hidden), (&mut z, hidden), |_, active, z| {
+        active.iter_mut().zip(z).for_each(|(a, z)| (*a, *z) = gelu_and_slope(*z));
     });
     let (dst, lhs) = (MatMut::rows(d_weight, dim), Mat::rows(&active, hidden).transposed());
     gemm([hidden, dim, blocks], dst, Store::Add, A::one(), lhs, dy, Threads::Pool);
@@ -319,7 +320,7 @@ fn second_backward<'p, A: Real>(
     let (dst, rhs) = (MatMut::rows(&mut d_active, hidden), weight.mat().transposed());
     gemm([blocks, hidden, dim], dst, Store::Write, A::one(), dy, rhs, Threads::Pool);
     for_rows(&mut z, hidden, |i, row| {
-        row.iter_mut().zip(&d_active[i * hidden..]).for_each(|(z, da)| *z = *da * gelu_slope(*z));
+        row.iter_mut().zip(&d_active[i * hidden..]).for_each(|(z, da)| *z *= *da);
     });
     z
 }
@@ -372,11 +373,12 @@ fn gelu<A: Real>(z: A) -> A {
     z * normal(z)
 }
 
-/// d gelu / dz = Φ(z) + z·Φ'(z).
-fn gelu_slope<A: Real>(z: A) -> A {
+/// z·Φ(z) and its slope, Φ(z) + z·Φ'(z).
+fn gelu_and_slope<A: Real>(z: A) -> (A, A) {
     let density =
         exp(A::of(-0.5) * z * z) * A::of(0.5 * std::f64::consts::FRAC_2_SQRT_PI * std::f64::consts::FRAC_1_SQRT_2);
-    normal(z) + z * density
+    let below = normal(z);
+    (z * below, below + z * density)
 }
 
 /// Φ(z); from erfc, since 1 + erf has lost its digits where z is far below 0.

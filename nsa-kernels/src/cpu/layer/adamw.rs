@@ -1,6 +1,8 @@
 //! AdamW.
 
 use super::par::{elements, lane_sum};
+use crate::cpu::Cpu;
+use crate::cpu::simd::{Loops, compiled_for};
 use crate::layer::adamw::{AdamW, Step};
 use crate::{Result, Tensor};
 use nsa_core::{Element, Real};
@@ -9,24 +11,24 @@ use rayon::prelude::*;
 /// Parameters of one task, and of one partial sum of squares.
 const BLOCK: usize = 1 << 14;
 
-pub fn step<R: Real>(args: Step<'_, R>) -> Result<()> {
+pub fn step<R: Real>(cpu: &Cpu, args: Step<'_, R>) -> Result<()> {
     let grads = elements(args.grads.to_host()?);
     let (params, m, v) =
         (args.params.into_host()?.into_data(), args.m.into_host()?.into_data(), args.v.into_host()?.into_data());
     let AdamW { lr, beta1, beta2, eps, weight_decay } = args.config;
     // β₁ᵗ with t beyond i32 is 0 anyhow.
     let t = i32::try_from(args.step).unwrap_or(i32::MAX);
-    let rate = R::of(lr / (1.0 - beta1.powi(t)));
-    let root = R::of((1.0 - beta2.powi(t)).sqrt().recip());
-    let (keep, eps, scale) = (R::of(1.0 - lr * weight_decay), R::of(eps), R::of(args.grad_scale));
-    let (b1, b2, c1, c2) = (R::of(beta1), R::of(beta2), R::of(1.0 - beta1), R::of(1.0 - beta2));
+    let factors = Factors {
+        rate: R::of(lr / (1.0 - beta1.powi(t))),
+        root: R::of((1.0 - beta2.powi(t)).sqrt().recip()),
+        keep: R::of(1.0 - lr * weight_decay),
+        eps: R::of(eps),
+        scale: R::of(args.grad_scale),
+        old: [R::of(beta1), R::of(beta2)],
+        new: [R::of(1.0 - beta1), R::of(1.0 - beta2)],
+    };
     let update = |params: &mut [R], m: &mut [R], v: &mut [R], grads: &[R]| {
-        for (((p, m), v), &g) in params.iter_mut().zip(m).zip(v).zip(grads) {
-            let g = g * scale;
-            *m = b1 * *m + c1 * g;
-            *v = b2 * *v + c2 * g * g;
-            *p = *p * keep - rate * *m / (v.sqrt() * root + eps);
-        }
+        compiled_for(cpu.isa(), Update { factors, params, m, v, grads });
     };
     if params.len() <= BLOCK {
         update(params, m, v, grads);
@@ -37,14 +39,62 @@ pub fn step<R: Real>(args: Step<'_, R>) -> Result<()> {
     Ok(())
 }
 
-pub fn sum_of_squares<R: Real>(grads: Tensor<'_, R, 1>) -> Result<f64> {
+/// What all parameters share.
+#[derive(Clone, Copy)]
+struct Factors<R> {
+    rate: R,
+    root: R,
+    keep: R,
+    eps: R,
+    scale: R,
+    /// Of the moments.
+    old: [R; 2],
+    new: [R; 2],
+}
+
+struct Update<'a, R> {
+    factors: Factors<R>,
+    params: &'a mut [R],
+    m: &'a mut [R],
+    v: &'a mut [R],
+    grads: &'a [R],
+}
+
+impl<R: Real> Loops for Update<'_, R> {
+    #[inline(always)]
+    fn run(self) {
+        let Factors { rate, root, keep, eps, scale, old, new } = self.factors;
+        for (((p, m), v), &g) in self.params.iter_mut().zip(self.m).zip(self.v).zip(self.grads) {
+            let g = g * scale;
+            *m = old[0] * *m + new[0] * g;
+            *v = old[1] * *v + new[1] * g * g;
+            *p = *p * keep - rate * *m / (v.sqrt() * root + eps);
+        }
+    }
+}
+
+pub fn sum_of_squares<R: Real>(cpu: &Cpu, grads: Tensor<'_, R, 1>) -> Result<f64> {
     let grads = elements(grads.to_host()?);
-    let block = |block: &[R]| -> f64 {
-        lane_sum(block, block, block, |g, _, _| {
-            let g = Element::to_f64(g);
-            g * g
-        })
+    let block = |grads: &[R]| {
+        let mut sum = 0.0;
+        compiled_for(cpu.isa(), Squares { grads, sum: &mut sum });
+        sum
     };
     let sums: Vec<f64> = grads.par_chunks(BLOCK).map(block).collect();
     Ok(sums.iter().sum())
+}
+
+struct Squares<'a, R> {
+    grads: &'a [R],
+    sum: &'a mut f64,
+}
+
+impl<R: Real> Loops for Squares<'_, R> {
+    #[inline(always)]
+    fn run(self) {
+        *self.sum = lane_sum(self.grads, self.grads, self.grads, |g, _, _| {
+            let g = Element::to_f64(g);
+            g * g
+        });
+    }
 }

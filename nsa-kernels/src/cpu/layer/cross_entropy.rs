@@ -5,6 +5,7 @@ use super::par::{LANES, elements, for_rows2, lane_sum, row_range};
 use crate::cpu::Cpu;
 use crate::cpu::gemm::Store;
 use crate::cpu::math::exp;
+use crate::cpu::simd::{Loops, compiled_for};
 use crate::layer::cross_entropy::{Forward, ForwardBackward, IGNORED, Loss};
 use crate::layer::embedding::token_error;
 use crate::{Result, Tensor};
@@ -80,14 +81,32 @@ fn for_chunks<T, W>(
         let (logits, losses) = (&mut logits[..rows * vocabulary], &mut losses[..rows]);
         losses.fill(T::Acc::default());
         times_transposed(cpu, &row_range(hidden, start, rows), weight, logits, Store::Write);
-        for_rows2((logits, vocabulary), (losses, 1), |i, z, loss| loss[0] = row_loss(z, targets[i], scale));
+        for_rows2((logits, vocabulary), (losses, 1), |i, z, loss| {
+            compiled_for(cpu.isa(), Row { z, target: targets[i], scale, loss: &mut loss[0] });
+        });
         let sum = losses.iter().map(|loss| loss.to_f64()).sum();
         let count = targets.iter().filter(|&&target| target != IGNORED).count();
         f(start, logits, losses, Loss { sum, count });
     }
 }
 
-/// The loss of a row with logits `z`, which become their gradients if there is a scale.
+/// A row with logits `z`, which become their gradients if there is a scale.
+struct Row<'a, A> {
+    z: &'a mut [A],
+    target: u32,
+    scale: Option<A>,
+    loss: &'a mut A,
+}
+
+impl<A: Real> Loops for Row<'_, A> {
+    #[inline(always)]
+    fn run(self) {
+        *self.loss = row_loss(self.z, self.target, self.scale);
+    }
+}
+
+/// The loss of a [`Row`].
+#[inline(always)]
 fn row_loss<A: Real>(z: &mut [A], target: u32, scale: Option<A>) -> A {
     if target == IGNORED {
         z.fill(A::default());
@@ -114,6 +133,7 @@ fn row_loss<A: Real>(z: &mut [A], target: u32, scale: Option<A>) -> A {
 }
 
 /// The largest element; NaN is passed over (and comes back with the exponentials).
+#[inline(always)]
 fn largest<A: Real>(z: &[A]) -> A {
     let larger = |a: A, b: A| if b > a { b } else { a };
     let (chunks, rest) = z.as_chunks::<LANES>();

@@ -1,6 +1,9 @@
 //! The embedding.
 
+use super::add::Add;
 use super::par::{elements, for_rows};
+use crate::cpu::Cpu;
+use crate::cpu::simd::{Loops, compiled_for};
 use crate::layer::embedding::{Backward, Forward, token_error};
 use crate::{Result, Tensor};
 use nsa_core::{Element, Real};
@@ -9,7 +12,7 @@ use rayon::prelude::*;
 /// Rows of the table whose gradients one task gathers.
 const TASK_ROWS: usize = 16;
 
-pub fn forward<T, W>(op: &'static str, args: Forward<'_, T, W>) -> Result<()>
+pub fn forward<T, W>(cpu: &Cpu, op: &'static str, args: Forward<'_, T, W>) -> Result<()>
 where
     T: Element,
     W: Element<Acc = T::Acc>,
@@ -18,14 +21,26 @@ where
     let [vocabulary, channels] = weight.shape();
     let tokens = check_tokens(op, &args.tokens, vocabulary)?;
     for_rows(args.y.into_host()?.into_data(), channels, |n, y| {
-        for (y, w) in y.iter_mut().zip(weight.row(tokens[n] as usize)) {
-            *y = T::from_acc(w.to_acc());
-        }
+        compiled_for(cpu.isa(), Convert { weight: weight.row(tokens[n] as usize), y });
     });
     Ok(())
 }
 
-pub fn backward<A: Real>(op: &'static str, args: Backward<'_, A>) -> Result<()> {
+struct Convert<'a, W, T> {
+    weight: &'a [W],
+    y: &'a mut [T],
+}
+
+impl<T: Element, W: Element<Acc = T::Acc>> Loops for Convert<'_, W, T> {
+    #[inline(always)]
+    fn run(self) {
+        for (y, w) in self.y.iter_mut().zip(self.weight) {
+            *y = T::from_acc(w.to_acc());
+        }
+    }
+}
+
+pub fn backward<A: Real>(cpu: &Cpu, op: &'static str, args: Backward<'_, A>) -> Result<()> {
     let dy = args.dy.to_host()?;
     let [vocabulary, channels] = args.dw.shape();
     let tokens = check_tokens(op, &args.tokens, vocabulary)?;
@@ -41,9 +56,7 @@ pub fn backward<A: Real>(op: &'static str, args: Backward<'_, A>) -> Result<()> 
         let start = order.partition_point(|&(token, _)| (token as usize) < first);
         for &(token, n) in order[start..].iter().take_while(|&&(token, _)| (token as usize) < first + TASK_ROWS) {
             let row = &mut dw[(token as usize - first) * channels..][..channels];
-            for (dw, &dy) in row.iter_mut().zip(dy.row(n)) {
-                *dw += dy;
-            }
+            compiled_for(cpu.isa(), Add { x: dy.row(n), y: row });
         }
     });
     Ok(())

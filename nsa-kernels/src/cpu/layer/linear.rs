@@ -1,13 +1,15 @@
 //! The linear layer.
 
 use super::blocked::{self, Strips};
-use super::matmul::{FEW_ROWS, add_column_sums, add_outer, times, times_transposed};
+use super::matmul::{FEW_ROWS, add_column_sums, add_outer, pairs, times, times_transposed};
 use super::par::{Widened, as_acc_mut, for_rows, row_range};
 use crate::Result;
 use crate::cpu::Cpu;
 use crate::cpu::gemm::Store;
+use crate::cpu::simd::{Loops, compiled_for};
 use crate::layer::linear::{BackwardInput, BackwardWeight, Forward};
 use nsa_core::{Element, Real};
+use std::ops::Range;
 
 /// Rows whose results are kept in A before they are rounded, where outputs are not stored as A.
 const CHUNK_ROWS: usize = 256;
@@ -28,29 +30,68 @@ where
         return Ok(());
     }
     if n > FEW_ROWS && cpu.multiplies_pairs(T::DTYPE) && cpu.multiplies_pairs(W::DTYPE) {
-        let strips = Strips::of_rows(pool, &weight);
-        blocked::multiply_rounded(cpu, &x, &strips, y, |y, sums| finish(y, sums, bias, args.accumulate));
+        let strips = Strips::of_rows(cpu, &weight);
+        blocked::multiply_rounded(cpu, &x, &strips, y, (bias, args.accumulate));
         return Ok(());
     }
-    let mut chunk = pool.take(CHUNK_ROWS.min(n) * outputs);
-    for start in (0..n).step_by(CHUNK_ROWS) {
-        let rows = CHUNK_ROWS.min(n - start);
-        let (sums, y) = (&mut chunk[..rows * outputs], &mut y[start * outputs..][..rows * outputs]);
-        times_transposed(cpu, &row_range(&x, start, rows), &weight, sums, Store::Write);
-        for_rows(y, outputs, |i, y| finish(y, &sums[i * outputs..][..outputs], bias, args.accumulate));
-    }
+    in_chunks(cpu, y, outputs, (bias, args.accumulate), |rows, sums| {
+        times_transposed(cpu, &row_range(&x, rows.start, rows.len()), &weight, sums, Store::Write);
+    });
     Ok(())
 }
 
-/// Rounds a row of sums with its bias, and with what `y` holds if they are added to it.
-fn finish<T: Element>(y: &mut [T], sums: &[T::Acc], bias: Option<&[T::Acc]>, accumulate: bool) {
-    let zero = T::Acc::default();
-    let old = |y: T| if accumulate { y.to_acc() } else { zero };
-    match bias {
-        None => y.iter_mut().zip(sums).for_each(|(y, &sum)| *y = T::from_acc(old(*y) + sum)),
-        Some(bias) => {
-            let sums = sums.iter().zip(bias);
-            y.iter_mut().zip(sums).for_each(|(y, (&sum, &bias))| *y = T::from_acc(old(*y) + (sum + bias)));
+/// Has rows of a product written to sums, some at a time, and rounds these.
+fn in_chunks<T: Element>(
+    cpu: &Cpu,
+    y: &mut [T],
+    columns: usize,
+    (bias, accumulate): (Option<&[T::Acc]>, bool),
+    product: impl Fn(Range<usize>, &mut [T::Acc]),
+) {
+    if y.is_empty() {
+        return;
+    }
+    let mut chunk = cpu.pool().take(CHUNK_ROWS.min(y.len() / columns) * columns);
+    for (i, y) in y.chunks_mut(CHUNK_ROWS * columns).enumerate() {
+        let (start, sums) = (i * CHUNK_ROWS, &mut chunk[..y.len()]);
+        product(start..start + y.len() / columns, sums);
+        for_rows(y, columns, |i, target| {
+            let (sums, stride) = (&sums[i * columns..][..columns], columns);
+            let finish = Finish { target, row_len: columns, columns: 0..columns, sums, stride, bias, accumulate };
+            compiled_for(cpu.isa(), finish);
+        });
+    }
+}
+
+/// Rounds some columns of rows of sums with their bias, and with what `target` holds if they are added to it.
+pub(super) struct Finish<'a, T: Element> {
+    /// Whole rows.
+    pub(super) target: &'a mut [T],
+    pub(super) row_len: usize,
+    /// Those that there are sums of.
+    pub(super) columns: Range<usize>,
+    /// Rows `stride` apart.
+    pub(super) sums: &'a [T::Acc],
+    pub(super) stride: usize,
+    /// Of whole rows.
+    pub(super) bias: Option<&'a [T::Acc]>,
+    pub(super) accumulate: bool,
+}
+
+impl<T: Element> Loops for Finish<'_, T> {
+    #[inline(always)]
+    fn run(self) {
+        let Self { target, row_len, columns, sums, stride, bias, accumulate } = self;
+        for (y, sums) in target.chunks_exact_mut(row_len).zip(sums.chunks(stride)) {
+            let row = y[columns.clone()].iter_mut().zip(sums);
+            match (bias.map(|bias| &bias[columns.clone()]), accumulate) {
+                (None, false) => row.for_each(|(y, &sum)| *y = T::from_acc(sum)),
+                (None, true) => row.for_each(|(y, &sum)| *y = T::from_acc(y.to_acc() + sum)),
+                (Some(bias), false) => row.zip(bias).for_each(|((y, &sum), &bias)| *y = T::from_acc(sum + bias)),
+                (Some(bias), true) => {
+                    row.zip(bias).for_each(|((y, &sum), &bias)| *y = T::from_acc(y.to_acc() + (sum + bias)));
+                }
+            }
         }
     }
 }
@@ -70,18 +111,36 @@ fn start_from_bias<A: Real>(y: &mut [A], outputs: usize, bias: Option<&[A]>, acc
     Store::Add
 }
 
-pub fn backward_input<W: Element>(cpu: &Cpu, args: BackwardInput<'_, W>) -> Result<()> {
-    let (dy, weight) = (args.dy.to_host()?, args.weight.to_host()?);
-    let store = if args.accumulate { Store::Add } else { Store::Write };
-    times(cpu, &dy, &weight, args.dx.into_host()?.into_data(), store);
+pub fn backward_input<W, G, D>(cpu: &Cpu, args: BackwardInput<'_, W, G, D>) -> Result<()>
+where
+    W: Element,
+    G: Element<Acc = W::Acc>,
+    D: Element<Acc = W::Acc>,
+{
+    let (dy, weight, accumulate) = (args.dy.to_host()?, args.weight.to_host()?, args.accumulate);
+    let (dx, inputs) = (args.dx.into_host()?.into_data(), weight.shape()[1]);
+    if let Some(dx) = as_acc_mut(dx) {
+        times(cpu, &dy, &weight, dx, if accumulate { Store::Add } else { Store::Write });
+    } else if pairs::<G>(cpu, W::DTYPE) {
+        let strips = Strips::of_columns(cpu, &weight);
+        blocked::multiply_rounded(cpu, &dy, &strips, dx, (None, accumulate));
+    } else {
+        in_chunks(cpu, dx, inputs, (None, accumulate), |rows, sums| {
+            times(cpu, &row_range(&dy, rows.start, rows.len()), &weight, sums, Store::Write);
+        });
+    }
     Ok(())
 }
 
-pub fn backward_weight<T: Element>(cpu: &Cpu, args: BackwardWeight<'_, T>) -> Result<()> {
+pub fn backward_weight<T, G>(cpu: &Cpu, args: BackwardWeight<'_, T, G>) -> Result<()>
+where
+    T: Element,
+    G: Element<Acc = T::Acc>,
+{
     let (x, dy) = (args.x.to_host()?, args.dy.to_host()?);
     add_outer(cpu, &dy, &x, args.dw.into_host()?.into_data());
     if let Some(db) = args.db {
-        add_column_sums(&dy, db.into_host()?.into_data());
+        add_column_sums(cpu, &dy, db.into_host()?.into_data());
     }
     Ok(())
 }

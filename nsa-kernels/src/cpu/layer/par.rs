@@ -12,8 +12,9 @@ const TASK_ELEMENTS: usize = 1 << 14;
 const MAX_BLOCKS: usize = 64;
 /// Rows that a partial sum covers at least.
 const MIN_BLOCK_ROWS: usize = 64;
-/// Partial sums that a long sum runs in, so that additions do not wait for each other.
-pub const LANES: usize = 8;
+/// Partial sums that a long sum runs in, so that additions do not wait for each other: two vectors of the widest
+/// instruction set.
+pub const LANES: usize = 32;
 
 /// Rows of `row_len` elements that make a task.
 fn rows_per_task(row_len: usize) -> usize {
@@ -109,9 +110,15 @@ pub fn lane_sum<A: Real, T: Copy, U: Copy, V: Copy>(a: &[T], b: &[U], c: &[V], f
 
 /// The sum of partial sums.
 #[inline(always)]
-pub fn lane_total<A: Real>(lanes: [A; LANES]) -> A {
-    let half: [A; LANES / 2] = std::array::from_fn(|lane| lanes[lane] + lanes[lane + LANES / 2]);
-    (half[0] + half[2]) + (half[1] + half[3])
+pub fn lane_total<A: Real>(mut lanes: [A; LANES]) -> A {
+    let mut half = LANES / 2;
+    while half > 0 {
+        for lane in 0..half {
+            lanes[lane] += lanes[lane + half];
+        }
+        half /= 2;
+    }
+    lanes[0]
 }
 
 /// The elements as A, if they are stored as A.

@@ -2,18 +2,33 @@
 
 use super::par::{elements, for_rows};
 use crate::Result;
+use crate::cpu::Cpu;
 use crate::cpu::math::narrow;
+use crate::cpu::simd::{Loops, compiled_for};
 use crate::layer::round::Round;
 use nsa_core::Element;
 
 /// Elements that are rounded at a time.
 const PIECE: usize = 1 << 10;
 
-pub fn round<T: Element>(args: Round<'_, T>) -> Result<()> {
+pub fn round<T: Element>(cpu: &Cpu, args: Round<'_, T>) -> Result<()> {
     let (x, y) = (elements(args.x.to_host()?), args.y.into_host()?.into_data());
     let whole = y.len() / PIECE * PIECE;
     let (pieces, rest) = y.split_at_mut(whole);
-    for_rows(pieces, PIECE, |i, y| narrow(&x[i * PIECE..][..PIECE], y));
-    narrow(&x[whole..], rest);
+    let round = |x: &[T::Acc], y: &mut [T]| compiled_for(cpu.isa(), Narrow { x, y });
+    for_rows(pieces, PIECE, |i, y| round(&x[i * PIECE..][..PIECE], y));
+    round(&x[whole..], rest);
     Ok(())
+}
+
+struct Narrow<'a, T: Element> {
+    x: &'a [T::Acc],
+    y: &'a mut [T],
+}
+
+impl<T: Element> Loops for Narrow<'_, T> {
+    #[inline(always)]
+    fn run(self) {
+        narrow(self.x, self.y);
+    }
 }

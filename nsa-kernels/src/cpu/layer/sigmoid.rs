@@ -2,7 +2,9 @@
 
 use super::par::for_rows;
 use crate::Result;
+use crate::cpu::Cpu;
 use crate::cpu::math::exp;
+use crate::cpu::simd::{Loops, compiled_for};
 use crate::layer::sigmoid::{Backward, Forward};
 use nsa_core::{Element, Real};
 use num_traits::One;
@@ -15,23 +17,48 @@ pub fn sigmoid<A: Real>(x: A) -> A {
     top / (A::one() + e)
 }
 
-pub fn forward<T: Element>(args: Forward<'_, T>) -> Result<()> {
+pub fn forward<T: Element>(cpu: &Cpu, args: Forward<'_, T>) -> Result<()> {
     let x = args.x.to_host()?;
     for_rows(args.y.into_host()?.into_data(), x.shape()[1], |n, y| {
-        for (y, x) in y.iter_mut().zip(x.row(n)) {
-            *y = T::from_acc(sigmoid(x.to_acc()));
-        }
+        compiled_for(cpu.isa(), ForwardRow { x: x.row(n), y });
     });
     Ok(())
 }
 
-pub fn backward<T: Element>(args: Backward<'_, T>) -> Result<()> {
+struct ForwardRow<'a, T> {
+    x: &'a [T],
+    y: &'a mut [T],
+}
+
+impl<T: Element> Loops for ForwardRow<'_, T> {
+    #[inline(always)]
+    fn run(self) {
+        for (y, x) in self.y.iter_mut().zip(self.x) {
+            *y = T::from_acc(sigmoid(x.to_acc()));
+        }
+    }
+}
+
+pub fn backward<T: Element>(cpu: &Cpu, args: Backward<'_, T>) -> Result<()> {
     let (y, dy) = (args.y.to_host()?, args.dy.to_host()?);
     for_rows(args.dx.into_host()?.into_data(), y.shape()[1], |n, dx| {
-        for ((dx, y), &dy) in dx.iter_mut().zip(y.row(n)).zip(dy.row(n)) {
+        compiled_for(cpu.isa(), BackwardRow { y: y.row(n), dy: dy.row(n), dx });
+    });
+    Ok(())
+}
+
+struct BackwardRow<'a, T: Element> {
+    y: &'a [T],
+    dy: &'a [T::Acc],
+    dx: &'a mut [T::Acc],
+}
+
+impl<T: Element> Loops for BackwardRow<'_, T> {
+    #[inline(always)]
+    fn run(self) {
+        for ((dx, y), &dy) in self.dx.iter_mut().zip(self.y).zip(self.dy) {
             let y = y.to_acc();
             *dx = dy * y * (T::Acc::one() - y);
         }
-    });
-    Ok(())
+    }
 }

@@ -33,7 +33,11 @@ impl<T: Element> Loops for ForwardRow<'_, T> {
     }
 }
 
-pub fn backward<T: Element>(cpu: &Cpu, args: Backward<'_, T>) -> Result<()> {
+pub fn backward<T, G>(cpu: &Cpu, args: Backward<'_, T, G>) -> Result<()>
+where
+    T: Element,
+    G: Element<Acc = T::Acc>,
+{
     let (gate, up, dy) = (args.gate.to_host()?, args.up.to_host()?, args.dy.to_host()?);
     let width = gate.shape()[1];
     let (d_gate, d_up) = (args.d_gate.into_host()?.into_data(), args.d_up.into_host()?.into_data());
@@ -43,15 +47,15 @@ pub fn backward<T: Element>(cpu: &Cpu, args: Backward<'_, T>) -> Result<()> {
     Ok(())
 }
 
-struct BackwardRow<'a, T: Element> {
+struct BackwardRow<'a, T: Element, G> {
     gate: &'a [T],
     up: &'a [T],
     dy: &'a [T::Acc],
-    d_gate: &'a mut [T::Acc],
-    d_up: &'a mut [T::Acc],
+    d_gate: &'a mut [G],
+    d_up: &'a mut [G],
 }
 
-impl<T: Element> Loops for BackwardRow<'_, T> {
+impl<T: Element, G: Element<Acc = T::Acc>> Loops for BackwardRow<'_, T, G> {
     #[inline(always)]
     fn run(self) {
         let Self { gate, up, dy, d_gate, d_up } = self;
@@ -59,8 +63,8 @@ impl<T: Element> Loops for BackwardRow<'_, T> {
         for ((((d_gate, d_up), gate), up), &dy) in d_gate.iter_mut().zip(d_up).zip(gate).zip(up).zip(dy) {
             let (gate, up) = (gate.to_acc(), up.to_acc());
             let s = sigmoid(gate);
-            *d_gate = dy * up * s * (one + gate * (one - s));
-            *d_up = dy * gate * s;
+            *d_gate = G::from_acc(dy * up * s * (one + gate * (one - s)));
+            *d_up = G::from_acc(dy * gate * s);
         }
     }
 }

@@ -1,0 +1,323 @@
+//! `cargo xtask bench generate`: decoding speed of a model with random weights, against the speed of memory.
+//!
+//! A step reads every weight once for the whole batch, so that tokens times bytes of the weights over the time is the
+//! bandwidth used. The weights are written to a temporary checkpoint and opened as any other.
+
+use super::report::{right, seconds};
+use super::train::load_model;
+use super::turns::{self, Plan, Times};
+use crate::machine::Machine;
+use anyhow::{Context, Result, ensure};
+use clap::{Args, ValueEnum};
+use comfy_table::{Table, presets};
+use half::{bf16, f16};
+use nsa_core::model::{AttentionKind, ModelConfig, TokenizerKind, manifest};
+use nsa_core::tokenizer::TOKENIZER_FILE;
+use nsa_decode::sample::Sampling;
+use nsa_decode::{Backend, Batch, GenerateOptions, Model};
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use rayon::prelude::*;
+use safetensors::Dtype as Storage;
+use safetensors::tensor::TensorView;
+use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+/// Bytes that are read to measure the memory: more than caches hold.
+const MEMORY_BYTES: usize = 512 << 20;
+/// Magnitude of the random weights.
+const WEIGHT: f32 = 0.04;
+
+/// Options of `cargo xtask bench generate`.
+#[derive(Args, Debug)]
+pub struct Options {
+    /// Name of a preset, or a JSON file with the model's configuration
+    #[arg(long, value_name = "PRESET|FILE", default_value = "smollm-135m")]
+    model: String,
+    /// Attention, if not the configuration's
+    #[arg(long, value_enum)]
+    attention: Option<Attention>,
+    /// Type of the weights
+    #[arg(long, value_enum, default_value_t = super::Dtype::Bf16)]
+    dtype: super::Dtype,
+    /// Sequences that are decoded together
+    #[arg(long, value_delimiter = ',', default_values_t = [1, 2, 4, 8, 16], allow_negative_numbers = true)]
+    batch: Vec<usize>,
+    /// Tokens of each sequence before the first that is timed
+    #[arg(long, default_value_t = 32, allow_negative_numbers = true)]
+    context: usize,
+    /// Tokens of a turn
+    #[arg(long, default_value_t = 32, allow_negative_numbers = true)]
+    tokens: usize,
+    /// Turns of each batch, of which the median counts
+    #[arg(long, default_value_t = 5, allow_negative_numbers = true)]
+    samples: usize,
+    /// Backend, as NSA_BACKEND names it
+    #[arg(long)]
+    backend: Option<String>,
+    /// Folder of the table (CSV); without it: out/bench
+    #[arg(long)]
+    out: Option<PathBuf>,
+}
+
+/// Names of `--attention`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Attention {
+    Nsa,
+    Dense,
+}
+
+impl Options {
+    fn validate(&self) -> Result<()> {
+        let counts = [("--context", self.context), ("--tokens", self.tokens), ("--samples", self.samples)];
+        for (flag, count) in counts.into_iter().chain(self.batch.iter().map(|&batch| ("--batch", batch))) {
+            ensure!(count > 0, "{flag} 0: must be at least 1");
+        }
+        Ok(())
+    }
+
+    /// The configuration, with room for every token.
+    fn config(&self) -> Result<ModelConfig> {
+        let mut fields = load_model(&self.model)?.to_fields();
+        match self.attention {
+            None => {}
+            Some(Attention::Nsa) => fields.attention = AttentionKind::Nsa,
+            Some(Attention::Dense) => fields.attention = AttentionKind::Dense,
+        }
+        // Whatever is drawn, the text goes on.
+        fields.eos_token_id = None;
+        let config = ModelConfig::new(fields).with_context(|| format!("--model {}", self.model))?;
+        let (longest, tokens) = (config.max_position_embeddings(), self.context + (1 + self.samples) * self.tokens);
+        ensure!(
+            tokens <= longest,
+            "--context {} --tokens {} --samples {}: make {tokens} tokens, of which max_position_embeddings allows {longest}",
+            self.context,
+            self.tokens,
+            self.samples
+        );
+        Ok(config)
+    }
+}
+
+/// What a batch reached.
+struct Row {
+    batch: usize,
+    /// Of a step.
+    times: Times,
+    weight_bytes: u64,
+}
+
+impl Row {
+    fn tokens_per_s(&self) -> f64 {
+        self.batch as f64 / self.times.median_s
+    }
+
+    fn gb_per_s(&self) -> f64 {
+        self.weight_bytes as f64 / self.times.median_s / 1e9
+    }
+}
+
+/// Runs the command.
+///
+/// # Errors
+/// If an option does not fit, or the checkpoint cannot be written.
+pub fn run(options: &Options) -> Result<()> {
+    options.validate()?;
+    let config = options.config()?;
+    let (backend, why) = Backend::pick(options.backend.as_deref())?;
+    let machine = Machine::here();
+    let load = super::load_note(&std::fs::read_to_string("/proc/loadavg").unwrap_or_default(), machine.threads);
+    println!("{}{load}\nbackend {}: {why}", machine.line(), backend.name());
+    let folder = tempfile::tempdir().context("cannot make a folder for the checkpoint")?;
+    let weight_bytes = write_checkpoint(&config, options.dtype, folder.path())?;
+    let model = Model::open(folder.path(), backend)?;
+    let memory_gb_per_s = memory_speed();
+    let rows = measure(options, &model, weight_bytes)?;
+    let out = match &options.out {
+        Some(folder) => folder.clone(),
+        None => crate::files::out("bench")?,
+    };
+    report(options, &rows, memory_gb_per_s, &out)
+}
+
+/// Writes random weights; returns the bytes that a step reads.
+fn write_checkpoint(config: &ModelConfig, dtype: super::Dtype, folder: &Path) -> Result<u64> {
+    let mut rng = ChaCha8Rng::seed_from_u64(1);
+    let mut value = || rng.random_range(-WEIGHT..WEIGHT);
+    let (mut tensors, mut read) = (Vec::new(), 0);
+    for spec in manifest(config) {
+        let count = spec.numel();
+        let (storage, bytes): (_, Vec<u8>) = match dtype {
+            super::Dtype::F32 => (Storage::F32, (0..count).flat_map(|_| value().to_le_bytes()).collect()),
+            super::Dtype::Bf16 => {
+                (Storage::BF16, (0..count).flat_map(|_| bf16::from_f32(value()).to_le_bytes()).collect())
+            }
+            super::Dtype::F16 => {
+                (Storage::F16, (0..count).flat_map(|_| f16::from_f32(value()).to_le_bytes()).collect())
+            }
+        };
+        // Of an embedding that is no head, a step reads a row.
+        if config.tie_word_embeddings() || !spec.name.contains("embed_tokens") {
+            read += bytes.len() as u64;
+        }
+        tensors.push((spec.name.clone(), storage, spec.shape.clone(), bytes));
+    }
+    let views = tensors
+        .iter()
+        .map(|(name, storage, shape, bytes)| Ok((name.as_str(), TensorView::new(*storage, shape.clone(), bytes)?)))
+        .collect::<Result<Vec<_>>>()?;
+    safetensors::serialize_to_file(views, None, &folder.join("model.safetensors"))
+        .with_context(|| format!("cannot write a checkpoint into {}", folder.display()))?;
+    crate::files::write_atomic(&folder.join("config.json"), &serde_json::to_vec(config)?)?;
+    if config.tokenizer() == TokenizerKind::File {
+        let vocab: serde_json::Map<_, _> = (0..config.vocab_size()).map(|id| (format!("{id} "), id.into())).collect();
+        let tokenizer = serde_json::json!({
+            "version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer": null,
+            "pre_tokenizer": null, "post_processor": null, "decoder": null,
+            "model": {"type": "WordLevel", "vocab": vocab, "unk_token": "0 "}
+        });
+        crate::files::write_atomic(&folder.join(TOKENIZER_FILE), &serde_json::to_vec(&tokenizer)?)?;
+    }
+    Ok(read)
+}
+
+/// What all threads together read from memory, GB/s: the best of a few passes.
+fn memory_speed() -> f64 {
+    const CHUNK: usize = 1 << 17;
+    let data = vec![1u64; MEMORY_BYTES / 8];
+    let pass = || {
+        let start = Instant::now();
+        let sum: u64 = data.par_chunks(CHUNK).map(|chunk| chunk.iter().sum::<u64>()).sum();
+        assert_eq!(sum, data.len() as u64);
+        data.len() as f64 * 8.0 / start.elapsed().as_secs_f64() / 1e9
+    };
+    (0..5).map(|_| pass()).fold(0.0, f64::max)
+}
+
+/// Lets the batches take turns; every turn draws more tokens of the same sequences.
+fn measure(options: &Options, model: &Model, weight_bytes: u64) -> Result<Vec<Row>> {
+    let mut rng = ChaCha8Rng::seed_from_u64(2);
+    let ids = model.config().vocab_size() as u32;
+    let mut batches = Vec::new();
+    for &size in &options.batch {
+        let mut batch = Batch::new(model);
+        for _ in 0..size {
+            let mut session = model.session();
+            session.push(&(0..options.context).map(|_| rng.random_range(0..ids)).collect::<Vec<u32>>())?;
+            let max_tokens = usize::MAX;
+            batch.add(session, GenerateOptions { max_tokens, sampling: Sampling::greedy(), stop: Vec::new() })?;
+        }
+        batch.advance()?;
+        batches.push(batch);
+    }
+    let plans = vec![Plan { samples: options.samples, budget_s: f64::INFINITY }; batches.len()];
+    let outcomes = turns::take(&plans, |i, _| {
+        let start = Instant::now();
+        for _ in 0..options.tokens {
+            batches[i].step()?;
+        }
+        Ok(Ok(start.elapsed().as_secs_f64() / options.tokens as f64))
+    })?;
+    let row = |(&batch, outcome): (&usize, turns::Outcome<f64>)| {
+        let times = Times::of_all(outcome.into_iter().flatten()).expect("a turn that counts");
+        Row { batch, times, weight_bytes }
+    };
+    Ok(options.batch.iter().zip(outcomes).map(row).collect())
+}
+
+fn report(options: &Options, rows: &[Row], memory_gb_per_s: f64, out: &Path) -> Result<()> {
+    let mut table = Table::new();
+    table.load_preset(presets::ASCII_FULL_CONDENSED);
+    table.set_header(["sequences", "step", "min", "max", "n", "tokens/s", "weights read", "of memory's speed"]);
+    let mut csv =
+        "model,dtype,context,sequences,samples,median_s,min_s,max_s,tokens_per_s,gb_per_s,memory_gb_per_s\n".to_owned();
+    for row in rows {
+        table.add_row([
+            row.batch.to_string(),
+            seconds(row.times.median_s),
+            seconds(row.times.min_s),
+            seconds(row.times.max_s),
+            row.times.samples.to_string(),
+            format!("{:.1}", row.tokens_per_s()),
+            format!("{:.1} GB/s", row.gb_per_s()),
+            format!("{:.0} %", 100.0 * row.gb_per_s() / memory_gb_per_s),
+        ]);
+        writeln!(
+            csv,
+            "{},{},{},{},{},{:.6e},{:.6e},{:.6e},{:.6e},{:.6e},{memory_gb_per_s:.6e}",
+            super::report::quoted(&options.model),
+            options.dtype.name(),
+            options.context,
+            row.batch,
+            row.times.samples,
+            row.times.median_s,
+            row.times.min_s,
+            row.times.max_s,
+            row.tokens_per_s(),
+            row.gb_per_s(),
+        )?;
+    }
+    right(&mut table, &[0, 1, 2, 3, 4, 5, 6, 7]);
+    println!(
+        "{} in {}, after {} tokens; memory is read at {memory_gb_per_s:.1} GB/s",
+        options.model,
+        options.dtype.name(),
+        options.context
+    );
+    println!("{table}");
+    std::fs::create_dir_all(out)?;
+    let path = out.join("generate.csv");
+    crate::files::write_atomic(&path, csv.as_bytes())?;
+    println!("{}", path.display());
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+
+    #[derive(Parser, Debug)]
+    struct Cli {
+        #[command(flatten)]
+        options: Options,
+    }
+
+    fn parse(arguments: &str) -> Result<Options, String> {
+        let cli = Cli::try_parse_from(std::iter::once("generate").chain(arguments.split_whitespace()));
+        let options = cli.map_err(|error| error.to_string())?.options;
+        options.validate().and_then(|()| options.config()).map_err(|error| format!("{error:#}"))?;
+        Ok(options)
+    }
+
+    #[test]
+    fn bad_options_are_named_with_their_values_and_rules() {
+        for (arguments, words) in [
+            ("--batch 1,0", ["--batch 0", "at least 1"]),
+            ("--context 0", ["--context 0", "at least 1"]),
+            ("--tokens 0", ["--tokens 0", "at least 1"]),
+            ("--samples 0", ["--samples 0", "at least 1"]),
+            ("--context 9000", ["--context 9000", "8192"]),
+            ("--model giant", ["--model giant", "smollm-135m"]),
+        ] {
+            let error = parse(arguments).expect_err(arguments);
+            assert!(words.iter().all(|word| error.contains(word)), "{arguments}: {error}");
+        }
+    }
+
+    #[test]
+    fn models_with_random_weights_are_measured() {
+        for arguments in ["--model tiny-1m", "--model tiny-1m --attention dense --dtype f16"] {
+            let options = parse(&format!("{arguments} --batch 1,3 --context 5 --tokens 2 --samples 1")).expect("legal");
+            let (config, folder) = (options.config().expect("valid"), tempfile::tempdir().expect("a folder"));
+            let bytes = write_checkpoint(&config, options.dtype, folder.path()).expect("written");
+            let embedding = (config.vocab_size() * config.hidden_size()) as u64;
+            let count: u64 = manifest(&config).iter().map(|spec| spec.numel() as u64).sum();
+            assert_eq!(bytes, 2 * (count - embedding), "{arguments}");
+            let model = Model::open(folder.path(), Backend::pick(None).expect("a backend").0).expect("a model");
+            let rows = measure(&options, &model, bytes).expect("tokens");
+            assert!(rows.iter().all(|row| row.tokens_per_s() > 0.0) && rows.len() == 2);
+        }
+    }
+}
