@@ -4,8 +4,11 @@ use super::work::Pass;
 use anyhow::Result;
 use std::time::Instant;
 
-/// A first turn that is shorter than this many seconds only warms up.
+/// A first turn that is shorter than this many seconds only warms up: it touches memory for the first time.
 const WARM_UP_S: f64 = 2.0;
+
+/// So does a longer one, if several are asked for and it takes no more than this part of the budget.
+const WARM_UP_SHARE: f64 = 0.4;
 
 /// How often a contender runs.
 #[derive(Clone, Copy, Debug)]
@@ -14,6 +17,13 @@ pub struct Plan {
     pub samples: usize,
     /// No further turn begins after this many seconds of turns, once one counts.
     pub budget_s: f64,
+}
+
+impl Plan {
+    /// Seconds that a first turn may take that only warms up.
+    fn warm_up_s(&self) -> f64 {
+        if self.samples > 1 { WARM_UP_S.max(WARM_UP_SHARE * self.budget_s) } else { WARM_UP_S }
+    }
 }
 
 /// Seconds of the passes of a turn.
@@ -50,7 +60,7 @@ pub fn take<S>(
             let took_s = start.elapsed().as_secs_f64();
             spent_s[i] += took_s;
             match (seconds, &mut outcomes[i]) {
-                (Ok(_), _) if round == 0 && took_s < WARM_UP_S => {}
+                (Ok(_), _) if round == 0 && took_s < plan.warm_up_s() => {}
                 (Ok(seconds), Ok(turns)) => turns.push(seconds),
                 (Err(reason), outcome) => *outcome = Err(reason),
                 (Ok(_), Err(_)) => {}
@@ -112,6 +122,12 @@ mod tests {
         assert_eq!(Times::of(first, Pass::Forward), Some(expected));
         assert_eq!(Times::of(first, Pass::Decode), None);
         assert_eq!(outcomes[1].as_ref().expect("it runs").len(), 3);
+    }
+
+    #[test]
+    fn a_long_first_turn_warms_up_where_several_fit() {
+        let warm_up_s = |samples, budget_s| Plan { samples, budget_s }.warm_up_s();
+        assert_eq!([warm_up_s(1, 60.0), warm_up_s(3, 60.0), warm_up_s(3, 1.0)], [2.0, 24.0, 2.0]);
     }
 
     #[test]
