@@ -176,6 +176,11 @@ impl Trainer {
     /// If the loss or the norm of the gradient is not finite ([`Error::Diverged`], without a checkpoint), or an operation
     /// fails.
     pub fn step(&mut self) -> Result<StepLine> {
+        let backend = self.network.backend().clone();
+        backend.run(|| self.timed_step())
+    }
+
+    fn timed_step(&mut self) -> Result<StepLine> {
         let start = Instant::now();
         let step = self.state.step + 1;
         let _span = tracing::debug_span!("step", step).entered();
