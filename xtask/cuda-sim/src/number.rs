@@ -1,0 +1,224 @@
+//! Arithmetic of the formats and rounding modes that the host's processor lacks.
+
+/// A rounding mode.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rounding {
+    /// To nearest, ties to even (`.rn`).
+    Nearest,
+    /// To nearest, ties away from zero (`.rna`).
+    Away,
+    /// Towards zero (`.rz`).
+    Zero,
+    /// Towards minus infinity (`.rm`).
+    Down,
+    /// Towards plus infinity (`.rp`).
+    Up,
+}
+
+/// A binary format of up to 32 bits: bits of exponent and of the stored mantissa.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Format {
+    /// Bits of the exponent.
+    pub exponent: u32,
+    /// Stored bits of the mantissa.
+    pub mantissa: u32,
+}
+
+/// IEEE half.
+pub const F16: Format = Format { exponent: 5, mantissa: 10 };
+/// bfloat16.
+pub const BF16: Format = Format { exponent: 8, mantissa: 7 };
+/// f32's range with 10 bits of mantissa, as 19 bits.
+pub const TF32: Format = Format { exponent: 8, mantissa: 10 };
+/// IEEE single.
+pub const F32: Format = Format { exponent: 8, mantissa: 23 };
+
+impl Format {
+    fn bias(self) -> i32 {
+        (1 << (self.exponent - 1)) - 1
+    }
+
+    fn sign(self) -> u32 {
+        1 << (self.exponent + self.mantissa)
+    }
+
+    fn infinity(self) -> u32 {
+        ((1 << self.exponent) - 1) << self.mantissa
+    }
+
+    /// Bits of the largest finite number.
+    pub fn largest(self) -> u32 {
+        self.infinity() - 1
+    }
+
+    /// The NaN that the hardware writes.
+    pub fn nan(self) -> u32 {
+        (1 << (self.exponent + self.mantissa)) - 1
+    }
+
+    /// The number of some bits.
+    pub fn widen(self, bits: u32) -> f64 {
+        let exponent = (bits >> self.mantissa) & ((1 << self.exponent) - 1);
+        let mantissa = bits & ((1 << self.mantissa) - 1);
+        let top = exponent == (1 << self.exponent) - 1;
+        let size = if top {
+            if mantissa == 0 { f64::INFINITY } else { f64::NAN }
+        } else if exponent == 0 {
+            f64::from(mantissa) * power(1 - self.bias() - self.mantissa as i32)
+        } else {
+            f64::from(mantissa | 1 << self.mantissa) * power(exponent as i32 - self.bias() - self.mantissa as i32)
+        };
+        if bits & self.sign() != 0 { -size } else { size }
+    }
+
+    /// Rounds a number to the format's bits. Too large numbers become infinity where the mode allows, else the largest.
+    pub fn narrow(self, value: f64, mode: Rounding) -> u32 {
+        if value.is_nan() {
+            return self.nan();
+        }
+        let sign = if value.is_sign_negative() { self.sign() } else { 0 };
+        let size = value.abs();
+        if size == 0.0 {
+            return sign;
+        }
+        if size.is_infinite() {
+            return sign | self.infinity();
+        }
+        let exponent = (exponent_of(size)).max(1 - self.bias());
+        // In units of the last place: exact, a power of two scales it.
+        let scaled = scale(size, self.mantissa as i32 - exponent);
+        let floor = scaled.floor();
+        let rest = scaled - floor;
+        let up = match mode {
+            Rounding::Nearest => rest > 0.5 || rest == 0.5 && floor % 2.0 == 1.0,
+            Rounding::Away => rest >= 0.5,
+            Rounding::Zero => false,
+            Rounding::Down => sign != 0 && rest > 0.0,
+            Rounding::Up => sign == 0 && rest > 0.0,
+        };
+        let units = floor as u64 + u64::from(up);
+        let base = u64::from((exponent + self.bias()) as u32 - 1) << self.mantissa;
+        let bits = base + units;
+        if bits > u64::from(self.largest()) {
+            let to_infinity = match mode {
+                Rounding::Nearest | Rounding::Away => true,
+                Rounding::Zero => false,
+                Rounding::Down => sign != 0,
+                Rounding::Up => sign == 0,
+            };
+            return sign | if to_infinity { self.infinity() } else { self.largest() };
+        }
+        sign | bits as u32
+    }
+}
+
+/// 2^e, exact over f64's whole range.
+fn power(e: i32) -> f64 {
+    scale(1.0, e)
+}
+
+fn scale(value: f64, e: i32) -> f64 {
+    libm::scalbn(value, e)
+}
+
+fn exponent_of(size: f64) -> i32 {
+    libm::ilogb(size)
+}
+
+/// a + b as a rounded sum and what the rounding lost.
+pub fn two_sum(a: f64, b: f64) -> (f64, f64) {
+    let sum = a + b;
+    let from_b = sum - a;
+    (sum, (a - (sum - from_b)) + (b - from_b))
+}
+
+/// a + b rounded to odd: a further rounding to fewer bits is then as if from the exact sum.
+pub fn add_odd(a: f64, b: f64) -> f64 {
+    let (sum, lost) = two_sum(a, b);
+    if lost == 0.0 || !sum.is_finite() || sum.to_bits() & 1 == 1 {
+        return sum;
+    }
+    if (lost > 0.0) == (sum > 0.0) { f64::from_bits(sum.to_bits() + 1) } else { f64::from_bits(sum.to_bits() - 1) }
+}
+
+/// An exact f64, or one rounded to odd, as f32 in a rounding mode.
+pub fn to_f32(value: f64, mode: Rounding) -> f32 {
+    match mode {
+        Rounding::Nearest => value as f32,
+        _ => f32::from_bits(F32.narrow(value, mode)),
+    }
+}
+
+/// The result that a rounded operation and the sign of its error give in another mode.
+pub fn directed(rounded: f64, lost: f64, mode: Rounding) -> f64 {
+    if lost == 0.0 || !rounded.is_finite() {
+        return rounded;
+    }
+    let up = lost > 0.0;
+    match mode {
+        Rounding::Nearest | Rounding::Away => rounded,
+        Rounding::Up if up => rounded.next_up(),
+        Rounding::Down if !up => rounded.next_down(),
+        Rounding::Zero if up != (rounded > 0.0) => {
+            if rounded > 0.0 {
+                rounded.next_down()
+            } else {
+                rounded.next_up()
+            }
+        }
+        _ => rounded,
+    }
+}
+
+/// Subnormal f32 to zero of the same sign.
+#[inline(always)]
+pub fn flush(value: f32) -> f32 {
+    if value.abs() < f32::MIN_POSITIVE { f32::from_bits(value.to_bits() & 1 << 31) } else { value }
+}
+
+/// To [0, 1], NaN to 0.
+#[inline(always)]
+pub fn saturate(value: f32) -> f32 {
+    if value > 0.0 { value.min(1.0) } else { 0.0 }
+}
+
+/// 2^x, to f32's last place; vectorises.
+#[inline(always)]
+pub fn exp2(x: f32) -> f32 {
+    let x = f64::from(x.clamp(-200.0, 200.0));
+    let whole = (x + 0.5).floor();
+    let t = (x - whole) * std::f64::consts::LN_2;
+    const INVERSE: [f64; 10] = [
+        1.0 / 3_628_800.0,
+        1.0 / 362_880.0,
+        1.0 / 40_320.0,
+        1.0 / 5_040.0,
+        1.0 / 720.0,
+        1.0 / 120.0,
+        1.0 / 24.0,
+        1.0 / 6.0,
+        0.5,
+        1.0,
+    ];
+    let mut sum = 0.0;
+    for factor in INVERSE {
+        sum = sum * t + factor;
+    }
+    let sum = sum * t + 1.0;
+    (sum * f64::from_bits(((whole as i64 + 1023) as u64) << 52)) as f32
+}
+
+/// The smaller or larger number; NaN loses, −0 < +0.
+pub fn pick(a: f64, b: f64, larger: bool, nan_wins: bool) -> f64 {
+    if a.is_nan() || b.is_nan() {
+        return if nan_wins || a.is_nan() && b.is_nan() {
+            f64::NAN
+        } else if a.is_nan() {
+            b
+        } else {
+            a
+        };
+    }
+    let a_first = if a == b { a.is_sign_negative() } else { a < b };
+    if a_first != larger { a } else { b }
+}

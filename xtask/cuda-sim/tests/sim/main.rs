@@ -1,0 +1,6 @@
+//! The simulator through its library: kernels from PTX text, no driver.
+
+mod kit;
+mod malformed;
+mod opcodes;
+mod programs;
