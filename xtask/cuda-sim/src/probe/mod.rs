@@ -13,6 +13,7 @@ mod values;
 
 pub use element::Width;
 pub use fixture::{Answer, Fixture, FixtureError};
+pub use values::random;
 
 /// A kernel with its input. The kernel is `k(in, out)` with two addresses, or `k(in, out, map)` with a tensor map.
 #[derive(Clone, Debug, PartialEq)]

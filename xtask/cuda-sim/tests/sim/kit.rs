@@ -10,20 +10,32 @@ pub struct Sim {
     pub memory: DeviceMemory,
     pub module: Module,
     pub options: Options,
+    /// Bytes of dynamic shared memory.
+    pub shared: u32,
 }
 
 impl Sim {
     pub fn new(ptx: &str) -> Self {
         let memory = DeviceMemory::new(1 << 32);
         let module = Module::load(ptx, &memory).unwrap_or_else(|error| panic!("{error}"));
-        Self { memory, module, options: Options::default() }
+        Self { memory, module, options: Options::default(), shared: 0 }
+    }
+
+    /// Memory that holds bytes.
+    pub fn bytes(&self, bytes: &[u8]) -> u64 {
+        let address = self.memory.allocate(bytes.len() as u64, false).unwrap();
+        self.memory.copy_in(address, bytes).unwrap();
+        address
     }
 
     /// Memory that holds words.
     pub fn words(&self, words: &[u32]) -> u64 {
-        let address = self.memory.allocate(words.len() as u64 * 4, false).unwrap();
-        self.memory.copy_in(address, &words.iter().flat_map(|word| word.to_le_bytes()).collect::<Vec<_>>()).unwrap();
-        address
+        self.bytes(&words.iter().flat_map(|word| word.to_le_bytes()).collect::<Vec<_>>())
+    }
+
+    /// Memory that holds f32.
+    pub fn floats(&self, values: &[f32]) -> u64 {
+        self.bytes(&values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<_>>())
     }
 
     /// Memory that nobody wrote.
@@ -38,14 +50,18 @@ impl Sim {
     }
 
     pub fn launch(&self, kernel: &str, grid: u32, block: u32, arguments: &[u64]) -> Result<u64, Box<Fault>> {
+        self.launch_grid(kernel, [grid, 1, 1], block, arguments)
+    }
+
+    pub fn launch_grid(&self, kernel: &str, grid: [u32; 3], block: u32, arguments: &[u64]) -> Result<u64, Box<Fault>> {
         let kernel = &self.module.kernels[kernel];
         let mut params = vec![0; kernel.param_bytes as usize];
         for ((offset, bytes), value) in kernel.params.iter().zip(arguments) {
             params[*offset as usize..(offset + bytes) as usize]
                 .copy_from_slice(&value.to_le_bytes()[..*bytes as usize]);
         }
-        let shape = ([grid, 1, 1], [block, 1, 1]);
-        Launch::new(kernel, shape, 0, &params, self.memory.snapshot(), &self.options).run()
+        let shape = (grid, [block, 1, 1]);
+        Launch::new(kernel, shape, self.shared, &params, self.memory.snapshot(), &self.options).run()
     }
 }
 

@@ -4,3 +4,4 @@ mod kit;
 mod malformed;
 mod opcodes;
 mod programs;
+mod triton;
