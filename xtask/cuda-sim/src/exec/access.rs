@@ -10,6 +10,7 @@ use crate::code::{Access, Place};
 use crate::lower::{LOCAL_BASE, SHARED_BASE};
 use crate::memory::Allocation;
 use crate::ptx::Space;
+use std::sync::Arc;
 
 /// Addresses of all lanes.
 pub type Addresses = [u64; LANES];
@@ -78,19 +79,24 @@ fn sign_extend(value: u64, bytes: u32) -> u64 {
     ((value << shift) as i64 >> shift) as u64
 }
 
+/// The allocation that holds an access, the one found last first.
+#[inline(always)]
+pub fn find<'a>(all: &'a [Arc<Allocation>], hint: &mut usize, address: u64, bytes: u64) -> Option<&'a Allocation> {
+    if all.get(*hint).is_none_or(|found| !found.holds(address, bytes)) {
+        let at = all.partition_point(|found| found.base <= address).checked_sub(1)?;
+        if !all[at].holds(address, bytes) {
+            return None;
+        }
+        *hint = at;
+    }
+    Some(&all[*hint])
+}
+
 impl<C: Checks> Cta<'_, C> {
     /// The allocation that holds an access.
     #[inline(always)]
     pub fn allocation(&mut self, address: u64, bytes: u64) -> Option<&Allocation> {
-        let all = &self.launch.memory;
-        if all.get(self.hint).is_none_or(|found| !found.holds(address, bytes)) {
-            let at = all.partition_point(|found| found.base <= address).checked_sub(1)?;
-            if !all[at].holds(address, bytes) {
-                return None;
-            }
-            self.hint = at;
-        }
-        Some(&all[self.hint])
+        find(&self.launch.memory, &mut self.hint, address, bytes)
     }
 
     /// The offset in shared memory of an access that lies within.
@@ -238,23 +244,28 @@ impl<C: Checks> Cta<'_, C> {
         self.aligned(space, at, total, active)?;
         let bad =
             |lane: usize| (FaultKind::OutOfBounds { space, address: at[lane], bytes: total, write: true }, lane as u32);
+        let mut offsets = [0; LANES];
+        for lane in lanes(active) {
+            let offset = match space {
+                Space::Shared => self.shared_offset(at[lane], total),
+                Space::Local => self.local_offset(at[lane], total, lane),
+                Space::Global => self.writable_offset(at[lane], total),
+                _ => None,
+            };
+            offsets[lane] = offset.ok_or_else(|| bad(lane))?;
+        }
         if C::ON {
             let kind = TouchKind::Write { uniform: self.same_values(warp, access, at, active) };
             let touch = Touch { space, at, active, bytes: total, kind, order: access.order, pc };
             self.checks.touch(warp.index, &touch, &self.launch.memory, &mut self.hint)?;
         }
         for lane in lanes(active) {
-            let offset = match space {
-                Space::Shared => self.shared_offset(at[lane], total),
-                Space::Local => self.local_offset(at[lane], total, lane),
-                Space::Global => {
-                    self.allocation(at[lane], u64::from(total)).filter(|a| !a.read_only).map(|a| at[lane] - a.base)
-                }
-                _ => None,
-            };
-            let offset = offset.ok_or_else(|| bad(lane))?;
+            if space == Space::Global {
+                self.allocation(at[lane], u64::from(total)).ok_or_else(|| bad(lane))?;
+                self.launch.memory[self.hint].mark(offsets[lane], u64::from(total));
+            }
             for (element, reg) in access.regs.iter().enumerate() {
-                let place = offset + element as u64 * u64::from(access.bytes);
+                let place = offsets[lane] + element as u64 * u64::from(access.bytes);
                 let value = warp.regs.value(*reg, lane);
                 match space {
                     Space::Shared => write_words(&mut self.shared, place, access.bytes, value),
@@ -262,11 +273,14 @@ impl<C: Checks> Cta<'_, C> {
                     _ => self.launch.memory[self.hint].write(place, access.bytes, value),
                 }
             }
-            if space == Space::Global {
-                self.launch.memory[self.hint].mark(offset, u64::from(total));
-            }
         }
         Ok(())
+    }
+
+    /// The offset in its allocation of an access that kernels may write.
+    pub fn writable_offset(&mut self, address: u64, bytes: u32) -> Option<u64> {
+        let found = self.allocation(address, u64::from(bytes)).filter(|found| !found.read_only)?;
+        Some(address - found.base)
     }
 
     /// Whether lanes that write one address write one value.

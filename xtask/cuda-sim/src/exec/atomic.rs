@@ -29,10 +29,7 @@ impl<C: Checks> Cta<'_, C> {
             let bad = (FaultKind::OutOfBounds { space, address: at[lane], bytes: total, write: true }, lane as u32);
             let offset = match space {
                 Space::Shared => self.shared_offset(at[lane], total),
-                Space::Global => self
-                    .allocation(at[lane], u64::from(total))
-                    .filter(|found| !found.read_only)
-                    .map(|found| at[lane] - found.base),
+                Space::Global => self.writable_offset(at[lane], total),
                 _ => None,
             };
             let Some(offset) = offset else { return Err(bad) };

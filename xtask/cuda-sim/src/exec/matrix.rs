@@ -58,6 +58,11 @@ impl<C: Checks> Cta<'_, C> {
         self.aligned(Space::Shared, &to, copy.bytes, active)?;
         self.aligned(Space::Global, &from, copy.bytes, active)?;
         let ignored = copy.ignore.map_or(0, |predicate| warp.encoded(predicate));
+        for lane in lanes(active) {
+            let (space, address) = (Space::Shared, to[lane]);
+            let kind = FaultKind::OutOfBounds { space, address, bytes: copy.bytes, write: true };
+            self.shared_offset(address, copy.bytes).ok_or((kind, lane as u32))?;
+        }
         if C::ON {
             let kind = TouchKind::Copy;
             let touch =

@@ -17,6 +17,7 @@ pub mod window;
 
 pub use fault::{Fault, FaultKind, Finding, Party};
 
+use crate::check::{Checker, GlobalShadow};
 use crate::code::Kernel;
 use crate::memory::Allocation;
 use checks::{Checks, Unchecked};
@@ -69,6 +70,8 @@ pub struct Launch<'a> {
     pub memory: Vec<Arc<Allocation>>,
     /// How to run.
     pub options: &'a Options,
+    /// What the checker knows of global memory.
+    pub shadow: Arc<GlobalShadow>,
     /// Locks for atomics of 64 bits.
     wide_atomics: [Mutex<()>; LOCKS],
     printed: Mutex<String>,
@@ -86,7 +89,8 @@ impl<'a> Launch<'a> {
     ) -> Self {
         let wide_atomics = std::array::from_fn(|_| Mutex::new(()));
         let printed = Mutex::new(String::new());
-        Self { kernel, grid, block, dynamic_shared, params, memory, options, wide_atomics, printed }
+        let shadow = Arc::new(GlobalShadow::new(kernel.narrowest));
+        Self { kernel, grid, block, dynamic_shared, params, memory, options, shadow, wide_atomics, printed }
     }
 
     /// Runs all CTAs. Gives the number of operations.
@@ -94,7 +98,7 @@ impl<'a> Launch<'a> {
     /// # Errors
     /// The first fault in the order of CTAs that ran.
     pub fn run(&self) -> Result<u64, Box<Fault>> {
-        let result = self.run_with::<Unchecked>();
+        let result = if self.options.check { self.run_with::<Checker>() } else { self.run_with::<Unchecked>() };
         let printed = self.printed.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         let mut stdout = std::io::stdout().lock();
         // A closed standard output loses what kernels print, as on a device.
