@@ -384,6 +384,91 @@ pub struct CopyAsync {
     pub ignore: Option<u32>,
 }
 
+/// A bulk copy, by one thread.
+#[derive(Clone, Debug)]
+pub enum Bulk {
+    /// Global to shared memory; completes bytes of a barrier object.
+    Load {
+        /// Shared destination.
+        dst: Place,
+        /// Global source.
+        src: Place,
+        /// Bytes.
+        bytes: Reg,
+        /// The barrier object.
+        object: Place,
+    },
+    /// Shared to global memory, perhaps combined with what is there.
+    Store {
+        /// Global destination.
+        dst: Place,
+        /// Shared source.
+        src: Place,
+        /// Bytes.
+        bytes: Reg,
+        /// How it is combined.
+        reduce: Option<Box<Atomic>>,
+    },
+    /// A tile of a tensor to shared memory; completes bytes of a barrier object.
+    LoadTile {
+        /// Shared destination.
+        dst: Place,
+        /// Generic address of the tensor map.
+        map: Place,
+        /// Coordinates, the innermost first.
+        at: Box<[Reg]>,
+        /// The barrier object.
+        object: Place,
+    },
+    /// A tile of shared memory to a tensor, perhaps combined with what is there.
+    StoreTile {
+        /// Shared source.
+        src: Place,
+        /// Generic address of the tensor map.
+        map: Place,
+        /// Coordinates, the innermost first.
+        at: Box<[Reg]>,
+        /// How it is combined.
+        reduce: Option<AtomicOp>,
+    },
+}
+
+/// Where `wgmma` finds its left operand.
+#[derive(Clone, Debug)]
+pub enum Left {
+    /// In registers.
+    Registers(Box<[Reg]>),
+    /// In shared memory, by a descriptor.
+    Descriptor(Reg),
+}
+
+/// `wgmma.mma_async`: a warp's 16 rows of the warpgroup's 64.
+#[derive(Clone, Debug)]
+pub struct Wgmma {
+    /// Columns.
+    pub columns: u32,
+    /// Depth.
+    pub depth: u32,
+    /// A's and B's elements.
+    pub types: [Element; 2],
+    /// The accumulator's type.
+    pub acc: Accumulator,
+    /// Accumulators, read and written.
+    pub d: Box<[Reg]>,
+    /// Left operand.
+    pub a: Left,
+    /// Descriptor of the right operand.
+    pub b: Reg,
+    /// Accumulators are added (`row << 1 | negated`).
+    pub accumulate: u32,
+    /// Signs of A and B.
+    pub negate: [bool; 2],
+    /// The rows, or columns, are contiguous rather than the depth.
+    pub transposed: [bool; 2],
+    /// Clamp integers.
+    pub saturate: bool,
+}
+
 /// A function that the device's runtime provides.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SystemCall {
@@ -542,6 +627,10 @@ pub enum Op {
     Matrix(Box<Matrix>),
     /// Multiplies matrices.
     Mma(Box<Mma>),
+    /// Multiplies matrices in shared memory.
+    Wgmma(Box<Wgmma>),
+    /// Copies in bulk.
+    Bulk(Box<Bulk>),
     /// Copies to shared memory.
     CopyAsync(Box<CopyAsync>),
     /// Closes a group of copies.

@@ -14,6 +14,13 @@ pub struct PtxError {
     pub text: String,
 }
 
+impl PtxError {
+    /// Whether the text is of a version of PTX that is not supported.
+    pub fn is_version(&self) -> bool {
+        self.what.starts_with("PTX version")
+    }
+}
+
 /// An error at a line; the text of the line is added where the whole source is at hand.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct At {

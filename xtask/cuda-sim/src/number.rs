@@ -149,14 +149,14 @@ pub fn to_f32(value: f64, mode: Rounding) -> f32 {
     }
 }
 
-/// The result that a rounded operation and the sign of its error give in another mode.
+/// The result that a rounded sum of finite numbers and the sign of its error give in another mode.
 pub fn directed(rounded: f64, lost: f64, mode: Rounding) -> f64 {
-    if lost == 0.0 || !rounded.is_finite() {
-        return rounded;
+    if rounded.is_infinite() {
+        return overflow(rounded.is_sign_negative(), mode);
     }
     let up = lost > 0.0;
     match mode {
-        Rounding::Nearest | Rounding::Away => rounded,
+        _ if lost == 0.0 || rounded.is_nan() => rounded,
         Rounding::Up if up => rounded.next_up(),
         Rounding::Down if !up => rounded.next_down(),
         Rounding::Zero if up != (rounded > 0.0) => {
@@ -167,6 +167,84 @@ pub fn directed(rounded: f64, lost: f64, mode: Rounding) -> f64 {
             }
         }
         _ => rounded,
+    }
+}
+
+/// What a number beyond the range becomes.
+fn overflow(negative: bool, mode: Rounding) -> f64 {
+    match (mode, negative) {
+        (Rounding::Zero | Rounding::Down, false) => f64::MAX,
+        (Rounding::Zero | Rounding::Up, true) => f64::MIN,
+        (_, false) => f64::INFINITY,
+        (_, true) => f64::NEG_INFINITY,
+    }
+}
+
+/// Mantissa and exponent of a finite number that is not zero: m · 2^e with 53 bits of m.
+fn parts(value: f64) -> (u64, i32) {
+    let bits = value.to_bits() & (u64::MAX >> 1);
+    let (exponent, mantissa) = ((bits >> 52) as i32, bits & ((1 << 52) - 1));
+    if exponent > 0 {
+        return (mantissa | 1 << 52, exponent - 1075);
+    }
+    let shift = mantissa.leading_zeros() as i32 - 11;
+    (mantissa << shift, -1074 - shift)
+}
+
+/// (m and a little more where `sticky`) · 2^e as f64 in a rounding mode; m has at least 64 bits.
+fn round_parts(negative: bool, m: u128, e: i32, sticky: bool, mode: Rounding) -> f64 {
+    let top = e + 127 - m.leading_zeros() as i32;
+    let last = (top - 52).max(-1074);
+    let shift = (last - e).clamp(0, 127) as u32;
+    let (kept, rest, half) = (m >> shift, m & ((1 << shift) - 1), 1u128 << shift.max(1) >> 1);
+    let inexact = rest != 0 || sticky;
+    let up = match mode {
+        Rounding::Nearest => rest > half || rest == half && (sticky || kept & 1 == 1),
+        Rounding::Away => rest >= half,
+        Rounding::Zero => false,
+        Rounding::Down => negative && inexact,
+        Rounding::Up => !negative && inexact,
+    };
+    let size = scale((kept + u128::from(up)) as f64, last);
+    match (size.is_infinite(), negative) {
+        (true, _) => overflow(negative, mode),
+        (false, true) => -size,
+        (false, false) => size,
+    }
+}
+
+/// a · b in a rounding mode.
+pub fn product(a: f64, b: f64, mode: Rounding) -> f64 {
+    if !a.is_finite() || !b.is_finite() || a == 0.0 || b == 0.0 {
+        return a * b;
+    }
+    let ((ma, ea), (mb, eb)) = (parts(a), parts(b));
+    let negative = a.is_sign_negative() != b.is_sign_negative();
+    round_parts(negative, u128::from(ma) * u128::from(mb), ea + eb, false, mode)
+}
+
+/// a / b in a rounding mode.
+pub fn quotient(a: f64, b: f64, mode: Rounding) -> f64 {
+    if !a.is_finite() || !b.is_finite() || a == 0.0 || b == 0.0 {
+        return a / b;
+    }
+    let ((ma, ea), (mb, eb)) = (parts(a), parts(b));
+    let negative = a.is_sign_negative() != b.is_sign_negative();
+    let wide = u128::from(ma) << 75;
+    let (m, rest) = (wide / u128::from(mb), wide % u128::from(mb));
+    round_parts(negative, m, ea - 75 - eb, rest != 0, mode)
+}
+
+/// The NaN that an operation on two f64 passes on: the second's before the first's, made quiet.
+#[inline(always)]
+pub fn pass_nan(a: f64, b: f64, value: f64) -> f64 {
+    let quiet = |nan: f64| f64::from_bits(nan.to_bits() | 1 << 51);
+    if b.is_nan() {
+        quiet(b)
+    } else if a.is_nan() {
+        quiet(a)
+    } else {
+        value
     }
 }
 

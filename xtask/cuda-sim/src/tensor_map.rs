@@ -34,8 +34,7 @@ pub fn element_bytes(data_type: u32) -> Option<u32> {
         0 => Some(1),
         1 | 6 | 9 => Some(2),
         2 | 3 | 7 | 10..=12 => Some(4),
-        4 => Some(4),
-        5 | 8 => Some(8),
+        4 | 5 | 8 => Some(8),
         _ => None,
     }
 }
@@ -57,6 +56,12 @@ impl TensorMap {
             && self.steps.iter().all(|step| (1..=8).contains(step))
             && inner.is_multiple_of(16)
             && span.is_some_and(|span| inner <= span)
+    }
+
+    /// Bytes from a row of a tile to the next in shared memory: a swizzle's rows are as wide as its span.
+    pub fn pitch(&self) -> u32 {
+        let inner = self.tile[0] * element_bytes(self.data_type).unwrap_or(1);
+        [inner, 32, 64, 128].get(self.swizzle as usize).map_or(inner, |span| inner.max(*span))
     }
 
     /// The map's bytes.

@@ -54,7 +54,7 @@ impl Defined {
         }
         let defined = match &inst.op {
             Op::Alu { .. } => site.reads.iter().fold(active, |lanes, reg| lanes & self.lanes(*reg)),
-            Op::Shuffle { .. } | Op::Vote { .. } | Op::Match { .. } | Op::Redux { .. } | Op::Mma(_) => {
+            Op::Shuffle { .. } | Op::Vote { .. } | Op::Match { .. } | Op::Redux { .. } | Op::Mma(_) | Op::Wgmma(_) => {
                 site.reads.iter().fold(active, |lanes, reg| lanes & self.lanes(*reg))
             }
             Op::Load(access) => {

@@ -15,14 +15,8 @@ pub struct Profile {
     pub shared_multiprocessor: u32,
     /// Bytes of shared memory that a CTA may ask for.
     pub shared_optin: u32,
-    /// Bytes of L2 cache.
-    pub l2_bytes: u32,
-    /// Clock in kHz.
-    pub clock_khz: u32,
-    /// Memory clock in kHz.
-    pub memory_clock_khz: u32,
-    /// Width of the memory bus in bits.
-    pub bus_bits: u32,
+    /// Attributes in which it differs from [`ATTRIBUTES`].
+    differs: &'static [(usize, i32)],
 }
 
 /// Bytes of shared memory that a CTA gets without asking.
@@ -30,30 +24,47 @@ pub const SHARED_DEFAULT: u32 = 48 * 1024;
 /// Bytes of shared memory that the system keeps of each CTA's.
 pub const SHARED_RESERVED: u32 = 1024;
 
+/// `CUdevice_attribute` 1, 2, … of an H100 with driver 580.
+const ATTRIBUTES: [i32; 147] = [
+    1024, 1024, 1024, 64, 2147483647, 65535, 65535, 49152, 65536, 32, 2147483647, 65536, 1980000, 512, 1, 132, 0, 0, 1,
+    0, 131072, 131072, 65536, 16384, 16384, 16384, 32768, 32768, 2048, 512, 1, 1, 0, 6, 0, 2619000, 5120, 52428800,
+    2048, 3, 1, 32768, 2048, 1, 32768, 32768, 8192, 8192, 32768, 0, 32, 32768, 32768, 2046, 32768, 131072, 65536,
+    16384, 16384, 16384, 32768, 2048, 32768, 32768, 2048, 32768, 32768, 2046, 268435456, 131072, 65000, 2097120, 32768,
+    32768, 9, 0, 32768, 1, 1, 1, 233472, 65536, 1, 0, 0, 0, 2, 0, 1, 1, 1, 0, 0, 0, 1, 1, 232448, 0, 1, 0, 0, 1, 1, 0,
+    0, 32, 1, 32768000, 134217728, 1, 1024, 1, 1, 1, 1, 1, 1, 100, 9, 1, 1, 1, 1, 1, 1, 4, 1, 1, 1, 0, -1, 0, 0, 0, 0,
+    0, 0, 0, 590352606, 381751518, 1, 1, 0, 1, 1, 0, 0,
+];
+
 const A100: Profile = Profile {
     name: "NVIDIA A100-SXM4-80GB",
     capability: (8, 0),
     multiprocessors: 108,
-    memory_bytes: 80 << 30,
+    memory_bytes: 85_017_493_504,
     shared_multiprocessor: 164 * 1024,
     shared_optin: 163 * 1024,
-    l2_bytes: 40 << 20,
-    clock_khz: 1_410_000,
-    memory_clock_khz: 1_593_000,
-    bus_bits: 5120,
+    // Clock, multiprocessors, memory clock, L2 cache, capability, shared memory of a multiprocessor and of a CTA, clusters,
+    // tensor maps.
+    differs: &[
+        (13, 1_410_000),
+        (16, 108),
+        (36, 1_593_000),
+        (38, 41_943_040),
+        (75, 8),
+        (81, 167_936),
+        (97, 166_912),
+        (120, 0),
+        (127, 0),
+    ],
 };
 
 const H100: Profile = Profile {
     name: "NVIDIA H100 80GB HBM3",
     capability: (9, 0),
     multiprocessors: 132,
-    memory_bytes: 80 << 30,
+    memory_bytes: 85_017_493_504,
     shared_multiprocessor: 228 * 1024,
     shared_optin: 227 * 1024,
-    l2_bytes: 50 << 20,
-    clock_khz: 1_980_000,
-    memory_clock_khz: 2_619_000,
-    bus_bits: 5120,
+    differs: &[],
 };
 
 impl Profile {
@@ -66,45 +77,10 @@ impl Profile {
         }
     }
 
-    /// `CUdevice_attribute` by its number; 0 for what the device does not have.
+    /// `CUdevice_attribute` by its number.
     pub fn attribute(&self, attribute: i32) -> Option<i32> {
-        let value = match attribute {
-            1 | 2 | 4 => 1024,
-            3 => 64,
-            5 => i32::MAX,
-            6 | 7 => 65535,
-            8 => SHARED_DEFAULT as i32,
-            9 => 65536,
-            10 => 32,
-            11 => i32::MAX,
-            12 | 82 => 65536,
-            13 => self.clock_khz as i32,
-            14 => 512,
-            15 | 31 | 41 | 78 | 79 | 80 | 83 | 89 | 90 | 91 => 1,
-            16 => self.multiprocessors as i32,
-            35 => self.memory_clock_khz as i32,
-            36 => self.bus_bits as i32,
-            37 | 38 => self.l2_bytes as i32,
-            39 => 2048,
-            40 => 3,
-            _ => return self.late_attribute(attribute),
-        };
-        Some(value)
-    }
-
-    fn late_attribute(&self, attribute: i32) -> Option<i32> {
-        let value = match attribute {
-            75 => self.capability.0 as i32,
-            76 => self.capability.1 as i32,
-            81 => self.shared_multiprocessor as i32,
-            95 | 96 | 115 | 121 => 1,
-            97 => self.shared_optin as i32,
-            106 => 32,
-            111 => SHARED_RESERVED as i32,
-            120 => i32::from(self.capability.0 >= 9),
-            1..=150 => 0,
-            _ => return None,
-        };
-        Some(value)
+        let number = usize::try_from(attribute).ok()?;
+        let own = self.differs.iter().find(|differs| differs.0 == number).map(|differs| differs.1);
+        own.or_else(|| ATTRIBUTES.get(number.checked_sub(1)?).copied())
     }
 }

@@ -129,6 +129,8 @@ impl State {
         self.alive().map_err(|error| (error, String::new()))?;
         let module = Module::load(source, &self.memory).map_err(|error| {
             let code = match &error {
+                crate::LoadError::Ptx(_) if !source.trim_start().starts_with(['.', '/']) => CuError::INVALID_IMAGE,
+                crate::LoadError::Ptx(error) if error.is_version() => CuError::UNSUPPORTED_PTX_VERSION,
                 crate::LoadError::Ptx(_) => CuError::INVALID_PTX,
                 crate::LoadError::Memory(error) => error.clone().into(),
             };
@@ -138,7 +140,7 @@ impl State {
         if let Some(needed) = target_needs(&module.target).filter(|needed| !needed.met_by(major * 10 + minor)) {
             module.unload(&self.memory);
             let what = format!(".target {} on a device of capability {major}.{minor}", needed.name);
-            return Err((CuError::NO_BINARY_FOR_GPU, what));
+            return Err((CuError::INVALID_PTX, what));
         }
         let handle = self.handle();
         self.modules.insert(handle, Arc::new(module));
@@ -147,6 +149,7 @@ impl State {
 
     /// Unloads a module.
     pub fn unload(&mut self, handle: usize) -> Result<(), CuError> {
+        self.alive()?;
         let module = self.modules.remove(&handle).ok_or(CuError::INVALID_HANDLE)?;
         self.functions.retain(|_, function| function.module != handle);
         module.unload(&self.memory);
@@ -155,6 +158,7 @@ impl State {
 
     /// A function of a module.
     pub fn function(&mut self, module: usize, name: &str) -> Result<usize, CuError> {
+        self.alive()?;
         let found = self.modules.get(&module).ok_or(CuError::INVALID_HANDLE)?;
         if !found.kernels.contains_key(name) {
             return Err(CuError::NOT_FOUND);
@@ -306,6 +310,7 @@ impl State {
 
     /// Ends an event.
     pub fn end_event(&mut self, handle: usize) -> Result<(), CuError> {
+        self.alive()?;
         self.events.remove(&handle).map(|_| ()).ok_or(CuError::INVALID_HANDLE)
     }
 }

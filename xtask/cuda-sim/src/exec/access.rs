@@ -22,11 +22,19 @@ pub fn addresses(regs: &Regs, place: &Place) -> Addresses {
         None => [place.offset as u64; LANES],
         Some(Reg { class: Class::Word, row }) => {
             let base = regs.word(row);
-            std::array::from_fn(|lane| u64::from(base[lane].wrapping_add(place.offset as u32)))
+            let mut at = [0; LANES];
+            for lane in 0..LANES {
+                at[lane] = u64::from(base[lane].wrapping_add(place.offset as u32));
+            }
+            at
         }
         Some(Reg { row, .. }) => {
             let base = regs.double(row);
-            std::array::from_fn(|lane| base[lane].wrapping_add(place.offset as u64))
+            let mut at = [0; LANES];
+            for lane in 0..LANES {
+                at[lane] = base[lane].wrapping_add(place.offset as u64);
+            }
+            at
         }
     }
 }
@@ -165,58 +173,62 @@ impl<C: Checks> Cta<'_, C> {
     ) -> Result<(), Finding> {
         let total = access.bytes * access.regs.len() as u32;
         self.aligned(space, at, total, active)?;
-        let bad = |lane: usize| {
-            (FaultKind::OutOfBounds { space, address: at[lane], bytes: total, write: false }, lane as u32)
-        };
-        let mut values = [[0u64; LANES]; 8];
-        match space {
-            Space::Shared => {
-                for lane in lanes(active) {
-                    let offset = self.shared_offset(at[lane], total).ok_or_else(|| bad(lane))?;
-                    for element in 0..access.regs.len() {
-                        let place = offset + element as u64 * u64::from(access.bytes);
-                        values[element & 7][lane] = read_words(&self.shared, place, access.bytes);
-                    }
-                }
-            }
-            Space::Global | Space::Const | Space::Generic => {
-                for lane in lanes(active) {
-                    let found = self.allocation(at[lane], u64::from(total)).ok_or_else(|| bad(lane))?;
-                    let offset = at[lane] - found.base;
-                    for element in 0..access.regs.len() {
-                        let place = offset + element as u64 * u64::from(access.bytes);
-                        values[element & 7][lane] = found.read(place, access.bytes);
-                    }
-                }
-            }
-            Space::Local => {
-                for lane in lanes(active) {
-                    let offset = self.local_offset(at[lane], total, lane).ok_or_else(|| bad(lane))?;
-                    for element in 0..access.regs.len() {
-                        let place = offset + element as u64 * u64::from(access.bytes);
-                        values[element & 7][lane] = read_words(&warp.local, place, access.bytes);
-                    }
-                }
-            }
-            Space::Param => {
-                for lane in lanes(active) {
-                    for element in 0..access.regs.len() {
-                        let from = at[lane] as usize + element * access.bytes as usize;
-                        let bytes =
-                            self.launch.params.get(from..from + access.bytes as usize).ok_or_else(|| bad(lane))?;
-                        values[element & 7][lane] = bytes.iter().rev().fold(0, |value, b| value << 8 | u64::from(*b));
-                    }
-                }
-            }
-        }
+        let places = self.places(space, at, total, active, false)?;
         if C::ON {
             let touch = Touch { space, at, active, bytes: total, kind: TouchKind::Read, order: access.order, pc };
             self.checks.touch(warp.index, &touch, &self.launch.memory, &mut self.hint)?;
         }
-        for (element, reg) in access.regs.iter().enumerate() {
-            put(&mut warp.regs, *reg, &values[element & 7], access, active);
+        let Warp { regs, local, .. } = warp;
+        match space {
+            Space::Shared => {
+                gather(regs, access, active, &places, |_, offset, bytes| read_words(&self.shared, offset, bytes))
+            }
+            Space::Local => gather(regs, access, active, &places, |_, offset, bytes| read_words(local, offset, bytes)),
+            Space::Param => gather(regs, access, active, &places, |_, offset, bytes| {
+                let bytes = &self.launch.params[offset as usize..offset as usize + bytes as usize];
+                bytes.iter().rev().fold(0, |value, byte| value << 8 | u64::from(*byte))
+            }),
+            Space::Global | Space::Const | Space::Generic => {
+                let memory = &self.launch.memory;
+                gather(regs, access, active, &places, |lane, offset, bytes| {
+                    memory[places.allocations[lane] as usize].read(offset, bytes)
+                });
+            }
         }
         Ok(())
+    }
+
+    /// Where each lane's access lies, which must be within bounds.
+    #[inline(always)]
+    fn places(
+        &mut self,
+        space: Space,
+        at: &Addresses,
+        bytes: u32,
+        active: u32,
+        write: bool,
+    ) -> Result<Places, Finding> {
+        let mut places = Places { offsets: [0; LANES], allocations: [0; LANES] };
+        for lane in lanes(active) {
+            let offset = match space {
+                Space::Shared => self.shared_offset(at[lane], bytes),
+                Space::Local => self.local_offset(at[lane], bytes, lane),
+                Space::Param => {
+                    let inside = at[lane]
+                        .checked_add(u64::from(bytes))
+                        .is_some_and(|end| end <= self.launch.params.len() as u64);
+                    (inside && !write).then_some(at[lane])
+                }
+                Space::Global | Space::Const | Space::Generic => {
+                    let found = self.allocation(at[lane], u64::from(bytes)).filter(|found| !(write && found.read_only));
+                    found.map(|found| at[lane] - found.base)
+                }
+            };
+            let kind = FaultKind::OutOfBounds { space, address: at[lane], bytes, write };
+            places.offsets[lane] = offset.ok_or((kind, lane as u32))?;
+            places.allocations[lane] = self.hint as u32;
+        }
+        Ok(places)
     }
 
     /// `st`
@@ -242,36 +254,27 @@ impl<C: Checks> Cta<'_, C> {
     ) -> Result<(), Finding> {
         let total = access.bytes * access.regs.len() as u32;
         self.aligned(space, at, total, active)?;
-        let bad =
-            |lane: usize| (FaultKind::OutOfBounds { space, address: at[lane], bytes: total, write: true }, lane as u32);
-        let mut offsets = [0; LANES];
-        for lane in lanes(active) {
-            let offset = match space {
-                Space::Shared => self.shared_offset(at[lane], total),
-                Space::Local => self.local_offset(at[lane], total, lane),
-                Space::Global => self.writable_offset(at[lane], total),
-                _ => None,
-            };
-            offsets[lane] = offset.ok_or_else(|| bad(lane))?;
-        }
+        let places = self.places(space, at, total, active, true)?;
         if C::ON {
             let kind = TouchKind::Write { uniform: self.same_values(warp, access, at, active) };
             let touch = Touch { space, at, active, bytes: total, kind, order: access.order, pc };
             self.checks.touch(warp.index, &touch, &self.launch.memory, &mut self.hint)?;
         }
-        for lane in lanes(active) {
-            if space == Space::Global {
-                self.allocation(at[lane], u64::from(total)).ok_or_else(|| bad(lane))?;
-                self.launch.memory[self.hint].mark(offsets[lane], u64::from(total));
-            }
-            for (element, reg) in access.regs.iter().enumerate() {
-                let place = offsets[lane] + element as u64 * u64::from(access.bytes);
-                let value = warp.regs.value(*reg, lane);
+        for (element, reg) in access.regs.iter().enumerate() {
+            let skip = element as u64 * u64::from(access.bytes);
+            for lane in lanes(active) {
+                let (offset, value) = (places.offsets[lane] + skip, warp.regs.value(*reg, lane));
                 match space {
-                    Space::Shared => write_words(&mut self.shared, place, access.bytes, value),
-                    Space::Local => write_words(&mut warp.local, place, access.bytes, value),
-                    _ => self.launch.memory[self.hint].write(place, access.bytes, value),
+                    Space::Shared => write_words(&mut self.shared, offset, access.bytes, value),
+                    Space::Local => write_words(&mut warp.local, offset, access.bytes, value),
+                    _ => self.launch.memory[places.allocations[lane] as usize].write(offset, access.bytes, value),
                 }
+            }
+        }
+        if space == Space::Global {
+            for lane in lanes(active) {
+                let found = &self.launch.memory[places.allocations[lane] as usize];
+                found.mark(places.offsets[lane], u64::from(total));
             }
         }
         Ok(())
@@ -285,6 +288,11 @@ impl<C: Checks> Cta<'_, C> {
 
     /// Whether lanes that write one address write one value.
     fn same_values(&self, warp: &Warp, access: &Access, at: &Addresses, active: u32) -> bool {
+        // Ascending addresses, as most are, are all different.
+        let mut last = None;
+        if lanes(active).all(|lane| last.replace(at[lane]).is_none_or(|last| last < at[lane])) {
+            return true;
+        }
         let mut order: Vec<usize> = lanes(active).collect();
         order.sort_unstable_by_key(|lane| at[*lane]);
         order.windows(2).all(|pair| {
@@ -294,17 +302,38 @@ impl<C: Checks> Cta<'_, C> {
     }
 }
 
-/// Writes loaded values to a register, extended to its width.
+/// Where lanes' accesses lie: offsets, and in global memory the allocations.
+struct Places {
+    offsets: [u64; LANES],
+    allocations: [u32; LANES],
+}
+
+/// Reads elements into registers, extended to their width.
 #[inline(always)]
-fn put(regs: &mut Regs, reg: Reg, values: &[u64; LANES], access: &Access, active: u32) {
-    let extended: [u64; LANES] =
-        if access.signed && access.bytes < 8 { values.map(|value| sign_extend(value, access.bytes)) } else { *values };
-    match reg.class {
-        Class::Word => {
-            let kept = if access.width == 16 { 0xffff } else { u32::MAX };
-            super::regs::blend(&mut regs.words[reg.row as usize], extended.map(|value| value as u32 & kept), active);
+fn gather(regs: &mut Regs, access: &Access, active: u32, places: &Places, read: impl Fn(usize, u64, u32) -> u64) {
+    let kept = if access.width == 16 { 0xffff } else { u32::MAX };
+    for (element, reg) in access.regs.iter().enumerate() {
+        let skip = element as u64 * u64::from(access.bytes);
+        match (reg.class, access.bytes) {
+            (Class::Word, 4) => {
+                let row = &mut regs.words[reg.row as usize];
+                lanes(active).for_each(|lane| row[lane] = read(lane, places.offsets[lane] + skip, 4) as u32);
+            }
+            (Class::Word, bytes) => {
+                let row = &mut regs.words[reg.row as usize];
+                for lane in lanes(active) {
+                    let value = read(lane, places.offsets[lane] + skip, bytes);
+                    let value = if access.signed { sign_extend(value, bytes) } else { value };
+                    row[lane] = value as u32 & kept;
+                }
+            }
+            (_, bytes) => {
+                let row = &mut regs.doubles[reg.row as usize];
+                for lane in lanes(active) {
+                    let value = read(lane, places.offsets[lane] + skip, bytes);
+                    row[lane] = if access.signed && bytes < 8 { sign_extend(value, bytes) } else { value };
+                }
+            }
         }
-        Class::Double => super::regs::blend(&mut regs.doubles[reg.row as usize], extended, active),
-        Class::Predicate => {}
     }
 }

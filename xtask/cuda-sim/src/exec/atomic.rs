@@ -64,7 +64,8 @@ impl<C: Checks> Cta<'_, C> {
         Ok(())
     }
 
-    fn global_atomic(&self, atomic: &Atomic, offset: u64, operand: u64, swap: u64) -> u64 {
+    /// Changes global memory of the allocation found last; gives what was there.
+    pub fn global_atomic(&self, atomic: &Atomic, offset: u64, operand: u64, swap: u64) -> u64 {
         let found = &self.launch.memory[self.hint];
         if atomic.bytes == 8 {
             let lock = &self.launch.wide_atomics[(offset >> 3) as usize % self.launch.wide_atomics.len()];

@@ -312,6 +312,7 @@ impl<'a, C: Checks> Cta<'a, C> {
             }
             Op::System(call, result, places) => self.system(warp, *call, *result, places, active)?,
             Op::CopyAsync(copy) => self.copy_async(warp, copy, pc, active)?,
+            Op::Bulk(bulk) => self.bulk(warp, bulk, pc, active)?,
             Op::CopyCommit => self.checks.copy_commit(warp.index, active),
             Op::CopyWait(groups) => self.checks.copy_wait(warp.index, active, *groups),
             Op::Mbarrier(op) => {
@@ -395,6 +396,7 @@ impl<'a, C: Checks> Cta<'a, C> {
         match op {
             Op::WarpSync(_) => self.checks.warp_sync(warp.index, needed, warp.live()),
             Op::Matrix(matrix) => self.matrix(warp, matrix, pc)?,
+            Op::Wgmma(wgmma) => self.wgmma(warp, wgmma, pc)?,
             Op::Mma(mma) => super::mma::multiply(&mut warp.regs, mma),
             _ => super::lanes::exchange(&mut warp.regs, op, active),
         }

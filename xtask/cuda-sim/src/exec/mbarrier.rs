@@ -47,7 +47,8 @@ impl<C: Checks> Cta<'_, C> {
         Ok(turn)
     }
 
-    fn object_offset(&self, warp: &Warp, place: &Place, lane: usize) -> Result<u64, FaultKind> {
+    /// The offset of a barrier object.
+    pub fn object_offset(&self, warp: &Warp, place: &Place, lane: usize) -> Result<u64, FaultKind> {
         let base = place.base.map_or(0, |reg| warp.regs.value(reg, lane));
         let address = base.wrapping_add(place.offset as u64);
         let address = match place.base.map(|reg| reg.class) {
@@ -67,6 +68,14 @@ impl<C: Checks> Cta<'_, C> {
     fn object(&mut self, offset: u64) -> Result<&mut Object, FaultKind> {
         let what = "a barrier object that was never initialised".to_owned();
         self.mbarriers.objects.get_mut(&offset).ok_or(FaultKind::BadOperand { what })
+    }
+
+    /// Bytes of a copy are there.
+    pub fn complete_bytes(&mut self, offset: u64, bytes: i64) -> Result<(), FaultKind> {
+        let object = self.object(offset)?;
+        object.bytes -= bytes;
+        object.settle();
+        Ok(())
     }
 
     fn mbarrier_lane(&mut self, warp: &mut Warp, op: &Mbarrier, lane: usize) -> Result<bool, FaultKind> {
@@ -92,9 +101,7 @@ impl<C: Checks> Cta<'_, C> {
             Mbarrier::Complete { place, bytes } => {
                 let offset = self.object_offset(warp, place, lane)?;
                 let bytes = warp.regs.value(*bytes, lane) as i64;
-                let object = self.object(offset)?;
-                object.bytes -= bytes;
-                object.settle();
+                self.complete_bytes(offset, bytes)?;
             }
             Mbarrier::Arrive { place, state, bytes, count } => {
                 let offset = self.object_offset(warp, place, lane)?;

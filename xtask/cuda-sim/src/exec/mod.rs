@@ -3,6 +3,7 @@
 pub mod access;
 mod atomic;
 mod barrier;
+mod bulk;
 pub mod checks;
 mod cta;
 mod fault;
@@ -11,8 +12,10 @@ mod matrix;
 mod mbarrier;
 pub mod mma;
 pub mod regs;
+mod swizzle;
 mod system;
 pub mod warp;
+mod wgmma;
 pub mod window;
 
 pub use fault::{Fault, FaultKind, Finding, Party};

@@ -103,6 +103,16 @@ pub fn blend<T: Copy>(row: &mut [T; LANES], values: [T; LANES], mask: u32) {
     }
 }
 
+/// A function of every lane. Unlike `map` it is always inlined, so that it vectorises for the caller's features.
+#[inline(always)]
+fn each<T: Copy, U: Copy + Default>(values: &[T; LANES], f: impl Fn(T) -> U) -> [U; LANES] {
+    let mut out = [U::default(); LANES];
+    for lane in 0..LANES {
+        out[lane] = f(values[lane]);
+    }
+    out
+}
+
 /// A word as `u32`.
 pub struct W;
 /// A double as `u64`.
@@ -142,11 +152,11 @@ impl Operand for F {
     type Value = f32;
     #[inline(always)]
     fn get(regs: &Regs, row: u32) -> [f32; LANES] {
-        regs.words[row as usize].map(f32::from_bits)
+        each(&regs.words[row as usize], f32::from_bits)
     }
     #[inline(always)]
     fn put(regs: &mut Regs, row: u32, values: [f32; LANES], mask: u32) {
-        blend(&mut regs.words[row as usize], values.map(canonical_bits), mask);
+        blend(&mut regs.words[row as usize], each(&values, canonical_bits), mask);
     }
 }
 
@@ -154,11 +164,11 @@ impl Operand for G {
     type Value = f64;
     #[inline(always)]
     fn get(regs: &Regs, row: u32) -> [f64; LANES] {
-        regs.doubles[row as usize].map(f64::from_bits)
+        each(&regs.doubles[row as usize], f64::from_bits)
     }
     #[inline(always)]
     fn put(regs: &mut Regs, row: u32, values: [f64; LANES], mask: u32) {
-        blend(&mut regs.doubles[row as usize], values.map(f64::to_bits), mask);
+        blend(&mut regs.doubles[row as usize], each(&values, f64::to_bits), mask);
     }
 }
 
@@ -167,7 +177,11 @@ impl Operand for P {
     #[inline(always)]
     fn get(regs: &Regs, row: u32) -> [bool; LANES] {
         let bits = regs.predicates[row as usize];
-        std::array::from_fn(|lane| bits >> lane & 1 == 1)
+        let mut out = [false; LANES];
+        for lane in 0..LANES {
+            out[lane] = bits >> lane & 1 == 1;
+        }
+        out
     }
     #[inline(always)]
     fn put(regs: &mut Regs, row: u32, values: [bool; LANES], mask: u32) {
@@ -192,18 +206,28 @@ pub type AluFn = fn(&mut Regs, &[u32; 6], u32);
 /// A lane function over whole rows, compiled for each instruction set: `alu!(W; W a, W b => a.wrapping_add(b))`.
 macro_rules! alu {
     ($D:ident; $($C:ident $x:ident),+ => $body:expr) => {{
-        fn run(regs: &mut $crate::exec::regs::Regs, rows: &[u32; 6], mask: u32) {
-            pulp::Arch::new().dispatch(|| {
+        struct Lanes<'a>(&'a mut $crate::exec::regs::Regs, &'a [u32; 6], u32);
+        impl pulp::WithSimd for Lanes<'_> {
+            type Output = ();
+            #[inline(always)]
+            fn with_simd<S: pulp::Simd>(self, _: S) {
                 use $crate::exec::regs::{LANES, Operand};
-                let mut sources = rows[1..].iter();
-                $(let $x = <$crate::exec::regs::$C as Operand>::get(regs, sources.next().copied().unwrap_or(0));)+
+                let Self(regs, rows, mask) = self;
+                let mut source = 0;
+                $(
+                    source += 1;
+                    let $x = <$crate::exec::regs::$C as Operand>::get(regs, rows[source]);
+                )+
                 let mut out = [<$crate::exec::regs::$D as Operand>::Value::default(); LANES];
                 for lane in 0..LANES {
                     $(let $x = $x[lane];)+
                     out[lane] = $body;
                 }
                 <$crate::exec::regs::$D as Operand>::put(regs, rows[0], out, mask);
-            });
+            }
+        }
+        fn run(regs: &mut $crate::exec::regs::Regs, rows: &[u32; 6], mask: u32) {
+            pulp::Arch::new().dispatch(Lanes(regs, rows, mask));
         }
         run as $crate::exec::regs::AluFn
     }};

@@ -19,9 +19,9 @@ fn extract32(a: u32, at: u32, bits: u32, signed: bool) -> u32 {
     if bits == 0 { 0 } else { (filled & kept) | if sign == 1 { !kept } else { 0 } }
 }
 
+/// 64 bits: the hardware takes all bits of place and length, where those of 32 bits count modulo 256.
 fn extract64(a: u64, at: u32, bits: u32, signed: bool) -> u64 {
-    let (at, bits) = (at & 255, bits & 255);
-    let sign = if !signed || bits == 0 { 0 } else { a >> (at + bits - 1).min(63) & 1 };
+    let sign = if !signed || bits == 0 { 0 } else { a >> at.saturating_add(bits - 1).min(63) & 1 };
     let field = if at > 63 { 0 } else { a >> at };
     let kept = if bits > 63 { u64::MAX } else { (1 << bits) - 1 };
     let beyond = if at > 63 { u64::MAX } else { !(u64::MAX >> at) };
@@ -30,7 +30,7 @@ fn extract64(a: u64, at: u32, bits: u32, signed: bool) -> u64 {
 }
 
 fn insert(a: u64, b: u64, at: u32, bits: u32, width: u32) -> u64 {
-    let (at, bits) = (at & 255, bits & 255);
+    let (at, bits) = if width == 32 { (at & 255, bits & 255) } else { (at, bits) };
     if at >= width || bits == 0 {
         return b;
     }

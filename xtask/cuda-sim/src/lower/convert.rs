@@ -123,7 +123,7 @@ fn flush64(value: f64, ty: Type) -> f64 {
 }
 
 fn narrow(value: f64, c: Conversion) -> u64 {
-    let value = if c.relu && value < 0.0 { 0.0 } else { value };
+    let value = if c.relu && value <= 0.0 { 0.0 } else { value };
     match (c.to.kind, c.to.bits) {
         (Kind::Float, 64) => value.to_bits(),
         (Kind::Float, 32) if value.is_nan() => 0x7fff_ffff,
@@ -160,17 +160,26 @@ fn converted(value: u64, c: Conversion) -> u64 {
                 let near = value as f64;
                 return directed(near, (value - near as i128) as f64, c.mode).to_bits();
             }
-            narrow(integer_odd(value), c)
+            let value = integer_odd(value);
+            narrow(if c.sat { value.clamp(0.0, 1.0) } else { value }, c)
         }
         (true, false) => {
             let value = widen(value, c.from);
             let value = if c.ftz { flush64(value, c.from) } else { value };
             if value.is_nan() {
-                return if c.to.bits == 64 { 1 << 63 } else { 0 };
+                // From or to 64 bits the least number of the width, else 0.
+                let wide = c.to.bits == 64 || c.from.bits == 64;
+                let least = u64::MAX << (c.to.bits - 1);
+                return if wide {
+                    least & if c.to.kind == Kind::Signed { u64::MAX } else { u64::MAX >> (64 - c.to.bits) }
+                } else {
+                    0
+                };
             }
             let (low, high) = bounds(c.to);
             (to_integral(value, c.mode) as i128).clamp(low, high) as u64
         }
+        (true, true) if widen(value, c.from).is_nan() => convert_nan(value, c),
         (true, true) => {
             let value = widen(value, c.from);
             let value = if c.ftz { flush64(value, c.from) } else { value };
@@ -186,6 +195,25 @@ fn converted(value: u64, c: Conversion) -> u64 {
             }
             bits
         }
+    }
+}
+
+/// NaN from format to format: payloads are kept from and to f64, and to tf32; else there is one NaN.
+fn convert_nan(value: u64, c: Conversion) -> u64 {
+    let (from, to) = (c.from.bits, c.to.bits);
+    let quiet = |bits: u64| bits | 1 << 51;
+    if c.sat {
+        return 0;
+    }
+    match (from, to) {
+        (64, 64) => quiet(value),
+        (32, 64) if c.ftz => 0x7fff_ffff_e000_0000,
+        (32, 64) => quiet((value & 1 << 31) << 32 | 0x7ff << 52 | (value & 0x7f_ffff) << 29),
+        (16, 64) => quiet((value & 0x8000) << 48 | 0x7ff << 52 | (value & 0x3ff) << 42),
+        (64, 32) => value >> 32 & 1 << 31 | 0x7fc0_0000 | value >> 29 & 0x3f_ffff,
+        (64, 16) => value >> 48 & 0x8000 | 0x7e00 | value >> 42 & 0x1ff,
+        _ if c.to.kind == Kind::Tensor => value & !0x1fff,
+        _ => narrow(f64::NAN, c),
     }
 }
 
@@ -357,8 +385,6 @@ fn fast(source: Class, dst: Class, c: Conversion) -> Option<AluFn> {
         (Kind::Float, 32, Kind::Brain, 16) if narrow && !c.integral => alu!(F; W a => f32::from_bits(a << 16)),
         (Kind::Float, 16, Kind::Float, 32) if nearest && narrow && !c.integral => alu!(W; F a => half(a)),
         (Kind::Brain, 16, Kind::Float, 32) if nearest && narrow && !c.integral => alu!(W; F a => brain(a)),
-        (Kind::Float, 32, Kind::Float, 64) if nearest && !c.integral => alu!(F; G a => a as f32),
-        (Kind::Float, 64, Kind::Float, 32) if !c.integral && source == Class::Word => alu!(G; F a => f64::from(a)),
         _ => return None,
     })
 }

@@ -17,10 +17,14 @@ impl<'m> Lower<'m> {
         if o.base == "mbarrier" {
             return self.mbarrier(o, i);
         }
+        let reduces = o.flag("reduce");
         if !o.flag("async") {
             return self.unsupported(i);
         }
         if o.flag("bulk") {
+            return self.bulk(o, i, reduces);
+        }
+        if reduces {
             return self.unsupported(i);
         }
         match o.one_of(&["commit_group", "wait_group", "wait_all", "mbarrier"]) {

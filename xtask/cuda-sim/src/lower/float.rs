@@ -4,7 +4,9 @@ use super::Lower;
 use super::opcode::Opcode;
 use crate::error::At;
 use crate::exec::regs::{AluFn, Class, alu};
-use crate::number::{Rounding, add_odd, directed, exp2, flush, pick, saturate, to_f32, two_sum};
+use crate::number::{
+    Rounding, add_odd, directed, exp2, flush, pass_nan, pick, product, quotient, saturate, to_f32, two_sum,
+};
 use crate::ptx::{Instruction, Kind, Type};
 
 const MODES: [Rounding; 4] = [Rounding::Nearest, Rounding::Zero, Rounding::Down, Rounding::Up];
@@ -38,6 +40,13 @@ fn pick32(a: f32, b: f32, larger: bool) -> f32 {
     }
 }
 
+/// Flushes a result that is subnormal before it is rounded, as the hardware does.
+#[inline(always)]
+fn flush_exact(result: f32, exact: f64) -> f32 {
+    let tiny = exact.abs() < f64::from(f32::MIN_POSITIVE);
+    if tiny { f32::from_bits(result.to_bits() & 1 << 31) } else { flush(result) }
+}
+
 /// A sum in another rounding mode; an exact zero is −0 downwards.
 fn sum_f32(a: f64, b: f64, mode: Rounding) -> f32 {
     let sum = add_odd(a, b);
@@ -45,6 +54,11 @@ fn sum_f32(a: f64, b: f64, mode: Rounding) -> f32 {
         return -0.0;
     }
     to_f32(sum, mode)
+}
+
+/// The smaller or larger of two f64; of two NaN the second.
+fn either(a: f64, b: f64, larger: bool) -> f64 {
+    if a.is_nan() && b.is_nan() { pass_nan(a, b, b) } else { pick(a, b, larger, false) }
 }
 
 /// a / b rounded to odd.
@@ -55,7 +69,7 @@ fn quotient_odd(a: f64, b: f64) -> f64 {
 }
 
 fn odd(rounded: f64, lost: f64) -> f64 {
-    if lost == 0.0 || rounded.to_bits() & 1 == 1 {
+    if lost == 0.0 || lost.is_nan() || rounded.to_bits() & 1 == 1 {
         rounded
     } else if lost > 0.0 {
         rounded.next_up()
@@ -87,17 +101,35 @@ impl<'m> Lower<'m> {
         let f: AluFn = match o.base {
             "add" => single!(ftz, sat; a, b => a + b),
             "sub" => single!(ftz, sat; a, b => a - b),
+            "mul" if ftz && !sat => alu!(F; F a, F b => {
+                let (a, b) = (flush(a), flush(b));
+                flush_exact(a * b, f64::from(a) * f64::from(b))
+            }),
             "mul" => single!(ftz, sat; a, b => a * b),
+            "fma" | "mad" if ftz && !sat => alu!(F; F a, F b, F c => {
+                let (a, b, c) = (flush(a), flush(b), flush(c));
+                flush_exact(a.mul_add(b, c), f64::from(a) * f64::from(b) + f64::from(c))
+            }),
             "fma" | "mad" => single!(ftz, sat; a, b, c => a.mul_add(b, c)),
+            "div" if rounding == Some("approx") && ftz => alu!(F; F a, F b => {
+                let (a, b) = (flush(a), flush(b));
+                if b.abs() > 8.507_059e37 && b.abs() < f32::INFINITY {
+                    a * 0.0
+                } else {
+                    flush_exact(a / b, f64::from(a) / f64::from(b))
+                }
+            }),
             "div" if rounding == Some("approx") => {
-                single!(ftz, false; a, b => if (8.507_059e37..f32::INFINITY).contains(&b.abs()) { a * 0.0 } else { a / b })
+                single!(ftz, false; a, b => if b.abs() > 8.507_059e37 && b.abs() < f32::INFINITY { a * 0.0 } else { a / b })
             }
-            "div" => single!(ftz, false; a, b => a / b),
+            "div" if ftz => alu!(F; F a, F b => {
+                let (a, b) = (flush(a), flush(b));
+                flush_exact(a / b, f64::from(a) / f64::from(b))
+            }),
+            "div" => alu!(F; F a, F b => a / b),
             "min" | "max" => return self.min_max32(i, ty, ftz, nan, abs),
-            "abs" if ftz => alu!(W; F a => flush(a).to_bits() & !(1 << 31)),
-            "abs" => alu!(W; W a => a & !(1 << 31)),
-            "neg" if ftz => alu!(W; F a => flush(a).to_bits() ^ 1 << 31),
-            "neg" => alu!(W; W a => a ^ 1 << 31),
+            "abs" => single!(ftz, false; a => a.abs()),
+            "neg" => single!(ftz, false; a => -a),
             _ => return self.unsupported(i),
         };
         let sources = match o.base {
@@ -153,20 +185,23 @@ impl<'m> Lower<'m> {
         fn before(x: f32, flags: u32) -> f64 {
             f64::from(if flags & 4 == 4 { flush(x) } else { x })
         }
-        fn after(x: f32, flags: u32) -> f32 {
-            let x = if flags & 4 == 4 { flush(x) } else { x };
+        fn after(x: f32, exact: f64, flags: u32) -> f32 {
+            let x = if flags & 4 == 4 { flush_exact(x, exact) } else { x };
             if flags & 8 == 8 { saturate(x) } else { x }
+        }
+        fn sum(a: f64, b: f64, k: u32) -> f32 {
+            after(sum_f32(a, b, mode(k)), a + b, k)
+        }
+        fn rounded(exact: f64, k: u32) -> f32 {
+            after(to_f32(exact, mode(k)), exact, k)
         }
         let base = i.opcode.split('.').next().unwrap_or("");
         let (count, f) = match base {
-            "add" => (2, alu!(F; F a, F b, W k => after(sum_f32(before(a, k), before(b, k), mode(k)), k))),
-            "sub" => (2, alu!(F; F a, F b, W k => after(sum_f32(before(a, k), -before(b, k), mode(k)), k))),
-            "mul" => (2, alu!(F; F a, F b, W k => after(to_f32(before(a, k) * before(b, k), mode(k)), k))),
-            "div" => (2, alu!(F; F a, F b, W k => after(to_f32(quotient_odd(before(a, k), before(b, k)), mode(k)), k))),
-            "fma" | "mad" => (
-                3,
-                alu!(F; F a, F b, F c, W k => after(sum_f32(before(a, k) * before(b, k), before(c, k), mode(k)), k)),
-            ),
+            "add" => (2, alu!(F; F a, F b, W k => sum(before(a, k), before(b, k), k))),
+            "sub" => (2, alu!(F; F a, F b, W k => sum(before(a, k), -before(b, k), k))),
+            "mul" => (2, alu!(F; F a, F b, W k => rounded(before(a, k) * before(b, k), k))),
+            "div" => (2, alu!(F; F a, F b, W k => rounded(quotient_odd(before(a, k), before(b, k)), k))),
+            "fma" | "mad" => (3, alu!(F; F a, F b, F c, W k => sum(before(a, k) * before(b, k), before(c, k), k))),
             _ => return self.unsupported(i),
         };
         self.arity(i, count + 1..=count + 1)?;
@@ -183,15 +218,15 @@ impl<'m> Lower<'m> {
         let rounding = o.one_of(&["rn", "rz", "rm", "rp"]);
         let ty = self.some_type(o, i)?;
         let f: AluFn = match (o.base, rounding) {
-            ("add", None | Some("rn")) => alu!(G; G a, G b => a + b),
-            ("sub", None | Some("rn")) => alu!(G; G a, G b => a - b),
-            ("mul", None | Some("rn")) => alu!(G; G a, G b => a * b),
-            ("fma" | "mad", Some("rn")) => alu!(G; G a, G b, G c => a.mul_add(b, c)),
-            ("div", Some("rn")) => alu!(G; G a, G b => a / b),
-            ("min", None) => alu!(G; G a, G b => pick(a, b, false, false)),
-            ("max", None) => alu!(G; G a, G b => pick(a, b, true, false)),
-            ("abs", None) => alu!(D; D a => a & !(1 << 63)),
-            ("neg", None) => alu!(D; D a => a ^ 1 << 63),
+            ("add", None | Some("rn")) => alu!(G; G a, G b => pass_nan(a, b, a + b)),
+            ("sub", None | Some("rn")) => alu!(G; G a, G b => pass_nan(a, b, a - b)),
+            ("mul", None | Some("rn")) => alu!(G; G a, G b => pass_nan(a, b, a * b)),
+            ("fma" | "mad", Some("rn")) => alu!(G; G a, G b, G c => pass_nan(pass_nan(a, c, a), b, a.mul_add(b, c))),
+            ("div", Some("rn")) => alu!(G; G a, G b => pass_nan(b, a, a / b)),
+            ("min", None) => alu!(G; G a, G b => either(a, b, false)),
+            ("max", None) => alu!(G; G a, G b => either(a, b, true)),
+            ("abs", None) => alu!(G; G a => if a.is_nan() { pass_nan(a, a, a) } else { a.abs() }),
+            ("neg", None) => alu!(G; G a => if a.is_nan() { pass_nan(a, a, a) } else { -a }),
             ("add" | "sub" | "mul" | "div", Some(rounding)) => return self.directed64(i, ty, rounding),
             _ => return self.unsupported(i),
         };
@@ -205,22 +240,21 @@ impl<'m> Lower<'m> {
 
     fn directed64(&mut self, i: &'m Instruction, ty: Type, rounding: &str) -> Result<(), At> {
         fn sum(a: f64, b: f64, mode: Rounding) -> f64 {
+            if !a.is_finite() || !b.is_finite() {
+                return a + b;
+            }
             let (sum, lost) = two_sum(a, b);
             if sum == 0.0 && mode == Rounding::Down && !(a.is_sign_positive() && b.is_sign_positive()) {
                 return -0.0;
             }
             directed(sum, lost, mode)
         }
-        fn quotient(a: f64, b: f64, mode: Rounding) -> f64 {
-            let q = a / b;
-            let rest = (-q).mul_add(b, a);
-            directed(q, if b > 0.0 { rest } else { -rest }, mode)
-        }
         let f = match i.opcode.split('.').next() {
-            Some("add") => alu!(G; G a, G b, W k => sum(a, b, mode(k))),
-            Some("sub") => alu!(G; G a, G b, W k => sum(a, -b, mode(k))),
-            Some("mul") => alu!(G; G a, G b, W k => directed(a * b, a.mul_add(b, -(a * b)), mode(k))),
-            _ => alu!(G; G a, G b, W k => quotient(a, b, mode(k))),
+            Some("add") => alu!(G; G a, G b, W k => pass_nan(a, b, sum(a, b, mode(k)))),
+            Some("sub") => alu!(G; G a, G b, W k => pass_nan(a, b, sum(a, -b, mode(k)))),
+            Some("mul") => alu!(G; G a, G b, W k => pass_nan(a, b, product(a, b, mode(k)))),
+            // Of two NaN a quotient passes on the first.
+            _ => alu!(G; G a, G b, W k => pass_nan(b, a, quotient(a, b, mode(k)))),
         };
         let index = ["rn", "rz", "rm", "rp"].iter().position(|name| *name == rounding).unwrap_or(0);
         self.arity(i, 3..=3)?;
@@ -255,7 +289,12 @@ impl<'m> Lower<'m> {
             ("lg2", 32, Some("approx")) => single!(ftz, false; a => f64::from(a).log2() as f32),
             ("ex2", 32, Some("approx")) => single!(ftz, false; a => exp2(a)),
             ("tanh", 32, Some("approx")) => single!(ftz, false; a => f64::from(a).tanh() as f32),
-            ("rcp", 64, Some("rn" | "approx")) => alu!(G; G a => 1.0 / a),
+            ("rcp", 64, Some("approx")) if ftz => alu!(G; G a => {
+                let flushed = |x: f64| if x.is_subnormal() { 0.0f64.copysign(x) } else { x };
+                // The lower half of the bits is not looked at.
+                flushed(1.0 / flushed(f64::from_bits(a.to_bits() & !0xffff_ffff)))
+            }),
+            ("rcp", 64, Some("rn")) => alu!(G; G a => 1.0 / a),
             ("sqrt", 64, Some("rn")) => alu!(G; G a => a.sqrt()),
             ("rsqrt", 64, Some("approx")) => alu!(G; G a => 1.0 / a.sqrt()),
             ("rcp" | "sqrt", 32, Some(rounding)) => return self.directed_function(o.base, i, ty, rounding, ftz),
@@ -297,13 +336,13 @@ impl<'m> Lower<'m> {
             (Some("infinite"), 32) => alu!(P; F a => a.is_infinite()),
             (Some("number"), 32) => alu!(P; F a => !a.is_nan()),
             (Some("notanumber"), 32) => alu!(P; F a => a.is_nan()),
-            (Some("normal"), 32) => alu!(P; F a => a.is_normal()),
+            (Some("normal"), 32) => alu!(P; F a => a.is_normal() || a == 0.0),
             (Some("subnormal"), 32) => alu!(P; F a => a.is_subnormal()),
             (Some("finite"), 64) => alu!(P; G a => a.is_finite()),
             (Some("infinite"), 64) => alu!(P; G a => a.is_infinite()),
             (Some("number"), 64) => alu!(P; G a => !a.is_nan()),
             (Some("notanumber"), 64) => alu!(P; G a => a.is_nan()),
-            (Some("normal"), 64) => alu!(P; G a => a.is_normal()),
+            (Some("normal"), 64) => alu!(P; G a => a.is_normal() || a == 0.0),
             (Some("subnormal"), 64) => alu!(P; G a => a.is_subnormal()),
             _ => return self.unsupported(i),
         };

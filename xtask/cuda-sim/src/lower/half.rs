@@ -4,7 +4,7 @@ use super::Lower;
 use super::opcode::Opcode;
 use crate::error::At;
 use crate::exec::regs::{AluFn, Class, alu};
-use crate::number::{add_odd, pick};
+use crate::number::{add_odd, flush, pick};
 use crate::ptx::{Instruction, Kind, Type};
 use half::{bf16, f16};
 
@@ -20,8 +20,9 @@ fn from_f16(bits: u32, flags: u32) -> f64 {
     if flags & FLUSH != 0 && bits & 0x7c00 == 0 { f64::from(0.0f32.copysign(value.to_f32())) } else { f64::from(value) }
 }
 
-fn from_bf16(bits: u32, _flags: u32) -> f64 {
-    f64::from(f32::from_bits(bits << 16))
+fn from_bf16(bits: u32, flags: u32) -> f64 {
+    let value = f32::from_bits(bits << 16);
+    f64::from(if flags & FLUSH != 0 { flush(value) } else { value })
 }
 
 /// Clamps as the flags say.
@@ -29,7 +30,7 @@ fn clamp(value: f64, flags: u32) -> f64 {
     if flags & SATURATE != 0 {
         return if value > 0.0 { value.min(1.0) } else { 0.0 };
     }
-    if flags & RELU != 0 && value < 0.0 { 0.0 } else { value }
+    if flags & RELU != 0 && value <= 0.0 { 0.0 } else { value }
 }
 
 /// An f64 as f32, rounded to odd, so that a further rounding is as if from the f64.
@@ -51,15 +52,19 @@ fn to_f16(value: f64, flags: u32) -> u32 {
     if value.is_nan() {
         return if flags & SATURATE != 0 { 0 } else { 0x7fff };
     }
-    let bits = u32::from(f16::from_f32(odd(clamp(value, flags))).to_bits());
-    if flags & FLUSH != 0 && bits & 0x7c00 == 0 { bits & 0x8000 } else { bits }
+    let clamped = clamp(value, flags);
+    let bits = u32::from(f16::from_f32(odd(clamped)).to_bits());
+    // Subnormal before it is rounded.
+    let tiny = clamped.abs() < f64::from(f16::MIN_POSITIVE);
+    if flags & FLUSH != 0 && tiny { bits & 0x8000 } else { bits }
 }
 
 fn to_bf16(value: f64, flags: u32) -> u32 {
     if value.is_nan() {
         return if flags & SATURATE != 0 { 0 } else { 0x7fff };
     }
-    u32::from(bf16::from_f32(odd(clamp(value, flags))).to_bits())
+    let bits = u32::from(bf16::from_f32(odd(clamp(value, flags))).to_bits());
+    if flags & FLUSH != 0 && bits & 0x7f80 == 0 { bits & 0x8000 } else { bits }
 }
 
 fn pick_by(a: f64, b: f64, flags: u32) -> f64 {
@@ -129,16 +134,9 @@ impl<'m> Lower<'m> {
     }
 
     fn half_sign(&mut self, base: &str, i: &'m Instruction, ty: Type, ftz: bool) -> Result<(), At> {
-        fn flushed(pair: u32, ftz: u32) -> u32 {
-            let half = |h: u32| if ftz == 1 && h & 0x7c00 == 0 { h & 0x8000 } else { h };
-            half(pair & 0xffff) | half(pair >> 16) << 16
-        }
-        let ftz = ftz && matches!(ty.kind, Kind::Float | Kind::FloatPair);
-        let f = match (base, ty.bits) {
-            ("abs", 16) => alu!(W; W a, W ftz => flushed(a, ftz) & 0x7fff),
-            ("abs", _) => alu!(W; W a, W ftz => flushed(a, ftz) & 0x7fff_7fff),
-            (_, 16) => alu!(W; W a, W ftz => flushed(a, ftz) ^ 0x8000),
-            _ => alu!(W; W a, W ftz => flushed(a, ftz) ^ 0x8000_8000),
+        let f = match base {
+            "abs" => of_half!(ty.kind; k; a => a.abs()),
+            _ => of_half!(ty.kind; k; a => -a),
         };
         self.with_flags(i, ty, 1, f, u32::from(ftz))
     }

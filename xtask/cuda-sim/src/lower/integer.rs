@@ -273,9 +273,9 @@ fn binary16(base: &str, signed: bool) -> Option<AluFn> {
         ("sub", _) => alu!(W; W a, W b => a.wrapping_sub(b) & 0xffff),
         ("div", false) => alu!(W; W a, W b => a.checked_div(b).unwrap_or(0xffff)),
         ("div", true) => alu!(W; W a, W b => signed16(a).checked_div(signed16(b)).unwrap_or(-1) as u32 & 0xffff),
-        ("rem", false) => alu!(W; W a, W b => a.checked_rem(b).unwrap_or(a)),
+        ("rem", false) => alu!(W; W a, W b => a.checked_rem(b).unwrap_or(0xffff)),
         ("rem", true) => {
-            alu!(W; W a, W b => signed16(a).checked_rem(signed16(b)).unwrap_or(signed16(a)) as u32 & 0xffff)
+            alu!(W; W a, W b => signed16(a).checked_rem(signed16(b)).unwrap_or(-1) as u32 & 0xffff)
         }
         ("min", false) => alu!(W; W a, W b => a.min(b)),
         ("min", true) => alu!(W; W a, W b => signed16(a).min(signed16(b)) as u32 & 0xffff),
@@ -293,8 +293,8 @@ fn binary32(base: &str, signed: bool) -> Option<AluFn> {
         ("sub", _) => alu!(W; W a, W b => a.wrapping_sub(b)),
         ("div", false) => alu!(W; W a, W b => a.checked_div(b).unwrap_or(u32::MAX)),
         ("div", true) => alu!(W; W a, W b => if b == 0 { u32::MAX } else { (a as i32).wrapping_div(b as i32) as u32 }),
-        ("rem", false) => alu!(W; W a, W b => a.checked_rem(b).unwrap_or(a)),
-        ("rem", true) => alu!(W; W a, W b => if b == 0 { a } else { (a as i32).wrapping_rem(b as i32) as u32 }),
+        ("rem", false) => alu!(W; W a, W b => a.checked_rem(b).unwrap_or(u32::MAX)),
+        ("rem", true) => alu!(W; W a, W b => if b == 0 { u32::MAX } else { (a as i32).wrapping_rem(b as i32) as u32 }),
         ("min", false) => alu!(W; W a, W b => a.min(b)),
         ("min", true) => alu!(W; W a, W b => (a as i32).min(b as i32) as u32),
         ("max", false) => alu!(W; W a, W b => a.max(b)),
@@ -311,8 +311,8 @@ fn binary64(base: &str, signed: bool) -> Option<AluFn> {
         ("sub", _) => alu!(D; D a, D b => a.wrapping_sub(b)),
         ("div", false) => alu!(D; D a, D b => a.checked_div(b).unwrap_or(u64::MAX)),
         ("div", true) => alu!(D; D a, D b => if b == 0 { u64::MAX } else { (a as i64).wrapping_div(b as i64) as u64 }),
-        ("rem", false) => alu!(D; D a, D b => a.checked_rem(b).unwrap_or(a)),
-        ("rem", true) => alu!(D; D a, D b => if b == 0 { a } else { (a as i64).wrapping_rem(b as i64) as u64 }),
+        ("rem", false) => alu!(D; D a, D b => a.checked_rem(b).unwrap_or(u64::MAX)),
+        ("rem", true) => alu!(D; D a, D b => if b == 0 { u64::MAX } else { (a as i64).wrapping_rem(b as i64) as u64 }),
         ("min", false) => alu!(D; D a, D b => a.min(b)),
         ("min", true) => alu!(D; D a, D b => (a as i64).min(b as i64) as u64),
         ("max", false) => alu!(D; D a, D b => a.max(b)),

@@ -161,6 +161,35 @@ impl<'m> Lower<'m> {
         self.emit(Op::Store(Box::new(access)), &reads, &[])
     }
 
+    /// The operation of an atomic or a reduction.
+    pub(super) fn atomic_op(o: &mut Opcode<'_>) -> Option<AtomicOp> {
+        Some(match o.one_of(&["and", "or", "xor", "exch", "cas", "add", "inc", "dec", "min", "max"])? {
+            "and" => AtomicOp::And,
+            "or" => AtomicOp::Or,
+            "xor" => AtomicOp::Xor,
+            "exch" => AtomicOp::Exchange,
+            "cas" => AtomicOp::CompareExchange,
+            "add" => AtomicOp::Add,
+            "inc" => AtomicOp::Inc,
+            "dec" => AtomicOp::Dec,
+            "min" => AtomicOp::Min,
+            _ => AtomicOp::Max,
+        })
+    }
+
+    /// The type of an atomic or a reduction.
+    pub(super) fn atomic_type(ty: Type) -> Option<AtomicType> {
+        Some(match (ty.kind, ty.bits) {
+            (Kind::Unsigned | Kind::Bits, 16 | 32 | 64) => AtomicType::Unsigned,
+            (Kind::Signed, 32 | 64) => AtomicType::Signed,
+            (Kind::Float, 16 | 32 | 64) => AtomicType::Float,
+            (Kind::FloatPair, _) => AtomicType::HalfPair,
+            (Kind::Brain, _) => AtomicType::Brain,
+            (Kind::BrainPair, _) => AtomicType::BrainPair,
+            _ => return None,
+        })
+    }
+
     fn atomic(&mut self, o: &mut Opcode<'_>, i: &'m Instruction) -> Result<(), At> {
         let order = Self::order(o);
         let returns = o.base == "atom";
@@ -169,34 +198,14 @@ impl<'m> Lower<'m> {
         }
         let first = usize::from(returns);
         let policy = o.flag("L2::cache_hint");
-        let op = match o.one_of(&["and", "or", "xor", "exch", "cas", "add", "inc", "dec", "min", "max"]) {
-            Some("and") => AtomicOp::And,
-            Some("or") => AtomicOp::Or,
-            Some("xor") => AtomicOp::Xor,
-            Some("exch") => AtomicOp::Exchange,
-            Some("cas") => AtomicOp::CompareExchange,
-            Some("add") => AtomicOp::Add,
-            Some("inc") => AtomicOp::Inc,
-            Some("dec") => AtomicOp::Dec,
-            Some("min") => AtomicOp::Min,
-            Some("max") => AtomicOp::Max,
-            _ => return self.fail("an atomic needs an operation"),
-        };
+        let Some(op) = Self::atomic_op(o) else { return self.fail("an atomic needs an operation") };
         let cas = op == AtomicOp::CompareExchange;
         self.arity(i, first + 2 + usize::from(cas)..=first + 2 + usize::from(cas) + usize::from(policy))?;
         let space = self.space(o, &i.operands[first])?;
         o.flag("noftz");
         let lanes = Self::vector(o);
         let ty = self.some_type(o, i)?;
-        let ty_of = match (ty.kind, ty.bits) {
-            (Kind::Unsigned | Kind::Bits, 16 | 32 | 64) => AtomicType::Unsigned,
-            (Kind::Signed, 32 | 64) => AtomicType::Signed,
-            (Kind::Float, 16 | 32 | 64) => AtomicType::Float,
-            (Kind::FloatPair, _) => AtomicType::HalfPair,
-            (Kind::Brain, _) => AtomicType::Brain,
-            (Kind::BrainPair, _) => AtomicType::BrainPair,
-            _ => return self.unsupported(i),
-        };
+        let Some(ty_of) = Self::atomic_type(ty) else { return self.unsupported(i) };
         let place = self.place(&i.operands[first])?;
         let (src, _) = self.value_regs(&i.operands[first + 1], lanes, ty, false)?;
         let swap = if cas { Some(self.source(&i.operands[first + 2], ty)?) } else { None };

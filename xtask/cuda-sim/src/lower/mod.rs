@@ -2,6 +2,7 @@
 //! is not understood is an error.
 
 mod bits;
+mod bulk;
 mod collective;
 mod compare;
 mod control;
@@ -16,6 +17,7 @@ mod moves;
 mod opcode;
 mod scope;
 mod tensor;
+mod wgmma;
 
 use crate::code::{Inst, Kernel, Op, Place, Site, Special};
 use crate::error::At;
@@ -240,6 +242,7 @@ impl<'m> Lower<'m> {
             "shfl" | "vote" | "match" | "redux" | "activemask" | "elect" | "bar" | "barrier" | "membar" | "fence"
             | "griddepcontrol" => self.collective(o, i),
             "ldmatrix" | "stmatrix" | "mma" => self.tensor(o, i),
+            "wgmma" => self.wgmma(o, i),
             "cp" | "mbarrier" => self.copies(o, i),
             _ => self.fail(format!("`{}` is not supported", i.opcode)),
         }

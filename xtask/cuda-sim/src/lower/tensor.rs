@@ -62,7 +62,8 @@ impl<'m> Lower<'m> {
         Ok(regs)
     }
 
-    fn element(name: &str) -> Option<Element> {
+    /// The elements of a type's name.
+    pub(super) fn element(name: &str) -> Option<Element> {
         Some(match name {
             "f16" => Element::Float(F16),
             "bf16" => Element::Float(BF16),

@@ -9,7 +9,7 @@ use std::path::Path;
 use thiserror::Error;
 
 /// What begins a file.
-const MAGIC: &[u8] = b"cuda-probe 1\n";
+const MAGIC: &[u8] = b"cuda-probe 2\n";
 
 /// What a device said to one case.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -20,8 +20,22 @@ pub struct Answer {
     pub question: u64,
     /// The driver's code: 0 where the kernel ran to its end.
     pub code: u32,
-    /// What it wrote.
+    /// A hash of what it wrote.
+    pub digest: u64,
+    /// What it wrote; empty where the hash is enough.
     pub output: Vec<u8>,
+}
+
+impl Answer {
+    /// An answer with all of its output.
+    pub fn new(name: &str, question: u64, code: u32, output: Vec<u8>) -> Self {
+        Self { name: name.to_owned(), question, code, digest: hash(&output), output }
+    }
+
+    /// Whether an output is the one of this answer.
+    pub fn is(&self, output: &[u8]) -> bool {
+        self.digest == hash(output)
+    }
 }
 
 /// The answers of a device.
@@ -48,8 +62,13 @@ impl Case {
     /// A hash of what is asked.
     pub fn question(&self) -> u64 {
         let parts = [self.ptx.as_bytes(), &self.input, format!("{:?}", self.map).as_bytes()].concat();
-        parts.iter().fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x100_0000_01b3))
+        hash(&parts)
     }
+}
+
+/// FNV-1a.
+fn hash(bytes: &[u8]) -> u64 {
+    bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x100_0000_01b3))
 }
 
 impl Fixture {
@@ -71,6 +90,7 @@ impl Fixture {
             text(&mut out, &answer.name)?;
             out.write_all(&answer.question.to_le_bytes())?;
             out.write_all(&answer.code.to_le_bytes())?;
+            out.write_all(&answer.digest.to_le_bytes())?;
             out.write_all(&(answer.output.len() as u32).to_le_bytes())?;
             out.write_all(&answer.output)?;
         }
@@ -91,11 +111,12 @@ impl Fixture {
         let mut answers = Vec::new();
         for _ in 0..count {
             let name = take_text(&mut rest)?;
-            let question = u64::from(take_u32(&mut rest)?) | u64::from(take_u32(&mut rest)?) << 32;
+            let question = take_u64(&mut rest)?;
             let code = take_u32(&mut rest)?;
+            let digest = take_u64(&mut rest)?;
             let length = take_u32(&mut rest)? as usize;
             let output = take(&mut rest, length)?.to_vec();
-            answers.push(Answer { name, question, code, output });
+            answers.push(Answer { name, question, code, digest, output });
         }
         Ok(Self { device, answers })
     }
@@ -115,6 +136,10 @@ fn take<'d>(rest: &mut &'d [u8], count: usize) -> Result<&'d [u8], FixtureError>
 fn take_u32(rest: &mut &[u8]) -> Result<u32, FixtureError> {
     let bytes = take(rest, 4)?;
     Ok(u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]))
+}
+
+fn take_u64(rest: &mut &[u8]) -> Result<u64, FixtureError> {
+    Ok(u64::from(take_u32(rest)?) | u64::from(take_u32(rest)?) << 32)
 }
 
 fn take_text(rest: &mut &[u8]) -> Result<String, FixtureError> {

@@ -5,6 +5,9 @@ use super::lex::{Placed, Token};
 use crate::error::At;
 use std::collections::BTreeMap;
 
+/// The newest version of PTX, times ten.
+const MAX_VERSION: u32 = 99;
+
 /// A place in the tokens.
 pub struct Cursor<'t, 'a> {
     tokens: &'t [Placed<'a>],
@@ -156,7 +159,7 @@ impl<'a> Cursor<'_, 'a> {
     fn version(&mut self) -> Result<(u32, u32), At> {
         let Token::F64(bits) = self.next()? else { return self.error("expected a version such as 8.0") };
         let tenths = (f64::from_bits(bits) * 10.0).round() as u32;
-        if !(70..100).contains(&tenths) {
+        if !(70..=MAX_VERSION).contains(&tenths) {
             return self.error(format!("PTX version {}.{} is not supported: 7.0 to 9.9 are", tenths / 10, tenths % 10));
         }
         Ok((tenths / 10, tenths % 10))

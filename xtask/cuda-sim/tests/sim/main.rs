@@ -1,6 +1,7 @@
 //! The simulator through its library: kernels from PTX text, no driver.
 
 mod defects;
+mod hardware;
 mod kit;
 mod malformed;
 mod opcodes;

@@ -180,6 +180,18 @@ fn histogram(arch: u32) {
 }
 
 #[test]
+fn kernels_of_hopper() {
+    for stored in [Stored::Brain, Stored::Half, Stored::Tensor] {
+        matmul(90, stored, false, [128, 64, 96]);
+        matmul(90, stored, true, [77, 65, 47]);
+    }
+    softmax(90);
+    scan_and_sort(90);
+    attention(90);
+    histogram(90);
+}
+
+#[test]
 fn other_kernels_of_ampere() {
     softmax(80);
     scan_and_sort(80);

@@ -29,7 +29,7 @@ pub fn run(number: usize, path: &Path) -> Result<(), String> {
     let (name, group) = GROUPS.get(number).ok_or("no such group")?;
     let mut lines = String::new();
     group(&mut lines)?;
-    let answer = Answer { name: format!("host: {name}"), question: 0, code: 0, output: lines.into_bytes() };
+    let answer = Answer::new(&format!("host: {name}"), 0, 0, lines.into_bytes());
     Fixture { device: String::new(), answers: vec![answer] }.write(path).map_err(|error| error.to_string())
 }
 

@@ -32,12 +32,13 @@ fn main() -> ExitCode {
     }
 }
 
-/// Writes the PTX of every case, for an assembler to read.
+/// Writes the PTX and the input of every case, for other tools to read.
 fn dump(folder: &Path) -> Result<(), String> {
     std::fs::create_dir_all(folder).map_err(|error| error.to_string())?;
     for (at, case) in cases(90).iter().enumerate() {
         let text = format!("// {}\n{}", case.name, case.ptx);
         std::fs::write(folder.join(format!("{at:04}.ptx")), text).map_err(|error| error.to_string())?;
+        std::fs::write(folder.join(format!("{at:04}.input")), &case.input).map_err(|error| error.to_string())?;
     }
     Ok(())
 }
@@ -66,8 +67,7 @@ fn parent(output: &Path) -> Result<(), String> {
         if at == before {
             let case = &all[at];
             eprintln!("probe: no answer to {}", case.name);
-            let answer = Answer { name: case.name.clone(), question: case.question(), code: 999, output: Vec::new() };
-            fixture.answers.push(answer);
+            fixture.answers.push(Answer::new(&case.name, case.question(), 999, Vec::new()));
             at += 1;
         }
     }
@@ -111,7 +111,7 @@ fn child(from: usize, folder: &Path) -> Result<(), String> {
     let device = device::Device::open()?;
     for (at, case) in cases(device.capability).iter().enumerate().skip(from) {
         let (code, output) = device.run(case);
-        let answer = Answer { name: case.name.clone(), question: case.question(), code, output };
+        let answer = Answer::new(&case.name, case.question(), code, output);
         let part = Fixture { device: String::new(), answers: vec![answer] };
         let path = folder.join(at.to_string());
         let written = folder.join(format!("{at}.new"));

@@ -106,6 +106,9 @@ fn copy_in(to: u64, from: *const c_void, count: usize, stream: usize) -> Outcome
     let state = state()?;
     state.alive()?;
     state.check_stream(stream)?;
+    if count == 0 {
+        return Ok(());
+    }
     Ok(state.memory.copy_in(to, bytes(from, count)?)?)
 }
 
@@ -113,6 +116,9 @@ fn copy_out(to: *mut c_void, from: u64, count: usize, stream: usize) -> Outcome 
     let state = state()?;
     state.alive()?;
     state.check_stream(stream)?;
+    if count == 0 {
+        return Ok(());
+    }
     Ok(state.memory.copy_out(from, bytes_mut(to, count)?)?)
 }
 
