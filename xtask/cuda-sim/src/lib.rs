@@ -14,6 +14,7 @@ mod number;
 pub mod probe;
 pub mod ptx;
 pub mod tensor_map;
+pub mod toolchain;
 
 pub use error::PtxError;
 pub use module::{LoadError, Module};

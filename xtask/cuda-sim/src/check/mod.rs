@@ -98,6 +98,12 @@ impl Checks for Checker {
         }
     }
 
+    fn local_written(&mut self, warp: u32, lane: u32, address: u32, bytes: u32) {
+        let first = (u64::from(address) - LOCAL_BASE) as usize;
+        let written = &mut self.defined[warp as usize].local;
+        written[first..first + bytes as usize].iter_mut().for_each(|lanes| *lanes |= 1 << lane);
+    }
+
     fn fence(&mut self, warp: u32) {
         self.clocks.fence(warp, self.linear);
     }

@@ -66,6 +66,8 @@ pub trait Checks: Send + Sized {
         memory: &[Arc<Allocation>],
         hint: &mut usize,
     ) -> Result<(), Finding>;
+    /// A function of the runtime wrote local memory.
+    fn local_written(&mut self, warp: u32, lane: u32, address: u32, bytes: u32);
     /// A fence.
     fn fence(&mut self, warp: u32);
     /// Lanes of a warp synchronise.
@@ -98,6 +100,7 @@ impl Checks for Unchecked {
     fn touch(&mut self, _: u32, _: &Touch<'_>, _: &[Arc<Allocation>], _: &mut usize) -> Result<(), Finding> {
         Ok(())
     }
+    fn local_written(&mut self, _: u32, _: u32, _: u32, _: u32) {}
     fn fence(&mut self, _: u32) {}
     fn warp_sync(&mut self, _: u32, _: u32, _: u32) {}
     fn barrier_arrive(&mut self, _: u32, _: u32, _: bool) {}

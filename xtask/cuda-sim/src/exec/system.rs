@@ -27,6 +27,7 @@ impl<C: Checks> Cta<'_, C> {
                     let offset = result.and_then(|at| self.local_offset(u64::from(at), 4, lane));
                     if let Some(offset) = offset {
                         write_words(&mut warp.local, offset, 4, u64::from(count));
+                        self.checks.local_written(warp.index, lane as u32, result.unwrap_or(0), 4);
                     }
                 }),
                 SystemCall::AssertFail => self.assertion(warp, places, lane),

@@ -4,6 +4,7 @@ mod defects;
 mod hardware;
 mod kit;
 mod malformed;
+mod nvcc;
 mod opcodes;
 mod programs;
 mod triton;

@@ -1,7 +1,12 @@
 //! The lowered form of a kernel: one compact operation an instruction, registers as rows.
 
+mod copies;
+mod tensor;
+
+pub use copies::{Bulk, CopyAsync, Mbarrier};
+pub use tensor::{Accumulator, Element, Left, Matrix, Mma, Wgmma};
+
 use crate::exec::regs::{AluFn, Reg};
-use crate::number::Format;
 use crate::ptx::{Location, Space};
 use std::sync::Arc;
 
@@ -304,171 +309,6 @@ pub struct Barrier {
     pub aligned: bool,
 }
 
-/// What a matrix operand's elements are.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Element {
-    /// A floating-point format of 16 or fewer bits, or tf32.
-    Float(Format),
-    /// f64.
-    Double,
-    /// Integers of 4 or 8 bits, with sign or without.
-    Int {
-        /// Bits.
-        bits: u32,
-        /// With sign.
-        signed: bool,
-    },
-}
-
-/// `mma.sync`.
-#[derive(Clone, Debug)]
-pub struct Mma {
-    /// Rows, columns, depth.
-    pub shape: [u32; 3],
-    /// A's elements.
-    pub a_type: Element,
-    /// B's elements.
-    pub b_type: Element,
-    /// Accumulators: f32, s32, or f16 (two a register), or f64.
-    pub acc: Accumulator,
-    /// Clamp integers instead of wrapping.
-    pub saturate: bool,
-    /// Result.
-    pub d: Box<[Reg]>,
-    /// Left operand.
-    pub a: Box<[Reg]>,
-    /// Right operand.
-    pub b: Box<[Reg]>,
-    /// Addend.
-    pub c: Box<[Reg]>,
-}
-
-/// The type of an accumulator.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Accumulator {
-    /// f32.
-    Single,
-    /// f16.
-    Half,
-    /// s32.
-    Int,
-    /// f64.
-    Double,
-}
-
-/// `ldmatrix` and `stmatrix` of 8 by 8 matrices of 16 bits.
-#[derive(Clone, Debug)]
-pub struct Matrix {
-    /// Where: lane 8i + r holds the address of row r of matrix i.
-    pub place: Place,
-    /// One register a matrix.
-    pub regs: Box<[Reg]>,
-    /// Transposed.
-    pub transposed: bool,
-    /// A store.
-    pub store: bool,
-}
-
-/// `cp.async`.
-#[derive(Clone, Debug)]
-pub struct CopyAsync {
-    /// Shared destination.
-    pub dst: Place,
-    /// Global source.
-    pub src: Place,
-    /// Bytes written.
-    pub bytes: u32,
-    /// Bytes read; the rest is zero.
-    pub src_bytes: Option<Reg>,
-    /// Lanes that read nothing (`row << 1 | negated`).
-    pub ignore: Option<u32>,
-}
-
-/// A bulk copy, by one thread.
-#[derive(Clone, Debug)]
-pub enum Bulk {
-    /// Global to shared memory; completes bytes of a barrier object.
-    Load {
-        /// Shared destination.
-        dst: Place,
-        /// Global source.
-        src: Place,
-        /// Bytes.
-        bytes: Reg,
-        /// The barrier object.
-        object: Place,
-    },
-    /// Shared to global memory, perhaps combined with what is there.
-    Store {
-        /// Global destination.
-        dst: Place,
-        /// Shared source.
-        src: Place,
-        /// Bytes.
-        bytes: Reg,
-        /// How it is combined.
-        reduce: Option<Box<Atomic>>,
-    },
-    /// A tile of a tensor to shared memory; completes bytes of a barrier object.
-    LoadTile {
-        /// Shared destination.
-        dst: Place,
-        /// Generic address of the tensor map.
-        map: Place,
-        /// Coordinates, the innermost first.
-        at: Box<[Reg]>,
-        /// The barrier object.
-        object: Place,
-    },
-    /// A tile of shared memory to a tensor, perhaps combined with what is there.
-    StoreTile {
-        /// Shared source.
-        src: Place,
-        /// Generic address of the tensor map.
-        map: Place,
-        /// Coordinates, the innermost first.
-        at: Box<[Reg]>,
-        /// How it is combined.
-        reduce: Option<AtomicOp>,
-    },
-}
-
-/// Where `wgmma` finds its left operand.
-#[derive(Clone, Debug)]
-pub enum Left {
-    /// In registers.
-    Registers(Box<[Reg]>),
-    /// In shared memory, by a descriptor.
-    Descriptor(Reg),
-}
-
-/// `wgmma.mma_async`: a warp's 16 rows of the warpgroup's 64.
-#[derive(Clone, Debug)]
-pub struct Wgmma {
-    /// Columns.
-    pub columns: u32,
-    /// Depth.
-    pub depth: u32,
-    /// A's and B's elements.
-    pub types: [Element; 2],
-    /// The accumulator's type.
-    pub acc: Accumulator,
-    /// Accumulators, read and written.
-    pub d: Box<[Reg]>,
-    /// Left operand.
-    pub a: Left,
-    /// Descriptor of the right operand.
-    pub b: Reg,
-    /// Accumulators are added (`row << 1 | negated`).
-    pub accumulate: u32,
-    /// Signs of A and B.
-    pub negate: [bool; 2],
-    /// The rows, or columns, are contiguous rather than the depth.
-    pub transposed: [bool; 2],
-    /// Clamp integers.
-    pub saturate: bool,
-}
-
 /// A function that the device's runtime provides.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SystemCall {
@@ -476,68 +316,6 @@ pub enum SystemCall {
     Print,
     /// `__assertfail(message, file, line, function, char_size)`
     AssertFail,
-}
-
-/// What an `mbarrier` instruction does.
-#[derive(Clone, Debug)]
-pub enum Mbarrier {
-    /// Sets the number of expected arrivals.
-    Init {
-        /// The barrier.
-        place: Place,
-        /// Arrivals.
-        count: Reg,
-    },
-    /// Ends the barrier's life.
-    Invalidate {
-        /// The barrier.
-        place: Place,
-    },
-    /// Expects bytes.
-    Expect {
-        /// The barrier.
-        place: Place,
-        /// Bytes.
-        bytes: Reg,
-    },
-    /// Completes bytes.
-    Complete {
-        /// The barrier.
-        place: Place,
-        /// Bytes.
-        bytes: Reg,
-    },
-    /// Arrives.
-    Arrive {
-        /// The barrier.
-        place: Place,
-        /// The phase's state before.
-        state: Option<Reg>,
-        /// Bytes expected with the arrival.
-        bytes: Option<Reg>,
-        /// Arrivals; 1 if none.
-        count: Option<Reg>,
-    },
-    /// Asks whether a phase is over.
-    Test {
-        /// The barrier.
-        place: Place,
-        /// The answer.
-        done: Reg,
-        /// The phase: a state, or a parity.
-        phase: Reg,
-        /// The phase is a parity.
-        parity: bool,
-        /// May wait (`try_wait`).
-        waits: bool,
-    },
-    /// Arrives when the thread's `cp.async` operations are over.
-    CopyArrive {
-        /// The barrier.
-        place: Place,
-        /// Does not count as a pending arrival of its own.
-        noinc: bool,
-    },
 }
 
 /// An operation.
