@@ -37,9 +37,9 @@ fn run(name: &str, ptx: &str, kernel: &str, grid: [u32; 3], block: u32, shared: 
             let options = Options { check, ..Options::default() };
             let start = Instant::now();
             let launch = Launch::new(kernel, (grid, [block, 1, 1]), shared, &params, memory.snapshot(), &options);
-            let operations = pool.install(|| launch.run()).unwrap_or_else(|fault| panic!("{fault}"));
+            let summary = pool.install(|| launch.run()).unwrap_or_else(|fault| panic!("{fault}"));
             let seconds = start.elapsed().as_secs_f64();
-            let speed = operations as f64 * 32.0 / seconds / 1e9;
+            let speed = summary.operations as f64 * 32.0 / seconds / 1e9;
             println!("{name:12} threads {threads} checker {check:5}: {speed:6.2} G lane operations/s ({seconds:.3} s)");
         }
     }

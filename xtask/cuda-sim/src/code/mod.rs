@@ -50,6 +50,8 @@ pub struct Kernel {
 pub struct Site {
     /// Line of the PTX.
     pub line: u32,
+    /// The first operation of its instruction.
+    pub first: bool,
     /// Opcode with modifiers.
     pub opcode: Arc<str>,
     /// Line of the source.

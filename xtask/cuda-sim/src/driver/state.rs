@@ -27,7 +27,8 @@ pub struct Setup {
 
 impl Setup {
     /// `CUDA_SIM_DEVICE` (`a100`, `h100`), `CUDA_SIM_MEMORY` (bytes), `CUDA_SIM_CHECK` (`0` for none),
-    /// `CUDA_SIM_SEED`, `CUDA_SIM_BUDGET`.
+    /// `CUDA_SIM_COUNT` (`1` prints a table of counters after each launch, `json` a line of JSON), `CUDA_SIM_SEED`,
+    /// `CUDA_SIM_BUDGET`.
     pub fn from_environment() -> Self {
         let number = |name: &str| std::env::var(name).ok().and_then(|text| text.parse::<u64>().ok());
         let name = std::env::var("CUDA_SIM_DEVICE").unwrap_or_else(|_| "h100".to_owned());
@@ -38,6 +39,7 @@ impl Setup {
         device.memory_bytes = number("CUDA_SIM_MEMORY").unwrap_or(device.memory_bytes);
         let mut options = Options { multiprocessors: device.multiprocessors, ..Options::default() };
         options.check = number("CUDA_SIM_CHECK") != Some(0);
+        options.count = std::env::var_os("CUDA_SIM_COUNT").is_some();
         options.seed = number("CUDA_SIM_SEED");
         options.budget = number("CUDA_SIM_BUDGET").unwrap_or(options.budget);
         Self { device, options }
@@ -321,7 +323,15 @@ impl Ready {
         let kernel = self.module.kernels.get(&self.name).ok_or(CuError::INVALID_HANDLE)?;
         let launch = Launch::new(kernel, self.shape, self.shared, params, memory.snapshot(), options);
         match launch.run() {
-            Ok(_) => Ok(()),
+            Ok(summary) => {
+                if let Some(counts) = summary.counts {
+                    match std::env::var("CUDA_SIM_COUNT").as_deref() {
+                        Ok("json") => eprintln!("{}", counts.json(&self.name)),
+                        _ => eprintln!("cuda-sim: {}\n{counts}", self.name),
+                    }
+                }
+                Ok(())
+            }
             Err(fault) => {
                 eprintln!("cuda-sim: {fault}");
                 Err((&*fault).into())

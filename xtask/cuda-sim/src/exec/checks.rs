@@ -5,6 +5,7 @@ use super::access::Addresses;
 use super::fault::Finding;
 use super::warp::Warp;
 use crate::code::{Inst, Order, Site};
+use crate::count::Counts;
 use crate::memory::Allocation;
 use crate::ptx::Space;
 use std::sync::Arc;
@@ -84,6 +85,10 @@ pub trait Checks: Send + Sized {
     fn object_arrive(&mut self, warp: u32, offset: u64);
     /// A warp saw a phase of a barrier object complete.
     fn object_wait(&mut self, warp: u32, offset: u64);
+    /// What was counted.
+    fn counts(self) -> Option<Counts> {
+        None
+    }
 }
 
 /// No checks.

@@ -69,51 +69,46 @@ impl<C: Checks> Cta<'_, C> {
                 Touch { space: Space::Shared, at: &to, active, bytes: copy.bytes, kind, order: Order::Weak, pc };
             self.checks.touch(warp.index, &touch, &self.launch.memory, &mut self.hint)?;
         }
+        let mut counts = [0; LANES];
         for lane in lanes(active) {
             let wanted = copy.src_bytes.map_or(copy.bytes, |reg| warp.regs.value(reg, lane) as u32);
-            let bytes = if ignored >> lane & 1 == 1 { 0 } else { wanted };
-            if bytes > copy.bytes {
-                let what = format!("a source of {bytes} bytes for a copy of {}", copy.bytes);
+            counts[lane] = if ignored >> lane & 1 == 1 { 0 } else { wanted };
+            if counts[lane] > copy.bytes {
+                let what = format!("a source of {} bytes for a copy of {}", counts[lane], copy.bytes);
                 return Err((FaultKind::BadOperand { what }, lane as u32));
             }
-            self.copy_lane(warp.index, copy, pc, lane, (to[lane], &from), bytes)?;
+        }
+        for lane in lanes(active) {
+            self.copy_lane(copy, lane, to[lane], from[lane], counts[lane])?;
+        }
+        if !C::ON {
+            return Ok(());
+        }
+        // Lanes that read alike are one request.
+        for bytes in 1..=copy.bytes {
+            let alike = lanes(active).filter(|lane| counts[*lane] == bytes).fold(0, |mask, lane| mask | 1 << lane);
+            if alike != 0 {
+                let (kind, order) = (TouchKind::Read, Order::Weak);
+                let touch = Touch { space: Space::Global, at: &from, active: alike, bytes, kind, order, pc };
+                self.checks.touch(warp.index, &touch, &self.launch.memory, &mut self.hint)?;
+            }
         }
         Ok(())
     }
 
-    fn copy_lane(
-        &mut self,
-        warp: u32,
-        copy: &CopyAsync,
-        pc: u32,
-        lane: usize,
-        (to, from): (u64, &[u64; LANES]),
-        bytes: u32,
-    ) -> Result<(), Finding> {
+    fn copy_lane(&mut self, copy: &CopyAsync, lane: usize, to: u64, from: u64, bytes: u32) -> Result<(), Finding> {
         let fault =
             |space, address, bytes, write| (FaultKind::OutOfBounds { space, address, bytes, write }, lane as u32);
         let target = self.shared_offset(to, copy.bytes).ok_or_else(|| fault(Space::Shared, to, copy.bytes, true))?;
         let mut data = [0u32; 4];
         if bytes > 0 {
-            let address = from[lane];
-            let found = self.allocation(address, u64::from(bytes));
-            let found = found.ok_or_else(|| fault(Space::Global, address, bytes, false))?;
-            let offset = address - found.base;
-            for byte in 0..bytes {
-                let value = found.read(offset + u64::from(byte), 1) as u32;
-                data[byte as usize / 4] |= value << (8 * (byte % 4));
-            }
-            if C::ON {
-                let touch = Touch {
-                    space: Space::Global,
-                    at: from,
-                    active: 1 << lane,
-                    bytes,
-                    kind: TouchKind::Read,
-                    order: Order::Weak,
-                    pc,
-                };
-                self.checks.touch(warp, &touch, &self.launch.memory, &mut self.hint)?;
+            let found = self.allocation(from, u64::from(bytes));
+            let found = found.ok_or_else(|| fault(Space::Global, from, bytes, false))?;
+            let offset = from - found.base;
+            for word in 0..bytes.div_ceil(4) {
+                let left = bytes - 4 * word;
+                let value = found.read(offset + u64::from(4 * word), 4) as u32;
+                data[word as usize] = if left >= 4 { value } else { value & ((1 << (8 * left)) - 1) };
             }
         }
         for word in 0..copy.bytes / 4 {

@@ -213,7 +213,7 @@ impl Tile {
     /// c += a b
     ///
     /// A tensor core of an H100 lines all products and the addend up with the largest (by the sum of its factors'
-    /// exponents), cuts each off [`KEPT`] bits behind that one's leading bit, adds them exactly and cuts the sum to f32.
+    /// exponents), cuts each off 25 bits behind that one's leading bit, adds them exactly and cuts the sum to f32.
     pub fn multiply(&mut self) {
         pulp::Arch::new().dispatch(Product(self));
     }

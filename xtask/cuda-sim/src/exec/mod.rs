@@ -22,6 +22,7 @@ pub use fault::{Fault, FaultKind, Finding, Party};
 
 use crate::check::{Checker, GlobalShadow};
 use crate::code::Kernel;
+use crate::count::{Counter, Counts};
 use crate::memory::Allocation;
 use checks::{Checks, Unchecked};
 use cta::Cta;
@@ -30,7 +31,7 @@ use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
 use std::io::Write;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 
 /// Locks for atomics of 64 bits.
@@ -41,6 +42,8 @@ const LOCKS: usize = 64;
 pub struct Options {
     /// Run the checker.
     pub check: bool,
+    /// Count.
+    pub count: bool,
     /// Order of CTAs and warps; ascending without one.
     pub seed: Option<u64>,
     /// Operations that a CTA may take.
@@ -53,8 +56,17 @@ pub struct Options {
 
 impl Default for Options {
     fn default() -> Self {
-        Self { check: true, seed: None, budget: 1 << 33, shared_fill: 0xffff_ffff, multiprocessors: 1 }
+        Self { check: true, count: false, seed: None, budget: 1 << 33, shared_fill: 0xffff_ffff, multiprocessors: 1 }
     }
+}
+
+/// What a launch did.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Summary {
+    /// Operations of warps.
+    pub operations: u64,
+    /// Counters, where they were asked for.
+    pub counts: Option<Counts>,
 }
 
 /// A kernel with its grid and arguments.
@@ -96,12 +108,17 @@ impl<'a> Launch<'a> {
         Self { kernel, grid, block, dynamic_shared, params, memory, options, shadow, wide_atomics, printed }
     }
 
-    /// Runs all CTAs. Gives the number of operations.
+    /// Runs all CTAs.
     ///
     /// # Errors
-    /// The first fault in the order of CTAs that ran.
-    pub fn run(&self) -> Result<u64, Box<Fault>> {
-        let result = if self.options.check { self.run_with::<Checker>() } else { self.run_with::<Unchecked>() };
+    /// The first fault that was found.
+    pub fn run(&self) -> Result<Summary, Box<Fault>> {
+        let result = match (self.options.check, self.options.count) {
+            (false, false) => self.run_with::<Unchecked>(),
+            (true, false) => self.run_with::<Checker>(),
+            (false, true) => self.run_with::<Counter>(),
+            (true, true) => self.run_with::<(Checker, Counter)>(),
+        };
         let printed = self.printed.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         let mut stdout = std::io::stdout().lock();
         // A closed standard output loses what kernels print, as on a device.
@@ -109,21 +126,27 @@ impl<'a> Launch<'a> {
         result
     }
 
-    fn run_with<C: Checks>(&self) -> Result<u64, Box<Fault>> {
+    fn run_with<C: Checks>(&self) -> Result<Summary, Box<Fault>> {
         let count = self.grid.iter().map(|size| u64::from(*size)).product::<u64>();
         let count = u32::try_from(count).unwrap_or(u32::MAX);
         let mut order: Vec<u32> = (0..count).collect();
         if let Some(seed) = self.options.seed {
             order.shuffle(&mut ChaCha8Rng::seed_from_u64(seed));
         }
-        let (failed, operations) = (AtomicBool::new(false), AtomicU64::new(0));
+        let failed = AtomicBool::new(false);
+        let summary = Mutex::new(Summary::default());
         let fault = order.par_iter().with_max_len(1).find_map_any(|linear| {
             if failed.load(Relaxed) {
                 return None;
             }
             match Cta::<C>::new(self, *linear).run() {
-                Ok((_, ran)) => {
-                    operations.fetch_add(ran, Relaxed);
+                Ok((checks, ran)) => {
+                    let counts = checks.counts();
+                    let mut summary = summary.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+                    summary.operations += ran;
+                    if let Some(counts) = counts {
+                        summary.counts.get_or_insert_default().add(&counts);
+                    }
                     None
                 }
                 Err(fault) => {
@@ -132,7 +155,8 @@ impl<'a> Launch<'a> {
                 }
             }
         });
-        fault.map_or_else(|| Ok(operations.load(Relaxed)), Err)
+        let summary = summary.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
+        fault.map_or(Ok(summary), Err)
     }
 
     /// Keeps what a kernel prints until the launch is over.

@@ -131,6 +131,10 @@ impl<'m> Lower<'m> {
         }
         let Some(f) = comparison(op, ty, ftz) else { return self.unsupported(i) };
         let sources = [self.source(&i.operands[1], ty)?, self.source(&i.operands[2], ty)?];
+        if let (None, None, Operand::Name(..)) = (combine, result, &i.operands[0]) {
+            let dst = self.dst(&i.operands[0], PREDICATE)?;
+            return self.alu(f, dst, &sources);
+        }
         let holds = self.new_reg(Class::Predicate);
         self.alu(f, holds, &sources)?;
         let with = match combine {

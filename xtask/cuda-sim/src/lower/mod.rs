@@ -62,6 +62,8 @@ struct Lower<'m> {
     /// Names of the functions being inlined, and where `ret` goes.
     stack: Vec<(&'m str, Option<usize>)>,
     carry: Option<Reg>,
+    /// No operation of the instruction is there yet.
+    begins: bool,
     line: u32,
     location: Option<Location>,
     opcode: Arc<str>,
@@ -95,6 +97,7 @@ impl<'m> Lower<'m> {
             narrowest: 16,
             stack: vec![(&entry.name, None)],
             carry: None,
+            begins: true,
             line: entry.line,
             location: None,
             opcode: "".into(),
@@ -185,7 +188,7 @@ impl<'m> Lower<'m> {
     }
 
     fn instruction(&mut self, i: &'m Instruction) -> Result<(), At> {
-        (self.line, self.location) = (i.line, i.location);
+        (self.line, self.location, self.begins) = (i.line, i.location, true);
         if self.code.len() > MAX_CODE {
             return self.fail("the kernel is too large");
         }
@@ -253,6 +256,7 @@ impl<'m> Lower<'m> {
         self.code.push(Inst { guard, op });
         self.sites.push(Site {
             line: self.line,
+            first: std::mem::take(&mut self.begins),
             opcode: self.opcode.clone(),
             location: self.location,
             reads: reads.into(),

@@ -1,7 +1,7 @@
 //! Seeded defects: the checker must find each, and stay silent on its repaired twin.
 
 use crate::kit::Sim;
-use cuda_sim::exec::{Fault, FaultKind};
+use cuda_sim::exec::{Fault, FaultKind, Summary};
 
 /// A defect: what it is called, what must be found, a body that has it and one that has not.
 struct Defect {
@@ -31,7 +31,7 @@ fn kernel(body: &str) -> String {
     )
 }
 
-fn run(body: &str) -> Result<u64, Box<Fault>> {
+fn run(body: &str) -> Result<Summary, Box<Fault>> {
     let mut sim = Sim::new(&kernel(body));
     sim.options.budget = 2_000_000;
     let (input, out, flag) = (sim.words(&[3; 130]), sim.blank(1024), sim.words(&[0; 16]));

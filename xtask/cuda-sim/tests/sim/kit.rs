@@ -1,7 +1,7 @@
 //! Runs PTX on memory of its own.
 
 use cuda_sim::Module;
-use cuda_sim::exec::{Fault, Launch, Options};
+use cuda_sim::exec::{Fault, Launch, Options, Summary};
 use cuda_sim::memory::DeviceMemory;
 use cuda_sim::probe::Case;
 use cuda_sim::tensor_map::TensorMap;
@@ -50,11 +50,17 @@ impl Sim {
         bytes.chunks_exact(4).map(|word| u32::from_le_bytes(word.try_into().unwrap())).collect()
     }
 
-    pub fn launch(&self, kernel: &str, grid: u32, block: u32, arguments: &[u64]) -> Result<u64, Box<Fault>> {
+    pub fn launch(&self, kernel: &str, grid: u32, block: u32, arguments: &[u64]) -> Result<Summary, Box<Fault>> {
         self.launch_grid(kernel, [grid, 1, 1], block, arguments)
     }
 
-    pub fn launch_grid(&self, kernel: &str, grid: [u32; 3], block: u32, arguments: &[u64]) -> Result<u64, Box<Fault>> {
+    pub fn launch_grid(
+        &self,
+        kernel: &str,
+        grid: [u32; 3],
+        block: u32,
+        arguments: &[u64],
+    ) -> Result<Summary, Box<Fault>> {
         let kernel = &self.module.kernels[kernel];
         let mut params = vec![0; kernel.param_bytes as usize];
         for ((offset, bytes), value) in kernel.params.iter().zip(arguments) {
