@@ -1,5 +1,6 @@
 //! cudarc, unmodified, on the simulator: contexts, copies, modules, launches, events, errors.
 
+use cudarc::cublas::{CudaBlas, Gemm, GemmConfig, StridedBatchedConfig, sys::cublasOperation_t};
 use cudarc::driver::{CudaContext, LaunchConfig, PushKernelArg, sys};
 use std::process::Command;
 
@@ -14,7 +15,9 @@ fn on_simulator(test: &str, body: impl FnOnce()) {
     let program = std::env::current_exe().unwrap();
     let folder = tempfile::tempdir().unwrap();
     let built = program.parent().unwrap().join("libcuda_sim.so");
-    std::os::unix::fs::symlink(&built, folder.path().join("libcuda.so")).unwrap();
+    for name in ["libcuda.so", "libcublas.so"] {
+        std::os::unix::fs::symlink(&built, folder.path().join(name)).unwrap();
+    }
     let output = Command::new(&program)
         .args(["--exact", test, "--nocapture"])
         .env("LD_LIBRARY_PATH", folder.path())
@@ -89,5 +92,71 @@ fn modules_that_are_none_are_refused() {
         let module = context.load_module(ADD.into()).unwrap();
         let error = module.load_function("subtract").unwrap_err();
         assert_eq!(error.0, sys::cudaError_enum::CUDA_ERROR_NOT_FOUND);
+    });
+}
+
+/// Row i, column j of a matrix that lies column by column.
+fn product(a: impl Fn(usize, usize) -> f64, b: impl Fn(usize, usize) -> f64, depth: usize, i: usize, j: usize) -> f64 {
+    (0..depth).map(|k| a(i, k) * b(k, j)).sum()
+}
+
+#[test]
+fn products_of_cublas() {
+    on_simulator("products_of_cublas", || {
+        let context = CudaContext::new(0).unwrap();
+        let stream = context.default_stream();
+        let blas = CudaBlas::new(stream.clone()).unwrap();
+        let (m, n, k) = (5, 7, 3);
+        let x: Vec<f32> = (0..2 * k * m).map(|i| i as f32 * 0.5 - 3.0).collect();
+        let y: Vec<f32> = (0..2 * k * n).map(|i| 2.0 - i as f32 * 0.25).collect();
+        let (a, b) = (stream.clone_htod(&x).unwrap(), stream.clone_htod(&y).unwrap());
+        let mut c = stream.clone_htod(&vec![1.0f32; 2 * m * n]).unwrap();
+        let gemm = GemmConfig {
+            transa: cublasOperation_t::CUBLAS_OP_T,
+            transb: cublasOperation_t::CUBLAS_OP_N,
+            m: m as i32,
+            n: n as i32,
+            k: k as i32,
+            alpha: 2.0f32,
+            lda: k as i32,
+            ldb: k as i32,
+            beta: 3.0f32,
+            ldc: m as i32,
+        };
+        let (stride_a, stride_b, stride_c) = ((k * m) as i64, (k * n) as i64, (m * n) as i64);
+        let config = StridedBatchedConfig { gemm, batch_size: 2, stride_a, stride_b, stride_c };
+        // SAFETY: the sizes are those of the matrices.
+        unsafe { blas.gemm_strided_batched(config, &a, &b, &mut c) }.unwrap();
+        let got = stream.clone_dtoh(&c).unwrap();
+        for (at, got) in got.iter().enumerate() {
+            let (batch, i, j) = (at / (m * n), at % m, at / m % n);
+            let left = |i: usize, p: usize| f64::from(x[batch * k * m + i * k + p]);
+            let right = |p: usize, j: usize| f64::from(y[batch * k * n + j * k + p]);
+            assert_eq!(f64::from(*got), 2.0 * product(left, right, k, i, j) + 3.0, "batch {batch}, [{i}, {j}]");
+        }
+        let short: Vec<half::bf16> = x.iter().map(|value| half::bf16::from_f32(*value)).collect();
+        let square = stream.clone_htod(&short[..9]).unwrap();
+        let mut out = stream.alloc_zeros::<half::bf16>(9).unwrap();
+        let one = half::bf16::ONE;
+        let zero = half::bf16::ZERO;
+        let operation = cublasOperation_t::CUBLAS_OP_N;
+        let config = GemmConfig {
+            transa: operation,
+            transb: operation,
+            m: 3,
+            n: 3,
+            k: 3,
+            alpha: one,
+            lda: 3,
+            ldb: 3,
+            beta: zero,
+            ldc: 3,
+        };
+        // SAFETY: the sizes are those of the matrices.
+        unsafe { blas.gemm(config, &square, &square, &mut out) }.unwrap();
+        let element = |i: usize, j: usize| short[j * 3 + i].to_f64();
+        for (at, got) in stream.clone_dtoh(&out).unwrap().iter().enumerate() {
+            assert_eq!(*got, half::bf16::from_f64(product(element, element, 3, at % 3, at / 3)), "element {at}");
+        }
     });
 }

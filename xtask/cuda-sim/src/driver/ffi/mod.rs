@@ -115,6 +115,7 @@ macro_rules! exports {
     };
 }
 
+mod blas;
 mod device;
 mod launch;
 mod memory;
