@@ -1,0 +1,148 @@
+//! Vector clocks: what each warp knows to have happened.
+
+use std::collections::BTreeMap;
+
+/// Times of all warps that a warp knows: those of its own CTA, and of others that it heard of.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Clock {
+    /// Warps of the own CTA.
+    pub own: Vec<u32>,
+    /// Warps of other CTAs.
+    pub others: BTreeMap<u32, Vec<u32>>,
+}
+
+fn join_times(to: &mut Vec<u32>, from: &[u32]) {
+    if to.len() < from.len() {
+        to.resize(from.len(), 0);
+    }
+    for (to, from) in to.iter_mut().zip(from) {
+        *to = (*to).max(*from);
+    }
+}
+
+impl Clock {
+    /// Learns what another warp of the CTA knows.
+    pub fn join(&mut self, other: &Self) {
+        join_times(&mut self.own, &other.own);
+        for (cta, times) in &other.others {
+            join_times(self.others.entry(*cta).or_default(), times);
+        }
+    }
+
+    /// Learns what was left at a place that all CTAs see.
+    pub fn join_public(&mut self, cta: u32, public: &Public) {
+        for (other, times) in &public.times {
+            let to = if *other == cta { &mut self.own } else { self.others.entry(*other).or_default() };
+            join_times(to, times);
+        }
+    }
+}
+
+/// What is known at a place that all CTAs see.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Public {
+    times: BTreeMap<u32, Vec<u32>>,
+}
+
+impl Public {
+    /// Adds what a warp of a CTA knows.
+    pub fn join(&mut self, cta: u32, clock: &Clock) {
+        join_times(self.times.entry(cta).or_default(), &clock.own);
+        for (other, times) in &clock.others {
+            join_times(self.times.entry(*other).or_default(), times);
+        }
+    }
+}
+
+/// The clocks of a CTA's warps, and the order of lanes within each.
+#[derive(Debug)]
+pub struct Clocks {
+    /// What each warp knows; its own entry is its time.
+    pub warps: Vec<Clock>,
+    /// The time up to which all lanes of a warp are in order.
+    full: Vec<u32>,
+    /// The same for pairs of lanes, where only some synchronised.
+    pairs: Vec<Option<Box<[[u32; 32]; 32]>>>,
+    /// What a warp's last fence covers.
+    fenced: Vec<Option<Clock>>,
+    /// What relaxed reads saw: known after a fence.
+    seen: Vec<Public>,
+}
+
+impl Clocks {
+    /// Clocks of so many warps.
+    pub fn new(warps: usize) -> Self {
+        let clock = |warp: usize| {
+            let mut own = vec![0; warps];
+            own[warp] = 1;
+            Clock { own, others: BTreeMap::new() }
+        };
+        Self {
+            warps: (0..warps).map(clock).collect(),
+            full: vec![0; warps],
+            pairs: vec![None; warps],
+            fenced: vec![None; warps],
+            seen: vec![Public::default(); warps],
+        }
+    }
+
+    /// A warp's time.
+    #[inline(always)]
+    pub fn time(&self, warp: u32) -> u32 {
+        self.warps[warp as usize].own[warp as usize]
+    }
+
+    /// What a warp did so far can be told from what it does next.
+    pub fn tick(&mut self, warp: u32) {
+        self.warps[warp as usize].own[warp as usize] += 1;
+    }
+
+    /// Whether an access of a lane at a time comes before what another lane of the CTA does now.
+    #[inline(always)]
+    pub fn ordered(&self, (warp, lane): (u32, u32), (other, other_lane): (u32, u32), time: u32) -> bool {
+        if warp != other {
+            return self.warps[warp as usize].own[other as usize] >= time;
+        }
+        if lane == other_lane || time < self.full[warp as usize] {
+            return true;
+        }
+        self.pairs[warp as usize].as_ref().is_some_and(|pairs| time < pairs[lane as usize][other_lane as usize])
+    }
+
+    /// Lanes of a warp synchronise.
+    pub fn synchronise(&mut self, warp: u32, members: u32, live: u32) {
+        self.tick(warp);
+        let now = self.time(warp);
+        if members & live == live {
+            self.full[warp as usize] = now;
+            return;
+        }
+        let pairs = self.pairs[warp as usize].get_or_insert_with(|| Box::new([[0; 32]; 32]));
+        for a in (0..32).filter(|lane| members >> lane & 1 == 1) {
+            for b in (0..32).filter(|lane| members >> lane & 1 == 1) {
+                pairs[a][b] = now;
+            }
+        }
+    }
+
+    /// A fence: what came before may be published by relaxed writes, and what relaxed reads saw is known.
+    pub fn fence(&mut self, warp: u32, cta: u32) {
+        let at = warp as usize;
+        let seen = std::mem::take(&mut self.seen[at]);
+        self.warps[at].join_public(cta, &seen);
+        self.fenced[at] = Some(self.warps[at].clone());
+        self.tick(warp);
+    }
+
+    /// What a relaxed write of a warp publishes.
+    pub fn published(&self, warp: u32) -> Option<&Clock> {
+        self.fenced[warp as usize].as_ref()
+    }
+
+    /// A relaxed read saw this.
+    pub fn saw(&mut self, warp: u32, public: &Public) {
+        for (cta, times) in &public.times {
+            join_times(self.seen[warp as usize].times.entry(*cta).or_default(), times);
+        }
+    }
+}

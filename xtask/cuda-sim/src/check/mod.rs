@@ -1,0 +1,310 @@
+//! The checker: bounds and alignment are the executor's; here are values never written, races and misused copies.
+
+mod clock;
+mod global;
+mod registers;
+mod shared;
+
+pub use global::GlobalShadow;
+
+use crate::code::{Inst, Order, Site};
+use crate::exec::access::find;
+use crate::exec::checks::{Checks, Touch, TouchKind};
+use crate::exec::warp::{Warp, lanes};
+use crate::exec::{FaultKind, Finding, Launch, Party};
+use crate::lower::{LOCAL_BASE, SHARED_BASE};
+use crate::memory::Allocation;
+use crate::ptx::Space;
+use clock::{Clock, Clocks, Public};
+use global::View;
+use registers::Defined;
+use shared::{SharedShadow, Visit, Wrong};
+use std::collections::HashMap;
+use std::sync::Arc;
+
+/// A copy that is not complete.
+#[derive(Clone, Copy, Debug)]
+struct Copy {
+    lane: u32,
+    offset: u64,
+    bytes: u32,
+    group: u32,
+}
+
+/// Copies of a warp.
+#[derive(Clone, Debug, Default)]
+struct Copies {
+    open: Vec<Copy>,
+    /// Groups that each lane closed.
+    closed: [u32; 32],
+}
+
+/// A checker of a CTA.
+pub struct Checker {
+    id: [u32; 3],
+    linear: u32,
+    grid: [u32; 3],
+    lines: Vec<u32>,
+    defined: Vec<Defined>,
+    clocks: Clocks,
+    shared: SharedShadow,
+    global: Arc<GlobalShadow>,
+    copies: Vec<Copies>,
+    barriers: [(Clock, Vec<u32>); 16],
+    objects: HashMap<u64, Clock>,
+    /// What is known at shared addresses of strong accesses.
+    places: HashMap<u64, Public>,
+}
+
+impl Checks for Checker {
+    const ON: bool = true;
+
+    fn new(launch: &Launch<'_>, id: [u32; 3], linear: u32, shared_bytes: u32) -> Self {
+        let warps = launch.block.iter().product::<u32>().div_ceil(32) as usize;
+        let kernel = launch.kernel;
+        Self {
+            id,
+            linear,
+            grid: launch.grid,
+            lines: kernel.sites.iter().map(|site| site.line).collect(),
+            defined: (0..warps).map(|_| Defined::new(kernel)).collect(),
+            clocks: Clocks::new(warps),
+            shared: SharedShadow::new(shared_bytes, kernel.narrowest, warps),
+            global: launch.shadow.clone(),
+            copies: vec![Copies::default(); warps],
+            barriers: std::array::from_fn(|_| (Clock::default(), Vec::new())),
+            objects: HashMap::new(),
+            places: HashMap::new(),
+        }
+    }
+
+    #[inline(always)]
+    fn before(&mut self, warp: &Warp, inst: &Inst, site: &Site, mask: u32, active: u32) -> Result<(), Finding> {
+        self.defined[warp.index as usize].follow(inst, site, mask, active)
+    }
+
+    fn touch(
+        &mut self,
+        warp: u32,
+        touch: &Touch<'_>,
+        memory: &[Arc<Allocation>],
+        hint: &mut usize,
+    ) -> Result<(), Finding> {
+        match touch.space {
+            Space::Shared => self.touch_shared(warp, touch),
+            Space::Local => self.touch_local(warp, touch),
+            Space::Global | Space::Const => self.touch_global(warp, touch, memory, hint),
+            Space::Param | Space::Generic => Ok(()),
+        }
+    }
+
+    fn local_written(&mut self, warp: u32, lane: u32, address: u32, bytes: u32) {
+        let first = (u64::from(address) - LOCAL_BASE) as usize;
+        let written = &mut self.defined[warp as usize].local;
+        written[first..first + bytes as usize].iter_mut().for_each(|lanes| *lanes |= 1 << lane);
+    }
+
+    fn fence(&mut self, warp: u32) {
+        self.clocks.fence(warp, self.linear);
+    }
+
+    fn warp_sync(&mut self, warp: u32, members: u32, live: u32) {
+        self.clocks.synchronise(warp, members, live);
+    }
+
+    fn barrier_arrive(&mut self, warp: u32, id: u32, waits: bool) {
+        let (known, waiting) = &mut self.barriers[id as usize];
+        known.join(&self.clocks.warps[warp as usize]);
+        if waits {
+            waiting.push(warp);
+            self.clocks.synchronise(warp, u32::MAX, u32::MAX);
+        } else {
+            self.clocks.tick(warp);
+        }
+    }
+
+    fn barrier_complete(&mut self, id: u32) {
+        let (known, waiting) = std::mem::take(&mut self.barriers[id as usize]);
+        waiting.iter().for_each(|warp| self.clocks.warps[*warp as usize].join(&known));
+    }
+
+    fn copy_commit(&mut self, warp: u32, active: u32) {
+        let closed = &mut self.copies[warp as usize].closed;
+        lanes(active).for_each(|lane| closed[lane] += 1);
+    }
+
+    fn copy_wait(&mut self, warp: u32, active: u32, groups: Option<u32>) {
+        let Copies { open, closed } = &mut self.copies[warp as usize];
+        let (shared, clocks) = (&mut self.shared, &self.clocks);
+        open.retain(|copy| {
+            let over = groups.is_none_or(|groups| copy.group + groups < closed[copy.lane as usize]);
+            let over = over && active >> copy.lane & 1 == 1;
+            if over {
+                shared.complete(clocks, warp, copy.offset, copy.bytes);
+            }
+            !over
+        });
+    }
+
+    fn object_arrive(&mut self, warp: u32, offset: u64) {
+        self.objects.entry(offset).or_default().join(&self.clocks.warps[warp as usize]);
+        self.clocks.tick(warp);
+    }
+
+    fn object_wait(&mut self, warp: u32, offset: u64) {
+        if let Some(known) = self.objects.get(&offset) {
+            self.clocks.warps[warp as usize].join(known);
+        }
+    }
+}
+
+fn visit(warp: u32, lane: usize, touch: &Touch<'_>) -> Visit {
+    let strong = touch.kind == TouchKind::Atomic || touch.order != Order::Weak;
+    Visit { warp, lane: lane as u32, pc: touch.pc, kind: touch.kind, strong }
+}
+
+impl Checker {
+    fn party(&self, cta: [u32; 3], (warp, lane): (u8, u8), pc: u32, write: bool) -> Party {
+        let line = self.lines.get(pc as usize).copied().unwrap_or(0);
+        Party { cta, warp: u32::from(warp), lane: u32::from(lane), write, line }
+    }
+
+    fn touch_shared(&mut self, warp: u32, touch: &Touch<'_>) -> Result<(), Finding> {
+        for lane in lanes(touch.active) {
+            let address = touch.at[lane];
+            let offset = address - SHARED_BASE;
+            if touch.kind == TouchKind::Atomic || touch.order != Order::Weak {
+                self.strong_shared(warp, touch, address);
+            }
+            let found = self.shared.visit(&self.clocks, offset, touch.bytes, &visit(warp, lane, touch));
+            if let Err((offset, wrong)) = found {
+                return Err((self.shared_fault(touch, offset + SHARED_BASE, wrong), lane as u32));
+            }
+            if touch.kind == TouchKind::Copy {
+                let copies = &mut self.copies[warp as usize];
+                let group = copies.closed[lane];
+                copies.open.push(Copy { lane: lane as u32, offset, bytes: touch.bytes, group });
+            }
+        }
+        Ok(())
+    }
+
+    fn shared_fault(&self, touch: &Touch<'_>, address: u64, wrong: Wrong) -> FaultKind {
+        let (space, write) = (Space::Shared, touch.kind != TouchKind::Read);
+        match wrong {
+            Wrong::Unwritten => FaultKind::Uninitialised { space, address },
+            Wrong::Race(stamp, other) => {
+                let other = self.party(self.id, (stamp.warp, stamp.lane), stamp.pc, other);
+                FaultKind::Race { space, address, write, other }
+            }
+            Wrong::Pending(stamp) => {
+                let other = self.party(self.id, (stamp.warp, stamp.lane), stamp.pc, true);
+                FaultKind::PendingCopy { address, write, other }
+            }
+        }
+    }
+
+    fn touch_local(&mut self, warp: u32, touch: &Touch<'_>) -> Result<(), Finding> {
+        let written = &mut self.defined[warp as usize].local;
+        for lane in lanes(touch.active) {
+            let first = (touch.at[lane] - LOCAL_BASE) as usize;
+            for (at, bytes) in written[first..first + touch.bytes as usize].iter_mut().enumerate() {
+                if touch.kind != TouchKind::Read {
+                    *bytes |= 1 << lane;
+                } else if *bytes >> lane & 1 == 0 {
+                    let address = touch.at[lane] + at as u64;
+                    return Err((FaultKind::Uninitialised { space: Space::Local, address }, lane as u32));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn touch_global(
+        &mut self,
+        warp: u32,
+        touch: &Touch<'_>,
+        memory: &[Arc<Allocation>],
+        hint: &mut usize,
+    ) -> Result<(), Finding> {
+        let reads = matches!(touch.kind, TouchKind::Read | TouchKind::Atomic);
+        let mut writable = false;
+        for lane in lanes(touch.active) {
+            // An address out of bounds is the executor's to report.
+            let Some(found) = find(memory, hint, touch.at[lane], u64::from(touch.bytes)) else { return Ok(()) };
+            writable |= !found.read_only;
+            let offset = touch.at[lane] - found.base;
+            if reads && !found.is_written(offset, u64::from(touch.bytes)) {
+                let first = (0..u64::from(touch.bytes)).find(|at| !found.is_written(offset + at, 1)).unwrap_or(0);
+                let address = touch.at[lane] + first;
+                return Err((FaultKind::Uninitialised { space: Space::Global, address }, lane as u32));
+            }
+        }
+        if !writable {
+            return Ok(());
+        }
+        if touch.kind == TouchKind::Atomic || touch.order != Order::Weak {
+            lanes(touch.active).for_each(|lane| self.strong_global(warp, touch, touch.at[lane]));
+        }
+        let visits = lanes(touch.active).map(|lane| (touch.at[lane], visit(warp, lane, touch)));
+        let view = View { cta: self.linear, clocks: &self.clocks };
+        self.global.visit(view, visits, touch.bytes).map_err(|(lane, address, (stamp, write))| {
+            let [gx, gy, _] = self.grid;
+            let cta = [stamp.cta % gx, stamp.cta / gx % gy, stamp.cta / gx / gy];
+            let other = self.party(cta, (stamp.warp, stamp.lane), stamp.pc, write);
+            let write = touch.kind != TouchKind::Read;
+            (FaultKind::Race { space: Space::Global, address, write, other }, lane)
+        })
+    }
+
+    /// What a strong access learns from a place and leaves there.
+    fn strong_global(&mut self, warp: u32, touch: &Touch<'_>, address: u64) {
+        if let (true, Some(known)) = (reads(touch), self.global.public(address)) {
+            self.learn(warp, touch, &known);
+        }
+        if let Some(left) = self.leaves(warp, touch) {
+            let (cta, replaces) = (self.linear, !reads(touch));
+            self.global.publish(address, |public| change(public, cta, &left, replaces));
+            self.clocks.tick(warp);
+        }
+    }
+
+    fn strong_shared(&mut self, warp: u32, touch: &Touch<'_>, address: u64) {
+        if let (true, Some(known)) = (reads(touch), self.places.get(&address).cloned()) {
+            self.learn(warp, touch, &known);
+        }
+        if let Some(left) = self.leaves(warp, touch) {
+            change(self.places.entry(address).or_default(), self.linear, &left, !reads(touch));
+            self.clocks.tick(warp);
+        }
+    }
+
+    fn learn(&mut self, warp: u32, touch: &Touch<'_>, known: &Public) {
+        if matches!(touch.order, Order::Acquire | Order::AcquireRelease) {
+            self.clocks.warps[warp as usize].join_public(self.linear, known);
+        } else {
+            self.clocks.saw(warp, known);
+        }
+    }
+
+    /// What an access publishes, if it writes.
+    fn leaves(&self, warp: u32, touch: &Touch<'_>) -> Option<Clock> {
+        match (touch.kind, touch.order) {
+            (TouchKind::Read | TouchKind::Copy, _) => None,
+            (_, Order::Release | Order::AcquireRelease) => Some(self.clocks.warps[warp as usize].clone()),
+            _ => self.clocks.published(warp).cloned(),
+        }
+    }
+}
+
+fn reads(touch: &Touch<'_>) -> bool {
+    matches!(touch.kind, TouchKind::Read | TouchKind::Atomic)
+}
+
+/// A plain write begins anew what is known at a place; an atomic adds to it.
+fn change(public: &mut Public, cta: u32, left: &Clock, replaces: bool) {
+    if replaces {
+        *public = Public::default();
+    }
+    public.join(cta, left);
+}

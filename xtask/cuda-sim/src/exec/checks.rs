@@ -1,0 +1,117 @@
+//! What an executor tells a checker. The checker is a parameter of the executor: without one, nothing of it is left.
+
+use super::Launch;
+use super::access::Addresses;
+use super::fault::Finding;
+use super::warp::Warp;
+use crate::code::{Inst, Order, Site};
+use crate::count::Counts;
+use crate::memory::Allocation;
+use crate::ptx::Space;
+use std::sync::Arc;
+
+/// What an access does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TouchKind {
+    /// Reads.
+    Read,
+    /// Writes.
+    Write {
+        /// Lanes with one address write one value.
+        uniform: bool,
+    },
+    /// Reads and writes at once.
+    Atomic,
+    /// An asynchronous write, complete only after a wait.
+    Copy,
+}
+
+/// An access of a warp to one space.
+#[derive(Clone, Copy, Debug)]
+pub struct Touch<'t> {
+    /// The space.
+    pub space: Space,
+    /// The address of each lane.
+    pub at: &'t Addresses,
+    /// Lanes that access.
+    pub active: u32,
+    /// Bytes a lane.
+    pub bytes: u32,
+    /// What it does.
+    pub kind: TouchKind,
+    /// Its order.
+    pub order: Order,
+    /// The operation.
+    pub pc: u32,
+}
+
+/// A checker of one CTA.
+pub trait Checks: Send + Sized {
+    /// Whether there is anything to call.
+    const ON: bool;
+    /// A checker for a CTA.
+    fn new(launch: &Launch<'_>, id: [u32; 3], linear: u32, shared_bytes: u32) -> Self;
+    /// An operation is about to run: `mask` are the lanes at it, `active` those whose guard holds.
+    ///
+    /// # Errors
+    /// A register is read that was never written.
+    fn before(&mut self, warp: &Warp, inst: &Inst, site: &Site, mask: u32, active: u32) -> Result<(), Finding>;
+    /// An access that lies within bounds.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    fn touch(
+        &mut self,
+        warp: u32,
+        touch: &Touch<'_>,
+        memory: &[Arc<Allocation>],
+        hint: &mut usize,
+    ) -> Result<(), Finding>;
+    /// A function of the runtime wrote local memory.
+    fn local_written(&mut self, warp: u32, lane: u32, address: u32, bytes: u32);
+    /// A fence.
+    fn fence(&mut self, warp: u32);
+    /// Lanes of a warp synchronise.
+    fn warp_sync(&mut self, warp: u32, members: u32, live: u32);
+    /// A warp arrives at a barrier.
+    fn barrier_arrive(&mut self, warp: u32, id: u32, waits: bool);
+    /// A barrier completes.
+    fn barrier_complete(&mut self, id: u32);
+    /// Copies so far become a group.
+    fn copy_commit(&mut self, warp: u32, active: u32);
+    /// All but so many groups are complete; all copies if none.
+    fn copy_wait(&mut self, warp: u32, active: u32, groups: Option<u32>);
+    /// A warp arrives at a barrier object.
+    fn object_arrive(&mut self, warp: u32, offset: u64);
+    /// A warp saw a phase of a barrier object complete.
+    fn object_wait(&mut self, warp: u32, offset: u64);
+    /// What was counted.
+    fn counts(self) -> Option<Counts> {
+        None
+    }
+}
+
+/// No checks.
+pub struct Unchecked;
+
+impl Checks for Unchecked {
+    const ON: bool = false;
+    fn new(_: &Launch<'_>, _: [u32; 3], _: u32, _: u32) -> Self {
+        Self
+    }
+    fn before(&mut self, _: &Warp, _: &Inst, _: &Site, _: u32, _: u32) -> Result<(), Finding> {
+        Ok(())
+    }
+    fn touch(&mut self, _: u32, _: &Touch<'_>, _: &[Arc<Allocation>], _: &mut usize) -> Result<(), Finding> {
+        Ok(())
+    }
+    fn local_written(&mut self, _: u32, _: u32, _: u32, _: u32) {}
+    fn fence(&mut self, _: u32) {}
+    fn warp_sync(&mut self, _: u32, _: u32, _: u32) {}
+    fn barrier_arrive(&mut self, _: u32, _: u32, _: bool) {}
+    fn barrier_complete(&mut self, _: u32) {}
+    fn copy_commit(&mut self, _: u32, _: u32) {}
+    fn copy_wait(&mut self, _: u32, _: u32, _: Option<u32>) {}
+    fn object_arrive(&mut self, _: u32, _: u64) {}
+    fn object_wait(&mut self, _: u32, _: u64) {}
+}

@@ -1,0 +1,97 @@
+//! Text that is no PTX gives an error with its line, never a panic and never silence.
+
+use cuda_sim::Module;
+use cuda_sim::exec::{Launch, Options};
+use cuda_sim::memory::DeviceMemory;
+use cuda_sim::probe::cases;
+use proptest::prelude::*;
+
+fn error(body: &str) -> String {
+    let text = format!(
+        ".version 8.0\n.target sm_80\n.address_size 64\n.visible .entry k(.param .u64 p)\n{{\n.reg .b32 r<4>;\n.reg .b64 d;\n.reg .pred q;\n{body}\nret;\n}}\n"
+    );
+    Module::load(&text, &DeviceMemory::new(1 << 20)).unwrap_err().to_string()
+}
+
+#[test]
+fn errors_name_line_and_text() {
+    for (body, what) in [
+        ("frobnicate.u32 r0, r1;", "`frobnicate.u32` is not supported"),
+        ("add.u32.fast r0, r1, r2;", "modifier `.fast`"),
+        ("add.u32 r0, r1;", "with 2 operands"),
+        ("add.u32 r0, r1, none;", "`none` is not known here"),
+        ("add.u64 d, d, r0;", "32 bits where 64 are needed"),
+        ("bra NOWHERE;", "`NOWHERE` is no label"),
+        ("@r0 bra NOWHERE;", "`r0` is no predicate"),
+        ("mov.u32 q, r0;", "of another kind"),
+        ("ld.global.u32 r0, r1;", "expected an address"),
+        ("mma.sync.aligned.m16n8k16.row.row.f32.bf16.bf16.f32 {r0}, {r0}, {r0}, {r0};", "not supported"),
+        ("call foo, (r0);", "not declared"),
+        ("cp.async.ca.shared.global [r0], [d], 7;", "a copy of 7 bytes"),
+    ] {
+        let error = error(body);
+        assert!(error.contains(what), "{body}: {error}");
+        assert!(error.contains("PTX line 9"), "{body}: {error}");
+        assert!(error.contains(body.trim_end_matches(';')), "{body}: {error}");
+    }
+}
+
+#[test]
+fn what_is_not_ptx_is_refused() {
+    for text in
+        ["", "hello", ".version 6.0\n.target sm_80", ".version 8.0\n.target sm_80\n.entry k(", "\"", "/*", "{{{{{{"]
+    {
+        assert!(Module::load(text, &DeviceMemory::new(1 << 20)).is_err(), "{text:?}");
+    }
+}
+
+/// Loads damaged text and, where it still loads, runs it: neither may panic or hang.
+fn try_all(text: &str) {
+    let memory = DeviceMemory::new(1 << 24);
+    let Ok(module) = Module::load(text, &memory) else { return };
+    let options = Options { budget: 100_000, ..Options::default() };
+    for kernel in module.kernels.values() {
+        let input = memory.allocate(1 << 16, false).unwrap();
+        let mut params = vec![0; kernel.param_bytes as usize];
+        for (offset, bytes) in &kernel.params {
+            let count = (*bytes as usize).min(8);
+            params[*offset as usize..*offset as usize + count].copy_from_slice(&input.to_le_bytes()[..count]);
+        }
+        let _ = Launch::new(kernel, ([1, 1, 1], [64, 1, 1]), 0, &params, memory.snapshot(), &options).run();
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(400))]
+
+    #[test]
+    fn any_text_is_read_without_a_panic(text in "[ -~\\n]{0,200}") {
+        try_all(&format!(".version 8.0\n.target sm_80\n.address_size 64\n{text}"));
+    }
+
+    #[test]
+    fn damaged_kernels_neither_panic_nor_hang(
+        number in 0usize..10_000, at in 0.0f64..1.0, length in 0usize..12, patch in "[a-z0-9.,%@;{}\\[\\]+-]{0,8}",
+    ) {
+        let all = cases_once();
+        let text = &all[number % all.len()];
+        let start = (at * text.len() as f64) as usize;
+        let end = (start + length).min(text.len());
+        try_all(&format!("{}{patch}{}", &text[..start], &text[end..]));
+    }
+
+    #[test]
+    fn swapped_lines_neither_panic_nor_hang(number in 0usize..10_000, a in 0.0f64..1.0, b in 0.0f64..1.0) {
+        let all = cases_once();
+        let mut lines: Vec<&str> = all[number % all.len()].lines().collect();
+        let place = |at: f64| (at * lines.len() as f64) as usize;
+        let (a, b) = (place(a), place(b));
+        lines.swap(a, b);
+        try_all(&lines.join("\n"));
+    }
+}
+
+fn cases_once() -> &'static [String] {
+    static TEXTS: std::sync::OnceLock<Vec<String>> = std::sync::OnceLock::new();
+    TEXTS.get_or_init(|| cases(90).into_iter().map(|case| case.ptx).collect())
+}
