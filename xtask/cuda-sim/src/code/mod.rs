@@ -234,6 +234,24 @@ pub struct Atomic {
     pub flush: bool,
 }
 
+impl Atomic {
+    /// One without operands: what a bulk reduction does to each element.
+    pub fn of_elements(op: AtomicOp, ty: AtomicType, bytes: u32) -> Self {
+        Self {
+            space: Space::Global,
+            op,
+            ty,
+            bytes,
+            dst: Box::new([]),
+            place: Place { base: None, offset: 0 },
+            src: Box::new([]),
+            swap: None,
+            order: Order::Relaxed,
+            flush: false,
+        }
+    }
+}
+
 /// How a shuffle picks its source lane.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ShuffleMode {

@@ -293,16 +293,5 @@ fn combination(data_type: u32, op: AtomicOp, bytes: u32) -> Result<Atomic, Fault
         9 => AtomicType::Brain,
         _ => return bad("a reduction over this type"),
     };
-    Ok(Atomic {
-        space: Space::Global,
-        op,
-        ty,
-        bytes,
-        dst: Box::new([]),
-        place: Place { base: None, offset: 0 },
-        src: Box::new([]),
-        swap: None,
-        order: Order::Relaxed,
-        flush: false,
-    })
+    Ok(Atomic::of_elements(op, ty, bytes))
 }

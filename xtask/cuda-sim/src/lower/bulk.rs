@@ -2,10 +2,10 @@
 
 use super::Lower;
 use super::opcode::Opcode;
-use crate::code::{Atomic, AtomicOp, Bulk, Op, Order, Place};
+use crate::code::{Atomic, AtomicOp, Bulk, Op};
 use crate::error::At;
 use crate::exec::regs::Reg;
-use crate::ptx::{Address, Instruction, Kind, Operand, Space, Type};
+use crate::ptx::{Address, Instruction, Kind, Operand, Type};
 
 const U32: Type = Type { kind: Kind::Unsigned, bits: 32 };
 
@@ -85,26 +85,10 @@ impl<'m> Lower<'m> {
                 o.flag("noftz");
                 let ty = self.some_type(o, i)?;
                 let Some(kind) = Self::atomic_type(ty) else { return self.unsupported(i) };
-                Some(Box::new(Self::combination(op, kind, ty.bytes())))
+                Some(Box::new(Atomic::of_elements(op, kind, ty.bytes())))
             }
         };
         Ok((Bulk::Store { dst, src, bytes, reduce }, reads))
-    }
-
-    /// An atomic without operands: what a bulk reduction does to each element.
-    fn combination(op: AtomicOp, ty: crate::code::AtomicType, bytes: u32) -> Atomic {
-        Atomic {
-            space: Space::Global,
-            op,
-            ty,
-            bytes,
-            dst: Box::new([]),
-            place: Place { base: None, offset: 0 },
-            src: Box::new([]),
-            swap: None,
-            order: Order::Relaxed,
-            flush: false,
-        }
     }
 
     fn tile(
