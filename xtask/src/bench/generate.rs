@@ -276,34 +276,25 @@ fn report(options: &Options, rows: &[Row], memory_gb_per_s: f64, out: &Path) -> 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use clap::Parser;
-
-    #[derive(Parser, Debug)]
-    struct Cli {
-        #[command(flatten)]
-        options: Options,
-    }
+    use crate::bench::arguments;
 
     fn parse(arguments: &str) -> Result<Options, String> {
-        let cli = Cli::try_parse_from(std::iter::once("generate").chain(arguments.split_whitespace()));
-        let options = cli.map_err(|error| error.to_string())?.options;
+        let options: Options = arguments::parse(arguments)?;
         options.validate().and_then(|()| options.config()).map_err(|error| format!("{error:#}"))?;
         Ok(options)
     }
 
     #[test]
     fn bad_options_are_named_with_their_values_and_rules() {
-        for (arguments, words) in [
+        let cases = [
             ("--batch 1,0", ["--batch 0", "at least 1"]),
             ("--context 0", ["--context 0", "at least 1"]),
             ("--tokens 0", ["--tokens 0", "at least 1"]),
             ("--samples 0", ["--samples 0", "at least 1"]),
             ("--context 9000", ["--context 9000", "8192"]),
             ("--model giant", ["--model giant", "smollm-135m"]),
-        ] {
-            let error = parse(arguments).expect_err(arguments);
-            assert!(words.iter().all(|word| error.contains(word)), "{arguments}: {error}");
-        }
+        ];
+        arguments::assert_refused(parse, &cases);
     }
 
     #[test]

@@ -462,24 +462,17 @@ fn csv(rows: &[Row]) -> Result<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use clap::Parser;
-
-    #[derive(Parser, Debug)]
-    struct Cli {
-        #[command(flatten)]
-        options: Options,
-    }
+    use crate::bench::arguments;
 
     fn parse(arguments: &str) -> Result<Options, String> {
-        let cli = Cli::try_parse_from(std::iter::once("train").chain(arguments.split_whitespace()));
-        let options = cli.map_err(|error| error.to_string())?.options;
+        let options: Options = arguments::parse(arguments)?;
         options.validate().and_then(|()| options.config(AttentionKind::Nsa)).map_err(|error| format!("{error:#}"))?;
         Ok(options)
     }
 
     #[test]
     fn bad_options_are_named_with_their_values_and_rules() {
-        for (arguments, words) in [
+        let cases = [
             ("--shape 4", ["'4'", "4x1024"]),
             ("--shape 0x9", ["'0x9'", "at least 1"]),
             ("--shape 65536x65536", ["65536x65536", "i32"]),
@@ -490,10 +483,8 @@ mod tests {
             ("--peer lucidrains", ["--peer lucidrains", "torch"]),
             ("--peer-python python3", ["--peer", "required"]),
             ("--model giant", ["--model giant", "bench-4m"]),
-        ] {
-            let error = parse(arguments).expect_err(arguments);
-            assert!(words.iter().all(|word| error.contains(word)), "{arguments}: {error}");
-        }
+        ];
+        arguments::assert_refused(parse, &cases);
         let options = parse("--model tiny-1m --shape 2x16,1x64 --dtype bf16 --peer torch").expect("legal");
         assert_eq!((options.shape, options.dtype), (vec![Shape(2, 16), Shape(1, 64)], vec![Dtype::Bf16]));
     }
