@@ -130,6 +130,9 @@ pub fn run(options: &Options) -> Result<()> {
     let folder = tempfile::tempdir().context("cannot make a folder for the checkpoint")?;
     let weight_bytes = write_checkpoint(&config, options.dtype, folder.path())?;
     let model = Model::open(folder.path(), backend)?;
+    // What is mapped outlives its names: an interrupted run leaves nothing behind.
+    #[cfg(unix)]
+    drop(folder);
     let memory_gb_per_s = memory_speed();
     let rows = measure(options, &model, weight_bytes)?;
     let out = match &options.out {
