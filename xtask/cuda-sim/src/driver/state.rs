@@ -1,7 +1,9 @@
 //! What a driver knows: devices, modules, streams, events. No unsafe code; handles are numbers.
 
+use super::capture::{Captures, Mark};
 use super::device::{Profile, SHARED_DEFAULT};
 use super::error::CuError;
+use super::graph::{Executable, Work};
 use super::occupancy::active_ctas;
 use crate::code::Kernel;
 use crate::exec::{Launch, Options};
@@ -9,7 +11,6 @@ use crate::memory::DeviceMemory;
 use crate::module::Module;
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::Instant;
 
 /// The first handle of modules, functions, streams and events.
 const FIRST_HANDLE: usize = 0x5100_0000;
@@ -55,7 +56,15 @@ struct Function {
     carveout: i32,
 }
 
+/// A stream.
+#[derive(Clone, Copy, Debug)]
+pub struct Stream {
+    /// It does not wait for the legacy stream.
+    pub non_blocking: bool,
+}
+
 /// A kernel and how it is to run, ready for a launch without the state's lock.
+#[derive(Clone)]
 pub struct Ready {
     /// The module that holds the kernel.
     pub module: Arc<Module>,
@@ -75,8 +84,18 @@ pub struct State {
     pub memory: Arc<DeviceMemory>,
     modules: HashMap<usize, Arc<Module>>,
     functions: HashMap<usize, Function>,
-    streams: HashMap<usize, ()>,
-    events: HashMap<usize, Option<Instant>>,
+    /// Streams besides the default ones.
+    pub streams: HashMap<usize, Stream>,
+    /// Events.
+    pub events: HashMap<usize, Mark>,
+    /// Captures of streams.
+    pub captures: Captures,
+    /// Graphs.
+    pub graphs: HashMap<usize, Arc<Vec<Work>>>,
+    /// Graphs made ready to run.
+    pub executables: HashMap<usize, Executable>,
+    /// Contexts of cuBLAS and the streams that they are on.
+    products: HashMap<usize, usize>,
     next: usize,
     /// The error that ended the context.
     failed: Option<CuError>,
@@ -95,13 +114,18 @@ impl State {
             functions: HashMap::new(),
             streams: HashMap::new(),
             events: HashMap::new(),
+            captures: Captures::default(),
+            graphs: HashMap::new(),
+            executables: HashMap::new(),
+            products: HashMap::new(),
             next: FIRST_HANDLE,
             failed: None,
             retained: 0,
         }
     }
 
-    fn handle(&mut self) -> usize {
+    /// A handle that nobody has.
+    pub fn handle(&mut self) -> usize {
         self.next += 16;
         self.next
     }
@@ -123,6 +147,10 @@ impl State {
         self.functions.clear();
         self.streams.clear();
         self.events.clear();
+        self.captures = Captures::default();
+        self.graphs.clear();
+        self.executables.clear();
+        self.products.clear();
         self.failed = None;
     }
 
@@ -263,9 +291,9 @@ impl State {
     }
 
     /// A new stream.
-    pub fn new_stream(&mut self) -> usize {
+    pub fn new_stream(&mut self, non_blocking: bool) -> usize {
         let handle = self.handle();
-        self.streams.insert(handle, ());
+        self.streams.insert(handle, Stream { non_blocking });
         handle
     }
 
@@ -276,31 +304,26 @@ impl State {
 
     /// Ends a stream.
     pub fn end_stream(&mut self, handle: usize) -> Result<(), CuError> {
-        self.streams.remove(&handle).ok_or(CuError::INVALID_HANDLE)
+        self.captures.end_stream(handle);
+        self.streams.remove(&handle).map(|_| ()).ok_or(CuError::INVALID_HANDLE)
     }
 
     /// A new event.
     pub fn new_event(&mut self) -> usize {
         let handle = self.handle();
-        self.events.insert(handle, None);
+        self.events.insert(handle, Mark::Never);
         handle
     }
 
-    /// Everything before it is complete already: an event's time is now.
-    pub fn record_event(&mut self, handle: usize) -> Result<(), CuError> {
-        *self.events.get_mut(&handle).ok_or(CuError::INVALID_HANDLE)? = Some(Instant::now());
-        Ok(())
-    }
-
-    /// Whether an event exists.
-    pub fn check_event(&self, handle: usize) -> Result<(), CuError> {
-        self.events.get(&handle).map(|_| ()).ok_or(CuError::INVALID_HANDLE)
+    /// What an event marks.
+    pub fn mark(&self, handle: usize) -> Result<Mark, CuError> {
+        self.events.get(&handle).cloned().ok_or(CuError::INVALID_HANDLE)
     }
 
     /// Milliseconds between two events.
     pub fn elapsed(&self, start: usize, end: usize) -> Result<f32, CuError> {
         let time = |handle| match self.events.get(&handle) {
-            Some(Some(time)) => Ok(*time),
+            Some(Mark::At(time)) => Ok(*time),
             _ => Err(CuError::INVALID_HANDLE),
         };
         let (start, end) = (time(start)?, time(end)?);
@@ -314,6 +337,23 @@ impl State {
     pub fn end_event(&mut self, handle: usize) -> Result<(), CuError> {
         self.alive()?;
         self.events.remove(&handle).map(|_| ()).ok_or(CuError::INVALID_HANDLE)
+    }
+
+    /// A new context of cuBLAS, on the default stream.
+    pub fn new_products(&mut self) -> usize {
+        let handle = self.handle();
+        self.products.insert(handle, 0);
+        handle
+    }
+
+    /// The stream of a context of cuBLAS.
+    pub fn products(&mut self, handle: usize) -> Option<&mut usize> {
+        self.products.get_mut(&handle)
+    }
+
+    /// Ends a context of cuBLAS.
+    pub fn end_products(&mut self, handle: usize) -> Option<()> {
+        self.products.remove(&handle).map(|_| ())
     }
 }
 
