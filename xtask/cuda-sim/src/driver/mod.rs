@@ -8,4 +8,5 @@ pub mod error;
 mod ffi;
 pub mod graph;
 pub mod occupancy;
+mod resources;
 pub mod state;

@@ -5,6 +5,7 @@ use super::device::{Profile, SHARED_DEFAULT};
 use super::error::CuError;
 use super::graph::{Executable, Work};
 use super::occupancy::active_ctas;
+use super::resources::{Assembled, Taken};
 use crate::code::Kernel;
 use crate::exec::{Launch, Options};
 use crate::memory::DeviceMemory;
@@ -14,6 +15,8 @@ use std::sync::Arc;
 
 /// The first handle of modules, functions, streams and events.
 const FIRST_HANDLE: usize = 0x5100_0000;
+/// The newest PTX that the driver of CUDA 13.0 reads.
+const PTX_VERSION: (u32, u32) = (9, 0);
 /// The most threads of a CTA.
 const MAX_THREADS: u32 = 1024;
 
@@ -56,6 +59,12 @@ struct Function {
     carveout: i32,
 }
 
+/// A module and what its kernels take.
+struct Loaded {
+    module: Arc<Module>,
+    assembled: Assembled,
+}
+
 /// A stream.
 #[derive(Clone, Copy, Debug)]
 pub struct Stream {
@@ -82,7 +91,7 @@ pub struct State {
     pub setup: Setup,
     /// Device memory.
     pub memory: Arc<DeviceMemory>,
-    modules: HashMap<usize, Arc<Module>>,
+    modules: HashMap<usize, Loaded>,
     functions: HashMap<usize, Function>,
     /// Streams besides the default ones.
     pub streams: HashMap<usize, Stream>,
@@ -166,30 +175,46 @@ impl State {
             };
             (code, error.to_string())
         })?;
-        let (major, minor) = self.setup.device.capability;
-        if let Some(needed) = target_needs(&module.target).filter(|needed| !needed.met_by(major * 10 + minor)) {
+        if let Err(refused) = self.accepts(&module) {
             module.unload(&self.memory);
-            let what = format!(".target {} on a device of capability {major}.{minor}", needed.name);
-            return Err((CuError::INVALID_PTX, what));
+            return Err(refused);
         }
+        let assembled = Assembled::new(source, &module.target, self.setup.device.capability);
         let handle = self.handle();
-        self.modules.insert(handle, Arc::new(module));
+        self.modules.insert(handle, Loaded { module: Arc::new(module), assembled });
         Ok(handle)
+    }
+
+    /// Whether a driver for the device takes a module of this version and target.
+    fn accepts(&self, module: &Module) -> Result<(), (CuError, String)> {
+        if module.version > PTX_VERSION {
+            let ((major, minor), (most, least)) = (module.version, PTX_VERSION);
+            let what = format!(".version {major}.{minor} on a driver that reads PTX up to {most}.{least}");
+            return Err((CuError::UNSUPPORTED_PTX_VERSION, what));
+        }
+        let (major, minor) = self.setup.device.capability;
+        match target_needs(&module.target).filter(|needed| !needed.met_by(major * 10 + minor)) {
+            None => Ok(()),
+            Some(needed) => {
+                let what = format!(".target {} on a device of capability {major}.{minor}", needed.name);
+                Err((CuError::INVALID_PTX, what))
+            }
+        }
     }
 
     /// Unloads a module.
     pub fn unload(&mut self, handle: usize) -> Result<(), CuError> {
         self.alive()?;
-        let module = self.modules.remove(&handle).ok_or(CuError::INVALID_HANDLE)?;
+        let loaded = self.modules.remove(&handle).ok_or(CuError::INVALID_HANDLE)?;
         self.functions.retain(|_, function| function.module != handle);
-        module.unload(&self.memory);
+        loaded.module.unload(&self.memory);
         Ok(())
     }
 
     /// A function of a module.
     pub fn function(&mut self, module: usize, name: &str) -> Result<usize, CuError> {
         self.alive()?;
-        let found = self.modules.get(&module).ok_or(CuError::INVALID_HANDLE)?;
+        let found = &self.modules.get(&module).ok_or(CuError::INVALID_HANDLE)?.module;
         if !found.kernels.contains_key(name) {
             return Err(CuError::NOT_FOUND);
         }
@@ -207,14 +232,21 @@ impl State {
 
     /// A variable of a module: address and bytes.
     pub fn variable(&self, module: usize, name: &str) -> Result<(u64, u64), CuError> {
-        let module = self.modules.get(&module).ok_or(CuError::INVALID_HANDLE)?;
+        let module = &self.modules.get(&module).ok_or(CuError::INVALID_HANDLE)?.module;
         module.variables.get(name).copied().ok_or(CuError::NOT_FOUND)
     }
 
     fn kernel(&self, handle: usize) -> Result<(&Function, &Kernel), CuError> {
         let function = self.functions.get(&handle).ok_or(CuError::INVALID_HANDLE)?;
-        let module = self.modules.get(&function.module).ok_or(CuError::INVALID_HANDLE)?;
+        let module = &self.modules.get(&function.module).ok_or(CuError::INVALID_HANDLE)?.module;
         module.kernels.get(&function.name).map(|kernel| (function, kernel)).ok_or(CuError::INVALID_HANDLE)
+    }
+
+    /// What a kernel takes of the device.
+    fn taken(&self, handle: usize) -> Result<Taken, CuError> {
+        let (function, kernel) = self.kernel(handle)?;
+        let loaded = self.modules.get(&function.module).ok_or(CuError::INVALID_HANDLE)?;
+        Ok(loaded.assembled.taken(kernel))
     }
 
     /// Bytes of a kernel's parameters, one after the other, with their offsets.
@@ -226,20 +258,27 @@ impl State {
     /// `CUfunction_attribute`
     pub fn function_attribute(&self, handle: usize, attribute: i32) -> Result<i32, CuError> {
         let (function, kernel) = self.kernel(handle)?;
-        let registers = registers(kernel);
+        let (major, minor) = self.setup.device.capability;
         Ok(match attribute {
             0 => (kernel.max_threads.unwrap_or(MAX_THREADS)).min(MAX_THREADS) as i32,
             1 => kernel.shared_bytes as i32,
             2 => 0,
-            3 => kernel.local_bytes as i32,
-            4 => registers as i32,
-            5 | 6 => (self.setup.device.capability.0 * 10 + self.setup.device.capability.1) as i32,
+            3 => self.taken(handle)?.local_bytes as i32,
+            4 => self.taken(handle)?.registers as i32,
+            5 => self.target(function)? as i32,
+            6 => (major * 10 + minor) as i32,
             7 => 0,
             8 => function.dynamic_limit as i32,
             9 => function.carveout,
             10..=15 => 0,
             _ => return Err(CuError::INVALID_VALUE),
         })
+    }
+
+    /// The capability that a function's module was compiled for.
+    fn target(&self, function: &Function) -> Result<u32, CuError> {
+        let module = &self.modules.get(&function.module).ok_or(CuError::INVALID_HANDLE)?.module;
+        Ok(target_needs(&module.target).map_or(0, |needed| needed.capability))
     }
 
     /// Sets the limit of dynamic shared memory, or the preferred share of it.
@@ -266,7 +305,7 @@ impl State {
         if shared > self.setup.device.shared_optin {
             return Ok(0);
         }
-        Ok(active_ctas(&self.setup.device, threads, registers(kernel), shared) as i32)
+        Ok(active_ctas(&self.setup.device, threads, self.taken(handle)?.registers, shared) as i32)
     }
 
     /// Checks a launch.
@@ -286,7 +325,7 @@ impl State {
         if dynamic > function.dynamic_limit {
             return Err(CuError::INVALID_VALUE);
         }
-        let module = self.modules.get(&function.module).ok_or(CuError::INVALID_HANDLE)?.clone();
+        let module = self.modules.get(&function.module).ok_or(CuError::INVALID_HANDLE)?.module.clone();
         Ok(Ready { module, name: function.name.clone(), shape: (grid, block), shared: dynamic })
     }
 
@@ -378,11 +417,6 @@ impl Ready {
             }
         }
     }
-}
-
-/// Registers of a thread; what the source declares bounds it from above.
-fn registers(kernel: &Kernel) -> u32 {
-    kernel.declared_registers.clamp(16, 255)
 }
 
 /// The capability that a target needs.
