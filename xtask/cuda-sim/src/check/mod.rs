@@ -124,6 +124,9 @@ impl Checks for Checker {
     #[inline(always)]
     fn before(&mut self, warp: &Warp, inst: &Inst, site: &Site, mask: u32, active: u32) -> Result<(), Finding> {
         let defined = &mut self.defined[warp.index as usize];
+        if self.shared.tainted {
+            self.undefined.loaded.clear();
+        }
         match &inst.op {
             Op::Store(access) if access.space == Space::Shared => {
                 self.undefined.note_store(defined, &access.regs, active);

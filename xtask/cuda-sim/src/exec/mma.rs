@@ -88,7 +88,7 @@ impl pulp::WithSimd for Decode<'_> {
 
 /// f16 of the lower bits, without branches.
 #[inline(always)]
-fn half(bits: u32) -> f32 {
+pub fn half(bits: u32) -> f32 {
     let size = f32::from_bits((bits & 0x7fff) << 13) * f32::from_bits(0x7780_0000);
     let size = if bits & 0x7c00 == 0x7c00 { f32::from_bits(0x7f80_0000 | (bits & 0x3ff) << 13) } else { size };
     f32::from_bits(size.to_bits() | (bits & 0x8000) << 16)

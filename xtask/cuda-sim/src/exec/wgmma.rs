@@ -1,10 +1,9 @@
 //! `wgmma`: a warp's 16 rows of the product of matrices in shared memory that descriptors describe.
 
-use super::access::read_words;
 use super::checks::{Checks, Touch, TouchKind};
 use super::cta::Cta;
 use super::fault::{FaultKind, Finding};
-use super::mma::{Tile, accumulator, decode_row, load_addend, place_a, place_c, round, store_sum};
+use super::mma::{Tile, accumulator, decode_row, half, load_addend, place_a, place_c, round, store_sum};
 use super::product::{self, ROWS, Vectors, WithVectors};
 use super::regs::{LANES, Reg, Regs};
 use super::swizzle::swizzle;
@@ -84,13 +83,14 @@ type Lines = [[f32; LINES]; DEPTH];
 impl<C: Checks> Cta<'_, C> {
     /// Multiplies; all lanes take part.
     pub fn wgmma(&mut self, warp: &mut Warp, wgmma: &Wgmma, pc: u32) -> Result<(), Finding> {
-        let left = self.left(warp, wgmma, pc)?;
+        let (mut left, mut b) = ([[0.0; ROWS]; DEPTH], [[0.0; LINES]; DEPTH]);
+        self.left(warp, wgmma, pc, &mut left)?;
         let matrix = Descriptor::new(warp.regs.value(wgmma.b, 0));
         let accumulate = warp.encoded(wgmma.accumulate) & 1 == 1;
         let single = wgmma.acc == Accumulator::Single;
         let per_block = if wgmma.acc == Accumulator::Half { 2 } else { 4 };
         for (block, d) in wgmma.d.chunks(per_block).enumerate() {
-            let b = self.lines((warp.index, pc), matrix, (wgmma, 1), (LINES * block) as u64)?;
+            self.lines((warp.index, pc), matrix, (wgmma, 1), (LINES * block) as u64, &mut b)?;
             let product = Block { regs: &mut warp.regs, wgmma, d, left: &left, b: &b, accumulate };
             if single { product::dispatch(product) } else { product.exactly() }
         }
@@ -98,8 +98,7 @@ impl<C: Checks> Cta<'_, C> {
     }
 
     /// The warp's rows of A, along the depth, with the sign of the product.
-    fn left(&mut self, warp: &Warp, wgmma: &Wgmma, pc: u32) -> Result<[[f32; ROWS]; DEPTH], Finding> {
-        let mut left = [[0.0; ROWS]; DEPTH];
+    fn left(&mut self, warp: &Warp, wgmma: &Wgmma, pc: u32, left: &mut [[f32; ROWS]; DEPTH]) -> Result<(), Finding> {
         match &wgmma.a {
             Left::Registers(regs) => {
                 let mut elements = [[0.0; LANES]; 8];
@@ -115,9 +114,10 @@ impl<C: Checks> Cta<'_, C> {
             }
             Left::Descriptor(reg) => {
                 let matrix = Descriptor::new(warp.regs.value(*reg, 0));
+                let mut lines = [[0.0; LINES]; DEPTH];
                 for half in 0..ROWS / LINES {
                     let first = warp.index as usize % 4 * ROWS + half * LINES;
-                    let lines = self.lines((warp.index, pc), matrix, (wgmma, 0), first as u64)?;
+                    self.lines((warp.index, pc), matrix, (wgmma, 0), first as u64, &mut lines)?;
                     for (to, from) in left.iter_mut().zip(&lines) {
                         to[half * LINES..][..LINES].copy_from_slice(from);
                     }
@@ -127,7 +127,7 @@ impl<C: Checks> Cta<'_, C> {
         if wgmma.negate[0] != wgmma.negate[1] {
             left.iter_mut().flatten().for_each(|value| *value = -*value);
         }
-        Ok(left)
+        Ok(())
     }
 
     /// Reads eight rows of A or columns of B from the one numbered `first` on.
@@ -137,7 +137,8 @@ impl<C: Checks> Cta<'_, C> {
         matrix: Descriptor,
         (wgmma, side): (&Wgmma, usize),
         first: u64,
-    ) -> Result<Lines, Finding> {
+        lines: &mut Lines,
+    ) -> Result<(), Finding> {
         let (ty, contiguous) = (wgmma.types[side], wgmma.transposed[side]);
         let mut at = [0; LANES];
         for (number, at) in (0..).zip(&mut at[..PIECES]) {
@@ -146,19 +147,16 @@ impl<C: Checks> Cta<'_, C> {
                 false => matrix.along_depth(first + number / 2, number % 2 * 16),
             };
         }
-        let mut lines = [[0.0; LINES]; DEPTH];
         for (number, address) in at[..PIECES].iter().enumerate() {
             let kind =
                 FaultKind::OutOfBounds { space: Space::Shared, address: *address, bytes: PIECE_BYTES, write: false };
             let offset = self.shared_offset(*address, PIECE_BYTES).ok_or((kind, 0))?;
-            let words = &self.shared[(offset / 4) as usize..][..4];
-            let bytes = element_bytes(ty);
-            for element in 0..(u64::from(PIECE_BYTES) / bytes) as usize {
-                let value = one(read_words(words, element as u64 * bytes, bytes as u32), ty);
-                let per = PIECE_BYTES as usize / bytes as usize;
+            let mut values = [0.0; PIECE_BYTES as usize];
+            let count = numbers(&self.shared[(offset / 4) as usize..][..4], ty, &mut values);
+            for (element, value) in values[..count].iter().enumerate() {
                 match contiguous {
-                    true => lines[number][element] = value,
-                    false => lines[number % 2 * per + element][number / 2] = value,
+                    true => lines[number][element] = *value,
+                    false => lines[number % 2 * count + element][number / 2] = *value,
                 }
             }
         }
@@ -168,7 +166,7 @@ impl<C: Checks> Cta<'_, C> {
                 Touch { space: Space::Shared, at: &at, active, bytes: PIECE_BYTES, kind, order: Order::Weak, pc };
             self.checks.touch(warp, &touch, &self.launch.memory, &mut self.hint)?;
         }
-        Ok(lines)
+        Ok(())
     }
 }
 
@@ -227,14 +225,18 @@ impl Block<'_> {
     }
 }
 
-/// A number of shared memory. Those of 16 or fewer bits and tf32 are numbers of f32.
-fn one(value: u64, ty: Element) -> f32 {
+/// The numbers of a piece of shared memory, and how many there are. Those of 16 or fewer bits and tf32 are numbers of f32.
+fn numbers(words: &[u32], ty: Element, out: &mut [f32; PIECE_BYTES as usize]) -> usize {
+    let bytes = element_bytes(ty) as usize;
+    let count = PIECE_BYTES as usize / bytes;
+    let element = |at: usize| words[at * bytes / 4] >> (8 * (at * bytes % 4));
+    let each = out[..count].iter_mut().enumerate();
     match ty {
-        Element::Float(TF32) => f32::from_bits(value as u32 & !0x1fff),
-        Element::Float(BF16) => f32::from_bits((value as u32) << 16),
-        Element::Float(format) => format.widen(value as u32) as f32,
-        Element::Int { signed: true, .. } => f32::from(value as u8 as i8),
-        Element::Int { .. } => f32::from(value as u8),
-        Element::Double => f64::from_bits(value) as f32,
+        Element::Float(TF32) => each.for_each(|(at, out)| *out = f32::from_bits(words[at] & !0x1fff)),
+        Element::Float(BF16) => each.for_each(|(at, out)| *out = f32::from_bits(element(at) << 16)),
+        Element::Int { signed: true, .. } => each.for_each(|(at, out)| *out = f32::from(element(at) as u8 as i8)),
+        Element::Int { .. } => each.for_each(|(at, out)| *out = f32::from(element(at) as u8)),
+        _ => each.for_each(|(at, out)| *out = half(element(at))),
     }
+    count
 }
