@@ -12,6 +12,7 @@ pub mod backend;
 #[cfg(feature = "candle")]
 pub mod candle;
 mod cpu;
+mod element;
 pub mod error;
 pub mod layer;
 pub mod mem;
@@ -19,5 +20,6 @@ pub mod op;
 
 pub use backend::{Backend, Why};
 pub use cpu::isa::Isa;
+pub use element::Element;
 pub use error::{Error, Result};
 pub use mem::{Buffer, Mem, Pages, Rows, Tensor, TensorMut};

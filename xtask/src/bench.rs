@@ -5,6 +5,7 @@
 
 #[cfg(test)]
 mod arguments;
+mod columns;
 mod decode;
 mod fit;
 mod generate;
@@ -22,8 +23,8 @@ use anyhow::{Context, Result, bail, ensure};
 use clap::{Args, Subcommand, ValueEnum};
 use decode::Decoding;
 use half::{bf16, f16};
-use nsa_core::{CompressKind, Element, NsaConfig};
-use nsa_kernels::Backend;
+use nsa_core::{CompressKind, NsaConfig};
+use nsa_kernels::{Backend, Element};
 use peer::{Job, PeerError, Ready, Work};
 use problem::Problem;
 use progress::Progress;

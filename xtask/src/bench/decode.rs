@@ -1,9 +1,9 @@
 //! The decoding step that is timed: one query after a context, from caches in the processor's memory.
 
 use anyhow::Result;
-use nsa_core::{CuSeqlens, Element, NsaConfig, Packing, index};
+use nsa_core::{CuSeqlens, NsaConfig, Packing, index};
 use nsa_kernels::op::{decode, dense};
-use nsa_kernels::{Backend, Mem, Pages, Rows, Tensor, TensorMut};
+use nsa_kernels::{Backend, Element, Mem, Pages, Rows, Tensor, TensorMut};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use std::time::Instant;
@@ -98,7 +98,13 @@ impl<T: Element> Decoding<T> {
         self.rounds(Self::dense_step)
     }
 
+    /// Runs where a model's steps run, so that no step waits for a thread to be told of it.
     fn rounds(&mut self, step: fn(&mut Self, usize) -> Result<()>) -> Result<f64> {
+        let backend = self.backend.clone();
+        backend.run(|| self.rounds_here(step))
+    }
+
+    fn rounds_here(&mut self, step: fn(&mut Self, usize) -> Result<()>) -> Result<f64> {
         let start = Instant::now();
         let mut steps = 0;
         loop {
