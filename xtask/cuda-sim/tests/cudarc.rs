@@ -388,3 +388,40 @@ fn a_graph_that_leaves_memory_allocated_runs_once() {
         }
     });
 }
+
+/// A launch may name clusters of one CTA alone.
+#[test]
+fn larger_clusters_are_refused() {
+    on_simulator("larger_clusters_are_refused", || {
+        let context = CudaContext::new(0).unwrap();
+        let source = std::ffi::CString::new(ADD).unwrap();
+        // SAFETY: the text ends with NUL.
+        let module = unsafe { result::module::load_data(source.as_ptr().cast()) }.unwrap();
+        // SAFETY: the module is loaded.
+        let kernel = unsafe { result::module::get_function(module, c"add".into()) }.unwrap();
+        for (x, expected) in [(1, CUresult::CUDA_SUCCESS), (2, CUresult::CUDA_ERROR_NOT_SUPPORTED)] {
+            let id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
+            let cluster = sys::CUlaunchAttributeValue_union__bindgen_ty_1 { x, y: 1, z: 1 };
+            let value = sys::CUlaunchAttributeValue_union { clusterDim: cluster };
+            let mut attribute = sys::CUlaunchAttribute_st { id, pad: [0; 4], value };
+            let config = sys::CUlaunchConfig_st {
+                gridDimX: 2,
+                gridDimY: 1,
+                gridDimZ: 1,
+                blockDimX: 32,
+                blockDimY: 1,
+                blockDimZ: 1,
+                sharedMemBytes: 0,
+                hStream: std::ptr::null_mut(),
+                attrs: &raw mut attribute,
+                numAttrs: 1,
+            };
+            let mut zero = 0u64;
+            let mut arguments = [(&raw mut zero).cast(); 4];
+            // SAFETY: four arguments of at most eight bytes; the kernel has no elements to compute.
+            let code = unsafe { sys::cuLaunchKernelEx(&config, kernel, arguments.as_mut_ptr(), std::ptr::null_mut()) };
+            assert_eq!(code, expected, "a cluster of {x}");
+        }
+        context.synchronize().unwrap();
+    });
+}

@@ -231,13 +231,13 @@ impl SharedShadow {
     pub fn hold(&mut self, offset: u64, bytes: u32) {
         self.held.resize(self.writes.len(), 0);
         let cells = self.cells(offset, bytes);
-        self.held[cells].iter_mut().for_each(|held| *held += 1);
+        self.held[cells].iter_mut().for_each(|held| *held = held.saturating_add(1));
     }
 
     /// A read that lasted is over now.
     pub fn release(&mut self, knows: &Knows<'_>, (lane, offset, bytes): (u32, u64, u32), pc: u32) {
         for cell in self.cells(offset, bytes) {
-            self.held[cell] -= 1;
+            self.held[cell] = self.held[cell].saturating_sub(1);
             let bit = 1 << knows.warp;
             let reads = &mut self.reads[cell * self.warps + knows.warp as usize];
             *reads = Reads { time: knows.time, pc, lanes: reads.lanes | 1 << lane, strong: false };

@@ -84,6 +84,17 @@ exports! {
         }
         // SAFETY: not null, and the API asks for a readable configuration.
         let config = unsafe { &*config };
+        for number in 0..config.count as usize {
+            if config.attributes.is_null() {
+                return Err(CuError::INVALID_VALUE);
+            }
+            // SAFETY: not null, and the API asks for so many readable attributes.
+            let attribute = unsafe { config.attributes.add(number).read_unaligned() };
+            if attribute.id == CLUSTER && attribute.value[..3] != [1, 1, 1] {
+                eprintln!("cuda-sim: clusters of more than one CTA are not supported");
+                return Err(CuError::NOT_SUPPORTED);
+            }
+        }
         let [gx, gy, gz, bx, by, bz, shared] = config.sizes;
         launch(function, [gx, gy, gz], [bx, by, bz], shared, config.stream, params, extra)
     }
@@ -136,9 +147,23 @@ pub struct LaunchConfig {
     /// The stream.
     pub stream: usize,
     /// Attributes.
-    pub attributes: *const c_void,
+    pub attributes: *const LaunchAttribute,
     /// Their number.
     pub count: c_uint,
+}
+
+/// `CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION`
+const CLUSTER: c_uint = 4;
+
+/// `CUlaunchAttribute`
+#[repr(C, align(8))]
+#[derive(Clone, Copy, Debug)]
+pub struct LaunchAttribute {
+    /// What it is.
+    pub id: c_uint,
+    padding: c_uint,
+    /// Its value, as words.
+    pub value: [c_uint; 16],
 }
 
 /// PTX text behind a pointer; binaries are told by how they begin.
