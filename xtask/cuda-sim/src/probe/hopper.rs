@@ -111,32 +111,50 @@ fn bulk() -> Vec<Case> {
     cases
 }
 
+/// A tensor whose elements lie one after the other, the innermost dimension first.
+fn dense(data_type: u32, element_bytes: u64, sizes: &[u64], tile: &[u32]) -> TensorMap {
+    let mut stride = element_bytes;
+    let strides = sizes[..sizes.len() - 1].iter().map(|size| {
+        stride *= size;
+        stride
+    });
+    TensorMap {
+        data_type,
+        strides: strides.collect(),
+        sizes: sizes.to_vec(),
+        tile: tile.to_vec(),
+        steps: vec![1; sizes.len()],
+        interleave: 0,
+        swizzle: 0,
+        fill: 0,
+        of_output: false,
+    }
+}
+
+/// Sets r0, r1, … to coordinates.
+fn coordinates(origin: &[i32]) -> String {
+    origin.iter().enumerate().map(|(at, value)| format!("mov.b32 r{at}, {value};\n")).collect()
+}
+
+/// Loads a tile of so many bytes and writes words of shared memory out.
+fn tile_load(dims: &str, origin: &[i32], registers: &str, bytes: u32, words: usize) -> String {
+    format!(
+        "{}@!first bra WAIT;\nmbarrier.arrive.expect_tx.shared::cta.b64 _, [mb], {bytes};\n\
+         cp.async.bulk.tensor.{dims}.shared::cluster.global.mbarrier::complete_tx::bytes [sb], [map, {registers}], [mb];\n{}{}",
+        coordinates(origin),
+        wait(),
+        dump(64, words)
+    )
+}
+
 fn tensor_maps() -> Vec<Case> {
     let mut cases = Vec::new();
     // bf16, 128 columns; tiles as wide as the swizzle.
     for (swizzle, columns) in [(0, 32), (0, 64), (1, 16), (2, 32), (3, 64), (3, 32)] {
         for (name, origin) in [("inside", [16i32, 8]), ("over the end", [112, 60]), ("before the start", [-8, -4])] {
             let name = format!("tensor copy 2d, swizzle {swizzle}, {columns} columns, {name}");
-            let map = TensorMap {
-                data_type: 9,
-                sizes: vec![128, 64],
-                strides: vec![256],
-                tile: vec![columns, 16],
-                steps: vec![1, 1],
-                interleave: 0,
-                swizzle,
-                fill: 0,
-                of_output: false,
-            };
-            let body = format!(
-                "mov.b32 r0, {};\nmov.b32 r1, {};\n@!first bra WAIT;\nmbarrier.arrive.expect_tx.shared::cta.b64 _, [mb], {};\n\
-                 cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [sb], [map, {{r0, r1}}], [mb];\n{}{}",
-                origin[0],
-                origin[1],
-                columns * 32,
-                wait(),
-                dump(64, columns as usize * 8 + 16)
-            );
+            let map = TensorMap { swizzle, ..dense(9, 2, &[128, 64], &[columns, 16]) };
+            let body = tile_load("2d", &origin, "{r0, r1}", columns * 32, columns as usize * 8 + 16);
             let input = numbers(&name, "bf16");
             cases.push(kernel(&name, 64, &body, input, (columns as usize * 8 + 16) * 4, Some(map)));
         }
@@ -155,39 +173,12 @@ fn more_dimensions() -> Vec<Case> {
         ("5d", vec![8, 8, 4, 4, 4], vec![4, 2, 2, 2, 2], "{r0, r1, r2, r3, r4}", [4, 1, 3, 2, 1]),
     ];
     for (dims, sizes, tile, coordinates, origin) in shapes {
-        {
-            // f32
-            let data_type = 7u32;
-            let mut strides = Vec::new();
-            let mut stride = 4;
-            for size in &sizes[..sizes.len() - 1] {
-                stride *= size;
-                strides.push(stride);
-            }
-            let words: u32 = tile.iter().product();
-            let name = format!("tensor copy {dims}, type {data_type}");
-            let moves: String =
-                origin.iter().enumerate().map(|(at, value)| format!("mov.b32 r{at}, {value};\n")).collect();
-            let body = format!(
-                "{moves}@!first bra WAIT;\nmbarrier.arrive.expect_tx.shared::cta.b64 _, [mb], {};\n\
-                 cp.async.bulk.tensor.{dims}.shared::cluster.global.mbarrier::complete_tx::bytes [sb], [map, {coordinates}], [mb];\n{}{}",
-                4 * words,
-                wait(),
-                dump(64, words as usize)
-            );
-            let map = TensorMap {
-                data_type,
-                steps: vec![1; sizes.len()],
-                sizes: sizes.clone(),
-                strides,
-                tile: tile.clone(),
-                interleave: 0,
-                swizzle: 0,
-                fill: u32::from(data_type == 7),
-                of_output: false,
-            };
-            cases.push(kernel(&name, 64, &body, bytes(&name, BUFFER), words as usize * 4, Some(map)));
-        }
+        // f32, NaN outside
+        let words: u32 = tile.iter().product();
+        let name = format!("tensor copy {dims}, type 7");
+        let body = tile_load(dims, &origin, coordinates, 4 * words, words as usize);
+        let map = TensorMap { fill: 1, ..dense(7, 4, &sizes, &tile) };
+        cases.push(kernel(&name, 64, &body, bytes(&name, BUFFER), words as usize * 4, Some(map)));
     }
     cases
 }
@@ -201,21 +192,11 @@ fn tensor_stores() -> Vec<Case> {
         for (swizzle, origin) in [(0, [8, 4]), (3, [0, 12]), (2, [24, 2])] {
             let columns = if swizzle == 3 { 32 } else { 16 };
             let name = format!("{name}, swizzle {swizzle}");
-            let map = TensorMap {
-                data_type: 4,
-                sizes: vec![32, 16],
-                strides: vec![128],
-                tile: vec![columns, 8],
-                steps: vec![1, 1],
-                interleave: 0,
-                swizzle,
-                fill: 0,
-                of_output: true,
-            };
+            let map = TensorMap { swizzle, of_output: true, ..dense(4, 4, &[32, 16], &[columns, 8]) };
             let body = format!(
-                "mov.b32 r0, {};\nmov.b32 r1, {};\n@!first bra DONE;\n{opcode} [map, {{r0, r1}}], [sb];\n\
+                "{}@!first bra DONE;\n{opcode} [map, {{r0, r1}}], [sb];\n\
                  cp.async.bulk.commit_group;\ncp.async.bulk.wait_group 0;\nDONE:\n",
-                origin[0], origin[1]
+                coordinates(&origin)
             );
             cases.push(kernel(&name, 64, &body, bytes(&name, BUFFER), 2048, Some(map)));
         }

@@ -1,7 +1,9 @@
 //! Modules, kernels, launches, tensor maps.
 
+use super::stream::submit;
 use super::{Outcome, bytes, call, put, state, text};
 use crate::driver::error::CuError;
+use crate::driver::graph::Work;
 use crate::tensor_map::{BYTES, MAX_RANK, TensorMap};
 use std::ffi::{c_char, c_int, c_uint, c_void};
 
@@ -82,6 +84,17 @@ exports! {
         }
         // SAFETY: not null, and the API asks for a readable configuration.
         let config = unsafe { &*config };
+        for number in 0..config.count as usize {
+            if config.attributes.is_null() {
+                return Err(CuError::INVALID_VALUE);
+            }
+            // SAFETY: not null, and the API asks for so many readable attributes.
+            let attribute = unsafe { config.attributes.add(number).read_unaligned() };
+            if attribute.id == CLUSTER && attribute.value[..3] != [1, 1, 1] {
+                eprintln!("cuda-sim: clusters of more than one CTA are not supported");
+                return Err(CuError::NOT_SUPPORTED);
+            }
+        }
         let [gx, gy, gz, bx, by, bz, shared] = config.sizes;
         launch(function, [gx, gy, gz], [bx, by, bz], shared, config.stream, params, extra)
     }
@@ -134,9 +147,23 @@ pub struct LaunchConfig {
     /// The stream.
     pub stream: usize,
     /// Attributes.
-    pub attributes: *const c_void,
+    pub attributes: *const LaunchAttribute,
     /// Their number.
     pub count: c_uint,
+}
+
+/// `CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION`
+const CLUSTER: c_uint = 4;
+
+/// `CUlaunchAttribute`
+#[repr(C, align(8))]
+#[derive(Clone, Copy, Debug)]
+pub struct LaunchAttribute {
+    /// What it is.
+    pub id: c_uint,
+    padding: c_uint,
+    /// Its value, as words.
+    pub value: [c_uint; 16],
 }
 
 /// PTX text behind a pointer; binaries are told by how they begin.
@@ -151,6 +178,7 @@ fn image_text<'t>(image: *const c_void) -> Result<&'t str, CuError> {
 }
 
 fn load(module: *mut usize, source: &str) -> Outcome {
+    state()?.unsafe_call()?;
     let handle = state()?.load(source).map_err(|(error, what)| {
         eprintln!("cuda-sim: {what}");
         error
@@ -167,19 +195,14 @@ fn launch(
     params: *mut *mut c_void,
     extra: *mut *mut c_void,
 ) -> Outcome {
-    let (ready, memory, options, arguments) = {
+    let work = {
         let state = state()?;
         state.check_stream(stream)?;
         let ready = state.prepare(function, grid, block, shared)?;
         let (places, size) = state.parameters(function)?;
-        let arguments = arguments(&places, size, params, extra)?;
-        (ready, state.memory.clone(), state.setup.options.clone(), arguments)
+        Work::Launch(ready, arguments(&places, size, params, extra)?)
     };
-    if let Err(error) = ready.run(&arguments, &memory, &options) {
-        // As on a device, the launch itself succeeds and what follows fails.
-        state()?.fail(error);
-    }
-    Ok(())
+    submit(stream, work)
 }
 
 /// A kernel's parameters from pointers to each, or from one buffer.
