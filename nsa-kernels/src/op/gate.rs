@@ -1,6 +1,6 @@
 //! The gated sum of the branches (SPEC 2).
 
-use crate::{Backend, Result, Tensor, TensorMut, cpu};
+use crate::{Backend, Result, Tensor, TensorMut, cpu, cuda};
 use nsa_core::Element;
 
 /// Arguments of [`forward`]: o = Σ_c g^c · o^c.
@@ -44,6 +44,7 @@ pub fn forward<T: Element>(backend: &Backend, args: Forward<'_, T>) -> Result<()
     }
     match backend {
         Backend::Cpu(cpu) => cpu::gate::forward(cpu, args),
+        Backend::Cuda(cuda) => cuda::gate::forward(cuda, args),
     }
 }
 
@@ -66,5 +67,6 @@ pub fn backward<T: Element>(backend: &Backend, args: Backward<'_, T>) -> Result<
     args.d_gates.check(OP, "d_gates", [tokens, heads, 3])?;
     match backend {
         Backend::Cpu(cpu) => cpu::gate::backward(cpu, args),
+        Backend::Cuda(cuda) => cuda::gate::backward(cuda, args),
     }
 }
