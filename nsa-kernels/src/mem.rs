@@ -318,12 +318,9 @@ impl<T: Pod> Buffer<T> {
         self.len() == 0
     }
 
-    /// The memory.
-    ///
-    /// # Errors
-    /// If the device had none.
-    pub fn mem(&self) -> Result<Mem<'_, T>> {
-        self.mem_from(0)
+    /// The memory; no element if the device had none for it.
+    pub fn mem(&self) -> Mem<'_, T> {
+        self.mem_from(0).unwrap_or(Mem::Host(&[]))
     }
 
     /// The memory from element `offset` on; none if that is beyond the end.

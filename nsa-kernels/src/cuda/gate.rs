@@ -5,9 +5,8 @@ use super::geometry::{Geometry, vector};
 use super::launch::Call;
 use super::params::{In, Out, Params, Stored, params};
 use super::program::Program;
-use crate::Result;
+use crate::{Element, Result};
 use crate::op::gate::{Backward, Forward};
-use nsa_core::Element;
 
 /// The kernels.
 pub(crate) static PROGRAM: Program = Program {

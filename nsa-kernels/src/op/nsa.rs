@@ -1,8 +1,8 @@
 //! The whole operator after φ: three branches, selection and gate (SPEC 2, 3).
 
 use super::{Shapes, cmp, gate, slc, win};
-use crate::{Backend, Result, Rows, Tensor, TensorMut};
-use nsa_core::{Element, NsaConfig, Packing};
+use crate::{Backend, Element, Result, Rows, Tensor, TensorMut};
+use nsa_core::{NsaConfig, Packing};
 
 /// Where the selected blocks come from.
 #[derive(Debug)]

@@ -7,9 +7,9 @@ use super::profile::Phase;
 use super::slots::BranchSlots;
 use super::workspace::Sizes;
 use crate::Result;
-use nsa_core::{Element, Real};
+use nsa_core::Real;
 use nsa_kernels::op::dense;
-use nsa_kernels::{Backend, Buffer, Tensor};
+use nsa_kernels::{Backend, Buffer, Element, Tensor};
 
 /// What the forward pass leaves for the backward pass.
 #[derive(Debug)]

@@ -10,8 +10,8 @@
 //
 // budget: kernel=gate_forward threads=256 registers=40 spills=0 shared=0
 // budget: kernel=gate_backward threads=256 registers=48 spills=0 shared=0
-#include "config.cuh"
 #include "element.cuh"
+#include "config.cuh"
 #include "params.cuh"
 
 extern "C" __global__ void __launch_bounds__(256) gate_forward(const __grid_constant__ GateForwardParams p) {
