@@ -56,7 +56,10 @@ fn libraries(program: &Path, target: &Path) -> std::io::Result<PathBuf> {
 
 /// A path as one name.
 fn folder_name(path: &Path) -> String {
-    path.components().map(|part| part.as_os_str().to_string_lossy().replace(['/', '\\', ':'], "")).collect::<Vec<_>>().join("-")
+    path.components()
+        .map(|part| part.as_os_str().to_string_lossy().replace(['/', '\\', ':'], ""))
+        .collect::<Vec<_>>()
+        .join("-")
 }
 
 #[cfg(unix)]
