@@ -8,6 +8,7 @@
 //! for the device: what goes wrong there is an error of the next call that does, such as
 //! [`Buffer::read`](crate::Buffer::read).
 
+pub mod ahead;
 pub mod compile;
 pub mod program;
 

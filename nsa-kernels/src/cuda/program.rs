@@ -157,22 +157,6 @@ impl Program {
     }
 }
 
-/// Every program, for tools that compile ahead.
-pub fn all() -> [&'static Program; 9] {
-    use super::{gate, layer, reduce};
-    [
-        &gate::PROGRAM,
-        &layer::adamw::PROGRAM,
-        &layer::cross_entropy::PROGRAM,
-        &layer::ELEMENTWISE,
-        &layer::embedding::PROGRAM,
-        &layer::matmul::PROGRAM,
-        &layer::rmsnorm::PROGRAM,
-        &layer::rope::PROGRAM,
-        &reduce::PROGRAM,
-    ]
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
