@@ -2,6 +2,9 @@
 
 use nsa_core::{ConfigError, LayoutError, ShapeError};
 
+/// What every [`Error::Unsupported`] says.
+pub const NO_KERNEL: &str = "has no kernel for";
+
 /// Result of an operation.
 pub type Result<T> = std::result::Result<T, Error>;
 
@@ -48,5 +51,37 @@ pub enum Error {
         missing: String,
         /// What to do about it.
         advice: String,
+    },
+    /// An argument is not in the memory that the backend computes on.
+    #[error("{op}: `{arg}` is in the memory of {got}, expected that of {expected}")]
+    Memory {
+        /// Operation.
+        op: &'static str,
+        /// Argument.
+        arg: String,
+        /// The backend's memory.
+        expected: String,
+        /// The argument's.
+        got: String,
+    },
+    /// The backend has no kernel for this.
+    #[error("{op}: the backend `{backend}` {NO_KERNEL} {what}; {advice}")]
+    Unsupported {
+        /// Operation.
+        op: &'static str,
+        /// The backend's name.
+        backend: String,
+        /// What it has none for.
+        what: String,
+        /// What to do about it.
+        advice: &'static str,
+    },
+    /// A device, its driver or its compiler refused or failed.
+    #[error("{op}: {message}")]
+    Device {
+        /// What was done.
+        op: String,
+        /// What it said.
+        message: String,
     },
 }

@@ -14,6 +14,7 @@ pub mod memory;
 pub mod operator;
 pub mod reference;
 pub mod select;
+pub mod sim;
 
 pub use case::Case;
 use nsa_kernels::Isa;

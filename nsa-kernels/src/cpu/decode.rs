@@ -30,8 +30,8 @@ impl<'a, T: Element> Caches<'a, T> {
     fn new(cache: &'a Cache<'a, T>) -> Result<Self> {
         Ok(Self {
             context: cache.context,
-            cmp: [SeqRows::paged(&cache.k_cmp), SeqRows::paged(&cache.v_cmp)],
-            slc: [SeqRows::paged(&cache.k_slc), SeqRows::paged(&cache.v_slc)],
+            cmp: [SeqRows::paged(&cache.k_cmp)?, SeqRows::paged(&cache.v_cmp)?],
+            slc: [SeqRows::paged(&cache.k_slc)?, SeqRows::paged(&cache.v_slc)?],
             win: [SeqRows::whole(cache.k_win.to_host()?), SeqRows::whole(cache.v_win.to_host()?)],
         })
     }

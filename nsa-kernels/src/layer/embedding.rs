@@ -1,6 +1,6 @@
 //! The embedding: rows of a table, chosen by token.
 
-use crate::{Backend, Error, Result, Tensor, TensorMut, cpu};
+use crate::{Backend, Error, Result, Tensor, TensorMut, cpu, cuda};
 use nsa_core::{Element, Real};
 
 /// Arguments of [`forward`].
@@ -34,7 +34,8 @@ pub struct Backward<'a, A: Real> {
 /// **Source**: reference twin: a plain loop in `tests/layer/embedding.rs`.
 ///
 /// # Errors
-/// If a shape does not fit or a token is not in the vocabulary.
+/// If a shape does not fit or a token is not in the vocabulary. (A CUDA device's tokens are not looked at before: the row of
+/// such a token becomes NaN.)
 pub fn forward<T, W>(backend: &Backend, args: Forward<'_, T, W>) -> Result<()>
 where
     T: Element,
@@ -45,6 +46,7 @@ where
     args.y.check(OP, "y", [n, c])?;
     match backend {
         Backend::Cpu(cpu) => cpu::layer::embedding::forward(cpu, OP, args),
+        Backend::Cuda(cuda) => cuda::layer::embedding::forward(cuda, OP, args),
     }
 }
 
@@ -57,13 +59,14 @@ where
 /// **Source**: derivative of [`forward`].
 ///
 /// # Errors
-/// If a shape does not fit or a token is not in the vocabulary.
+/// If a shape does not fit or a token is not in the vocabulary. (On a CUDA device, such a token is passed over.)
 pub fn backward<A: Real>(backend: &Backend, args: Backward<'_, A>) -> Result<()> {
     const OP: &str = "embedding::backward";
     let ([n], [_, c]) = (args.tokens.shape(), args.dw.shape());
     args.dy.check(OP, "dy", [n, c])?;
     match backend {
         Backend::Cpu(cpu) => cpu::layer::embedding::backward(cpu, OP, args),
+        Backend::Cuda(cuda) => cuda::layer::embedding::backward(cuda, OP, args),
     }
 }
 

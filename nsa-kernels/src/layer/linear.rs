@@ -1,6 +1,6 @@
 //! The linear layer y = x·Wᵀ + b, its weight laid out as PyTorch's `nn.Linear`.
 
-use crate::{Backend, Result, Tensor, TensorMut, cpu};
+use crate::{Backend, Result, Tensor, TensorMut, cpu, cuda};
 use nsa_core::Element;
 
 /// Arguments of [`forward`].
@@ -68,6 +68,7 @@ where
     }
     match backend {
         Backend::Cpu(cpu) => cpu::layer::linear::forward(cpu, args),
+        Backend::Cuda(cuda) => cuda::layer::linear::forward(cuda, OP, args),
     }
 }
 
@@ -75,8 +76,8 @@ where
 ///
 /// **Shapes**: on the fields of [`BackwardInput`].
 ///
-/// **Numerics**: sums in A, rounded to `D` once. With a weight in bf16, `dy` in A is rounded to bf16 first where the backend
-/// multiplies that type in pairs ([`Backend::operand_type`]).
+/// **Numerics**: sums in A, rounded to `D` once. `dy` is rounded to the backend's [operand type](Backend::operand_type) of
+/// the weight first.
 ///
 /// **Source**: derivative of [`forward`].
 ///
@@ -94,6 +95,7 @@ where
     args.dx.check(OP, "dx", [n, i])?;
     match backend {
         Backend::Cpu(cpu) => cpu::layer::linear::backward_input(cpu, args),
+        Backend::Cuda(cuda) => cuda::layer::linear::backward_input(cuda, OP, args),
     }
 }
 
@@ -101,8 +103,8 @@ where
 ///
 /// **Shapes**: on the fields of [`BackwardWeight`].
 ///
-/// **Numerics**: sums in A, in an order that depends on the shape alone; dw of the rounded `dy`, as in
-/// [`backward_input`], if `x` is in bf16.
+/// **Numerics**: sums in A, in an order that depends on the shape alone; dw of `dy` rounded to the backend's
+/// [operand type](Backend::operand_type) of `x`.
 ///
 /// **Source**: derivative of [`forward`].
 ///
@@ -122,5 +124,6 @@ where
     }
     match backend {
         Backend::Cpu(cpu) => cpu::layer::linear::backward_weight(cpu, args),
+        Backend::Cuda(cuda) => cuda::layer::linear::backward_weight(cuda, OP, args),
     }
 }

@@ -1,6 +1,6 @@
 //! Rotary position embedding in Llama's half rotation: pair (i, i + D/2) turns by position·frequency_i.
 
-use crate::{Backend, Buffer, Error, Result, Tensor, TensorMut, cpu};
+use crate::{Backend, Buffer, Error, Result, Tensor, TensorMut, cpu, cuda};
 use nsa_core::{Element, Real};
 
 /// Cosines and sines of all angles that a model needs, already multiplied by the attention factor.
@@ -86,7 +86,8 @@ pub(crate) enum Direction {
 /// **Source**: arXiv 2104.09864, pairs as in Llama; reference twin: a plain loop in `tests/layer/rope.rs`.
 ///
 /// # Errors
-/// If a shape does not fit or a position is not in the cache.
+/// If a shape does not fit or a position is not in the cache. (A CUDA device's positions are not looked at before: the row
+/// of such a position becomes NaN.)
 pub fn forward<T: Element>(backend: &Backend, args: Rotate<'_, T>) -> Result<()> {
     rotate("rope::forward", backend, args, Direction::Forward)
 }
@@ -101,7 +102,8 @@ pub fn forward<T: Element>(backend: &Backend, args: Rotate<'_, T>) -> Result<()>
 /// **Source**: derivative of [`forward`].
 ///
 /// # Errors
-/// If a shape does not fit or a position is not in the cache.
+/// If a shape does not fit or a position is not in the cache. (A CUDA device's positions are not looked at before: the row
+/// of such a position becomes NaN.)
 pub fn backward<T: Element>(backend: &Backend, args: Rotate<'_, T>) -> Result<()> {
     rotate("rope::backward", backend, args, Direction::Backward)
 }
@@ -113,7 +115,8 @@ pub fn backward<T: Element>(backend: &Backend, args: Rotate<'_, T>) -> Result<()
 /// **Numerics**, **Source**: those of [`forward`].
 ///
 /// # Errors
-/// If a shape does not fit or a position is not in the cache.
+/// If a shape does not fit or a position is not in the cache. (A CUDA device's positions are not looked at before: the row
+/// of such a position becomes NaN.)
 pub fn forward_in_place<T: Element>(backend: &Backend, args: RotateInPlace<'_, T>) -> Result<()> {
     rotate_in_place("rope::forward_in_place", backend, args, Direction::Forward)
 }
@@ -125,7 +128,8 @@ pub fn forward_in_place<T: Element>(backend: &Backend, args: RotateInPlace<'_, T
 /// **Numerics**, **Source**: those of [`backward`].
 ///
 /// # Errors
-/// If a shape does not fit or a position is not in the cache.
+/// If a shape does not fit or a position is not in the cache. (A CUDA device's positions are not looked at before: the row
+/// of such a position becomes NaN.)
 pub fn backward_in_place<T: Element>(backend: &Backend, args: RotateInPlace<'_, T>) -> Result<()> {
     rotate_in_place("rope::backward_in_place", backend, args, Direction::Backward)
 }
@@ -137,6 +141,7 @@ fn rotate<T: Element>(op: &'static str, backend: &Backend, args: Rotate<'_, T>, 
     args.positions.check(op, "positions", [n])?;
     match backend {
         Backend::Cpu(cpu) => cpu::layer::rope::rotate(cpu, op, args, direction),
+        Backend::Cuda(cuda) => cuda::layer::rope::rotate(cuda, op, args, direction),
     }
 }
 
@@ -151,6 +156,7 @@ fn rotate_in_place<T: Element>(
     args.positions.check(op, "positions", [n])?;
     match backend {
         Backend::Cpu(cpu) => cpu::layer::rope::rotate_in_place(cpu, op, args, direction),
+        Backend::Cuda(cuda) => cuda::layer::rope::rotate_in_place(cuda, op, args, direction),
     }
 }
 

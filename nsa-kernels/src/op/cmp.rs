@@ -1,7 +1,7 @@
 //! Compressed attention with importance and selection fused (SPEC 2.1, 2.2).
 
 use super::{BranchGrad, Shapes};
-use crate::{Backend, Element, Result, Rows, Tensor, TensorMut};
+use crate::{Backend, Element, Result, Rows, Tensor, TensorMut, cuda};
 use nsa_core::{NsaConfig, Packing, index};
 
 /// Arguments of [`forward`].
@@ -82,6 +82,7 @@ pub fn forward<T: Element>(backend: &Backend, args: Forward<'_, T>) -> Result<()
     }
     match backend {
         Backend::Cpu(cpu) => T::cmp_forward(cpu, args),
+        Backend::Cuda(cuda) => Err(cuda::missing(cuda, OP)),
     }
 }
 
@@ -115,5 +116,6 @@ pub fn backward<T: Element>(backend: &Backend, args: Backward<'_, T>) -> Result<
     })?;
     match backend {
         Backend::Cpu(cpu) => T::cmp_backward(cpu, args),
+        Backend::Cuda(cuda) => Err(cuda::missing(cuda, OP)),
     }
 }

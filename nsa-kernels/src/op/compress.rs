@@ -1,7 +1,7 @@
 //! φ: compression blocks of keys or values (SPEC 2.1).
 
 use super::Shapes;
-use crate::{Backend, Element, Error, Result, Tensor, TensorMut};
+use crate::{Backend, Element, Error, Result, Tensor, TensorMut, cuda};
 use nsa_core::{CompressKind, NsaConfig, Packing};
 
 /// The weights of φ, one set a KV head, for keys (D = Dk) or values (D = Dv). `T` is the type they are stored in.
@@ -130,6 +130,7 @@ pub fn forward<T: Element>(backend: &Backend, args: Forward<'_, T>) -> Result<()
     args.blocks.check(OP, "blocks", [args.packing.cu_blocks(args.config)?.total(), heads, dim])?;
     match backend {
         Backend::Cpu(cpu) => T::compress_forward(cpu, args),
+        Backend::Cuda(cuda) => cuda::compress::forward(cuda, OP, args),
     }
 }
 
@@ -168,6 +169,7 @@ pub fn backward<T: Element>(backend: &Backend, args: Backward<'_, T>) -> Result<
     args.d_phi.check(OP, &args.phi)?;
     match backend {
         Backend::Cpu(cpu) => T::compress_backward(cpu, args),
+        Backend::Cuda(cuda) => cuda::compress::backward(cuda, OP, args),
     }
 }
 

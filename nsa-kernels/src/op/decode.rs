@@ -1,6 +1,6 @@
 //! One decoding step for a batch of sequences, from their caches (SPEC 4).
 
-use crate::{Backend, Element, Error, Pages, Result, Tensor, TensorMut};
+use crate::{Backend, Element, Error, Pages, Result, Tensor, TensorMut, cuda};
 use nsa_core::{NsaConfig, ShapeError, index};
 
 /// The caches of one sequence for one layer, the current token's keys and values already in them.
@@ -69,6 +69,7 @@ pub fn step<T: Element>(backend: &Backend, args: Step<'_, T>) -> Result<RowsRead
     }
     match backend {
         Backend::Cpu(cpu) => T::decode_step(cpu, args),
+        Backend::Cuda(cuda) => Err(cuda::missing(cuda, "decode::step")),
     }
 }
 

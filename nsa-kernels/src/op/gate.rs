@@ -1,6 +1,6 @@
 //! The gated sum of the branches (SPEC 2).
 
-use crate::{Backend, Element, Result, Tensor, TensorMut};
+use crate::{Backend, Element, Result, Tensor, TensorMut, cuda};
 
 /// Arguments of [`forward`]: o = Σ_c g^c · o^c.
 #[derive(Debug)]
@@ -43,6 +43,7 @@ pub fn forward<T: Element>(backend: &Backend, args: Forward<'_, T>) -> Result<()
     }
     match backend {
         Backend::Cpu(cpu) => T::gate_forward(cpu, args),
+        Backend::Cuda(cuda) => cuda::gate::forward(cuda, args),
     }
 }
 
@@ -65,5 +66,6 @@ pub fn backward<T: Element>(backend: &Backend, args: Backward<'_, T>) -> Result<
     args.d_gates.check(OP, "d_gates", [tokens, heads, 3])?;
     match backend {
         Backend::Cpu(cpu) => T::gate_backward(cpu, args),
+        Backend::Cuda(cuda) => cuda::gate::backward(cuda, args),
     }
 }

@@ -1,7 +1,7 @@
 //! Attention over the selected blocks (SPEC 2.2).
 
 use super::{BranchGrad, Shapes};
-use crate::{Backend, Element, Result, Rows, Tensor, TensorMut};
+use crate::{Backend, Element, Result, Rows, Tensor, TensorMut, cuda};
 use nsa_core::{NsaConfig, Packing};
 
 /// Arguments of [`forward`].
@@ -80,6 +80,7 @@ pub fn forward<T: Element>(backend: &Backend, args: Forward<'_, T>) -> Result<()
     args.block_indices.check(OP, "block_indices", shapes.selection())?;
     match backend {
         Backend::Cpu(cpu) => T::slc_forward(cpu, args),
+        Backend::Cuda(cuda) => Err(cuda::missing(cuda, OP)),
     }
 }
 
@@ -115,5 +116,6 @@ pub fn backward<T: Element>(backend: &Backend, args: Backward<'_, T>) -> Result<
     args.block_indices.check(OP, "block_indices", shapes.selection())?;
     match backend {
         Backend::Cpu(cpu) => T::slc_backward(cpu, args),
+        Backend::Cuda(cuda) => Err(cuda::missing(cuda, OP)),
     }
 }

@@ -1,7 +1,7 @@
 //! Sliding-window attention (SPEC 2.3).
 
 use super::{BranchGrad, Shapes};
-use crate::{Backend, Element, Result, Rows, Tensor, TensorMut};
+use crate::{Backend, Element, Result, Rows, Tensor, TensorMut, cuda};
 use nsa_core::{NsaConfig, Packing};
 
 /// Arguments of [`forward`].
@@ -76,6 +76,7 @@ pub fn forward<T: Element>(backend: &Backend, args: Forward<'_, T>) -> Result<()
     shapes.forward(&args.q, ("k", &args.k), ("v", &args.v), (&args.o, &args.lse), lens)?;
     match backend {
         Backend::Cpu(cpu) => T::win_forward(cpu, args),
+        Backend::Cuda(cuda) => Err(cuda::missing(cuda, OP)),
     }
 }
 
@@ -109,5 +110,6 @@ pub fn backward<T: Element>(backend: &Backend, args: Backward<'_, T>) -> Result<
     })?;
     match backend {
         Backend::Cpu(cpu) => T::win_backward(cpu, args),
+        Backend::Cuda(cuda) => Err(cuda::missing(cuda, OP)),
     }
 }

@@ -82,7 +82,7 @@ pub(crate) fn backward<T: Element>(
     let (inputs, dims) = (pass.inputs, pass.dims);
     let n = inputs.rows();
     let mut dq = d_q.tensor_mut(dims.q_shape(n))?;
-    pass.profile.time(Phase::AttentionBackward, || dq.fill(T::Acc::default()));
+    pass.profile.time(Phase::AttentionBackward, || dq.fill(T::Acc::default()))?;
     let args = dense::Backward {
         config: &dims.operator,
         packing: &inputs.packing,

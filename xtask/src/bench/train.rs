@@ -159,7 +159,7 @@ impl<T: Element<Acc = f32>> Step for Training<T> {
         let start = Instant::now();
         self.steps += 1;
         let count = self.grads.len();
-        self.grads.tensor_mut([count])?.fill(0.0);
+        self.grads.tensor_mut([count])?.fill(0.0)?;
         let scale = (self.batch.tokens().len() as f64).recip();
         let loss = self.model.loss_and_gradients(&mut self.workspace, &self.batch, scale, &mut self.grads)?;
         let norm = gradient_norm(self.model.backend(), &self.grads)?;
