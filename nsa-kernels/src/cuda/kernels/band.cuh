@@ -1,0 +1,156 @@
+// Attention in which a query sees one run of keys that only grows at its end with the query: `dense`, `win`, `cmp`.
+//
+// A block of WARPS x TILES x 16 rows holds QUERIES queries with all R heads of a group, so that a key is read once for all of
+// them: row = query R + head. Keys and values come in tiles of KEYS rows through two stages of shared memory.
+// Shared memory, bytes: queries ROWS max(pitch of k, pitch of v); 2 stages x KEYS (pitch of k + pitch of v).
+#pragma once
+#include "flash.cuh"
+#include "sequence.cuh"
+
+constexpr int WARP_ROWS = 16 * TILES;
+constexpr int ROWS = WARPS * WARP_ROWS;
+constexpr int QUERIES = ROWS / GROUP;
+constexpr int THREADS = 32 * WARPS;
+constexpr int ROWS_BYTES = ROWS * (Keys::PITCH > Values::PITCH ? Keys::PITCH : Values::PITCH);
+constexpr int STAGE_BYTES = KEYS * (Keys::PITCH + Values::PITCH);
+constexpr bool HELD = QUERIES_HELD && TENSOR_CORES;
+static_assert(QUERIES > 0, "a block holds all heads of a query");
+
+using BandFlash = Flash<TILES, KEYS>;
+using BandScores = Scores<TILES, KEYS>;
+
+extern __shared__ __align__(128) char shared[];
+
+// What a block works on.
+struct BandTile {
+    Sequence sequence;
+    int head;   // KV head
+    int query;  // first, within the sequence
+    int rows;   // that hold a query
+
+    template <class P>
+    __device__ __forceinline__ BandTile(const P& p, i64 work) {
+        // The tiles with most keys come first.
+        const int tile = int(p.tiles - 1 - work / KV_HEADS);
+        head = int(work % KV_HEADS);
+        sequence = find_sequence(p.sequences, p.num_sequences, tile);
+        query = (tile - sequence.tile) * QUERIES;
+        const int left = sequence.queries - query;
+        rows = (left < QUERIES ? left : QUERIES) * GROUP;
+    }
+    // Position of a row's query.
+    __device__ __forceinline__ int position(int row) const { return sequence.context + query + row / GROUP; }
+    // Token and head of a row in tensors of HEADS heads.
+    __device__ __forceinline__ i64 token(int row) const { return sequence.query + query + row / GROUP; }
+    __device__ __forceinline__ int query_head(int row) const { return head * GROUP + row % GROUP; }
+};
+
+// The rows of this warp that count, and the keys that they see.
+template <class Span>
+struct WarpSpan {
+    int base, rows;
+    int first, end;              // of all rows
+    int common_first, common_end;  // keys that every row sees
+
+    __device__ __forceinline__ WarpSpan(const BandTile& tile, const Span& span) {
+        base = threadIdx.x / 32 * WARP_ROWS;
+        rows = tile.rows - base < WARP_ROWS ? tile.rows - base : WARP_ROWS;
+        const int before = tile.position(base), after = tile.position(base + (rows > 0 ? rows : 1) - 1);
+        first = span.first(before), common_first = span.first(after);
+        end = rows > 0 ? span.end(after) : 0, common_end = span.end(before);
+    }
+};
+
+template <class Span>
+__device__ __forceinline__ void mask(BandScores& s, const BandTile& tile, const WarpSpan<Span>& warp, const Span& span, int key) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int i = 0; i < TILES; ++i) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            const int t = tile.position(warp.base + i * 16 + h * 8 + lane / 4);
+            const int first = span.first(t) - key - lane % 4 * 2, end = span.end(t) - key - lane % 4 * 2;
+#pragma unroll
+            for (int n = 0; n < KEYS / 8; ++n) {
+#pragma unroll
+                for (int c = 0; c < 2; ++c) {
+                    const int at = n * 8 + c;
+                    if (at < first || at >= end) s[i][n][2 * h + c] = NEGATIVE_INFINITY;
+                }
+            }
+        }
+    }
+}
+
+// Writes o and lse of a warp's rows; `put` at a place of shared memory that nobody else uses.
+template <class P>
+__device__ __forceinline__ void write_rows(const P& p, const BandTile& tile, const BandFlash& flash, int base, int rows) {
+    const int lane = threadIdx.x % 32;
+    const float unscale[2] = {p.unscale_high, p.unscale_low};
+    char* own = shared + base * Values::PITCH;
+    flash.put(own);
+    if (lane % 4 == 0) {
+#pragma unroll
+        for (int i = 0; i < TILES; ++i) {
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                const int row = i * 16 + h * 8 + lane / 4;
+                if (row < rows) {
+                    p.lse[tile.token(base + row) * HEADS + tile.query_head(base + row)] = flash.lse(i, h, unscale);
+                }
+            }
+        }
+    }
+    __syncwarp();
+    store_rows<HEAD_DIM_V, 32, V_COPY_BYTES>(own, lane, rows, [&](int row) {
+        return p.o + (tile.token(base + row) * HEADS + tile.query_head(base + row)) * HEAD_DIM_V;
+    });
+}
+
+// One tile of queries over its keys, from the first tile of keys on. `see(flash, s, index, rescaled, factor)` is shown each
+// tile's p; it may look at EXTRA keys more than there are, whose p is 0.
+template <int EXTRA, class P, class Span, class See>
+__device__ __forceinline__ void attend(const P& p, const BandTile& tile, const Span& span, BandFlash& flash, See& see) {
+    const Sequence& seq = tile.sequence;
+    const WarpSpan<Span> warp(tile, span);
+    const int begin = span.first(tile.position(0)), last = span.end(tile.position(tile.rows - 1));
+    const int end = last > 0 ? last + EXTRA : 0;
+    const KeyRows k(p.k, p.k_pages, seq.key, p.k_row_stride, tile.head * p.k_head_stride);
+    const KeyRows v(p.v, p.v_pages, seq.key, p.v_row_stride, tile.head * p.v_head_stride);
+    char* const stages = shared + ROWS_BYTES;
+    const auto load = [&](int key, int stage) {
+        const u32 to = shared_address(stages) + stage * STAGE_BYTES;
+        const int count = last - key;
+        load_rows<HEAD_DIM_QK, KEYS, THREADS, QK_COPY_BYTES>(to, threadIdx.x, count, [&](int r) { return k(key + r); });
+        load_rows<HEAD_DIM_V, KEYS, THREADS, V_COPY_BYTES>(to + KEYS * Keys::PITCH, threadIdx.x, count,
+                                                           [&](int r) { return v(key + r); });
+        copy_commit();
+    };
+    load_rows<HEAD_DIM_QK, ROWS, THREADS, QK_COPY_BYTES>(shared_address(shared), threadIdx.x, tile.rows, [&](int row) {
+        return p.q + tile.token(row) * p.q_row_stride + tile.query_head(row) * p.q_head_stride;
+    });
+    if (begin < end) load(begin, 0);
+    copy_commit();
+    copy_wait<0>();
+    __syncthreads();
+    const Queries<TILES, HELD> q(shared + warp.base * Keys::PITCH);
+    for (int key = begin, index = 0; key < end; key += KEYS, ++index) {
+        if (index > 0) {
+            copy_wait<0>();
+            __syncthreads();
+        }
+        if (key + KEYS < end) load(key + KEYS, (index + 1) % 2);
+        if (warp.end == 0 || key >= warp.end + EXTRA || key + KEYS <= warp.first) continue;
+        const char* const stage = stages + index % 2 * STAGE_BYTES;
+        BandScores s;
+        flash.multiply_keys(s, q, stage);
+        if (key < warp.common_first || key + KEYS > warp.common_end) mask(s, tile, warp, span, key);
+        float factor[TILES][2];
+        const bool rescaled = flash.exponentials(s, p.scale_log2, factor);
+        see(flash, s, index, rescaled, factor);
+        flash.multiply_values(s, stage + KEYS * Keys::PITCH);
+    }
+    flash.finish();
+    // All have read the queries and the last tile.
+    __syncthreads();
+}

@@ -1,0 +1,264 @@
+// Attention over compressed blocks, the importance of selection blocks, and the choice of n of them (SPEC 2.1, 2.2).
+#include "config.cuh"
+#include "params.cuh"
+#include "band.cuh"
+
+constexpr int CHUNKS = SELECT_BLOCK / COMPRESS_STRIDE;
+constexpr int SPAN = COMPRESS_BLOCK / COMPRESS_STRIDE;
+// Where selection blocks are 2, 4 or 8 strides and compression blocks overlap at most by half, p is summed to selection
+// blocks in registers before it is kept; else it is kept as it is.
+constexpr bool FOLDED = (CHUNKS == 2 || CHUNKS == 4 || CHUNKS == 8) && SPAN <= 2 && KEYS / 8 % (CHUNKS / 2) == 0;
+constexpr int COLUMNS = FOLDED ? KEYS / CHUNKS : KEYS;
+// A compression block counts for the selection block behind it too, which may lie in the next tile.
+constexpr int EXTRA = FOLDED ? SPAN - 1 : 0;
+// What is kept of a tile of keys: [ROWS, COLUMNS], and m, [ROWS].
+constexpr int KEPT = ROWS * (COLUMNS + 1);
+constexpr int FREE = SELECT_COUNT - SELECT_INITIAL - SELECT_LOCAL;
+static_assert(COLUMNS <= 32, "a warp sums the columns of a tile");
+
+// Blocks of compressed keys that the query at position t sees.
+struct Visible {
+    __device__ __forceinline__ int first(int) const { return 0; }
+    __device__ __forceinline__ int end(int t) const {
+        return t + 1 < COMPRESS_BLOCK ? 0 : (t + 1 - COMPRESS_BLOCK) / COMPRESS_STRIDE + 1;
+    }
+};
+
+// Sums p of the keys before and of the tile to selection blocks and keeps them.
+struct Keep {
+    float* kept;
+    float carry[TILES][2];  // p of the last key of the tile before, in the quad's last lane
+
+    __device__ __forceinline__ void operator()(const BandFlash& flash, const BandScores& p, int index, bool rescaled,
+                                               const float (&factor)[TILES][2]) {
+        if (kept == nullptr) return;
+        const int lane = threadIdx.x % 32;
+        float* const tile = kept + i64(index) * KEPT;
+#pragma unroll
+        for (int i = 0; i < TILES; ++i) {
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                const int row = threadIdx.x / 32 * WARP_ROWS + i * 16 + h * 8 + lane / 4;
+                if (lane % 4 == 0) tile[ROWS * COLUMNS + row] = flash.m[i][h];
+                float* const to = tile + row * COLUMNS;
+                if constexpr (FOLDED) {
+                    if (rescaled) carry[i][h] *= factor[i][h];
+                    fold(p[i], h, carry[i][h], to);
+                    carry[i][h] = p[i][KEYS / 8 - 1][2 * h + 1];
+                } else {
+#pragma unroll
+                    for (int n = 0; n < KEYS / 8; ++n) {
+                        *reinterpret_cast<float2*>(to + n * 8 + lane % 4 * 2) = make_float2(p[i][n][2 * h], p[i][n][2 * h + 1]);
+                    }
+                }
+            }
+        }
+    }
+
+    // One row's sums, in the order that `slot` undoes: lanes that have the same sums share the writing.
+    static __device__ __forceinline__ void fold(const float (&p)[KEYS / 8][4], int h, float before, float* to) {
+        constexpr int SHARING = CHUNKS / 2, OWN = KEYS / 8 / SHARING;
+        const int lane = threadIdx.x % 4;
+        float sums[KEYS / 8];
+#pragma unroll
+        for (int n = 0; n < KEYS / 8; ++n) {
+            const float even = p[n][2 * h], odd = p[n][2 * h + 1];
+            sums[n] = even + odd;
+            if constexpr (SPAN == 2) {
+                // The key before a lane's first is its neighbour's last: of this part, or of the one before.
+                const float last = n == 0 ? before : p[n == 0 ? 0 : n - 1][2 * h + 1];
+                const float left = __shfl_sync(ALL_LANES, lane == 3 ? last : odd, (threadIdx.x & 28) + (lane + 3) % 4);
+                sums[n] += left + even;
+            }
+#pragma unroll
+            for (int step = 1; step < SHARING; step *= 2) sums[n] += __shfl_xor_sync(ALL_LANES, sums[n], step);
+        }
+        float own[OWN];
+#pragma unroll
+        for (int x = 0; x < OWN; ++x) {
+            own[x] = sums[x];
+#pragma unroll
+            for (int other = 1; other < SHARING; ++other) {
+                own[x] = lane % SHARING == other ? sums[other * OWN + x] : own[x];
+            }
+        }
+        if constexpr (OWN == 4) {
+            *reinterpret_cast<float4*>(to + lane * 4) = make_float4(own[0], own[1], own[2], own[3]);
+        } else if constexpr (OWN == 2) {
+            *reinterpret_cast<float2*>(to + lane * 2) = make_float2(own[0], own[1]);
+        } else {
+#pragma unroll
+            for (int x = 0; x < OWN; ++x) to[lane * OWN + x] = own[x];
+        }
+    }
+    // Where `fold` puts a tile's selection block.
+    static __device__ __forceinline__ int slot(int block) {
+        constexpr int SHARING = CHUNKS > 1 ? CHUNKS / 2 : 1, OWN = ceil_div(KEYS / 8, SHARING), PER_PART = ceil_div(8, CHUNKS);
+        const int part = block / PER_PART, lane = block % PER_PART * SHARING + part / OWN;
+        return lane * OWN + part % OWN;
+    }
+};
+
+// Scores of a query's candidates, from what is kept of its rows.
+struct Importance {
+    float* rows;  // of the query's first row
+    int visible;
+    int tiles;
+
+    // Sums the heads: P, or S if folded, is then in the place of the first head. factors: [ROWS, 2], m and 1 / l at the end.
+    __device__ __forceinline__ void sum_heads(const float* maxima, const float* factors) const {
+        constexpr int APART = 32 / COLUMNS;
+        const int column = threadIdx.x % COLUMNS, first = threadIdx.x % 32 / COLUMNS;
+        for (int tile = 0; tile < tiles; ++tile) {
+            float* const kept = rows + i64(tile) * KEPT + column;
+            const float* const m = maxima + i64(tile) * KEPT;
+            float sum = 0.0f;
+#pragma unroll 4
+            for (int r = first; r < GROUP; r += APART) {
+                sum += kept[r * COLUMNS] * (exp2_approx(m[r] - factors[2 * r]) * factors[2 * r + 1]);
+            }
+#pragma unroll
+            for (int step = COLUMNS; step < 32; step *= 2) sum += __shfl_xor_sync(ALL_LANES, sum, step);
+            if (first == 0) kept[0] = sum;
+        }
+        __syncwarp();
+    }
+    __device__ __forceinline__ float score(int block) const {
+        float sum = 0.0f;
+        if constexpr (FOLDED) {
+            const int tile = block / COLUMNS;
+            if (tile < tiles) sum = rows[i64(tile) * KEPT + Keep::slot(block % COLUMNS)];
+        } else {
+            for (int m = 0; m < CHUNKS; ++m) {
+                for (int r = 0; r < SPAN; ++r) {
+                    const int i = block * CHUNKS + m - r;
+                    if (i >= 0 && i < visible) sum += rows[i64(i / KEYS) * KEPT + i % KEYS];
+                }
+            }
+        }
+        // NaN has no order.
+        return sum > 0.0f ? sum : 0.0f;
+    }
+};
+
+// The best blocks so far, unordered over a warp's lanes; as scores are not negative, their bits are in their order.
+struct Best {
+    static constexpr int SLOTS = FREE > 0 ? ceil_div(FREE, 32) : 1;
+    static constexpr u32 NEVER = 0xffffffffu;
+    u32 scores[SLOTS];
+    int blocks[SLOTS];
+    u32 worst;
+
+    __device__ __forceinline__ Best(const Importance& importance) {
+#pragma unroll
+        for (int x = 0; x < SLOTS; ++x) {
+            const int place = threadIdx.x % 32 + 32 * x;
+            blocks[x] = place < FREE ? SELECT_INITIAL + place : -1;
+            scores[x] = place < FREE ? __float_as_uint(importance.score(blocks[x])) : NEVER;
+        }
+        find_worst();
+    }
+    __device__ __forceinline__ void find_worst() {
+        u32 least = scores[0];
+#pragma unroll
+        for (int x = 1; x < SLOTS; ++x) least = scores[x] < least ? scores[x] : least;
+        worst = __reduce_min_sync(ALL_LANES, least);
+    }
+    // In the place of the worst one; of several, the last.
+    __device__ __forceinline__ void insert(u32 score, int block) {
+        int last = -1;
+#pragma unroll
+        for (int x = 0; x < SLOTS; ++x) last = scores[x] == worst && blocks[x] > last ? blocks[x] : last;
+        last = __reduce_max_sync(ALL_LANES, last);
+#pragma unroll
+        for (int x = 0; x < SLOTS; ++x) {
+            if (blocks[x] == last) {
+                blocks[x] = block;
+                scores[x] = score;
+            }
+        }
+        find_worst();
+    }
+    // Blocks `from` to `end`, which come after all before: only a higher score puts one in.
+    __device__ __forceinline__ void offer(const Importance& importance, int from, int end) {
+        for (int base = from; base < end; base += 32) {
+            const int block = base + threadIdx.x % 32;
+            const u32 score = block < end ? __float_as_uint(importance.score(block)) : 0;
+            u32 better = __ballot_sync(ALL_LANES, score > worst);
+            while (better != 0) {
+                const int lane = __ffs(better) - 1;
+                better &= better - 1;
+                const u32 next = __shfl_sync(ALL_LANES, score, lane);
+                if (next > worst) insert(next, base + lane);
+            }
+        }
+    }
+    // Ascending.
+    __device__ __forceinline__ void write(int* list) const {
+        int rank[SLOTS] = {};
+#pragma unroll 4
+        for (int other = 0; other < FREE; ++other) {
+            const int block = __shfl_sync(ALL_LANES, blocks[SLOTS == 1 ? 0 : other / 32], other % 32);
+#pragma unroll
+            for (int x = 0; x < SLOTS; ++x) rank[x] += block < blocks[x];
+        }
+#pragma unroll
+        for (int x = 0; x < SLOTS; ++x) {
+            if (blocks[x] >= 0) list[rank[x]] = blocks[x];
+        }
+    }
+};
+
+// Writes the list of one query; a warp's work.
+__device__ __forceinline__ void select(const CmpForwardParams& p, const BandTile& tile, int query, float* kept, const float* factors) {
+    const int row = query * GROUP, t = tile.position(row), candidates = t / SELECT_BLOCK + 1, lane = threadIdx.x % 32;
+    int* const list = p.block_indices + (tile.token(row) * KV_HEADS + tile.head) * SELECT_COUNT;
+    if (candidates <= SELECT_COUNT) {
+        for (int i = lane; i < SELECT_COUNT; i += 32) list[i] = i < candidates ? i : -1;
+        return;
+    }
+    for (int i = lane; i < SELECT_INITIAL; i += 32) list[i] = i;
+    for (int i = lane; i < SELECT_LOCAL; i += 32) list[SELECT_COUNT - SELECT_LOCAL + i] = candidates - SELECT_LOCAL + i;
+    if constexpr (FREE > 0) {
+        const int visible = Visible().end(t);
+        const int tiles = visible > 0 ? ceil_div(visible + EXTRA, KEYS) : 0;
+        const Importance importance{kept + row * COLUMNS, visible, tiles};
+        importance.sum_heads(kept + ROWS * COLUMNS + row, factors + 2 * row);
+        Best best(importance);
+        best.offer(importance, SELECT_INITIAL + FREE, candidates - SELECT_LOCAL);
+        best.write(list + SELECT_INITIAL);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) cmp_forward(const __grid_constant__ CmpForwardParams p) {
+    float* const factors = reinterpret_cast<float*>(shared + ROWS_BYTES + 2 * STAGE_BYTES);
+    float* const kept = p.shared_floats > 0 ? factors + 2 * ROWS : p.scores + blockIdx.x * p.slot_floats;
+    for (i64 work = blockIdx.x; work < p.tiles * KV_HEADS; work += gridDim.x) {
+        const BandTile tile(p, work);
+        const int base = threadIdx.x / 32 * WARP_ROWS, lane = threadIdx.x % 32;
+        const bool selects = p.block_indices != nullptr;
+        const bool scores = selects && FREE > 0 && tile.position(tile.rows - 1) / SELECT_BLOCK + 1 > SELECT_COUNT;
+        Keep keep{scores ? kept : nullptr, {}};
+        BandFlash flash;
+        attend<EXTRA>(p, tile, Visible(), flash, keep);
+        if (lane % 4 == 0) {
+#pragma unroll
+            for (int i = 0; i < TILES; ++i) {
+#pragma unroll
+                for (int h = 0; h < 2; ++h) {
+                    float* const to = factors + 2 * (base + i * 16 + h * 8 + lane / 4);
+                    to[0] = flash.m[i][h];
+                    to[1] = flash.inverse(i, h);
+                }
+            }
+        }
+        write_rows(p, tile, flash, base, tile.rows - base < WARP_ROWS ? tile.rows - base : WARP_ROWS);
+        __syncthreads();
+        if (selects) {
+            for (int query = threadIdx.x / 32; query < tile.rows / GROUP; query += WARPS) {
+                select(p, tile, query, kept, factors);
+            }
+        }
+        __syncthreads();
+    }
+}

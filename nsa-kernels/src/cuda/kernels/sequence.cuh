@@ -1,0 +1,56 @@
+// Packed sequences, and rows of keys and values where they lie.
+#pragma once
+#include "element.cuh"
+
+// A sequence of a call. Tokens context .. context + queries are its queries; its rows of keys belong to the last `keys`
+// tokens (or blocks) up to the last query.
+struct Sequence {
+    int query;    // its first query's row in q
+    int queries;
+    int context;
+    int key;      // its first row of keys; with pages, the place of its first page in the table
+    int keys;
+    int tile;     // tiles of the sequences before it
+};
+
+// The sequence that holds a tile: the last that starts at or before it.
+__device__ __forceinline__ Sequence find_sequence(const int* sequences, int count, int tile) {
+    int low = 0, high = count;
+    while (high - low > 1) {
+        const int middle = (low + high) / 2;
+        if (sequences[middle * 6 + 5] <= tile) {
+            low = middle;
+        } else {
+            high = middle;
+        }
+    }
+    const int* at = sequences + low * 6;
+    return {at[0], at[1], at[2], at[3], at[4], at[5]};
+}
+
+constexpr int ROWS_OF_PAGE = PAGE_ROWS > 0 ? PAGE_ROWS : 1;
+
+// Rows of one KV head: of a packed tensor, or in pages of PAGE_ROWS rows.
+struct KeyRows {
+    const Element* base;
+    const u64* pages;
+    i64 stride;
+
+    __device__ __forceinline__ KeyRows(const Element* tensor, const u64* table, int first, i64 row_stride, i64 head_offset)
+        : stride(row_stride) {
+        if constexpr (PAGE_ROWS == 0) {
+            base = tensor + first * row_stride + head_offset;
+        } else {
+            pages = table + first;
+            base = reinterpret_cast<const Element*>(head_offset * i64(sizeof(Element)));
+        }
+    }
+    __device__ __forceinline__ const Element* operator()(int row) const {
+        if constexpr (PAGE_ROWS == 0) {
+            return base + row * stride;
+        } else {
+            const u64 page = pages[row / ROWS_OF_PAGE];
+            return reinterpret_cast<const Element*>(page + reinterpret_cast<u64>(base)) + row % ROWS_OF_PAGE * stride;
+        }
+    }
+};
