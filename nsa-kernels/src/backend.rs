@@ -1,13 +1,16 @@
 //! The choice of machine code: a value with a reason.
 
 use crate::cpu::Cpu;
+use crate::cuda::Cuda;
+use crate::cuda::memory::DeviceBuffer;
 use crate::{Buffer, Error, Isa, Result};
+use bytemuck::Pod;
 use nsa_core::DType;
 use std::ffi::OsStr;
 use std::fmt;
 
-/// Environment variable that forces a backend: `cpu` with the best instruction set of the machine, or `cpu:NAME` with
-/// the one of that [name](Isa::name).
+/// Environment variable that forces a backend: `cpu` with the best instruction set of the machine, `cpu:NAME` with
+/// the one of that [name](Isa::name), `cuda` for the first NVIDIA GPU, or `cuda:N` for the one of that number.
 pub const BACKEND_VARIABLE: &str = "NSA_BACKEND";
 
 /// Environment variable that sets the number of threads: a positive whole number; 0 or nothing takes one a core.
@@ -36,6 +39,8 @@ fn check_threads(value: &OsStr) -> Result<()> {
 pub enum Backend {
     /// The host's processor.
     Cpu(Cpu),
+    /// An NVIDIA GPU.
+    Cuda(Cuda),
 }
 
 /// Why a backend was chosen, for people.
@@ -72,6 +77,7 @@ impl Backend {
     pub fn run<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
         match self {
             Self::Cpu(_) => rayon::scope(|_| work()),
+            Self::Cuda(_) => work(),
         }
     }
 
@@ -79,26 +85,38 @@ impl Backend {
     pub fn join<A: Send, B: Send>(&self, a: impl FnOnce() -> A + Send, b: impl FnOnce() -> B + Send) -> (A, B) {
         match self {
             Self::Cpu(_) => rayon::join(a, b),
+            // They go to one stream; small ones do not fill its device, and are started in turn.
+            Self::Cuda(_) => (a(), b()),
         }
     }
 
     fn named(name: &str) -> Result<Self> {
-        let isa = match name.split_once(':') {
-            None if name == "cpu" => Some(Isa::best()),
-            Some(("cpu", isa)) => Isa::named(isa),
-            _ => None,
+        let unknown = || {
+            let isas: Vec<String> = Isa::ALL.iter().map(|isa| format!("`cpu:{isa}`")).collect();
+            Error::Backend {
+                requested: name.to_owned(),
+                missing: format!(
+                    "this build has `cpu` (the best of the following), {}, `cuda` and `cuda:N`",
+                    isas.join(", ")
+                ),
+                advice: format!("ask for one of those, or unset {BACKEND_VARIABLE}"),
+            }
         };
-        isa.map_or_else(
-            || {
-                let isas: Vec<String> = Isa::ALL.iter().map(|isa| format!("`cpu:{isa}`")).collect();
-                Err(Error::Backend {
-                    requested: name.to_owned(),
-                    missing: format!("this build has `cpu` (the best of the following), {}", isas.join(", ")),
-                    advice: format!("ask for one of those, or unset {BACKEND_VARIABLE}"),
-                })
-            },
-            Self::with_isa,
-        )
+        match name.split_once(':') {
+            None if name == "cpu" => Self::with_isa(Isa::best()),
+            None if name == "cuda" => Self::cuda(0),
+            Some(("cpu", isa)) => Self::with_isa(Isa::named(isa).ok_or_else(unknown)?),
+            Some(("cuda", ordinal)) => Self::cuda(ordinal.parse().map_err(|_| unknown())?),
+            _ => Err(unknown()),
+        }
+    }
+
+    /// NVIDIA GPU number `ordinal`.
+    ///
+    /// # Errors
+    /// If there is no driver, no such device, or it is too old.
+    pub fn cuda(ordinal: usize) -> Result<Self> {
+        Cuda::new(ordinal).map(Self::Cuda)
     }
 
     /// The host's processor with an instruction set.
@@ -117,9 +135,11 @@ impl Backend {
     /// type.
     pub fn operand_type(&self, storage: DType) -> DType {
         match (self, storage) {
-            (Self::Cpu(_), DType::F64) => DType::F64,
+            (Self::Cpu(_) | Self::Cuda(_), DType::F64) => DType::F64,
             (Self::Cpu(cpu), _) if cpu.multiplies_pairs(storage) => DType::Bf16,
             (Self::Cpu(_), _) => DType::F32,
+            // Tensor cores multiply operands of one type.
+            (Self::Cuda(_), storage) => storage,
         }
     }
 
@@ -127,20 +147,25 @@ impl Backend {
     pub fn name(&self) -> String {
         match self {
             Self::Cpu(cpu) => format!("cpu:{}", cpu.isa()),
+            Self::Cuda(cuda) => cuda.name(),
         }
     }
 
     /// A zeroed buffer of `len` elements in this backend's memory.
-    pub fn alloc<T: Copy + Default>(&self, len: usize) -> Buffer<T> {
+    /// If a device has too little memory, using the buffer is that error.
+    pub fn alloc<T: Pod>(&self, len: usize) -> Buffer<T> {
         match self {
-            Self::Cpu(_) => Buffer::from_host(vec![T::default(); len]),
+            Self::Cpu(_) => Buffer::from_host(vec![T::zeroed(); len]),
+            Self::Cuda(cuda) => Buffer::from_device(DeviceBuffer::zeros(cuda, len)),
         }
     }
 
     /// A buffer with a copy of `data` in this backend's memory.
-    pub fn upload<T: Copy>(&self, data: &[T]) -> Buffer<T> {
+    /// If a device has too little memory, using the buffer is that error.
+    pub fn upload<T: Pod>(&self, data: &[T]) -> Buffer<T> {
         match self {
             Self::Cpu(_) => Buffer::from_host(data.to_vec()),
+            Self::Cuda(cuda) => Buffer::from_device(DeviceBuffer::upload(cuda, data)),
         }
     }
 }

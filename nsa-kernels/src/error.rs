@@ -49,4 +49,36 @@ pub enum Error {
         /// What to do about it.
         advice: String,
     },
+    /// An argument is not in the memory that the backend computes on.
+    #[error("{op}: `{arg}` is in the memory of {got}, expected that of {expected}")]
+    Memory {
+        /// Operation.
+        op: &'static str,
+        /// Argument.
+        arg: String,
+        /// The backend's memory.
+        expected: String,
+        /// The argument's.
+        got: String,
+    },
+    /// The backend has no kernel for this.
+    #[error("{op}: the backend `{backend}` has no kernel for {what}; {advice}")]
+    Unsupported {
+        /// Operation.
+        op: &'static str,
+        /// The backend's name.
+        backend: String,
+        /// What it has none for.
+        what: String,
+        /// What to do about it.
+        advice: &'static str,
+    },
+    /// A device, its driver or its compiler refused or failed.
+    #[error("{op}: {message}")]
+    Device {
+        /// What was done.
+        op: String,
+        /// What it said.
+        message: String,
+    },
 }

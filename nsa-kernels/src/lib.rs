@@ -4,6 +4,7 @@
 //! - [`op`]: the operator's parts: `compress` (φ), `cmp`, `slc`, `win`, `gate`, `nsa` (whole), `decode`, `dense` (the baseline).
 //! - [`layer`]: what a transformer needs around it: linear, RMSNorm, RoPE, SwiGLU, embedding, cross-entropy, AdamW.
 //! - [`backend`]: which machine code runs them, and why.
+//! - [`cuda`]: NVIDIA GPUs: the device, compiled kernels.
 //! - `candle` (feature): φ and the whole operator as candle ops with gradients.
 //! - [`mem`]: tensors and buffers in the memory that a backend computes on.
 #![deny(unsafe_code)]
@@ -12,6 +13,8 @@ pub mod backend;
 #[cfg(feature = "candle")]
 pub mod candle;
 mod cpu;
+pub mod cuda;
+mod element;
 pub mod error;
 pub mod layer;
 pub mod mem;
@@ -19,5 +22,7 @@ pub mod op;
 
 pub use backend::{Backend, Why};
 pub use cpu::isa::Isa;
+pub use cuda::Cuda;
+pub use element::Element;
 pub use error::{Error, Result};
 pub use mem::{Buffer, Mem, Pages, Rows, Tensor, TensorMut};

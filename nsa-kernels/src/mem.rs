@@ -1,17 +1,21 @@
-//! Tensors in the memory that a backend computes on. Today that is host memory; a device's joins as a variant of
-//! [`Mem`] and of [`Buffer`], and no signature changes.
+//! Tensors in the memory that a backend computes on: the host's or a CUDA device's.
 
-use crate::Result;
+use crate::cuda::Cuda;
+use crate::cuda::memory::{DeviceBuffer, DeviceMem, DeviceMemMut};
+use crate::{Error, Result};
+use bytemuck::Pod;
 use nsa_core::view::Strided;
 use nsa_core::{CuSeqlens, Element, Packing, ShapeError, View, ViewMut};
 use std::ops::{Range, RangeInclusive};
 
 /// Read-only memory of some backend.
-#[derive(Clone, Copy, Debug)]
+#[derive(Debug)]
 #[non_exhaustive]
 pub enum Mem<'a, T> {
     /// The host's.
     Host(&'a [T]),
+    /// A CUDA device's.
+    Device(DeviceMem<'a, T>),
 }
 
 /// Writable memory of some backend.
@@ -20,13 +24,25 @@ pub enum Mem<'a, T> {
 pub enum MemMut<'a, T> {
     /// The host's.
     Host(&'a mut [T]),
+    /// A CUDA device's.
+    Device(DeviceMemMut<'a, T>),
 }
 
-impl<T> Mem<'_, T> {
+// Derived, they would ask for elements that can be copied.
+impl<T> Clone for Mem<'_, T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<T> Copy for Mem<'_, T> {}
+
+impl<'a, T> Mem<'a, T> {
     /// Number of elements.
     pub fn len(&self) -> usize {
         match self {
             Self::Host(data) => data.len(),
+            Self::Device(mem) => mem.len(),
         }
     }
 
@@ -34,6 +50,35 @@ impl<T> Mem<'_, T> {
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
+
+    /// The host's elements, for argument `arg` of `op`.
+    ///
+    /// # Errors
+    /// If the memory is a device's.
+    pub(crate) fn on_host(self, op: &'static str, arg: &str) -> Result<&'a [T]> {
+        match self {
+            Self::Host(data) => Ok(data),
+            Self::Device(mem) => Err(elsewhere(op, arg, HOST.to_owned(), mem.place())),
+        }
+    }
+
+    /// The device's elements, for argument `arg` of `op`.
+    ///
+    /// # Errors
+    /// If they are not in the memory of this device and stream.
+    pub(crate) fn on_device(self, op: &'static str, arg: &str, cuda: &Cuda) -> Result<DeviceMem<'a, T>> {
+        match self {
+            Self::Host(_) => Err(elsewhere(op, arg, cuda.name(), HOST.to_owned())),
+            Self::Device(mem) => mem.check(cuda, op, arg).map(|()| mem),
+        }
+    }
+}
+
+/// The host's memory, in errors.
+const HOST: &str = "the host";
+
+fn elsewhere(op: &'static str, arg: &str, expected: String, got: String) -> Error {
+    Error::Memory { op, arg: arg.to_owned(), expected, got }
 }
 
 /// A read-only strided tensor, innermost dimension contiguous.
@@ -71,9 +116,17 @@ impl<'a, T, const N: usize> Tensor<'a, T, N> {
     /// # Errors
     /// If the memory is a device's.
     pub fn to_host(&self) -> Result<View<'a, T, N>> {
-        match self.mem {
-            Mem::Host(data) => Ok(View::with_layout(data, self.layout)?),
-        }
+        Ok(View::with_layout(self.mem.on_host("Tensor::to_host", "tensor")?, self.layout)?)
+    }
+
+    /// Shape and strides.
+    pub(crate) const fn layout(&self) -> Strided<N> {
+        self.layout
+    }
+
+    /// The memory, which may reach beyond the elements.
+    pub(crate) const fn mem(&self) -> Mem<'a, T> {
+        self.mem
     }
 
     /// Checks the shape, for argument `arg` of `op`.
@@ -88,8 +141,11 @@ impl<'a, T, const N: usize> Tensor<'a, T, N> {
 impl<'a, T: Element, const N: usize> Tensor<'a, T, N> {
     /// The same tensor under another name of its element type; `None` if that is another type.
     pub fn same_type<U: Element>(self) -> Option<Tensor<'a, U, N>> {
-        let Self { mem: Mem::Host(data), layout } = self;
-        (T::DTYPE == U::DTYPE).then(|| Tensor { mem: Mem::Host(bytemuck::cast_slice(data)), layout })
+        let mem = |mem| match mem {
+            Mem::Host(data) => Mem::Host(bytemuck::cast_slice(data)),
+            Mem::Device(mem) => Mem::Device(mem.renamed()),
+        };
+        (T::DTYPE == U::DTYPE).then(|| Tensor { mem: mem(self.mem), layout: self.layout })
     }
 }
 
@@ -127,22 +183,40 @@ impl<'a, T, const N: usize> TensorMut<'a, T, N> {
     pub fn into_host(self) -> Result<ViewMut<'a, T, N>> {
         match self.mem {
             MemMut::Host(data) => Ok(ViewMut::new(data, self.shape)?),
+            MemMut::Device(mem) => {
+                Err(elsewhere("TensorMut::into_host", "tensor", HOST.to_owned(), mem.place()))
+            }
+        }
+    }
+
+    /// The first element's address, for argument `arg` of `op`.
+    ///
+    /// # Errors
+    /// If it is not in the memory of this device and stream.
+    pub(crate) fn device_address(&mut self, op: &'static str, arg: &str, cuda: &Cuda) -> Result<u64> {
+        match &self.mem {
+            MemMut::Host(_) => Err(elsewhere(op, arg, cuda.name(), HOST.to_owned())),
+            MemMut::Device(mem) => mem.check(cuda, op, arg).map(|()| mem.address()),
         }
     }
 
     /// A shorter borrow of the same tensor.
     pub fn reborrow(&mut self) -> TensorMut<'_, T, N> {
-        match &mut self.mem {
-            MemMut::Host(data) => TensorMut { mem: MemMut::Host(data), shape: self.shape },
-        }
+        let mem = match &mut self.mem {
+            MemMut::Host(data) => MemMut::Host(data),
+            MemMut::Device(mem) => MemMut::Device(mem.reborrow()),
+        };
+        TensorMut { mem, shape: self.shape }
     }
 
     /// A read-only borrow of the same tensor.
     pub fn as_tensor(&self) -> Tensor<'_, T, N> {
         let layout = Strided::contiguous(self.shape).expect("checked when made");
-        match &self.mem {
-            MemMut::Host(data) => Tensor { mem: Mem::Host(data), layout },
-        }
+        let mem = match &self.mem {
+            MemMut::Host(data) => Mem::Host(data),
+            MemMut::Device(mem) => Mem::Device(mem.as_mem()),
+        };
+        Tensor { mem, layout }
     }
 
     /// Checks the shape, for argument `arg` of `op`.
@@ -154,13 +228,18 @@ impl<'a, T, const N: usize> TensorMut<'a, T, N> {
     }
 }
 
-impl<'a, T: Copy, const N: usize> TensorMut<'a, T, N> {
+impl<'a, T: Pod, const N: usize> TensorMut<'a, T, N> {
     /// Sets every element to `value`.
-    pub fn fill(&mut self, value: T) {
+    ///
+    /// # Errors
+    /// If the device refuses.
+    pub fn fill(&mut self, value: T) -> Result<()> {
         let size = self.shape.iter().product();
         match &mut self.mem {
             MemMut::Host(data) => data[..size].fill(value),
+            MemMut::Device(mem) => mem.fill("TensorMut::fill", size, value)?,
         }
+        Ok(())
     }
 
     /// The same elements in another shape.
@@ -174,7 +253,7 @@ impl<'a, T: Copy, const N: usize> TensorMut<'a, T, N> {
     }
 }
 
-impl<'a, T: Copy> TensorMut<'a, T, 1> {
+impl<'a, T> TensorMut<'a, T, 1> {
     /// The first `count` elements, and those after them.
     ///
     /// # Errors
@@ -187,6 +266,11 @@ impl<'a, T: Copy> TensorMut<'a, T, 1> {
                 let (first, rest) = data.split_at_mut(count);
                 Ok((Self::host(first, [count])?, Self::host(rest, [size - count])?))
             }
+            MemMut::Device(mem) => {
+                let (first, rest) = mem.split_at(count);
+                let part = |mem, len| Self { mem: MemMut::Device(mem), shape: [len] };
+                Ok((part(first, count), part(rest, size - count)))
+            }
         }
     }
 }
@@ -198,23 +282,35 @@ impl<'a, T, const N: usize> From<ViewMut<'a, T, N>> for TensorMut<'a, T, N> {
     }
 }
 
-/// Memory that a caller owns and hands to operations as tensors. Made by `Backend::alloc`.
+/// Memory that a caller owns and hands to operations as tensors. Made by `Backend::alloc`. If a device had no memory for it,
+/// every use as a tensor and every copy is that error.
 #[derive(Debug)]
 pub struct Buffer<T>(Owned<T>);
 
 #[derive(Debug)]
 enum Owned<T> {
     Host(Vec<T>),
+    Device(DeviceBuffer<T>),
+    /// What the device said.
+    Failed(Error),
 }
 
-impl<T: Copy> Buffer<T> {
+impl<T: Pod> Buffer<T> {
     pub(crate) fn from_host(data: Vec<T>) -> Self {
         Self(Owned::Host(data))
     }
 
+    pub(crate) fn from_device(made: Result<DeviceBuffer<T>>) -> Self {
+        Self(made.map_or_else(Owned::Failed, Owned::Device))
+    }
+
     /// Number of elements.
     pub fn len(&self) -> usize {
-        self.mem().len()
+        match &self.0 {
+            Owned::Host(data) => data.len(),
+            Owned::Device(buffer) => buffer.len(),
+            Owned::Failed(_) => 0,
+        }
     }
 
     /// Whether there is no element.
@@ -222,10 +318,18 @@ impl<T: Copy> Buffer<T> {
         self.len() == 0
     }
 
-    /// The memory.
+    /// The memory; no element if the device had none for it.
     pub fn mem(&self) -> Mem<'_, T> {
+        self.mem_from(0).unwrap_or(Mem::Host(&[]))
+    }
+
+    /// The memory from element `offset` on; none if that is beyond the end.
+    fn mem_from(&self, offset: usize) -> Result<Mem<'_, T>> {
+        let range = offset.min(self.len())..self.len();
         match &self.0 {
-            Owned::Host(data) => Mem::Host(data),
+            Owned::Host(data) => Ok(Mem::Host(&data[range])),
+            Owned::Device(buffer) => Ok(Mem::Device(buffer.mem(range))),
+            Owned::Failed(error) => Err(error.clone()),
         }
     }
 
@@ -234,7 +338,7 @@ impl<T: Copy> Buffer<T> {
     /// # Errors
     /// If the buffer is shorter than the shape asks for.
     pub fn tensor<const N: usize>(&self, shape: [usize; N]) -> Result<Tensor<'_, T, N>> {
-        Tensor::new(self.mem(), Strided::contiguous(shape)?)
+        self.tensor_at(0, shape)
     }
 
     /// The elements from `offset` on as a row-major tensor.
@@ -242,11 +346,7 @@ impl<T: Copy> Buffer<T> {
     /// # Errors
     /// If the buffer is shorter than offset and shape ask for.
     pub fn tensor_at<const N: usize>(&self, offset: usize, shape: [usize; N]) -> Result<Tensor<'_, T, N>> {
-        let layout = Strided::contiguous(shape)?;
-        layout.check_len(self.len().saturating_sub(offset))?;
-        match &self.0 {
-            Owned::Host(data) => Tensor::new(Mem::Host(&data[offset.min(data.len())..]), layout),
-        }
+        Tensor::new(self.mem_from(offset)?, Strided::contiguous(shape)?)
     }
 
     /// The first elements as a writable row-major tensor.
@@ -262,11 +362,14 @@ impl<T: Copy> Buffer<T> {
     /// # Errors
     /// If the buffer is shorter than offset and shape ask for.
     pub fn tensor_mut_at<const N: usize>(&mut self, offset: usize, shape: [usize; N]) -> Result<TensorMut<'_, T, N>> {
+        let range = offset.min(self.len())..self.len();
         match &mut self.0 {
-            Owned::Host(data) => {
-                let offset = offset.min(data.len());
-                TensorMut::host(&mut data[offset..], shape)
+            Owned::Host(data) => TensorMut::host(&mut data[range], shape),
+            Owned::Device(buffer) => {
+                Strided::contiguous(shape)?.check_len(range.len())?;
+                Ok(TensorMut { mem: MemMut::Device(buffer.mem_mut(range)), shape })
             }
+            Owned::Failed(error) => Err(error.clone()),
         }
     }
 
@@ -275,9 +378,15 @@ impl<T: Copy> Buffer<T> {
     /// # Errors
     /// If `source` is longer than the buffer.
     pub fn write(&mut self, source: &[T]) -> Result<()> {
-        ShapeError::check("Buffer::write", "source", &[source.len().min(self.len())], &[source.len()])?;
+        const OP: &str = "Buffer::write";
+        if let Owned::Failed(error) = &self.0 {
+            return Err(error.clone());
+        }
+        ShapeError::check(OP, "source", &[source.len().min(self.len())], &[source.len()])?;
         match &mut self.0 {
             Owned::Host(data) => data[..source.len()].copy_from_slice(source),
+            Owned::Device(buffer) => buffer.write(OP, source)?,
+            Owned::Failed(error) => return Err(error.clone()),
         }
         Ok(())
     }
@@ -285,28 +394,49 @@ impl<T: Copy> Buffer<T> {
     /// Copies elements `range` of another buffer in the same memory to `offset` on.
     ///
     /// # Errors
-    /// If either buffer is too short.
+    /// If either buffer is too short, or they are in different memories.
     pub fn copy_from(&mut self, offset: usize, source: &Self, range: Range<usize>) -> Result<()> {
         const OP: &str = "Buffer::copy_from";
+        if let (Owned::Failed(error), _) | (_, Owned::Failed(error)) = (&self.0, &source.0) {
+            return Err(error.clone());
+        }
         let end = offset.saturating_add(range.len());
         ShapeError::check(OP, "source", &[range.end.max(range.start)], &[range.end.min(source.len())])?;
         ShapeError::check(OP, "target", &[end], &[end.min(self.len())])?;
         match (&mut self.0, &source.0) {
             (Owned::Host(target), Owned::Host(source)) => target[offset..end].copy_from_slice(&source[range]),
+            (Owned::Device(target), Owned::Device(source)) => target.copy_from(OP, offset, source, range)?,
+            (target, source) => return Err(elsewhere(OP, "source", target.place(), source.place())),
         }
         Ok(())
     }
 
-    /// Copies elements from the front to the host.
+    /// Copies elements from the front to the host. Of a device's memory: waits until it has done all work before.
     ///
     /// # Errors
-    /// If `target` is longer than the buffer.
+    /// If `target` is longer than the buffer, or what went wrong in the device's work before.
     pub fn read(&self, target: &mut [T]) -> Result<()> {
-        ShapeError::check("Buffer::read", "target", &[target.len().min(self.len())], &[target.len()])?;
+        const OP: &str = "Buffer::read";
+        if let Owned::Failed(error) = &self.0 {
+            return Err(error.clone());
+        }
+        ShapeError::check(OP, "target", &[target.len().min(self.len())], &[target.len()])?;
         match &self.0 {
             Owned::Host(data) => target.copy_from_slice(&data[..target.len()]),
+            Owned::Device(buffer) => buffer.read(OP, target)?,
+            Owned::Failed(error) => return Err(error.clone()),
         }
         Ok(())
+    }
+}
+
+impl<T: Pod> Owned<T> {
+    /// The memory's name, for errors.
+    fn place(&self) -> String {
+        match self {
+            Self::Device(buffer) => buffer.mem(0..0).place(),
+            Self::Host(_) | Self::Failed(_) => HOST.to_owned(),
+        }
     }
 }
 

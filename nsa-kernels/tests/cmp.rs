@@ -3,8 +3,8 @@
 mod case;
 
 use case::{Branch, Call, Grads, Saved, backend, tensor, tensor_mut};
-use nsa_core::{CuSeqlens, Element, NsaConfig, Packing};
-use nsa_kernels::{Result, Rows, TensorMut, op::cmp};
+use nsa_core::{CuSeqlens, NsaConfig, Packing};
+use nsa_kernels::{Element, Result, Rows, TensorMut, op::cmp};
 use nsa_ref::branch::{Gradients, Output, Upstream};
 
 struct Cmp;

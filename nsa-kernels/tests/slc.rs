@@ -3,8 +3,7 @@
 mod case;
 
 use case::{Branch, Call, Grads, Saved, backend, tensor, tensor_mut};
-use nsa_core::Element;
-use nsa_kernels::{Result, Rows, TensorMut, op::slc};
+use nsa_kernels::{Element, Result, Rows, TensorMut, op::slc};
 use nsa_ref::branch::{Gradients, Output, Upstream};
 
 struct Slc;

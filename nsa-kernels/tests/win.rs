@@ -3,8 +3,8 @@
 mod case;
 
 use case::{Branch, Call, Grads, Saved, backend, tensor, tensor_mut};
-use nsa_core::{CuSeqlens, Element};
-use nsa_kernels::{Result, Rows, TensorMut, op::win};
+use nsa_core::CuSeqlens;
+use nsa_kernels::{Element, Result, Rows, TensorMut, op::win};
 use nsa_ref::branch::{Gradients, Output, Upstream};
 
 struct Win;

@@ -37,7 +37,7 @@ fn main() -> anyhow::Result<()> {
         });
         let batch = Batch::next_token(&windows)?;
         let len = grads.len();
-        grads.tensor_mut([len])?.fill(0.0);
+        grads.tensor_mut([len])?.fill(0.0)?;
         let scale = 1.0 / batch.num_targets() as f64;
         let loss = model.loss_and_gradients(&mut workspace, &batch, scale, &mut grads)?;
         let clip = (options.clip / gradient_norm(&backend, &grads)?).min(1.0);

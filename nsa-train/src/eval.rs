@@ -3,7 +3,7 @@
 use crate::data::Text;
 use crate::model::{Batch, Model, Workspace};
 use crate::{Error, Result};
-use nsa_core::Element;
+use nsa_kernels::Element;
 use serde::Serialize;
 use std::f64::consts::LN_2;
 

@@ -6,10 +6,9 @@ use crate::model::{Batch, Capacity, Model, Profile, Workspace};
 use crate::optim::Optimizer;
 use crate::{Precision, Result, TrainOptions};
 use half::bf16;
-use nsa_core::Element;
 use nsa_core::model::ModelConfig;
 use nsa_kernels::layer::cross_entropy::Loss;
-use nsa_kernels::{Backend, Buffer};
+use nsa_kernels::{Backend, Buffer, Element};
 
 /// A model in training. Its parameters are f32, whatever it computes in.
 #[derive(Debug)]

@@ -2,10 +2,10 @@
 
 use crate::model::Model;
 use crate::{Result, TrainOptions};
+use nsa_core::Real;
 use nsa_core::model::ParamSpec;
-use nsa_core::{Element, Real};
 use nsa_kernels::layer::adamw::{self, AdamW, Step};
-use nsa_kernels::{Backend, Buffer};
+use nsa_kernels::{Backend, Buffer, Element};
 
 /// The optimizer's state.
 #[derive(Debug)]

@@ -229,7 +229,7 @@ impl Trainer {
         let grads = &mut self.grads;
         let zero = |grads: &mut Buffer<f32>| -> Result<()> {
             let len = grads.len();
-            grads.tensor_mut([len])?.fill(0.0);
+            grads.tensor_mut([len])?.fill(0.0)?;
             Ok(())
         };
         self.network.profile_mut().time(Phase::Optimizer, || zero(grads))?;

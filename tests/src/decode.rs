@@ -1,12 +1,12 @@
 //! Queries that continue a context: chunks of a prefill and decoding steps, from rows that lie as caches hold them.
 
 use crate::generate::{Guarded, Poison, Side};
-use crate::kernels::{Sizes, output, tensor, text};
+use crate::kernels::{Place, Sizes, text};
 use crate::operator::{Branches, Compressed, Inputs};
 use crate::{Case, Kind};
 use nsa_core::{CuSeqlens, NsaConfig, Packing, index};
 use nsa_kernels::op::decode;
-use nsa_kernels::{Backend, Mem, Pages};
+use nsa_kernels::{Backend, Pages};
 
 /// Rows a page of the caches that tests build: no power of two, so that pages end inside blocks.
 const PAGE_ROWS: usize = 5;
@@ -127,13 +127,13 @@ fn ring<T: Kind>(config: &NsaConfig, data: &[T], width: usize) -> Vec<T> {
 /// If the kernel refuses, or writes beside an output.
 pub fn step<T: Kind>(backend: &Backend, inputs: &Inputs<T>) -> Result<Step<T>, String> {
     let config = &inputs.config;
-    let sizes = Sizes::new(config, &inputs.packing);
+    let (sizes, place) = (Sizes::new(config, &inputs.packing), Place::new(backend));
     let memory = memory(inputs)?;
     let shape = |side: Side| [sizes.g, side.dim(config)];
     let mut caches = Vec::new();
     for Memory { context, paged, rings } in &memory {
         let pages = |at: usize, side| Pages {
-            pages: paged[at].0.iter().map(|page| Mem::Host(page)).collect(),
+            pages: paged[at].0.iter().map(|page| place.mem(page)).collect(),
             page_rows: PAGE_ROWS,
             len: paged[at].1,
             row_shape: shape(side),
@@ -144,8 +144,8 @@ pub fn step<T: Kind>(backend: &Backend, inputs: &Inputs<T>) -> Result<Step<T>, S
             v_cmp: pages(1, Side::Value),
             k_slc: pages(2, Side::Key),
             v_slc: pages(3, Side::Value),
-            k_win: tensor(&rings[0], [config.window(), sizes.g, sizes.dk])?,
-            v_win: tensor(&rings[1], [config.window(), sizes.g, sizes.dv])?,
+            k_win: place.input(&rings[0], [config.window(), sizes.g, sizes.dk])?,
+            v_win: place.input(&rings[1], [config.window(), sizes.g, sizes.dv])?,
         });
     }
     let mut o = Guarded::<T>::unwritten(sizes.o().iter().product());
@@ -153,10 +153,10 @@ pub fn step<T: Kind>(backend: &Backend, inputs: &Inputs<T>) -> Result<Step<T>, S
     let args = decode::Step {
         config,
         caches: &caches,
-        q: tensor(&inputs.q, sizes.q())?,
-        gates: tensor(&inputs.gates, sizes.gates())?,
-        o: output(&mut o, sizes.o())?,
-        block_indices: output(&mut block_indices, sizes.indices())?,
+        q: place.input(&inputs.q, sizes.q())?,
+        gates: place.input(&inputs.gates, sizes.gates())?,
+        o: place.output(&mut o, sizes.o())?,
+        block_indices: place.output(&mut block_indices, sizes.indices())?,
     };
     let rows_read = decode::step(backend, args).map_err(text)?;
     Ok(Step { o: o.finish("o")?, block_indices: block_indices.finish("block_indices")?, rows_read })

@@ -2,7 +2,7 @@
 
 use crate::compare::Compared;
 use crate::generate::{self, Guarded, widen};
-use crate::kernels::{Sizes, output, tensor, text};
+use crate::kernels::{Place, Sizes, text};
 use crate::{Case, Kind, reference};
 use nsa_core::{DType, Element};
 use nsa_kernels::Backend;
@@ -39,15 +39,15 @@ impl<T: Kind> Gate<T> {
     /// # Errors
     /// If a kernel refuses, or writes beside an output.
     pub fn run(&self, backend: &Backend) -> Result<(Vec<T>, Vec<T::Acc>), String> {
-        let sizes = &self.sizes;
+        let (sizes, place) = (&self.sizes, Place::new(backend));
         let [cmp, slc, win] = &self.branches;
-        let branches = [tensor(cmp, sizes.o())?, tensor(slc, sizes.o())?, tensor(win, sizes.o())?];
+        let branches = [place.input(cmp, sizes.o())?, place.input(slc, sizes.o())?, place.input(win, sizes.o())?];
         let mut o = Guarded::<T>::unwritten(self.d_o.len());
-        let gates = tensor(&self.gates, sizes.gates())?;
-        gate::forward(backend, gate::Forward { gates, branches, o: output(&mut o, sizes.o())? }).map_err(text)?;
+        let gates = place.input(&self.gates, sizes.gates())?;
+        gate::forward(backend, gate::Forward { gates, branches, o: place.output(&mut o, sizes.o())? }).map_err(text)?;
         let mut d_gates = Guarded::<T::Acc>::unwritten(self.gates.len());
-        let d_o = tensor(&self.d_o, sizes.o())?;
-        let args = gate::Backward { branches, d_o, d_gates: output(&mut d_gates, sizes.gates())? };
+        let d_o = place.input(&self.d_o, sizes.o())?;
+        let args = gate::Backward { branches, d_o, d_gates: place.output(&mut d_gates, sizes.gates())? };
         gate::backward(backend, args).map_err(text)?;
         Ok((o.finish("o")?, d_gates.finish("dgates")?))
     }

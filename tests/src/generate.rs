@@ -2,6 +2,7 @@
 
 use crate::Case;
 use nsa_core::{CompressKind, Element};
+use nsa_kernels::{Backend, Buffer, TensorMut};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -218,7 +219,7 @@ pub fn position<T: Element>(case: &Case, side: Side) -> Vec<T> {
 const GUARD: usize = 64;
 
 /// What outputs hold before a kernel writes them, and what stands around them.
-pub trait Poison: Copy + PartialEq + std::fmt::Debug {
+pub trait Poison: bytemuck::Pod + PartialEq + std::fmt::Debug {
     /// In the output: NaN, or a number that no output holds.
     const FILL: Self;
     /// Around it.
@@ -247,9 +248,11 @@ impl Poison for i32 {
 }
 
 /// Memory of an output between guard zones.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct Guarded<T> {
     memory: Vec<T>,
+    /// Where a backend computes, if not in `memory`.
+    device: Option<Buffer<T>>,
 }
 
 impl<T: Poison> Guarded<T> {
@@ -262,7 +265,33 @@ impl<T: Poison> Guarded<T> {
     pub fn filled(len: usize, value: T) -> Self {
         let mut memory = vec![T::GUARD; len + 2 * GUARD];
         memory[GUARD..GUARD + len].fill(value);
-        Self { memory }
+        Self { memory, device: None }
+    }
+
+    /// The output as an operation of the backend takes it.
+    ///
+    /// # Errors
+    /// If the shape has more elements, or the device refuses.
+    pub fn tensor<const N: usize>(
+        &mut self,
+        backend: &Backend,
+        shape: [usize; N],
+    ) -> Result<TensorMut<'_, T, N>, nsa_kernels::Error> {
+        if let Backend::Cpu(_) = backend {
+            return TensorMut::host(self.get_mut(), shape);
+        }
+        self.device.insert(backend.upload(&self.memory)).tensor_mut_at(GUARD, shape)
+    }
+
+    /// Brings what a device computed to `get`.
+    ///
+    /// # Errors
+    /// What went wrong on the device.
+    pub fn fetch(&mut self) -> Result<(), String> {
+        match self.device.take() {
+            None => Ok(()),
+            Some(device) => device.read(&mut self.memory).map_err(|error| error.to_string()),
+        }
     }
 
     /// The output.
@@ -279,8 +308,9 @@ impl<T: Poison> Guarded<T> {
     /// The output, if what stands around it is as it was.
     ///
     /// # Errors
-    /// Names the output and the first guard element that was written.
-    pub fn finish(self, name: &str) -> Result<Vec<T>, String> {
+    /// Names the output and the first guard element that was written; or what went wrong on the device.
+    pub fn finish(mut self, name: &str) -> Result<Vec<T>, String> {
+        self.fetch()?;
         let len = self.memory.len() - 2 * GUARD;
         let outside = (0..GUARD).chain(GUARD + len..self.memory.len());
         for at in outside {
@@ -316,7 +346,8 @@ mod tests {
     fn a_write_outside_is_found() {
         let mut output = Guarded::<f32>::unwritten(3);
         output.get_mut().fill(1.0);
-        assert_eq!(output.clone().finish("o").unwrap(), [1.0; 3]);
+        assert_eq!(output.finish("o").unwrap(), [1.0; 3]);
+        let mut output = Guarded::<f32>::unwritten(3);
         output.memory[GUARD + 3] = 0.0;
         assert!(output.finish("o").unwrap_err().contains("element 3 outside of 0..3"));
     }

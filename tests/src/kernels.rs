@@ -4,7 +4,9 @@ use crate::Kind;
 use crate::generate::{Guarded, PhiShapes, Poison, Side, Weights, mirror};
 use nsa_core::{CuSeqlens, NsaConfig, Packing};
 use nsa_kernels::op::{cmp, compress, dense, slc, win};
-use nsa_kernels::{Backend, Rows, Tensor, TensorMut};
+use bytemuck::Pod;
+use nsa_kernels::{Backend, Buffer, Mem, Rows, Tensor, TensorMut};
+use std::any::Any;
 
 /// A tensor over a slice of exactly its size.
 pub(crate) fn tensor<T: Copy, const N: usize>(data: &[T], shape: [usize; N]) -> Result<Tensor<'_, T, N>, String> {
@@ -15,11 +17,50 @@ pub(crate) fn tensor<T: Copy, const N: usize>(data: &[T], shape: [usize; N]) -> 
     Tensor::host(data, shape).map_err(text)
 }
 
-pub(crate) fn output<T: Poison, const N: usize>(
-    data: &mut Guarded<T>,
-    shape: [usize; N],
-) -> Result<TensorMut<'_, T, N>, String> {
-    TensorMut::host(data.get_mut(), shape).map_err(text)
+/// Where the operands of a call lie: where they are for the host's processor, in copies for a device.
+pub(crate) struct Place<'b> {
+    backend: &'b Backend,
+    copies: typed_arena::Arena<Box<dyn Any>>,
+}
+
+impl<'b> Place<'b> {
+    pub(crate) fn new(backend: &'b Backend) -> Self {
+        Self { backend, copies: typed_arena::Arena::new() }
+    }
+
+    /// A tensor over exactly these elements.
+    pub(crate) fn input<'p, T: Pod, const N: usize>(
+        &'p self,
+        data: &'p [T],
+        shape: [usize; N],
+    ) -> Result<Tensor<'p, T, N>, String> {
+        let on_host = tensor(data, shape)?;
+        match self.backend {
+            Backend::Cpu(_) => Ok(on_host),
+            _ => self.copy(data).tensor(shape).map_err(text),
+        }
+    }
+
+    /// Elements in the backend's memory.
+    pub(crate) fn mem<'p, T: Pod>(&'p self, data: &'p [T]) -> Mem<'p, T> {
+        match self.backend {
+            Backend::Cpu(_) => Mem::Host(data),
+            _ => self.copy(data).mem(),
+        }
+    }
+
+    fn copy<T: Pod>(&self, data: &[T]) -> &Buffer<T> {
+        let copy = self.copies.alloc(Box::new(self.backend.upload(data)));
+        copy.downcast_ref::<Buffer<T>>().expect("the type that it was made with")
+    }
+
+    pub(crate) fn output<'o, T: Poison, const N: usize>(
+        &self,
+        data: &'o mut Guarded<T>,
+        shape: [usize; N],
+    ) -> Result<TensorMut<'o, T, N>, String> {
+        data.tensor(self.backend, shape).map_err(text)
+    }
 }
 
 pub(crate) fn text(error: impl std::fmt::Display) -> String {
@@ -174,26 +215,26 @@ impl<T: Kind> Attention<T> {
     /// # Errors
     /// If the kernel refuses, or writes beside an output.
     pub fn forward(&self, backend: &Backend) -> Result<AttentionOutput<T, T::Acc>, String> {
-        let sizes = Sizes::new(&self.config, &self.packing);
+        let (sizes, place) = (Sizes::new(&self.config, &self.packing), Place::new(backend));
         let offsets = self.rows()?;
         let (config, packing) = (&self.config, &self.packing);
-        let q = tensor(&self.q, sizes.q())?;
-        let k = Rows::packed(tensor(&self.k, [offsets.total(), sizes.g, sizes.dk])?, &offsets);
-        let v = Rows::packed(tensor(&self.v, [offsets.total(), sizes.g, sizes.dv])?, &offsets);
+        let q = place.input(&self.q, sizes.q())?;
+        let k = Rows::packed(place.input(&self.k, [offsets.total(), sizes.g, sizes.dk])?, &offsets);
+        let v = Rows::packed(place.input(&self.v, [offsets.total(), sizes.g, sizes.dv])?, &offsets);
         let mut o_memory = Guarded::<T>::unwritten(sizes.o().iter().product());
         let mut lse_memory = Guarded::<T::Acc>::unwritten(sizes.n * sizes.hq);
         let selected = if self.pattern == Pattern::Cmp { sizes.n * sizes.g * sizes.select } else { 0 };
         let mut indices_memory = Guarded::<i32>::unwritten(selected);
-        let o = output(&mut o_memory, sizes.o())?;
-        let lse = output(&mut lse_memory, sizes.lse())?;
+        let o = place.output(&mut o_memory, sizes.o())?;
+        let lse = place.output(&mut lse_memory, sizes.lse())?;
         match self.pattern {
             Pattern::Cmp => {
-                let block_indices = Some(output(&mut indices_memory, sizes.indices())?);
+                let block_indices = Some(place.output(&mut indices_memory, sizes.indices())?);
                 let (k_blocks, v_blocks) = (k, v);
                 cmp::forward(backend, cmp::Forward { config, packing, q, k_blocks, v_blocks, o, lse, block_indices })
             }
             Pattern::Slc => {
-                let block_indices = tensor(&self.block_indices, sizes.indices())?;
+                let block_indices = place.input(&self.block_indices, sizes.indices())?;
                 slc::forward(backend, slc::Forward { config, packing, q, k, v, block_indices, o, lse })
             }
             Pattern::Win => win::forward(backend, win::Forward { config, packing, q, k, v, o, lse }),
@@ -231,20 +272,21 @@ impl<T: Kind> Attention<T> {
         &self,
         backend: &Backend,
         forward: &AttentionOutput<T, T::Acc>,
-        [dq, dk, dv]: [&mut Guarded<T::Acc>; 3],
+        mut grads: [&mut Guarded<T::Acc>; 3],
     ) -> Result<(), String> {
-        let sizes = Sizes::new(&self.config, &self.packing);
+        let (sizes, place) = (Sizes::new(&self.config, &self.packing), Place::new(backend));
         let rows = self.rows()?.total();
         let (config, packing) = (&self.config, &self.packing);
-        let q = tensor(&self.q, sizes.q())?;
+        let q = place.input(&self.q, sizes.q())?;
         let (k_shape, v_shape) = ([rows, sizes.g, sizes.dk], [rows, sizes.g, sizes.dv]);
-        let (k, v) = (tensor(&self.k, k_shape)?, tensor(&self.v, v_shape)?);
-        let o = tensor(&forward.o, sizes.o())?;
-        let lse = tensor(&forward.lse, sizes.lse())?;
-        let d_o = tensor(&self.d_o, sizes.o())?;
-        let gates = self.gates.as_deref().map(|gates| tensor(gates, sizes.gates())).transpose()?;
-        let dq = output(dq, sizes.q())?;
-        let (dk, dv) = (output(dk, k_shape)?, output(dv, v_shape)?);
+        let (k, v) = (place.input(&self.k, k_shape)?, place.input(&self.v, v_shape)?);
+        let o = place.input(&forward.o, sizes.o())?;
+        let lse = place.input(&forward.lse, sizes.lse())?;
+        let d_o = place.input(&self.d_o, sizes.o())?;
+        let gates = self.gates.as_deref().map(|gates| place.input(gates, sizes.gates())).transpose()?;
+        let [dq, dk, dv] = &mut grads;
+        let dq = place.output(dq, sizes.q())?;
+        let (dk, dv) = (place.output(dk, k_shape)?, place.output(dv, v_shape)?);
         match self.pattern {
             Pattern::Cmp => {
                 let (k_blocks, v_blocks, dk_blocks, dv_blocks) = (k, v, dk, dv);
@@ -265,7 +307,7 @@ impl<T: Kind> Attention<T> {
                 cmp::backward(backend, args)
             }
             Pattern::Slc => {
-                let block_indices = tensor(&self.block_indices, sizes.indices())?;
+                let block_indices = place.input(&self.block_indices, sizes.indices())?;
                 let args = slc::Backward { config, packing, q, k, v, block_indices, o, lse, d_o, gates, dq, dk, dv };
                 slc::backward(backend, args)
             }
@@ -276,21 +318,26 @@ impl<T: Kind> Attention<T> {
                 dense::backward(backend, dense::Backward { config, packing, q, k, v, o, lse, d_o, dq, dk, dv })
             }
         }
-        .map_err(text)
+        .map_err(text)?;
+        grads.into_iter().try_for_each(Guarded::fetch)
     }
 }
 
 /// φ's weights as the operation takes them.
-fn phi<'a, T: Kind>(weights: &'a Weights<T>, shapes: &PhiShapes) -> Result<compress::Phi<'a, T>, String> {
+fn phi<'a, T: Kind>(
+    place: &'a Place<'_>,
+    weights: &'a Weights<T>,
+    shapes: &PhiShapes,
+) -> Result<compress::Phi<'a, T>, String> {
     Ok(match weights {
         Weights::Mean => compress::Phi::Mean,
-        Weights::Weighted(weight) => compress::Phi::Weighted { weight: tensor(weight, shapes.weighted)? },
-        Weights::Linear(weight) => compress::Phi::Linear { weight: tensor(weight, shapes.linear)? },
+        Weights::Weighted(weight) => compress::Phi::Weighted { weight: place.input(weight, shapes.weighted)? },
+        Weights::Linear(weight) => compress::Phi::Linear { weight: place.input(weight, shapes.linear)? },
         Weights::Mlp { weight1, bias1, weight2, bias2 } => compress::Phi::Mlp {
-            weight1: tensor(weight1, shapes.weight1)?,
-            bias1: bias1.as_deref().map(|bias| tensor(bias, shapes.bias1)).transpose()?,
-            weight2: tensor(weight2, shapes.weight2)?,
-            bias2: bias2.as_deref().map(|bias| tensor(bias, shapes.bias2)).transpose()?,
+            weight1: place.input(weight1, shapes.weight1)?,
+            bias1: bias1.as_deref().map(|bias| place.input(bias, shapes.bias1)).transpose()?,
+            weight2: place.input(weight2, shapes.weight2)?,
+            bias2: bias2.as_deref().map(|bias| place.input(bias, shapes.bias2)).transpose()?,
         },
     })
 }
@@ -319,16 +366,16 @@ impl<A: Poison + Default> WeightGrads<A> {
         }
     }
 
-    fn tensors(&mut self, shapes: &PhiShapes) -> Result<compress::PhiGrad<'_, A>, String> {
+    fn tensors(&mut self, place: &Place<'_>, shapes: &PhiShapes) -> Result<compress::PhiGrad<'_, A>, String> {
         Ok(match self {
             Self::Mean => compress::PhiGrad::Mean,
-            Self::Weighted(weight) => compress::PhiGrad::Weighted { weight: output(weight, shapes.weighted)? },
-            Self::Linear(weight) => compress::PhiGrad::Linear { weight: output(weight, shapes.linear)? },
+            Self::Weighted(weight) => compress::PhiGrad::Weighted { weight: place.output(weight, shapes.weighted)? },
+            Self::Linear(weight) => compress::PhiGrad::Linear { weight: place.output(weight, shapes.linear)? },
             Self::Mlp { weight1, bias1, weight2, bias2 } => compress::PhiGrad::Mlp {
-                weight1: output(weight1, shapes.weight1)?,
-                bias1: bias1.as_mut().map(|bias| output(bias, shapes.bias1)).transpose()?,
-                weight2: output(weight2, shapes.weight2)?,
-                bias2: bias2.as_mut().map(|bias| output(bias, shapes.bias2)).transpose()?,
+                weight1: place.output(weight1, shapes.weight1)?,
+                bias1: bias1.as_mut().map(|bias| place.output(bias, shapes.bias1)).transpose()?,
+                weight2: place.output(weight2, shapes.weight2)?,
+                bias2: bias2.as_mut().map(|bias| place.output(bias, shapes.bias2)).transpose()?,
             },
         })
     }
@@ -412,15 +459,15 @@ impl<T: Kind> Compress<T> {
     /// # Errors
     /// If the kernel refuses, or writes beside an output.
     pub fn forward(&self, backend: &Backend) -> Result<Vec<T>, String> {
-        let (tokens, blocks, shapes) = self.shapes()?;
+        let (place, (tokens, blocks, shapes)) = (Place::new(backend), self.shapes()?);
         let mut memory = Guarded::<T>::unwritten(blocks.iter().product());
         let args = compress::Forward {
             config: &self.config,
             packing: &self.packing,
-            x: tensor(&self.x, tokens)?,
-            position: self.position.as_deref().map(|e| tensor(e, shapes.position)).transpose()?,
-            phi: phi(&self.weights, &shapes)?,
-            blocks: output(&mut memory, blocks)?,
+            x: place.input(&self.x, tokens)?,
+            position: self.position.as_deref().map(|e| place.input(e, shapes.position)).transpose()?,
+            phi: phi(&place, &self.weights, &shapes)?,
+            blocks: place.output(&mut memory, blocks)?,
         };
         compress::forward(backend, args).map_err(text)?;
         memory.finish("blocks")
@@ -431,20 +478,20 @@ impl<T: Kind> Compress<T> {
     /// # Errors
     /// If the kernel refuses, or writes beside an output.
     pub fn backward(&self, backend: &Backend, d_blocks: &[T::Acc]) -> Result<CompressGrads<T::Acc>, String> {
-        let (tokens, blocks, shapes) = self.shapes()?;
+        let (place, (tokens, blocks, shapes)) = (Place::new(backend), self.shapes()?);
         let mut dx = Guarded::<T::Acc>::unwritten(self.x.len());
         let mut d_position = self.position.as_ref().map(|e| Guarded::filled(e.len(), T::Acc::default()));
         let mut d_phi = WeightGrads::zero(&self.weights);
         let args = compress::Backward {
             config: &self.config,
             packing: &self.packing,
-            x: tensor(&self.x, tokens)?,
-            position: self.position.as_deref().map(|e| tensor(e, shapes.position)).transpose()?,
-            phi: phi(&self.weights, &shapes)?,
-            d_blocks: tensor(d_blocks, blocks)?,
-            dx: output(&mut dx, tokens)?,
-            d_position: d_position.as_mut().map(|e| output(e, shapes.position)).transpose()?,
-            d_phi: d_phi.tensors(&shapes)?,
+            x: place.input(&self.x, tokens)?,
+            position: self.position.as_deref().map(|e| place.input(e, shapes.position)).transpose()?,
+            phi: phi(&place, &self.weights, &shapes)?,
+            d_blocks: place.input(d_blocks, blocks)?,
+            dx: place.output(&mut dx, tokens)?,
+            d_position: d_position.as_mut().map(|e| place.output(e, shapes.position)).transpose()?,
+            d_phi: d_phi.tensors(&place, &shapes)?,
         };
         compress::backward(backend, args).map_err(text)?;
         Ok(CompressGrads {

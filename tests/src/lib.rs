@@ -14,6 +14,7 @@ pub mod memory;
 pub mod operator;
 pub mod reference;
 pub mod select;
+pub mod sim;
 
 pub use case::Case;
 use nsa_kernels::Isa;
@@ -24,9 +25,9 @@ use nsa_kernels::Isa;
 pub struct Readme;
 
 /// An element type that the kit runs.
-pub trait Kind: nsa_core::Element<Acc: generate::Poison> + generate::Poison {}
+pub trait Kind: nsa_kernels::Element<Acc: generate::Poison> + generate::Poison {}
 
-impl<T: nsa_core::Element<Acc: generate::Poison> + generate::Poison> Kind for T {}
+impl<T: nsa_kernels::Element<Acc: generate::Poison> + generate::Poison> Kind for T {}
 
 /// Runs an operation on every case in one dtype, on every instruction set that this machine has, and prints which.
 ///

@@ -2,7 +2,7 @@
 //! from files; the tests generate them.
 
 use crate::generate::{self, Guarded, Side, Weights, mirror, widen};
-use crate::kernels::{Compress, CompressGrads, Sizes, output, tensor, text};
+use crate::kernels::{Compress, CompressGrads, Place, Sizes, text};
 use crate::{Case, Kind};
 use nsa_core::{CuSeqlens, NsaConfig, Packing};
 use nsa_kernels::op::nsa;
@@ -260,13 +260,18 @@ pub fn run<T: Kind>(backend: &Backend, inputs: &Inputs<T>) -> Result<Outputs<T, 
     Ok(outputs)
 }
 
-fn rows<'a, T: Kind>(data: &'a [T], g: usize, dim: usize, offsets: &'a CuSeqlens) -> Result<Rows<'a, T>, String> {
-    Ok(Rows::packed(tensor(data, [offsets.total(), g, dim])?, offsets))
+fn rows<'a, T: Kind>(
+    place: &'a Place<'_>,
+    data: &'a [T],
+    [g, dim]: [usize; 2],
+    offsets: &'a CuSeqlens,
+) -> Result<Rows<'a, T>, String> {
+    Ok(Rows::packed(place.input(data, [offsets.total(), g, dim])?, offsets))
 }
 
 fn forward<T: Kind>(backend: &Backend, inputs: &Inputs<T>, blocks: [Vec<T>; 2]) -> Result<Outputs<T, T::Acc>, String> {
     let (config, packing) = (&inputs.config, &inputs.packing);
-    let sizes = Sizes::new(config, packing);
+    let (sizes, place) = (Sizes::new(config, packing), Place::new(backend));
     let (cu_blocks, cu_keys) = (packing.cu_blocks(config).map_err(text)?, packing.cu_keys().map_err(text)?);
     let mut o = Guarded::unwritten(sizes.o().iter().product());
     let mut branches = [(); 3].map(|()| Guarded::unwritten(sizes.o().iter().product()));
@@ -276,27 +281,27 @@ fn forward<T: Kind>(backend: &Backend, inputs: &Inputs<T>, blocks: [Vec<T>; 2]) 
     let args = nsa::Forward {
         config,
         packing,
-        q: tensor(&inputs.q, sizes.q())?,
+        q: place.input(&inputs.q, sizes.q())?,
         k: [
-            rows(&blocks[0], sizes.g, sizes.dk, &cu_blocks)?,
-            rows(&inputs.k.slc, sizes.g, sizes.dk, &cu_keys)?,
-            rows(&inputs.k.win, sizes.g, sizes.dk, &cu_keys)?,
+            rows(&place, &blocks[0], [sizes.g, sizes.dk], &cu_blocks)?,
+            rows(&place, &inputs.k.slc, [sizes.g, sizes.dk], &cu_keys)?,
+            rows(&place, &inputs.k.win, [sizes.g, sizes.dk], &cu_keys)?,
         ],
         v: [
-            rows(&blocks[1], sizes.g, sizes.dv, &cu_blocks)?,
-            rows(&inputs.v.slc, sizes.g, sizes.dv, &cu_keys)?,
-            rows(&inputs.v.win, sizes.g, sizes.dv, &cu_keys)?,
+            rows(&place, &blocks[1], [sizes.g, sizes.dv], &cu_blocks)?,
+            rows(&place, &inputs.v.slc, [sizes.g, sizes.dv], &cu_keys)?,
+            rows(&place, &inputs.v.win, [sizes.g, sizes.dv], &cu_keys)?,
         ],
-        gates: tensor(&inputs.gates, sizes.gates())?,
+        gates: place.input(&inputs.gates, sizes.gates())?,
         selection: match &inputs.block_indices {
-            Some(given) => nsa::Selection::Given(tensor(given, sizes.indices())?),
-            None => nsa::Selection::Compute(output(&mut indices, sizes.indices())?),
+            Some(given) => nsa::Selection::Given(place.input(given, sizes.indices())?),
+            None => nsa::Selection::Compute(place.output(&mut indices, sizes.indices())?),
         },
         saved: nsa::Saved {
-            o: [output(o_cmp, sizes.o())?, output(o_slc, sizes.o())?, output(o_win, sizes.o())?],
-            lse: [output(lse_cmp, sizes.lse())?, output(lse_slc, sizes.lse())?, output(lse_win, sizes.lse())?],
+            o: [place.output(o_cmp, sizes.o())?, place.output(o_slc, sizes.o())?, place.output(o_win, sizes.o())?],
+            lse: [place.output(lse_cmp, sizes.lse())?, place.output(lse_slc, sizes.lse())?, place.output(lse_win, sizes.lse())?],
         },
-        o: output(&mut o, sizes.o())?,
+        o: place.output(&mut o, sizes.o())?,
     };
     nsa::forward(backend, args).map_err(text)?;
     let [o_cmp, o_slc, o_win] = branches;
@@ -319,7 +324,7 @@ fn backward<T: Kind>(
     d_o: &[T],
 ) -> Result<Grads<T::Acc>, String> {
     let (config, packing) = (&inputs.config, &inputs.packing);
-    let sizes = Sizes::new(config, packing);
+    let (sizes, place) = (Sizes::new(config, packing), Place::new(backend));
     let blocks = packing.cu_blocks(config).map_err(text)?.total();
     let shapes = |dim| [[blocks, sizes.g, dim], [sizes.n, sizes.g, dim], [sizes.n, sizes.g, dim]];
     let (k_shapes, v_shapes) = (shapes(sizes.dk), shapes(sizes.dv));
@@ -332,26 +337,26 @@ fn backward<T: Kind>(
     let args = nsa::Backward {
         config,
         packing,
-        q: tensor(&inputs.q, sizes.q())?,
+        q: place.input(&inputs.q, sizes.q())?,
         k: [
-            tensor(&outputs.blocks[0], k_shapes[0])?,
-            tensor(&inputs.k.slc, k_shapes[1])?,
-            tensor(&inputs.k.win, k_shapes[2])?,
+            place.input(&outputs.blocks[0], k_shapes[0])?,
+            place.input(&inputs.k.slc, k_shapes[1])?,
+            place.input(&inputs.k.win, k_shapes[2])?,
         ],
         v: [
-            tensor(&outputs.blocks[1], v_shapes[0])?,
-            tensor(&inputs.v.slc, v_shapes[1])?,
-            tensor(&inputs.v.win, v_shapes[2])?,
+            place.input(&outputs.blocks[1], v_shapes[0])?,
+            place.input(&inputs.v.slc, v_shapes[1])?,
+            place.input(&inputs.v.win, v_shapes[2])?,
         ],
-        gates: tensor(&inputs.gates, sizes.gates())?,
-        block_indices: tensor(&outputs.block_indices, sizes.indices())?,
-        branches: [tensor(o_cmp, sizes.o())?, tensor(o_slc, sizes.o())?, tensor(o_win, sizes.o())?],
-        lse: [tensor(lse_cmp, sizes.lse())?, tensor(lse_slc, sizes.lse())?, tensor(lse_win, sizes.lse())?],
-        d_o: tensor(d_o, sizes.o())?,
-        dq: output(&mut dq, sizes.q())?,
-        dk: [output(dk_cmp, k_shapes[0])?, output(dk_slc, k_shapes[1])?, output(dk_win, k_shapes[2])?],
-        dv: [output(dv_cmp, v_shapes[0])?, output(dv_slc, v_shapes[1])?, output(dv_win, v_shapes[2])?],
-        d_gates: output(&mut d_gates, sizes.gates())?,
+        gates: place.input(&inputs.gates, sizes.gates())?,
+        block_indices: place.input(&outputs.block_indices, sizes.indices())?,
+        branches: [place.input(o_cmp, sizes.o())?, place.input(o_slc, sizes.o())?, place.input(o_win, sizes.o())?],
+        lse: [place.input(lse_cmp, sizes.lse())?, place.input(lse_slc, sizes.lse())?, place.input(lse_win, sizes.lse())?],
+        d_o: place.input(d_o, sizes.o())?,
+        dq: place.output(&mut dq, sizes.q())?,
+        dk: [place.output(dk_cmp, k_shapes[0])?, place.output(dk_slc, k_shapes[1])?, place.output(dk_win, k_shapes[2])?],
+        dv: [place.output(dv_cmp, v_shapes[0])?, place.output(dv_slc, v_shapes[1])?, place.output(dv_win, v_shapes[2])?],
+        d_gates: place.output(&mut d_gates, sizes.gates())?,
     };
     nsa::backward(backend, args).map_err(text)?;
     let branches = |side: Side, [cmp, slc, win]: [Guarded<T::Acc>; 3]| {

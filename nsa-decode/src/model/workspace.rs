@@ -95,7 +95,7 @@ workspace! {
 }
 
 /// Makes `buffer` hold at least `len` elements.
-pub(crate) fn fit<T: Copy + Default>(backend: &Backend, buffer: &mut Buffer<T>, len: usize) {
+pub(crate) fn fit<T: bytemuck::Pod>(backend: &Backend, buffer: &mut Buffer<T>, len: usize) {
     if buffer.len() < len {
         *buffer = backend.alloc(len);
     }

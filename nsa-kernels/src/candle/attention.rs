@@ -4,9 +4,9 @@ use super::pack::{
     Part, Scalar, backend, elements, for_dtype, gradient, pack, sizes, unpack, unpack_mut, with_elements, wrap, zeros,
 };
 use crate::op::nsa as op;
-use crate::{Rows, TensorMut};
+use crate::{Element, Rows, TensorMut};
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
-use nsa_core::{CuSeqlens, Element, NsaConfig, Packing};
+use nsa_core::{CuSeqlens, NsaConfig, Packing};
 use std::sync::OnceLock;
 
 const OP: &str = "candle::nsa_attention";

@@ -2,13 +2,13 @@
 
 use crate::{Backend, Error};
 use candle_core::{CpuStorage, DType, Layout, Result, Storage, Tensor, WithDType};
-use nsa_core::{Element, Real, ShapeError};
+use nsa_core::{Real, ShapeError};
 use std::sync::LazyLock;
 
 /// An element type that both sides know.
-pub(super) trait Scalar: Element + WithDType {}
+pub(super) trait Scalar: crate::Element + WithDType {}
 
-impl<T: Element + WithDType> Scalar for T {}
+impl<T: crate::Element + WithDType> Scalar for T {}
 
 /// Calls `$function::<T>` for the element type of a tensor.
 macro_rules! for_dtype {

@@ -3,7 +3,6 @@
 //! A task is a tile of a few queries. Scores against all visible blocks are computed once and kept in scratch,
 //! `[rows, M]`. Their exponentials give lse and output, and divided by the sums the importance, without a second product.
 
-use crate::Result;
 use crate::cpu::Cpu;
 use crate::cpu::band::{self, clip};
 use crate::cpu::flash::{self, Heads};
@@ -18,8 +17,9 @@ use crate::cpu::softmax::{Mix, Whole};
 use crate::cpu::tasks::{QueryTile, query_tiles, split_rows};
 use crate::cpu::unit::{Pair, Unit};
 use crate::op::cmp::{Backward, Forward};
+use crate::{Element, Result};
 use nsa_core::select::{SelectScratch, select_blocks};
-use nsa_core::{Element, NsaConfig, Real, View, index};
+use nsa_core::{NsaConfig, Real, View, index};
 use num_traits::Float;
 use rayon::prelude::*;
 

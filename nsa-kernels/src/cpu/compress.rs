@@ -7,8 +7,8 @@ mod sum;
 
 use crate::cpu::Cpu;
 use crate::op::compress::{Backward, Forward, Phi, PhiGrad};
-use crate::{Result, Tensor};
-use nsa_core::{Element, NsaConfig, Packing, Real, View, index};
+use crate::{Element, Result, Tensor};
+use nsa_core::{NsaConfig, Packing, Real, View, index};
 use std::ops::Range;
 
 /// A run of compression blocks of one sequence, small enough for scratch memory. Pieces depend on the sequence alone,

@@ -3,7 +3,6 @@
 //! Compressed chunks come first. Then the selection and the selected blocks are one task and the window is another. The
 //! step enters the pool of threads once: from outside of it every parallel loop has a thread wake up.
 
-use crate::Result;
 use crate::cpu::chunks::{CHUNK, Keys, Parts, Query, Totals};
 use crate::cpu::cmp::Selector;
 use crate::cpu::flash::{Heads, normalize};
@@ -14,7 +13,8 @@ use crate::cpu::softmax::MixLanes;
 use crate::cpu::unit::{Pair, Unit};
 use crate::cpu::{Cpu, gate};
 use crate::op::decode::{Cache, RowsRead, Step};
-use nsa_core::{Element, NsaConfig, index};
+use crate::{Element, Result};
+use nsa_core::{NsaConfig, index};
 use rayon::prelude::*;
 
 /// The caches of one sequence in host memory, keys and values.
@@ -30,8 +30,8 @@ impl<'a, T: Element> Caches<'a, T> {
     fn new(cache: &'a Cache<'a, T>) -> Result<Self> {
         Ok(Self {
             context: cache.context,
-            cmp: [SeqRows::paged(&cache.k_cmp), SeqRows::paged(&cache.v_cmp)],
-            slc: [SeqRows::paged(&cache.k_slc), SeqRows::paged(&cache.v_slc)],
+            cmp: [SeqRows::paged(&cache.k_cmp)?, SeqRows::paged(&cache.v_cmp)?],
+            slc: [SeqRows::paged(&cache.k_slc)?, SeqRows::paged(&cache.v_slc)?],
             win: [SeqRows::whole(cache.k_win.to_host()?), SeqRows::whole(cache.v_win.to_host()?)],
         })
     }

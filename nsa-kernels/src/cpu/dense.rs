@@ -1,11 +1,10 @@
 //! Full causal attention on the CPU: the band that reaches back to position 0. A sequence's only query, as in decoding,
 //! attends in chunks of its keys (see `chunks`).
 
-use crate::Result;
 use crate::cpu::grad::Queries;
 use crate::cpu::{Cpu, band};
 use crate::op::dense::{Backward, Forward};
-use nsa_core::Element;
+use crate::{Element, Result};
 
 /// See `op::dense::forward`.
 pub(crate) fn forward<T: Element>(cpu: &Cpu, args: Forward<'_, T>) -> Result<()> {

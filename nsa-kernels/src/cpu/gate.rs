@@ -1,11 +1,11 @@
 //! The gated sum of the branches: bound by memory, one pass over each tensor.
 
-use crate::Result;
 use crate::cpu::Cpu;
 use crate::cpu::layer::par::{for_rows, lane_sum};
 use crate::cpu::simd::{Loops, compiled_for};
 use crate::op::gate::{Backward, Forward};
-use nsa_core::{Element, View};
+use crate::{Element, Result};
+use nsa_core::View;
 
 pub(crate) fn forward<T: Element>(cpu: &Cpu, args: Forward<'_, T>) -> Result<()> {
     let gates = args.gates.to_host()?;

@@ -22,8 +22,12 @@ enum Source<'a, T> {
 
 impl<'a, T: Element> SeqRows<'a, T> {
     /// The rows of a page table.
-    pub(crate) fn paged(pages: &'a Pages<'a, T>) -> Self {
-        Self { source: Source::Paged(pages), len: pages.len }
+    ///
+    /// # Errors
+    /// If a page is not in the host's memory.
+    pub(crate) fn paged(pages: &'a Pages<'a, T>) -> Result<Self> {
+        pages.pages.iter().try_for_each(|page| page.on_host("Pages", "page").map(drop))?;
+        Ok(Self { source: Source::Paged(pages), len: pages.len })
     }
 
     /// All rows of a tensor.
@@ -52,7 +56,7 @@ impl<'a, T: Element> SeqRows<'a, T> {
             Source::Packed { view, start } => view.row(start + r, g),
             Source::Paged(pages) => {
                 let [heads, dim] = pages.row_shape;
-                let Mem::Host(page) = pages.pages[r / pages.page_rows];
+                let page = host(pages.pages[r / pages.page_rows]);
                 let at = ((r % pages.page_rows) * heads + g) * dim;
                 &page[at..at + dim]
             }
@@ -78,7 +82,7 @@ impl<'a, T: Element> SeqRows<'a, T> {
                 let page = range.start / pages.page_rows;
                 let [heads, dim] = pages.row_shape;
                 let first = (range.start % pages.page_rows * heads + g) * dim;
-                let Mem::Host(data) = pages.pages[page];
+                let data = host(pages.pages[page]);
                 let stride = heads * dim;
                 ((range.end - 1) / pages.page_rows == page).then(|| (&data[first..first + rows * stride + dim], stride))
             }
@@ -86,11 +90,20 @@ impl<'a, T: Element> SeqRows<'a, T> {
     }
 }
 
+/// The elements of a page.
+#[inline(always)]
+fn host<T>(page: Mem<'_, T>) -> &[T] {
+    match page {
+        Mem::Host(data) => data,
+        Mem::Device(_) => unreachable!("`SeqRows::paged` takes pages of the host only"),
+    }
+}
+
 /// One [`SeqRows`] a sequence. The rows have passed `Rows::check`.
 pub(crate) fn host_rows<'a, T: Element>(rows: &Rows<'a, T>) -> Result<Vec<SeqRows<'a, T>>> {
     match *rows {
         Rows::Packed { tensor, offsets } => packed_rows(tensor, offsets),
-        Rows::Paged(tables) => Ok(tables.iter().map(SeqRows::paged).collect()),
+        Rows::Paged(tables) => tables.iter().map(SeqRows::paged).collect(),
     }
 }
 

@@ -14,8 +14,8 @@ use crate::cpu::tasks::{QueryTile, query_tiles, split_rows, tile_len};
 use crate::cpu::turns::{Cut, Row, for_each_row};
 use crate::cpu::unit::{Pair, Unit};
 use crate::op::slc::{Backward, Forward};
-use crate::{Error, Result};
-use nsa_core::{Element, NsaConfig, Packing, View, index, select};
+use crate::{Element, Error, Result};
+use nsa_core::{NsaConfig, Packing, View, index, select};
 use rayon::prelude::*;
 use std::ops::Range;
 

@@ -1,10 +1,10 @@
 //! Sliding-window attention on the CPU: the band of the last w positions.
 
-use crate::Result;
 use crate::cpu::grad::Queries;
 use crate::cpu::{Cpu, band};
 use crate::op::win::{Backward, Forward};
-use nsa_core::{Element, index};
+use crate::{Element, Result};
+use nsa_core::index;
 
 /// The branch's column of the gates.
 const GATE: usize = 2;

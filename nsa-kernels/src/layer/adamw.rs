@@ -1,6 +1,6 @@
 //! AdamW over flat ranges of parameters.
 
-use crate::{Backend, Error, Result, Tensor, TensorMut, cpu};
+use crate::{Backend, Error, Result, Tensor, TensorMut, cpu, cuda};
 use nsa_core::Real;
 
 /// The optimizer's settings for one range of parameters.
@@ -72,6 +72,7 @@ pub fn step<R: Real>(backend: &Backend, args: Step<'_, R>) -> Result<()> {
     }
     match backend {
         Backend::Cpu(cpu) => cpu::layer::adamw::step(cpu, args),
+        Backend::Cuda(cuda) => Err(cuda::missing(cuda, OP)),
     }
 }
 
@@ -88,5 +89,6 @@ pub fn step<R: Real>(backend: &Backend, args: Step<'_, R>) -> Result<()> {
 pub fn sum_of_squares<R: Real>(backend: &Backend, grads: Tensor<'_, R, 1>) -> Result<f64> {
     match backend {
         Backend::Cpu(cpu) => cpu::layer::adamw::sum_of_squares(cpu, grads),
+        Backend::Cuda(cuda) => Err(cuda::missing(cuda, "adamw::sum_of_squares")),
     }
 }

@@ -1,6 +1,6 @@
 //! Sums of tensors: residual connections, and gradients that meet.
 
-use crate::{Backend, Result, Tensor, TensorMut, cpu};
+use crate::{Backend, Result, Tensor, TensorMut, cpu, cuda};
 use nsa_core::Element;
 
 /// Arguments of [`forward`].
@@ -39,6 +39,7 @@ pub fn forward<T: Element>(backend: &Backend, args: Forward<'_, T>) -> Result<()
     args.y.check(OP, "y", args.a.shape())?;
     match backend {
         Backend::Cpu(cpu) => cpu::layer::add::forward(cpu, args),
+        Backend::Cuda(cuda) => Err(cuda::missing(cuda, OP)),
     }
 }
 
@@ -56,5 +57,6 @@ pub fn accumulate<T: Element>(backend: &Backend, args: Accumulate<'_, T>) -> Res
     args.y.check("add::accumulate", "y", args.x.shape())?;
     match backend {
         Backend::Cpu(cpu) => cpu::layer::add::accumulate(cpu, args),
+        Backend::Cuda(cuda) => Err(cuda::missing(cuda, "add::accumulate")),
     }
 }

@@ -1,6 +1,6 @@
 //! The output head and the loss in one: logits exist only for a chunk of rows at a time.
 
-use crate::{Backend, Result, Tensor, TensorMut, cpu};
+use crate::{Backend, Result, Tensor, TensorMut, cpu, cuda};
 use nsa_core::Element;
 
 /// The target of a row that has no loss.
@@ -77,6 +77,7 @@ where
     }
     match backend {
         Backend::Cpu(cpu) => cpu::layer::cross_entropy::forward(cpu, OP, args),
+        Backend::Cuda(cuda) => Err(cuda::missing(cuda, OP)),
     }
 }
 
@@ -107,5 +108,6 @@ where
     }
     match backend {
         Backend::Cpu(cpu) => cpu::layer::cross_entropy::forward_backward(cpu, OP, args),
+        Backend::Cuda(cuda) => Err(cuda::missing(cuda, OP)),
     }
 }

@@ -1,6 +1,6 @@
 //! The embedding: rows of a table, chosen by token.
 
-use crate::{Backend, Error, Result, Tensor, TensorMut, cpu};
+use crate::{Backend, Error, Result, Tensor, TensorMut, cpu, cuda};
 use nsa_core::{Element, Real};
 
 /// Arguments of [`forward`].
@@ -45,6 +45,7 @@ where
     args.y.check(OP, "y", [n, c])?;
     match backend {
         Backend::Cpu(cpu) => cpu::layer::embedding::forward(cpu, OP, args),
+        Backend::Cuda(cuda) => Err(cuda::missing(cuda, OP)),
     }
 }
 
@@ -64,6 +65,7 @@ pub fn backward<A: Real>(backend: &Backend, args: Backward<'_, A>) -> Result<()>
     args.dy.check(OP, "dy", [n, c])?;
     match backend {
         Backend::Cpu(cpu) => cpu::layer::embedding::backward(cpu, OP, args),
+        Backend::Cuda(cuda) => Err(cuda::missing(cuda, OP)),
     }
 }
 

@@ -1,6 +1,6 @@
 //! The linear layer y = x·Wᵀ + b, its weight laid out as PyTorch's `nn.Linear`.
 
-use crate::{Backend, Result, Tensor, TensorMut, cpu};
+use crate::{Backend, Result, Tensor, TensorMut, cpu, cuda};
 use nsa_core::Element;
 
 /// Arguments of [`forward`].
@@ -68,6 +68,7 @@ where
     }
     match backend {
         Backend::Cpu(cpu) => cpu::layer::linear::forward(cpu, args),
+        Backend::Cuda(cuda) => Err(cuda::missing(cuda, OP)),
     }
 }
 
@@ -94,6 +95,7 @@ where
     args.dx.check(OP, "dx", [n, i])?;
     match backend {
         Backend::Cpu(cpu) => cpu::layer::linear::backward_input(cpu, args),
+        Backend::Cuda(cuda) => Err(cuda::missing(cuda, OP)),
     }
 }
 
@@ -122,5 +124,6 @@ where
     }
     match backend {
         Backend::Cpu(cpu) => cpu::layer::linear::backward_weight(cpu, args),
+        Backend::Cuda(cuda) => Err(cuda::missing(cuda, OP)),
     }
 }

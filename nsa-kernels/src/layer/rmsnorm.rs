@@ -1,6 +1,6 @@
 //! RMSNorm, of whole rows or, with N·H rows of D channels, of heads.
 
-use crate::{Backend, Error, Result, Tensor, TensorMut, cpu};
+use crate::{Backend, Error, Result, Tensor, TensorMut, cpu, cuda};
 use nsa_core::Element;
 
 /// Arguments of [`forward`].
@@ -67,6 +67,7 @@ where
     }
     match backend {
         Backend::Cpu(cpu) => cpu::layer::rmsnorm::forward(cpu, args),
+        Backend::Cuda(cuda) => Err(cuda::missing(cuda, OP)),
     }
 }
 
@@ -96,6 +97,7 @@ where
     args.dw.check(OP, "dw", [c])?;
     match backend {
         Backend::Cpu(cpu) => cpu::layer::rmsnorm::backward(cpu, args),
+        Backend::Cuda(cuda) => Err(cuda::missing(cuda, OP)),
     }
 }
 

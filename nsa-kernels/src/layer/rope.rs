@@ -1,6 +1,6 @@
 //! Rotary position embedding in Llama's half rotation: pair (i, i + D/2) turns by position·frequency_i.
 
-use crate::{Backend, Buffer, Error, Result, Tensor, TensorMut, cpu};
+use crate::{Backend, Buffer, Error, Result, Tensor, TensorMut, cpu, cuda};
 use nsa_core::{Element, Real};
 
 /// Cosines and sines of all angles that a model needs, already multiplied by the attention factor.
@@ -137,6 +137,7 @@ fn rotate<T: Element>(op: &'static str, backend: &Backend, args: Rotate<'_, T>, 
     args.positions.check(op, "positions", [n])?;
     match backend {
         Backend::Cpu(cpu) => cpu::layer::rope::rotate(cpu, op, args, direction),
+        Backend::Cuda(cuda) => Err(cuda::missing(cuda, op)),
     }
 }
 
@@ -151,6 +152,7 @@ fn rotate_in_place<T: Element>(
     args.positions.check(op, "positions", [n])?;
     match backend {
         Backend::Cpu(cpu) => cpu::layer::rope::rotate_in_place(cpu, op, args, direction),
+        Backend::Cuda(cuda) => Err(cuda::missing(cuda, op)),
     }
 }
 

@@ -1,6 +1,6 @@
 //! Rounded copies of parameters.
 
-use crate::{Backend, Result, Tensor, TensorMut, cpu};
+use crate::{Backend, Result, Tensor, TensorMut, cpu, cuda};
 use nsa_core::Element;
 
 /// Arguments of [`round`].
@@ -26,5 +26,6 @@ pub fn round<T: Element>(backend: &Backend, args: Round<'_, T>) -> Result<()> {
     args.y.check("round", "y", args.x.shape())?;
     match backend {
         Backend::Cpu(cpu) => cpu::layer::round::round(cpu, args),
+        Backend::Cuda(cuda) => Err(cuda::missing(cuda, "round")),
     }
 }

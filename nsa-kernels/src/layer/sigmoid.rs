@@ -1,6 +1,6 @@
 //! The logistic function, of the branch gates.
 
-use crate::{Backend, Result, Tensor, TensorMut, cpu};
+use crate::{Backend, Result, Tensor, TensorMut, cpu, cuda};
 use nsa_core::Element;
 
 /// Arguments of [`forward`].
@@ -37,6 +37,7 @@ pub fn forward<T: Element>(backend: &Backend, args: Forward<'_, T>) -> Result<()
     args.y.check("sigmoid::forward", "y", args.x.shape())?;
     match backend {
         Backend::Cpu(cpu) => cpu::layer::sigmoid::forward(cpu, args),
+        Backend::Cuda(cuda) => Err(cuda::missing(cuda, "sigmoid::forward")),
     }
 }
 
@@ -56,5 +57,6 @@ pub fn backward<T: Element>(backend: &Backend, args: Backward<'_, T>) -> Result<
     args.dx.check(OP, "dx", args.y.shape())?;
     match backend {
         Backend::Cpu(cpu) => cpu::layer::sigmoid::backward(cpu, args),
+        Backend::Cuda(cuda) => Err(cuda::missing(cuda, OP)),
     }
 }

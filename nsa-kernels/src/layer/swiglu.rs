@@ -1,6 +1,6 @@
 //! The gated activation of the MLP: silu(gate)·up.
 
-use crate::{Backend, Result, Tensor, TensorMut, cpu};
+use crate::{Backend, Result, Tensor, TensorMut, cpu, cuda};
 use nsa_core::Element;
 
 /// Arguments of [`forward`].
@@ -45,6 +45,7 @@ pub fn forward<T: Element>(backend: &Backend, args: Forward<'_, T>) -> Result<()
     args.y.check(OP, "y", args.gate.shape())?;
     match backend {
         Backend::Cpu(cpu) => cpu::layer::swiglu::forward(cpu, args),
+        Backend::Cuda(cuda) => Err(cuda::missing(cuda, OP)),
     }
 }
 
@@ -72,5 +73,6 @@ where
     args.d_up.check(OP, "d_up", shape)?;
     match backend {
         Backend::Cpu(cpu) => cpu::layer::swiglu::backward(cpu, args),
+        Backend::Cuda(cuda) => Err(cuda::missing(cuda, OP)),
     }
 }

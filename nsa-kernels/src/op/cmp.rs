@@ -1,8 +1,8 @@
 //! Compressed attention with importance and selection fused (SPEC 2.1, 2.2).
 
 use super::{BranchGrad, Shapes};
-use crate::{Backend, Result, Rows, Tensor, TensorMut, cpu};
-use nsa_core::{Element, NsaConfig, Packing, index};
+use crate::{Backend, Element, Result, Rows, Tensor, TensorMut, cuda};
+use nsa_core::{NsaConfig, Packing, index};
 
 /// Arguments of [`forward`].
 #[derive(Debug)]
@@ -81,7 +81,8 @@ pub fn forward<T: Element>(backend: &Backend, args: Forward<'_, T>) -> Result<()
         indices.check(OP, "block_indices", shapes.selection())?;
     }
     match backend {
-        Backend::Cpu(cpu) => cpu::cmp::forward(cpu, args),
+        Backend::Cpu(cpu) => T::cmp_forward(cpu, args),
+        Backend::Cuda(cuda) => Err(cuda::missing(cuda, OP)),
     }
 }
 
@@ -114,6 +115,7 @@ pub fn backward<T: Element>(backend: &Backend, args: Backward<'_, T>) -> Result<
         dv: ("dv_blocks", &args.dv_blocks),
     })?;
     match backend {
-        Backend::Cpu(cpu) => cpu::cmp::backward(cpu, args),
+        Backend::Cpu(cpu) => T::cmp_backward(cpu, args),
+        Backend::Cuda(cuda) => Err(cuda::missing(cuda, OP)),
     }
 }

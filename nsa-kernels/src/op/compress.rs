@@ -1,8 +1,8 @@
 //! φ: compression blocks of keys or values (SPEC 2.1).
 
 use super::Shapes;
-use crate::{Backend, Error, Result, Tensor, TensorMut, cpu};
-use nsa_core::{CompressKind, Element, NsaConfig, Packing};
+use crate::{Backend, Element, Error, Result, Tensor, TensorMut, cuda};
+use nsa_core::{CompressKind, NsaConfig, Packing};
 
 /// The weights of φ, one set a KV head, for keys (D = Dk) or values (D = Dv). `T` is the type they are stored in.
 #[derive(Clone, Copy, Debug)]
@@ -129,7 +129,8 @@ pub fn forward<T: Element>(backend: &Backend, args: Forward<'_, T>) -> Result<()
     }
     args.blocks.check(OP, "blocks", [args.packing.cu_blocks(args.config)?.total(), heads, dim])?;
     match backend {
-        Backend::Cpu(cpu) => cpu::compress::forward(cpu, args),
+        Backend::Cpu(cpu) => T::compress_forward(cpu, args),
+        Backend::Cuda(cuda) => Err(cuda::missing(cuda, OP)),
     }
 }
 
@@ -167,7 +168,8 @@ pub fn backward<T: Element>(backend: &Backend, args: Backward<'_, T>) -> Result<
     }
     args.d_phi.check(OP, &args.phi)?;
     match backend {
-        Backend::Cpu(cpu) => cpu::compress::backward(cpu, args),
+        Backend::Cpu(cpu) => T::compress_backward(cpu, args),
+        Backend::Cuda(cuda) => Err(cuda::missing(cuda, OP)),
     }
 }
 

@@ -1,7 +1,7 @@
 //! One decoding step for a batch of sequences, from their caches (SPEC 4).
 
-use crate::{Backend, Error, Pages, Result, Tensor, TensorMut, cpu};
-use nsa_core::{Element, NsaConfig, ShapeError, index};
+use crate::{Backend, Element, Error, Pages, Result, Tensor, TensorMut, cuda};
+use nsa_core::{NsaConfig, ShapeError, index};
 
 /// The caches of one sequence for one layer, the current token's keys and values already in them.
 #[derive(Debug)]
@@ -68,7 +68,8 @@ pub fn step<T: Element>(backend: &Backend, args: Step<'_, T>) -> Result<RowsRead
         cache.check(config, s)?;
     }
     match backend {
-        Backend::Cpu(cpu) => cpu::decode::step(cpu, args),
+        Backend::Cpu(cpu) => T::decode_step(cpu, args),
+        Backend::Cuda(cuda) => Err(cuda::missing(cuda, "decode::step")),
     }
 }
 

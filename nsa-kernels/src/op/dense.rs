@@ -1,8 +1,8 @@
 //! Full causal attention: the baseline that sparse attention is measured against.
 
 use super::{BranchGrad, Shapes};
-use crate::{Backend, Result, Rows, Tensor, TensorMut, cpu};
-use nsa_core::{Element, NsaConfig, Packing};
+use crate::{Backend, Element, Result, Rows, Tensor, TensorMut, cuda};
+use nsa_core::{NsaConfig, Packing};
 
 /// Arguments of [`forward`].
 #[derive(Debug)]
@@ -73,7 +73,8 @@ pub fn forward<T: Element>(backend: &Backend, args: Forward<'_, T>) -> Result<()
     };
     shapes.forward(&args.q, ("k", &args.k), ("v", &args.v), (&args.o, &args.lse), lens)?;
     match backend {
-        Backend::Cpu(cpu) => cpu::dense::forward(cpu, args),
+        Backend::Cpu(cpu) => T::dense_forward(cpu, args),
+        Backend::Cuda(cuda) => Err(cuda::missing(cuda, OP)),
     }
 }
 
@@ -106,6 +107,7 @@ pub fn backward<T: Element>(backend: &Backend, args: Backward<'_, T>) -> Result<
         dv: ("dv", &args.dv),
     })?;
     match backend {
-        Backend::Cpu(cpu) => cpu::dense::backward(cpu, args),
+        Backend::Cpu(cpu) => T::dense_backward(cpu, args),
+        Backend::Cuda(cuda) => Err(cuda::missing(cuda, OP)),
     }
 }

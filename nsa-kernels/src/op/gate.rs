@@ -1,7 +1,6 @@
 //! The gated sum of the branches (SPEC 2).
 
-use crate::{Backend, Result, Tensor, TensorMut, cpu};
-use nsa_core::Element;
+use crate::{Backend, Element, Result, Tensor, TensorMut, cuda};
 
 /// Arguments of [`forward`]: o = Σ_c g^c · o^c.
 #[derive(Debug)]
@@ -43,7 +42,8 @@ pub fn forward<T: Element>(backend: &Backend, args: Forward<'_, T>) -> Result<()
         branch.check(OP, &format!("branches[{c}]"), [tokens, heads, dim])?;
     }
     match backend {
-        Backend::Cpu(cpu) => cpu::gate::forward(cpu, args),
+        Backend::Cpu(cpu) => T::gate_forward(cpu, args),
+        Backend::Cuda(cuda) => cuda::gate::forward(cuda, args),
     }
 }
 
@@ -65,6 +65,7 @@ pub fn backward<T: Element>(backend: &Backend, args: Backward<'_, T>) -> Result<
     }
     args.d_gates.check(OP, "d_gates", [tokens, heads, 3])?;
     match backend {
-        Backend::Cpu(cpu) => cpu::gate::backward(cpu, args),
+        Backend::Cpu(cpu) => T::gate_backward(cpu, args),
+        Backend::Cuda(cuda) => cuda::gate::backward(cuda, args),
     }
 }

@@ -13,8 +13,8 @@ pub mod nsa;
 pub mod slc;
 pub mod win;
 
-use crate::{Error, Result, Rows, Tensor, TensorMut};
-use nsa_core::{Element, NsaConfig, Packing};
+use crate::{Element, Error, Result, Rows, Tensor, TensorMut};
+use nsa_core::{NsaConfig, Packing};
 use std::ops::RangeInclusive;
 
 /// Shapes that the arguments of one call must have.

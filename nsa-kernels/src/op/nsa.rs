@@ -1,8 +1,8 @@
 //! The whole operator after φ: three branches, selection and gate (SPEC 2, 3).
 
 use super::{Shapes, cmp, gate, slc, win};
-use crate::{Backend, Result, Rows, Tensor, TensorMut};
-use nsa_core::{Element, NsaConfig, Packing};
+use crate::{Backend, Element, Result, Rows, Tensor, TensorMut};
+use nsa_core::{NsaConfig, Packing};
 
 /// Where the selected blocks come from.
 #[derive(Debug)]
@@ -131,7 +131,7 @@ pub fn backward<T: Element>(backend: &Backend, args: Backward<'_, T>) -> Result<
     shapes.whole_sequences()?;
     gates.check("nsa::backward", "gates", [packing.num_tokens(), config.num_heads(), 3])?;
     gate::backward(backend, gate::Backward { branches, d_o, d_gates })?;
-    dq.fill(T::Acc::default());
+    dq.fill(T::Acc::default())?;
     let ([k_blocks, k_slc, k_win], [v_blocks, v_slc, v_win]) = (k, v);
     let ([dk_blocks, dk_slc, dk_win], [dv_blocks, dv_slc, dv_win]) = (dk, dv);
     let ([o_cmp, o_slc, o_win], [lse_cmp, lse_slc, lse_win]) = (branches, lse);

@@ -1,8 +1,8 @@
 //! Attention over the selected blocks (SPEC 2.2).
 
 use super::{BranchGrad, Shapes};
-use crate::{Backend, Result, Rows, Tensor, TensorMut, cpu};
-use nsa_core::{Element, NsaConfig, Packing};
+use crate::{Backend, Element, Result, Rows, Tensor, TensorMut, cuda};
+use nsa_core::{NsaConfig, Packing};
 
 /// Arguments of [`forward`].
 #[derive(Debug)]
@@ -79,7 +79,8 @@ pub fn forward<T: Element>(backend: &Backend, args: Forward<'_, T>) -> Result<()
     shapes.forward(&args.q, ("k", &args.k), ("v", &args.v), (&args.o, &args.lse), lens)?;
     args.block_indices.check(OP, "block_indices", shapes.selection())?;
     match backend {
-        Backend::Cpu(cpu) => cpu::slc::forward(cpu, args),
+        Backend::Cpu(cpu) => T::slc_forward(cpu, args),
+        Backend::Cuda(cuda) => Err(cuda::missing(cuda, OP)),
     }
 }
 
@@ -114,6 +115,7 @@ pub fn backward<T: Element>(backend: &Backend, args: Backward<'_, T>) -> Result<
     })?;
     args.block_indices.check(OP, "block_indices", shapes.selection())?;
     match backend {
-        Backend::Cpu(cpu) => cpu::slc::backward(cpu, args),
+        Backend::Cpu(cpu) => T::slc_backward(cpu, args),
+        Backend::Cuda(cuda) => Err(cuda::missing(cuda, OP)),
     }
 }

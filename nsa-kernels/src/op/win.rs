@@ -1,8 +1,8 @@
 //! Sliding-window attention (SPEC 2.3).
 
 use super::{BranchGrad, Shapes};
-use crate::{Backend, Result, Rows, Tensor, TensorMut, cpu};
-use nsa_core::{Element, NsaConfig, Packing};
+use crate::{Backend, Element, Result, Rows, Tensor, TensorMut, cuda};
+use nsa_core::{NsaConfig, Packing};
 
 /// Arguments of [`forward`].
 #[derive(Debug)]
@@ -75,7 +75,8 @@ pub fn forward<T: Element>(backend: &Backend, args: Forward<'_, T>) -> Result<()
     };
     shapes.forward(&args.q, ("k", &args.k), ("v", &args.v), (&args.o, &args.lse), lens)?;
     match backend {
-        Backend::Cpu(cpu) => cpu::win::forward(cpu, args),
+        Backend::Cpu(cpu) => T::win_forward(cpu, args),
+        Backend::Cuda(cuda) => Err(cuda::missing(cuda, OP)),
     }
 }
 
@@ -108,6 +109,7 @@ pub fn backward<T: Element>(backend: &Backend, args: Backward<'_, T>) -> Result<
         dv: ("dv", &args.dv),
     })?;
     match backend {
-        Backend::Cpu(cpu) => cpu::win::backward(cpu, args),
+        Backend::Cpu(cpu) => T::win_backward(cpu, args),
+        Backend::Cuda(cuda) => Err(cuda::missing(cuda, OP)),
     }
 }

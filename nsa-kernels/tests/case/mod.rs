@@ -1,8 +1,8 @@
 //! What the tests of the branches share: calls with random operands, the comparison with the reference, and the
 //! properties that every branch has.
 
-use nsa_core::{CuSeqlens, DType, Element, NsaConfig, Packing, Real};
-use nsa_kernels::{Backend, Mem, Pages, Result, Rows, Tensor, TensorMut};
+use nsa_core::{CuSeqlens, DType, NsaConfig, Packing, Real};
+use nsa_kernels::{Backend, Element, Mem, Pages, Result, Rows, Tensor, TensorMut};
 use nsa_ref::Tensor as Truth;
 use nsa_ref::branch::{Gradients, Inputs, Output, Upstream};
 use nsa_ref::{BlockIndices, Exact};
@@ -216,7 +216,7 @@ pub fn backend() -> Backend {
 }
 
 /// Random elements in (−2, 2), rounded to `T`; other seeds, other elements.
-pub fn random<T: Element>(seed: u64, shape: &[usize]) -> Vec<T> {
+pub fn random<T: nsa_core::Element>(seed: u64, shape: &[usize]) -> Vec<T> {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     (0..shape.iter().product()).map(|_| T::from_f64(rng.random_range(-2.0..2.0))).collect()
 }
@@ -253,11 +253,11 @@ pub fn tensor_mut<T, const N: usize>(data: &mut [T], shape: [usize; N]) -> Tenso
 }
 
 /// As a tensor of the reference.
-fn truth<T: Element, const N: usize>(data: &[T], shape: [usize; N]) -> Truth {
+fn truth<T: nsa_core::Element, const N: usize>(data: &[T], shape: [usize; N]) -> Truth {
     Truth::from_elements(&shape, data)
 }
 
-fn widen<T: Element>(data: &[T]) -> Vec<f64> {
+fn widen<T: nsa_core::Element>(data: &[T]) -> Vec<f64> {
     data.iter().map(|x| x.to_f64()).collect()
 }
 
@@ -273,7 +273,7 @@ fn tolerance(dtype: DType) -> f64 {
 }
 
 /// Compares with the truth: NaN where it is NaN, infinite where it is infinite.
-pub fn compare<T: Element>(what: &str, got: &[T], truth: &Truth) {
+pub fn compare<T: nsa_core::Element>(what: &str, got: &[T], truth: &Truth) {
     assert_eq!(got.len(), truth.data.len(), "{what}: elements");
     let finite: Vec<f64> = truth.data.iter().copied().filter(|x| x.is_finite()).collect();
     let rms = (finite.iter().map(|x| x * x).sum::<f64>() / finite.len().max(1) as f64).sqrt();
@@ -284,7 +284,7 @@ pub fn compare<T: Element>(what: &str, got: &[T], truth: &Truth) {
 }
 
 /// Compares all bits.
-fn assert_same<T: Element>(what: &str, a: &[T], b: &[T]) {
+fn assert_same<T: nsa_core::Element>(what: &str, a: &[T], b: &[T]) {
     assert!(bytemuck::cast_slice::<T, u8>(a) == bytemuck::cast_slice::<T, u8>(b), "{what}: bits differ");
 }
 

@@ -2,9 +2,10 @@
 
 use crate::kit::{assert_close, backend, packing, rounded, scaled, typed, values, with_threads};
 use half::{bf16, f16};
-use nsa_core::{CompressKind, Element, NsaConfig, Packing, index};
+use nsa_core::Element as _;
+use nsa_core::{CompressKind, NsaConfig, Packing, index};
 use nsa_kernels::op::compress::{Backward, Forward, Phi, PhiGrad, backward, forward};
-use nsa_kernels::{Error, Tensor, TensorMut};
+use nsa_kernels::{Element, Error, Tensor, TensorMut};
 use nsa_ref::Exact;
 use nsa_ref::compress as reference;
 
@@ -115,7 +116,7 @@ impl Case {
         }
     }
 
-    fn phi_grad<'a, A: Element>(&self, grads: &'a mut [Vec<A>]) -> PhiGrad<'a, A> {
+    fn phi_grad<'a, A: nsa_core::Element>(&self, grads: &'a mut [Vec<A>]) -> PhiGrad<'a, A> {
         let rows = self.config.compress_block() * self.dim;
         let mut grads = grads.iter_mut();
         let mut next = || grads.next().unwrap();

@@ -3,10 +3,10 @@
 use crate::kit::{assert_close, backend, packing, rounded, scaled, typed, values, with_threads};
 use crate::nsa::{Call, config};
 use half::{bf16, f16};
-use nsa_core::{CompressKind, CuSeqlens, Element, NsaConfig, Packing, index};
+use nsa_core::{CompressKind, CuSeqlens, NsaConfig, Packing, index};
 use nsa_kernels::op::compress::{self, Phi};
 use nsa_kernels::op::decode::{Cache, Step, step};
-use nsa_kernels::{Mem, Pages, Tensor, TensorMut};
+use nsa_kernels::{Element, Mem, Pages, Tensor, TensorMut};
 use nsa_ref::Exact;
 
 /// Memory of one side (keys or values) of the caches of one sequence. Whatever must not be read is NaN.

@@ -2,9 +2,10 @@
 
 use crate::kit::{assert_close, backend, rounded, typed, values, with_threads};
 use half::{bf16, f16};
-use nsa_core::{Element, ShapeError};
+use nsa_core::Element as _;
+use nsa_core::ShapeError;
 use nsa_kernels::op::gate::{Backward, Forward, backward, forward};
-use nsa_kernels::{Error, Tensor, TensorMut};
+use nsa_kernels::{Element, Error, Tensor, TensorMut};
 use nsa_ref::Exact;
 
 struct Case<T> {

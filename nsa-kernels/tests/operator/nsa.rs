@@ -2,9 +2,10 @@
 
 use crate::kit::{assert_close, backend, packing, rounded, typed, values, with_threads};
 use half::{bf16, f16};
-use nsa_core::{CompressKind, CuSeqlens, Element, NsaConfig, Packing};
+use nsa_core::Element as _;
+use nsa_core::{CompressKind, CuSeqlens, NsaConfig, Packing};
 use nsa_kernels::op::nsa::{Backward, Forward, Saved, Selection, backward, forward};
-use nsa_kernels::{Rows, Tensor, TensorMut};
+use nsa_kernels::{Element, Rows, Tensor, TensorMut};
 use nsa_ref::nsa as reference;
 use nsa_ref::{Arithmetic, BlockIndices, Exact, Rounded};
 
@@ -192,7 +193,7 @@ impl Call {
         assert!((results, grads) == with_threads(1, run), "bits depend on the threads");
     }
 
-    fn check_gradients<A: Element>(
+    fn check_gradients<A: nsa_core::Element>(
         &self,
         grads: &Gradients<A>,
         d_o: &nsa_ref::Tensor,

@@ -9,8 +9,7 @@ use super::slots::{AttentionSlots, CoreSlots};
 use super::sparse::{self, SparseActs, SparseGrads};
 use super::workspace::Sizes;
 use crate::Result;
-use nsa_core::Element;
-use nsa_kernels::{Backend, Buffer};
+use nsa_kernels::{Backend, Buffer, Element};
 
 /// What differs between the kinds of attention; slots, activations and gradients of a model are of one kind.
 #[derive(Debug)]

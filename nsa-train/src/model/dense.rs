@@ -7,9 +7,9 @@ use super::profile::Phase;
 use super::slots::BranchSlots;
 use super::workspace::Sizes;
 use crate::Result;
-use nsa_core::{Element, Real};
+use nsa_core::Real;
 use nsa_kernels::op::dense;
-use nsa_kernels::{Backend, Buffer, Tensor};
+use nsa_kernels::{Backend, Buffer, Element, Tensor};
 
 /// What the forward pass leaves for the backward pass.
 #[derive(Debug)]
@@ -82,7 +82,7 @@ pub(crate) fn backward<T: Element>(
     let (inputs, dims) = (pass.inputs, pass.dims);
     let n = inputs.rows();
     let mut dq = d_q.tensor_mut(dims.q_shape(n))?;
-    pass.profile.time(Phase::AttentionBackward, || dq.fill(T::Acc::default()));
+    pass.profile.time(Phase::AttentionBackward, || dq.fill(T::Acc::default()))?;
     let args = dense::Backward {
         config: &dims.operator,
         packing: &inputs.packing,

@@ -26,10 +26,10 @@ pub use workspace::{Capacity, Workspace};
 
 use crate::{Error, Result};
 use nsa_core::model::{ModelConfig, ParamSpec};
-use nsa_core::{CompressKind, Element, NsaConfig};
+use nsa_core::{CompressKind, NsaConfig};
 use nsa_kernels::layer::cross_entropy::{self, Loss};
 use nsa_kernels::layer::{embedding, linear, round};
-use nsa_kernels::{Backend, Buffer};
+use nsa_kernels::{Backend, Buffer, Element};
 use pass::Pass;
 use slots::{Slots, Weights};
 
@@ -138,7 +138,7 @@ impl<T: Element> Model<T> {
             return Err(Error::value("number of parameters", params.len(), rule));
         }
         let params = backend.upload(params);
-        let rounded = (T::DTYPE != T::Acc::DTYPE).then(|| backend.alloc(params.len()));
+        let rounded = (T::DTYPE != <T::Acc as nsa_core::Element>::DTYPE).then(|| backend.alloc(params.len()));
         let mut model = Self { backend: backend.clone(), config, dims, slots, params, rounded };
         model.round()?;
         Ok(model)

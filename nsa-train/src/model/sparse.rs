@@ -8,10 +8,10 @@ use super::profile::Phase;
 use super::slots::{SideSlots, SparseSlots};
 use super::workspace::Sizes;
 use crate::Result;
-use nsa_core::{Element, Real};
+use nsa_core::Real;
 use nsa_kernels::layer::sigmoid;
 use nsa_kernels::op::{compress, nsa};
-use nsa_kernels::{Backend, Buffer, Tensor};
+use nsa_kernels::{Backend, Buffer, Element, Tensor};
 
 /// What the forward pass leaves for the backward pass. Branches in the order cmp, slc, win.
 #[derive(Debug)]

@@ -5,9 +5,9 @@ use super::mlp::{MlpActs, MlpGrads};
 use super::profile::Profile;
 use super::{Batch, Dims, Model};
 use crate::{Error, Result};
-use nsa_core::{CuSeqlens, Element, Packing, index};
+use nsa_core::{CuSeqlens, Packing, index};
 use nsa_kernels::layer::rope::RopeCache;
-use nsa_kernels::{Backend, Buffer};
+use nsa_kernels::{Backend, Buffer, Element};
 
 /// The largest step that a [`Workspace`] holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

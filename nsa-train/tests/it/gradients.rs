@@ -2,8 +2,8 @@
 
 use crate::kit;
 use half::bf16;
+use nsa_core::CompressKind;
 use nsa_core::model::{ModelConfig, ModelFields, TokenizerKind};
-use nsa_core::{CompressKind, Element};
 use nsa_train::model::{Batch, Capacity, Model, Workspace};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -191,7 +191,7 @@ fn a_batch_that_does_not_fit_is_an_error() {
 }
 
 /// The gradients of all tensors in a type, from the same parameters.
-fn gradient<T: Element<Acc = f32>>(config: &ModelConfig, params: &[f32], batch: &Batch) -> Vec<f32> {
+fn gradient<T: nsa_kernels::Element<Acc = f32>>(config: &ModelConfig, params: &[f32], batch: &Batch) -> Vec<f32> {
     let model = Model::<T>::with_params(&kit::backend(), config.clone(), params).unwrap();
     let capacity = Capacity { tokens: batch.tokens().len(), longest: batch.longest() };
     let mut workspace = Workspace::for_training(&model, capacity).unwrap();

@@ -1,9 +1,9 @@
 //! The decoding step that is timed: one query after a context, from caches in the processor's memory.
 
 use anyhow::Result;
-use nsa_core::{CuSeqlens, Element, NsaConfig, Packing, index};
+use nsa_core::{CuSeqlens, NsaConfig, Packing, index};
 use nsa_kernels::op::{decode, dense};
-use nsa_kernels::{Backend, Mem, Pages, Rows, Tensor, TensorMut};
+use nsa_kernels::{Backend, Element, Mem, Pages, Rows, Tensor, TensorMut};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use std::time::Instant;

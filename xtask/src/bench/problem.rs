@@ -1,9 +1,9 @@
 //! The work that is timed: one packed sequence, NSA and full attention on the same shapes.
 
 use anyhow::Result;
-use nsa_core::{CuSeqlens, Element, NsaConfig, Packing};
+use nsa_core::{CuSeqlens, NsaConfig, Packing};
 use nsa_kernels::op::{compress, dense, nsa};
-use nsa_kernels::{Backend, Rows, Tensor, TensorMut};
+use nsa_kernels::{Backend, Element, Rows, Tensor, TensorMut};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 

@@ -1,0 +1,122 @@
+//! Kernels become PTX through NVRTC, once: results are kept on disk, under a name made of everything that they depend on
+//! (text, options, version of NVRTC).
+//!
+//! The folder is the one that `NSA_CUDA_CACHE` names, else `nsa/cuda` in the user's cache folder (`XDG_CACHE_HOME`,
+//! `~/.cache`, `%LOCALAPPDATA%`). Files are written under a temporary name and renamed, so that several processes may
+//! share it; a file that does not hold what it says is compiled again. It may be deleted at any time. Where there is no such
+//! folder or it cannot be written, each process compiles for itself.
+
+use super::cache::Cache;
+use super::library::{self, Nvrtc};
+use super::program::{Constants, Program};
+use crate::{Error, Result};
+use cudarc::nvrtc::{CompileError, CompileOptions, compile_ptx_with_opts};
+use std::path::Path;
+use std::sync::OnceLock;
+
+pub use super::cache::CACHE_VARIABLE;
+
+/// Compiles kernels for a compute capability. NVRTC is loaded when the first kernel needs it.
+#[derive(Debug)]
+pub struct Compiler {
+    capability: (i32, i32),
+    nvrtc: OnceLock<Result<Nvrtc>>,
+    cache: Cache,
+}
+
+impl Compiler {
+    /// For devices of a compute capability, with the cache that the environment names.
+    pub fn new(capability: (i32, i32)) -> Self {
+        Self { capability, nvrtc: OnceLock::new(), cache: Cache::of_environment() }
+    }
+
+    /// The folder of compiled kernels, if there is one.
+    pub fn cache_folder(&self) -> Option<&Path> {
+        self.cache.folder()
+    }
+
+    /// The version of NVRTC.
+    ///
+    /// # Errors
+    /// If it is not there; the error says what to do.
+    pub fn version(&self) -> Result<(i32, i32)> {
+        Ok(self.nvrtc()?.version)
+    }
+
+    fn nvrtc(&self) -> Result<&Nvrtc> {
+        self.nvrtc.get_or_init(library::nvrtc).as_ref().map_err(Clone::clone)
+    }
+
+    /// The architecture to compile for, such as `compute_80`: the device's, or the newest before it that NVRTC knows (its
+    /// PTX runs on later devices too). Kernels for compute capability 9.0 may use what only that one has.
+    ///
+    /// # Errors
+    /// If NVRTC is not there or knows none that fits.
+    pub fn arch(&self) -> Result<String> {
+        let nvrtc = self.nvrtc()?;
+        let wanted = self.capability.0 * 10 + self.capability.1;
+        arch(&nvrtc.archs, wanted).ok_or_else(|| Error::Backend {
+            requested: "cuda".to_owned(),
+            missing: format!("NVRTC {}.{} compiles for none of sm_80 to sm_{wanted}", nvrtc.version.0, nvrtc.version.1),
+            advice: "install NVRTC of CUDA 11 to 13, whose version fits the device".to_owned(),
+        })
+    }
+
+    /// The program's PTX with these constants, from the cache or compiled now.
+    ///
+    /// # Errors
+    /// If NVRTC is not there or refuses the text.
+    pub fn ptx(&self, program: &Program, constants: &Constants) -> Result<String> {
+        let source = program.source(constants);
+        let options = options(&self.arch()?);
+        let (major, minor) = self.version()?;
+        let key = [source.as_str(), &options.join(" "), &format!("NVRTC {major}.{minor}")];
+        if let Some(ptx) = self.cache.get(&key) {
+            return Ok(ptx);
+        }
+        let start = std::time::Instant::now();
+        let ptx = compile(program.file, &source, options)?;
+        tracing::debug!(file = program.file, seconds = start.elapsed().as_secs_f64(), "compiled");
+        self.cache.put(&key, &ptx);
+        Ok(ptx)
+    }
+}
+
+/// The newest architecture of `known`, ascending, from 80 to `wanted`.
+fn arch(known: &[i32], wanted: i32) -> Option<String> {
+    let found = known.iter().rev().find(|&&arch| (80..=wanted).contains(&arch))?;
+    Some(if (*found, wanted) == (90, 90) { "compute_90a".to_owned() } else { format!("compute_{found}") })
+}
+
+/// The options of NVRTC and of nvcc: division and roots are rounded as IEEE 754 asks, products and sums may be fused.
+pub fn options(arch: &str) -> Vec<String> {
+    ["--std=c++17".to_owned(), format!("--gpu-architecture={arch}"), "-lineinfo".to_owned()].to_vec()
+}
+
+fn compile(file: &str, source: &str, options: Vec<String>) -> Result<String> {
+    let options = CompileOptions { options, name: Some(file.to_owned()), ..CompileOptions::default() };
+    compile_ptx_with_opts(source, options).map(|ptx| ptx.to_src()).map_err(|error| {
+        let message = match error {
+            CompileError::CompileError { log, .. } => log.to_string_lossy().trim().to_owned(),
+            other => other.to_string(),
+        };
+        Error::Device { op: format!("compiling {file}"), message }
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::arch;
+
+    #[test]
+    fn the_newest_architecture_that_fits_is_taken() {
+        let known = [75, 80, 86, 89, 90, 100];
+        let found = |wanted| arch(&known, wanted);
+        assert_eq!(found(80).as_deref(), Some("compute_80"));
+        assert_eq!(found(87).as_deref(), Some("compute_86"));
+        assert_eq!(found(90).as_deref(), Some("compute_90a"));
+        assert_eq!(found(103).as_deref(), Some("compute_100"));
+        assert_eq!(arch(&[70, 75], 80), None);
+        assert_eq!(arch(&[80, 90], 120).as_deref(), Some("compute_90"));
+    }
+}

@@ -1,0 +1,113 @@
+// Element types, conversions, vectors of elements. Needs no header of the toolkit.
+#pragma once
+
+using i64 = long long;
+using u64 = unsigned long long;
+using u32 = unsigned;
+using u16 = unsigned short;
+
+// bfloat16 and IEEE half as bits; kernels compute in float.
+struct Bf16 {
+    u16 bits;
+};
+struct F16 {
+    u16 bits;
+};
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(Bf16 x) { return __uint_as_float(u32(x.bits) << 16); }
+__device__ __forceinline__ float to_float(F16 x) {
+    float y;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
+    return y;
+}
+
+// To nearest, ties to even.
+template <class T>
+__device__ __forceinline__ T from_float(float x);
+template <>
+__device__ __forceinline__ float from_float<float>(float x) {
+    return x;
+}
+template <>
+__device__ __forceinline__ Bf16 from_float<Bf16>(float x) {
+    Bf16 y;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
+    return y;
+}
+template <>
+__device__ __forceinline__ F16 from_float<F16>(float x) {
+    F16 y;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
+    return y;
+}
+
+// Two floats as the halves of a register, the first one low.
+template <class T>
+__device__ __forceinline__ u32 pack(float low, float high);
+template <>
+__device__ __forceinline__ u32 pack<Bf16>(float low, float high) {
+    u32 y;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+    return y;
+}
+template <>
+__device__ __forceinline__ u32 pack<F16>(float low, float high) {
+    u32 y;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+    return y;
+}
+
+// A register's halves.
+template <class T>
+__device__ __forceinline__ void unpack(u32 x, float& low, float& high);
+template <>
+__device__ __forceinline__ void unpack<Bf16>(u32 x, float& low, float& high) {
+    low = __uint_as_float(x << 16);
+    high = __uint_as_float(x & 0xffff0000u);
+}
+template <>
+__device__ __forceinline__ void unpack<F16>(u32 x, float& low, float& high) {
+    low = to_float(F16{u16(x)});
+    high = to_float(F16{u16(x >> 16)});
+}
+
+// N consecutive elements: one element, or 16 bytes at an address that is a multiple of 16.
+template <int N, class T>
+__device__ __forceinline__ void load(const T* from, float (&to)[N]) {
+    if constexpr (N == 1) {
+        to[0] = to_float(from[0]);
+    } else if constexpr (sizeof(T) == 4) {
+        static_assert(N == 4, "16 bytes");
+        const float4 x = *reinterpret_cast<const float4*>(from);
+        to[0] = x.x, to[1] = x.y, to[2] = x.z, to[3] = x.w;
+    } else {
+        static_assert(N == 8, "16 bytes");
+        const uint4 x = *reinterpret_cast<const uint4*>(from);
+        unpack<T>(x.x, to[0], to[1]);
+        unpack<T>(x.y, to[2], to[3]);
+        unpack<T>(x.z, to[4], to[5]);
+        unpack<T>(x.w, to[6], to[7]);
+    }
+}
+
+template <int N, class T>
+__device__ __forceinline__ void store(T* to, const float (&from)[N]) {
+    if constexpr (N == 1) {
+        to[0] = from_float<T>(from[0]);
+    } else if constexpr (sizeof(T) == 4) {
+        static_assert(N == 4, "16 bytes");
+        *reinterpret_cast<float4*>(to) = make_float4(from[0], from[1], from[2], from[3]);
+    } else {
+        static_assert(N == 8, "16 bytes");
+        *reinterpret_cast<uint4*>(to) = make_uint4(pack<T>(from[0], from[1]), pack<T>(from[2], from[3]),
+                                                   pack<T>(from[4], from[5]), pack<T>(from[6], from[7]));
+    }
+}
+
+// The sum over a warp's lanes, in all of them; the order of additions is that of the tree, the same in every run.
+__device__ __forceinline__ float warp_sum(float x) {
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
+    return x;
+}

@@ -1,0 +1,210 @@
+//! The only place that launches kernels.
+
+use super::geometry::Geometry;
+use super::params::{In, Out, Params, Stored};
+use super::program::{Constants, Program};
+use super::{Cuda, failed};
+use crate::{Error, Result, Tensor, TensorMut};
+use cudarc::driver::sys::{CUfunction_attribute_enum as FunctionAttribute, cudaError_enum};
+use cudarc::driver::{CudaFunction, CudaModule, LaunchConfig, PushKernelArg};
+use nsa_core::{DType, Element};
+use std::any::TypeId;
+use std::collections::HashMap;
+use std::marker::PhantomData;
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// Bytes of dynamic shared memory that a kernel may have without being asked for.
+const SHARED_BYTES: u32 = 48 << 10;
+
+/// The kernels that this process has loaded: by program, constants and name.
+#[derive(Debug, Default)]
+pub(super) struct Modules {
+    modules: Mutex<HashMap<(&'static str, Constants), Arc<CudaModule>>>,
+    kernels: Mutex<HashMap<Kernel, CudaFunction>>,
+}
+
+type Kernel = (&'static str, Constants, &'static str);
+
+/// One call of an operation: checks its tensors, and launches kernels on them.
+pub(crate) struct Call<'c> {
+    cuda: &'c Cuda,
+    op: &'static str,
+    constants: Constants,
+}
+
+/// A type name of kernels and the types of Rust that it stands for.
+pub(crate) trait Names: 'static {
+    /// Whether tensors of type `U` are that type in a call with these constants.
+    fn fits<U: 'static>(constants: &Constants) -> bool;
+}
+
+impl Names for Stored {
+    fn fits<U: 'static>(constants: &Constants) -> bool {
+        constants.dtype("Element").is_some_and(|dtype| type_of(dtype) == TypeId::of::<U>())
+    }
+}
+
+macro_rules! plain {
+    ($($t:ty),*) => {
+        $(impl Names for $t {
+            fn fits<U: 'static>(_: &Constants) -> bool {
+                TypeId::of::<U>() == TypeId::of::<$t>()
+            }
+        })*
+    };
+}
+
+plain!(f32, i32, u32, i64);
+
+fn type_of(dtype: DType) -> TypeId {
+    match dtype {
+        DType::Bf16 => TypeId::of::<half::bf16>(),
+        DType::F16 => TypeId::of::<half::f16>(),
+        DType::F32 => TypeId::of::<f32>(),
+        DType::F64 => TypeId::of::<f64>(),
+    }
+}
+
+impl<'c> Call<'c> {
+    /// A call of `op` on tensors of type `T`.
+    ///
+    /// # Errors
+    /// If there are no kernels for that type.
+    pub(crate) fn new<T: Element>(cuda: &'c Cuda, op: &'static str) -> Result<Self> {
+        if T::DTYPE == DType::F64 {
+            let what = "tensors of f64".to_owned();
+            return Err(Error::Unsupported { op, backend: cuda.name(), what, advice: "use f32, bf16, f16 or the CPU" });
+        }
+        Ok(Self { cuda, op, constants: Constants::new(T::DTYPE) })
+    }
+
+    /// With more constants.
+    pub(crate) fn constants(mut self, more: impl FnOnce(Constants) -> Constants) -> Self {
+        self.constants = more(self.constants);
+        self
+    }
+
+    /// The address of a tensor that kernels read.
+    ///
+    /// # Errors
+    /// If it is not in this device's memory, or has gaps.
+    pub(crate) fn input<U, K, const N: usize>(&self, arg: &str, tensor: &Tensor<'_, U, N>) -> Result<In<K>>
+    where
+        U: 'static,
+        K: Names,
+    {
+        assert!(K::fits::<U>(&self.constants), "{}: `{arg}` has another type in the kernel", self.op);
+        if !tensor.layout().is_contiguous() {
+            return Err(Error::Unsupported {
+                op: self.op,
+                backend: self.cuda.name(),
+                what: format!("`{arg}` of strides {:?}", tensor.layout().strides()),
+                advice: "copy it to memory without gaps",
+            });
+        }
+        let mem = tensor.mem().on_device(self.op, arg, self.cuda)?;
+        Ok(In(mem.address(), PhantomData))
+    }
+
+    /// The address of a tensor that kernels write.
+    ///
+    /// # Errors
+    /// If it is not in this device's memory.
+    pub(crate) fn output<U, K, const N: usize>(&self, arg: &str, tensor: &mut TensorMut<'_, U, N>) -> Result<Out<K>>
+    where
+        U: 'static,
+        K: Names,
+    {
+        assert!(K::fits::<U>(&self.constants), "{}: `{arg}` has another type in the kernel", self.op);
+        let address = tensor.device_address(self.op, arg, self.cuda)?;
+        Ok(Out(address, PhantomData))
+    }
+
+    /// Launches a kernel of the program, if there is anything to do. `params` must be the struct that the kernel takes, and
+    /// hold addresses of tensors that are as large as the kernel's constants and the struct's numbers say.
+    ///
+    /// # Errors
+    /// If the kernel cannot be compiled, loaded or launched.
+    pub(crate) fn launch<P: Params>(
+        &self,
+        program: &'static Program,
+        kernel: &'static str,
+        geometry: Geometry,
+        params: P,
+    ) -> Result<()> {
+        if geometry.is_empty() {
+            return Ok(());
+        }
+        let grid = geometry.grid.map(u32::try_from);
+        let [Ok(x), Ok(y @ ..=0xffff), Ok(z @ ..=0xffff)] = grid else {
+            let message = format!("{kernel}: a grid of {:?} blocks is more than a device takes", geometry.grid);
+            return Err(Error::Device { op: self.op.to_owned(), message });
+        };
+        let function = self.kernel(program, kernel)?;
+        if geometry.shared_bytes > SHARED_BYTES {
+            let attribute = FunctionAttribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            let bytes = i32::try_from(geometry.shared_bytes).unwrap_or(i32::MAX);
+            function.set_attribute(attribute, bytes).map_err(|error| self.failed(kernel, &error))?;
+        }
+        let config = LaunchConfig {
+            grid_dim: (x, y, z),
+            block_dim: (geometry.threads, 1, 1),
+            shared_mem_bytes: geometry.shared_bytes,
+        };
+        let argument = Argument(params);
+        let mut builder = self.cuda.stream().launch_builder(&function);
+        builder.arg(&argument);
+        // SAFETY: the struct is the kernel's, whose C++ declaration is made from it with assertions on its layout; its
+        // addresses come from `input` and `output`, which hold borrows of memory on this stream, whose sizes the operation's
+        // face checked against those that the kernel is given.
+        let launched = unsafe { builder.launch(config) };
+        launched.map_err(|error| self.failed(kernel, &error))?;
+        Ok(())
+    }
+
+    fn failed(&self, kernel: &str, error: &cudarc::driver::DriverError) -> Error {
+        failed(&format!("{}, kernel {kernel}", self.op), error)
+    }
+
+    fn kernel(&self, program: &'static Program, kernel: &'static str) -> Result<CudaFunction> {
+        let modules = &self.cuda.inner.modules;
+        let key = (program.file, self.constants.clone(), kernel);
+        let lock = || modules.kernels.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(function) = lock().get(&key) {
+            return Ok(function.clone());
+        }
+        let module = self.module(program)?;
+        let function = module.load_function(kernel).map_err(|error| self.failed(kernel, &error))?;
+        lock().insert(key, function.clone());
+        Ok(function)
+    }
+
+    fn module(&self, program: &'static Program) -> Result<Arc<CudaModule>> {
+        let modules = &self.cuda.inner.modules;
+        let key = (program.file, self.constants.clone());
+        let lock = || modules.modules.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(module) = lock().get(&key) {
+            return Ok(module.clone());
+        }
+        // Not under the lock: others may need modules that are there.
+        let ptx = self.cuda.compiler().ptx(program, &self.constants)?;
+        let module = self.cuda.stream().context().load_module(ptx.into()).map_err(|error| {
+            let mut failure = failed(&format!("loading {}", program.file), &error);
+            if let (cudaError_enum::CUDA_ERROR_UNSUPPORTED_PTX_VERSION, Error::Device { message, .. }) =
+                (error.0, &mut failure)
+            {
+                message.push_str(": NVRTC is newer than the driver; update the driver, or install NVRTC of its version");
+            }
+            failure
+        })?;
+        Ok(lock().entry(key).or_insert(module).clone())
+    }
+}
+
+/// A struct of arguments as the driver takes it.
+#[derive(Clone, Copy)]
+#[repr(transparent)]
+struct Argument<P>(P);
+
+// SAFETY: a struct of `params!` holds addresses and numbers as the kernel declares them.
+unsafe impl<P: Params> cudarc::driver::DeviceRepr for Argument<P> {}

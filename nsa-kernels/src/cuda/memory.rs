@@ -1,0 +1,275 @@
+//! Memory of a device. An address is used on one stream only, that of the memory, so that all uses are in order.
+
+use super::{Cuda, failed};
+use crate::{Error, Result};
+use bytemuck::Pod;
+use cudarc::driver::{CudaContext, CudaSlice, CudaStream, DevicePtr, DevicePtrMut, DriverError};
+use std::marker::PhantomData;
+use std::ops::Range;
+use std::sync::Arc;
+
+/// A stream of the context, whose memory keeps no events: they would order uses on several streams, and there are none.
+pub(super) fn own_stream(context: &Arc<CudaContext>) -> std::result::Result<Arc<CudaStream>, DriverError> {
+    // SAFETY: the context is ours alone, and memory made from here on is used on the stream that it is made on, which
+    // `Call` checks.
+    unsafe { context.disable_event_tracking() };
+    context.new_stream()
+}
+
+/// Elements in a device's memory that a caller owns.
+#[derive(Debug)]
+pub(crate) struct DeviceBuffer<T> {
+    bytes: CudaSlice<u8>,
+    len: usize,
+    of: PhantomData<T>,
+}
+
+/// Elements in a device's memory, to read.
+#[derive(Debug)]
+pub struct DeviceMem<'a, T> {
+    stream: &'a Arc<CudaStream>,
+    address: u64,
+    len: usize,
+    of: PhantomData<&'a [T]>,
+}
+
+impl<T> Clone for DeviceMem<'_, T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<T> Copy for DeviceMem<'_, T> {}
+
+/// Elements in a device's memory, to write.
+#[derive(Debug)]
+pub struct DeviceMemMut<'a, T> {
+    stream: &'a Arc<CudaStream>,
+    address: u64,
+    len: usize,
+    of: PhantomData<&'a mut [T]>,
+}
+
+impl<T: Pod> DeviceBuffer<T> {
+    /// Zeros.
+    pub(crate) fn zeros(cuda: &Cuda, len: usize) -> Result<Self> {
+        let mut buffer = Self::unwritten(cuda, len)?;
+        let zeroed = cuda.stream().memset_zeros(&mut buffer.bytes);
+        zeroed.map_err(|error| failed("Backend::alloc", &error))?;
+        Ok(buffer)
+    }
+
+    /// A copy of the host's elements.
+    pub(crate) fn upload(cuda: &Cuda, data: &[T]) -> Result<Self> {
+        let mut buffer = Self::unwritten(cuda, data.len())?;
+        buffer.write("Backend::upload", data)?;
+        Ok(buffer)
+    }
+
+    fn unwritten(cuda: &Cuda, len: usize) -> Result<Self> {
+        const OP: &str = "Backend::alloc";
+        let bytes = len.checked_mul(size_of::<T>()).filter(|&bytes| isize::try_from(bytes).is_ok());
+        let Some(bytes) = bytes else {
+            return Err(Error::Device { op: OP.to_owned(), message: format!("{len} elements overflow the address space") });
+        };
+        // SAFETY: every byte is a legal u8; who reads elements has written them or `zeros` did.
+        let bytes = unsafe { cuda.stream().alloc::<u8>(bytes.max(1)) };
+        let bytes = bytes.map_err(|error| failed(OP, &error))?;
+        Ok(Self { bytes, len, of: PhantomData })
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Elements `range`.
+    pub(crate) fn mem(&self, range: Range<usize>) -> DeviceMem<'_, T> {
+        assert!(range.start <= range.end && range.end <= self.len, "checked before");
+        let stream = self.bytes.stream();
+        let (address, _) = self.bytes.device_ptr(stream);
+        DeviceMem { stream, address: address + bytes(range.start, size_of::<T>()), len: range.len(), of: PhantomData }
+    }
+
+    /// Elements `range`, to write.
+    pub(crate) fn mem_mut(&mut self, range: Range<usize>) -> DeviceMemMut<'_, T> {
+        assert!(range.start <= range.end && range.end <= self.len, "checked before");
+        let (address, _) = self.bytes.device_ptr(self.bytes.stream());
+        let address = address + bytes(range.start, size_of::<T>());
+        DeviceMemMut { stream: self.bytes.stream(), address, len: range.len(), of: PhantomData }
+    }
+
+    /// Copies the host's elements to the front.
+    pub(crate) fn write(&mut self, op: &str, source: &[T]) -> Result<()> {
+        self.mem_mut(0..source.len()).write(op, source)
+    }
+
+    /// Copies elements from the front to the host, and waits for them.
+    pub(crate) fn read(&self, op: &str, target: &mut [T]) -> Result<()> {
+        if target.is_empty() {
+            return Ok(());
+        }
+        let stream = self.bytes.stream();
+        let source = self.bytes.slice(..size_of_val(target));
+        let target = bytemuck::cast_slice_mut::<T, u8>(target);
+        stream.memcpy_dtoh(&source, target).map_err(|error| failed(op, &error))?;
+        stream.synchronize().map_err(|error| failed(op, &error))
+    }
+
+    /// Copies elements `range` of another buffer to `offset` on.
+    pub(crate) fn copy_from(&mut self, op: &'static str, offset: usize, source: &Self, range: Range<usize>) -> Result<()> {
+        if range.is_empty() {
+            return Ok(());
+        }
+        let stream = self.bytes.stream().clone();
+        if stream != *source.bytes.stream() {
+            return Err(Error::Memory {
+                op,
+                arg: "source".to_owned(),
+                expected: place(&stream),
+                got: place(source.bytes.stream()),
+            });
+        }
+        let size = size_of::<T>();
+        let from = source.bytes.slice(range.start * size..range.end * size);
+        let mut to = self.bytes.slice_mut(offset * size..(offset + range.len()) * size);
+        stream.memcpy_dtod(&from, &mut to).map_err(|error| failed(op, &error))
+    }
+}
+
+fn bytes(elements: usize, size: usize) -> u64 {
+    (elements * size) as u64
+}
+
+/// The name of a stream's memory, for errors.
+fn place(stream: &CudaStream) -> String {
+    format!("cuda:{}, stream {:#x}", stream.context().ordinal(), stream.cu_stream() as usize)
+}
+
+impl<'a, T> DeviceMem<'a, T> {
+    /// Memory that cudarc holds, such as another library's tensor on the same device.
+    pub fn from_slice(slice: &'a CudaSlice<T>) -> Self {
+        let (address, _) = slice.device_ptr(slice.stream());
+        Self { stream: slice.stream(), address, len: slice.len(), of: PhantomData }
+    }
+
+    /// Number of elements.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// The first element's address.
+    pub(crate) fn address(&self) -> u64 {
+        self.address
+    }
+
+    /// The same elements under another name of their type, which must be as large.
+    pub(crate) fn renamed<U>(self) -> DeviceMem<'a, U> {
+        assert_eq!(size_of::<T>(), size_of::<U>(), "another type");
+        DeviceMem { stream: self.stream, address: self.address, len: self.len, of: PhantomData }
+    }
+
+    pub(crate) fn check(&self, cuda: &Cuda, op: &'static str, arg: &str) -> Result<()> {
+        check_stream(self.stream, cuda, op, arg)
+    }
+
+    pub(crate) fn place(&self) -> String {
+        place(self.stream)
+    }
+}
+
+impl<'a, T> DeviceMemMut<'a, T> {
+    /// Memory that cudarc holds, such as another library's tensor on the same device.
+    pub fn from_slice(slice: &'a mut CudaSlice<T>) -> Self {
+        let stream = slice.stream().clone();
+        let (address, _) = slice.device_ptr_mut(&stream);
+        Self { address, len: slice.len(), stream: slice.stream(), of: PhantomData }
+    }
+
+    /// Number of elements.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// The first element's address.
+    pub(crate) fn address(&self) -> u64 {
+        self.address
+    }
+
+    pub(crate) fn check(&self, cuda: &Cuda, op: &'static str, arg: &str) -> Result<()> {
+        check_stream(self.stream, cuda, op, arg)
+    }
+
+    pub(crate) fn place(&self) -> String {
+        place(self.stream)
+    }
+
+    /// A shorter borrow.
+    pub(crate) fn reborrow(&mut self) -> DeviceMemMut<'_, T> {
+        DeviceMemMut { stream: self.stream, address: self.address, len: self.len, of: PhantomData }
+    }
+
+    /// A borrow to read.
+    pub(crate) fn as_mem(&self) -> DeviceMem<'_, T> {
+        DeviceMem { stream: self.stream, address: self.address, len: self.len, of: PhantomData }
+    }
+
+    /// The first `count` elements, and those after them.
+    pub(crate) fn split_at(self, count: usize) -> (Self, Self) {
+        assert!(count <= self.len, "checked before");
+        let rest = self.address + bytes(count, size_of::<T>());
+        let rest = Self { stream: self.stream, address: rest, len: self.len - count, of: PhantomData };
+        (Self { len: count, ..self }, rest)
+    }
+}
+
+impl<T: Pod> DeviceMemMut<'_, T> {
+    /// Copies the host's elements to the front.
+    pub(crate) fn write(&mut self, op: &str, source: &[T]) -> Result<()> {
+        assert!(source.len() <= self.len, "checked before");
+        if source.is_empty() {
+            return Ok(());
+        }
+        self.stream.context().bind_to_thread().map_err(|error| failed(op, &error))?;
+        let source = bytemuck::cast_slice::<T, u8>(source);
+        // SAFETY: the memory is borrowed mutably and as long as the source; the driver has taken the host's bytes, which
+        // are not pinned, when the call returns.
+        let copied =
+            unsafe { cudarc::driver::result::memcpy_htod_async(self.address, source, self.stream.cu_stream()) };
+        copied.map_err(|error| failed(op, &error))
+    }
+
+    /// Sets the first `count` elements to `value`.
+    pub(crate) fn fill(&mut self, op: &str, count: usize, value: T) -> Result<()> {
+        assert!(count <= self.len, "checked before");
+        let pattern = bytemuck::bytes_of(&value);
+        let uniform = pattern.iter().all(|&byte| Some(&byte) == pattern.first());
+        if count == 0 || size_of::<T>() == 0 {
+            return Ok(());
+        }
+        if !uniform {
+            return self.write(op, &vec![value; count]);
+        }
+        self.stream.context().bind_to_thread().map_err(|error| failed(op, &error))?;
+        let (address, count, stream) = (self.address, size_of::<T>() * count, self.stream.cu_stream());
+        // SAFETY: the memory is borrowed mutably and holds so many bytes.
+        let set = unsafe { cudarc::driver::result::memset_d8_async(address, pattern[0], count, stream) };
+        set.map_err(|error| failed(op, &error))
+    }
+}
+
+fn check_stream(stream: &Arc<CudaStream>, cuda: &Cuda, op: &'static str, arg: &str) -> Result<()> {
+    if stream == cuda.stream() {
+        return Ok(());
+    }
+    Err(Error::Memory { op, arg: arg.to_owned(), expected: place(cuda.stream()), got: place(stream) })
+}

@@ -1,0 +1,181 @@
+//! The CUDA backend: NVIDIA GPUs from compute capability 8.0 on (Ampere).
+//!
+//! Nothing of CUDA is needed to build or to start a program: the driver (`libcuda`), the compiler (`libnvrtc`) and
+//! cuBLAS are loaded when a [`Cuda`] is made or needs them. Kernels are C++ texts in this library; the first call of an
+//! operation compiles its kernel for the configuration's constants and the device, see [`compile`].
+//!
+//! All work of one [`Cuda`] goes to one stream, in order; tensors on other streams are refused. Operations do not wait
+//! for the device: what goes wrong there is an error of the next call that does, such as
+//! [`Buffer::read`](crate::Buffer::read).
+
+pub mod compile;
+pub mod program;
+
+#[expect(unsafe_code, reason = "kernels get addresses and write to them")]
+pub(crate) mod launch;
+#[expect(unsafe_code, reason = "memory is made, and copied as bytes")]
+pub(crate) mod memory;
+pub(crate) mod params;
+
+pub(crate) mod gate;
+pub(crate) mod geometry;
+
+mod cache;
+#[expect(unsafe_code, reason = "asks which libraries there are, and NVRTC what it knows")]
+mod library;
+
+use crate::{Error, Result};
+use compile::Compiler;
+use cudarc::driver::sys::CUdevice_attribute_enum as Attribute;
+use cudarc::driver::{CudaContext, CudaStream, DriverError};
+use launch::Modules;
+use std::fmt;
+use std::sync::Arc;
+
+/// The oldest compute capability that kernels are written for.
+const OLDEST: (i32, i32) = (8, 0);
+
+/// An NVIDIA GPU with a stream on it. Clones share everything.
+#[derive(Clone)]
+pub struct Cuda {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    stream: Arc<CudaStream>,
+    device: Device,
+    compiler: Compiler,
+    modules: Modules,
+}
+
+/// What a device is and has.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Device {
+    /// Number of the device, as CUDA counts.
+    pub ordinal: usize,
+    /// Its name.
+    pub name: String,
+    /// Compute capability.
+    pub capability: (i32, i32),
+    /// Bytes of memory.
+    pub memory_bytes: usize,
+    /// Multiprocessors.
+    pub multiprocessors: usize,
+    /// The most bytes of shared memory that a block can have.
+    pub shared_bytes: usize,
+    /// Version of CUDA that the driver supports.
+    pub driver: (i32, i32),
+}
+
+impl fmt::Debug for Cuda {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Cuda").field("device", &self.inner.device).finish_non_exhaustive()
+    }
+}
+
+impl Cuda {
+    /// Device `ordinal` with a stream of its own.
+    ///
+    /// # Errors
+    /// If there is no driver, no such device, or it is too old; the error says what to do.
+    pub fn new(ordinal: usize) -> Result<Self> {
+        let name = format!("cuda:{ordinal}");
+        library::check_driver(&name)?;
+        let count = CudaContext::device_count().map_err(|error| unavailable(&name, &error))?;
+        if usize::try_from(count).is_ok_and(|count| ordinal >= count) {
+            let missing = format!("the driver shows {count} device(s)");
+            let advice = "ask for one of them, or look at CUDA_VISIBLE_DEVICES and at what `nvidia-smi` lists".to_owned();
+            return Err(Error::Backend { requested: name, missing, advice });
+        }
+        let context = CudaContext::new(ordinal).map_err(|error| unavailable(&name, &error))?;
+        let stream = memory::own_stream(&context).map_err(|error| unavailable(&name, &error))?;
+        Self::on_stream(stream)
+    }
+
+    /// The device and stream of a caller that has them already.
+    ///
+    /// # Errors
+    /// If the device is too old or does not answer.
+    pub fn on_stream(stream: Arc<CudaStream>) -> Result<Self> {
+        let name = format!("cuda:{}", stream.context().ordinal());
+        let device = Device::of(stream.context()).map_err(|error| unavailable(&name, &error))?;
+        if device.capability < OLDEST {
+            let (major, minor) = device.capability;
+            let missing = format!("{} has compute capability {major}.{minor}, kernels need 8.0", device.name);
+            let advice = "use a GPU from Ampere on, or the backend `cpu`".to_owned();
+            return Err(Error::Backend { requested: name, missing, advice });
+        }
+        let compiler = Compiler::new(device.capability);
+        Ok(Self { inner: Arc::new(Inner { stream, device, compiler, modules: Modules::default() }) })
+    }
+
+    /// The backend's name, as `Backend::pick` takes it.
+    pub fn name(&self) -> String {
+        format!("cuda:{}", self.inner.device.ordinal)
+    }
+
+    /// What the device is and has.
+    pub fn device(&self) -> &Device {
+        &self.inner.device
+    }
+
+    /// The stream that all work goes to.
+    pub fn stream(&self) -> &Arc<CudaStream> {
+        &self.inner.stream
+    }
+
+    /// Waits until the device has done all work given to it.
+    ///
+    /// # Errors
+    /// What went wrong in that work.
+    pub fn synchronize(&self) -> Result<()> {
+        self.inner.stream.synchronize().map_err(|error| failed("Cuda::synchronize", &error))
+    }
+
+    /// What compiles its kernels.
+    pub fn compiler(&self) -> &Compiler {
+        &self.inner.compiler
+    }
+}
+
+impl Device {
+    fn of(context: &Arc<CudaContext>) -> std::result::Result<Self, DriverError> {
+        let number = |attribute| Ok(usize::try_from(context.attribute(attribute)?).unwrap_or(0));
+        Ok(Self {
+            ordinal: context.ordinal(),
+            name: context.name()?,
+            capability: context.compute_capability()?,
+            memory_bytes: context.total_mem()?,
+            multiprocessors: number(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
+            shared_bytes: number(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?,
+            driver: library::driver_version()?,
+        })
+    }
+}
+
+/// What an error of the driver says.
+fn words(error: &DriverError) -> String {
+    let text = |text: std::result::Result<&std::ffi::CStr, DriverError>| {
+        text.map_or_else(|_| String::new(), |text| text.to_string_lossy().into_owned())
+    };
+    format!("{} ({})", text(error.error_name()), text(error.error_string()))
+}
+
+/// The error for a device that cannot be used at all.
+fn unavailable(name: &str, error: &DriverError) -> Error {
+    Error::Backend {
+        requested: name.to_owned(),
+        missing: format!("the driver answers {}", words(error)),
+        advice: "see whether `nvidia-smi` lists the device; a driver that was just updated needs a restart".to_owned(),
+    }
+}
+
+/// The error for an operation that has no kernel here.
+pub(crate) fn missing(cuda: &Cuda, op: &'static str) -> crate::Error {
+    Error::Unsupported { op, backend: cuda.name(), what: "this operation".to_owned(), advice: "use the backend `cpu`" }
+}
+
+/// The error for something that the driver or the device refused in operation `op`.
+pub(crate) fn failed(op: &str, error: &DriverError) -> Error {
+    Error::Device { op: op.to_owned(), message: words(error) }
+}

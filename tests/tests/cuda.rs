@@ -1,0 +1,25 @@
+//! The CUDA backend on the simulator, against the error model; the simulator's checker must not report anything.
+
+use nsa_core::DType;
+use nsa_kernels::Backend;
+use nsa_tests::case;
+use nsa_tests::check::{self, Op};
+use nsa_tests::sim::on_simulator;
+
+/// Every case of an operation in the three types that GPUs compute.
+fn assert_op(op: Op) {
+    let backend = Backend::cuda(0).expect("the simulator");
+    let mut red = Vec::new();
+    for dtype in [DType::F32, DType::Bf16, DType::F16] {
+        for case in case::cases() {
+            let report = check::check(op, &case, dtype, &backend);
+            red.extend(report.failures().into_iter().map(|failure| format!("{op} {} {dtype}: {failure}", case.name)));
+        }
+    }
+    assert!(red.is_empty(), "{} red:\n{}", red.len(), red.join("\n"));
+}
+
+#[test]
+fn gate() {
+    on_simulator("gate", || assert_op(Op::Gate));
+}
