@@ -29,9 +29,9 @@ struct BandTile {
     int rows;   // that hold a query
 
     template <class P>
-    __device__ __forceinline__ BandTile(const P& p, i64 work) {
+    __device__ __forceinline__ BandTile(const P& p, u32 work) {
         // The tiles with most keys come first.
-        const int tile = int(p.tiles - 1 - work / KV_HEADS);
+        const int tile = p.tiles - 1 - int(work / KV_HEADS);
         head = int(work % KV_HEADS);
         sequence = find_sequence(p.sequences, p.num_sequences, tile);
         query = (tile - sequence.tile) * QUERIES;
@@ -53,7 +53,7 @@ struct WarpSpan {
     int common_first, common_end;  // keys that every row sees
 
     __device__ __forceinline__ WarpSpan(const BandTile& tile, const Span& span) {
-        base = threadIdx.x / 32 * WARP_ROWS;
+        base = anew(int(threadIdx.x)) / 32 * WARP_ROWS;
         rows = tile.rows - base < WARP_ROWS ? tile.rows - base : WARP_ROWS;
         const int before = tile.position(base), after = tile.position(base + (rows > 0 ? rows : 1) - 1);
         first = span.first(before), common_first = span.first(after);
@@ -63,7 +63,7 @@ struct WarpSpan {
 
 template <class Span>
 __device__ __forceinline__ void mask(BandScores& s, const BandTile& tile, const WarpSpan<Span>& warp, const Span& span, int key) {
-    const int lane = threadIdx.x % 32;
+    const int lane = anew(int(threadIdx.x % 32));
 #pragma unroll
     for (int i = 0; i < TILES; ++i) {
 #pragma unroll
@@ -85,7 +85,7 @@ __device__ __forceinline__ void mask(BandScores& s, const BandTile& tile, const 
 // Writes o and lse of a warp's rows; `put` at a place of shared memory that nobody else uses.
 template <class P>
 __device__ __forceinline__ void write_rows(const P& p, const BandTile& tile, const BandFlash& flash, int base, int rows) {
-    const int lane = threadIdx.x % 32;
+    const int lane = anew(int(threadIdx.x % 32));
     const float unscale[2] = {p.unscale_high, p.unscale_low};
     char* own = shared + base * Values::PITCH;
     flash.put(own);
@@ -107,6 +107,17 @@ __device__ __forceinline__ void write_rows(const P& p, const BandTile& tile, con
     });
 }
 
+// Starts to copy KEYS rows from `key` on.
+template <int DIM, int BYTES>
+__device__ __forceinline__ void load_keys(u32 to, int count, const KeyRows& rows, int key) {
+    const int thread = anew(int(threadIdx.x));
+    if constexpr (PAGE_ROWS == 0) {
+        load_rows<DIM, KEYS, THREADS, BYTES>(to, thread, count, rows.from(key));
+    } else {
+        load_rows<DIM, KEYS, THREADS, BYTES>(to, thread, count, [&](int r) { return rows(key + r); });
+    }
+}
+
 // One tile of queries over its keys, from the first tile of keys on. `see(flash, s, index, rescaled, factor)` is shown each
 // tile's p; it may look at EXTRA keys more than there are, whose p is 0.
 template <int EXTRA, class P, class Span, class See>
@@ -120,13 +131,12 @@ __device__ __forceinline__ void attend(const P& p, const BandTile& tile, const S
     char* const stages = shared + ROWS_BYTES;
     const auto load = [&](int key, int stage) {
         const u32 to = shared_address(stages) + stage * STAGE_BYTES;
-        const int count = last - key;
-        load_rows<HEAD_DIM_QK, KEYS, THREADS, QK_COPY_BYTES>(to, threadIdx.x, count, [&](int r) { return k(key + r); });
-        load_rows<HEAD_DIM_V, KEYS, THREADS, V_COPY_BYTES>(to + KEYS * Keys::PITCH, threadIdx.x, count,
-                                                           [&](int r) { return v(key + r); });
+        const int count = end - EXTRA - key;
+        load_keys<HEAD_DIM_QK, QK_COPY_BYTES>(to, count, k, key);
+        load_keys<HEAD_DIM_V, V_COPY_BYTES>(to + KEYS * Keys::PITCH, count, v, key);
         copy_commit();
     };
-    load_rows<HEAD_DIM_QK, ROWS, THREADS, QK_COPY_BYTES>(shared_address(shared), threadIdx.x, tile.rows, [&](int row) {
+    load_rows<HEAD_DIM_QK, ROWS, THREADS, QK_COPY_BYTES>(shared_address(shared), anew(int(threadIdx.x)), tile.rows, [&](int row) {
         return p.q + tile.token(row) * p.q_row_stride + tile.query_head(row) * p.q_head_stride;
     });
     if (begin < end) load(begin, 0);
@@ -134,7 +144,8 @@ __device__ __forceinline__ void attend(const P& p, const BandTile& tile, const S
     copy_wait<0>();
     __syncthreads();
     const Queries<TILES, HELD> q(shared + warp.base * Keys::PITCH);
-    for (int key = begin, index = 0; key < end; key += KEYS, ++index) {
+    for (int key = begin; key < end; key += KEYS) {
+        const int index = (key - begin) / KEYS;
         if (index > 0) {
             copy_wait<0>();
             __syncthreads();

@@ -34,10 +34,10 @@ __device__ __forceinline__ void band_forward(const BandForwardParams& p) {
     write_rows(p, tile, flash, base, tile.rows - base < WARP_ROWS ? tile.rows - base : WARP_ROWS);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) dense_forward(const __grid_constant__ BandForwardParams p) {
+extern "C" __global__ void __launch_bounds__(THREADS, 1) dense_forward(const __grid_constant__ BandForwardParams p) {
     band_forward<Dense>(p);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) win_forward(const __grid_constant__ BandForwardParams p) {
+extern "C" __global__ void __launch_bounds__(THREADS, 1) win_forward(const __grid_constant__ BandForwardParams p) {
     band_forward<Window>(p);
 }

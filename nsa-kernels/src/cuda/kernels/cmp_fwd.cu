@@ -9,6 +9,10 @@ constexpr int SPAN = COMPRESS_BLOCK / COMPRESS_STRIDE;
 // blocks in registers before it is kept; else it is kept as it is.
 constexpr bool FOLDED = (CHUNKS == 2 || CHUNKS == 4 || CHUNKS == 8) && SPAN <= 2 && KEYS / 8 % (CHUNKS / 2) == 0;
 constexpr int COLUMNS = FOLDED ? KEYS / CHUNKS : KEYS;
+// Lanes of a quad that have the same folded sums, and sums of a row that each of them keeps.
+constexpr int SHARING = FOLDED ? CHUNKS / 2 : 1;
+constexpr int OWN = FOLDED ? KEYS / 8 / SHARING : 1;
+constexpr int BLOCKS_OF_PART = FOLDED ? 8 / CHUNKS : 1;
 // A compression block counts for the selection block behind it too, which may lie in the next tile.
 constexpr int EXTRA = FOLDED ? SPAN - 1 : 0;
 // What is kept of a tile of keys: [ROWS, COLUMNS], and m, [ROWS].
@@ -24,21 +28,36 @@ struct Visible {
     }
 };
 
+// Where a block keeps scores: in its shared memory, or in a slot of its own in the workspace.
+__device__ __forceinline__ float* factors_of_rows() {
+    return reinterpret_cast<float*>(shared + ROWS_BYTES + 2 * STAGE_BYTES);
+}
+// The block's tile in turn lies in shared memory too, for want of registers.
+__device__ __forceinline__ u32* work_in_turn() { return reinterpret_cast<u32*>(factors_of_rows() + 2 * ROWS); }
+__device__ __forceinline__ float* kept_scores(const CmpForwardParams& p) {
+    return p.shared_floats > 0 ? factors_of_rows() + 2 * ROWS + 4 : p.scores + blockIdx.x * p.slot_floats;
+}
+
 // Sums p of the keys before and of the tile to selection blocks and keeps them.
 struct Keep {
-    float* kept;
+    const CmpForwardParams& params;
+    bool wanted;
     float carry[TILES][2];  // p of the last key of the tile before, in the quad's last lane
 
+    __device__ __forceinline__ Keep(const CmpForwardParams& p, bool scores) : params(p), wanted(scores) {
+#pragma unroll
+        for (int i = 0; i < TILES; ++i) carry[i][0] = carry[i][1] = 0.0f;
+    }
     __device__ __forceinline__ void operator()(const BandFlash& flash, const BandScores& p, int index, bool rescaled,
                                                const float (&factor)[TILES][2]) {
-        if (kept == nullptr) return;
-        const int lane = threadIdx.x % 32;
-        float* const tile = kept + i64(index) * KEPT;
+        if (!wanted) return;
+        const int thread = anew(int(threadIdx.x)), lane = thread % 32;
+        float* const tile = kept_scores(params) + i64(index) * KEPT;
 #pragma unroll
         for (int i = 0; i < TILES; ++i) {
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
-                const int row = threadIdx.x / 32 * WARP_ROWS + i * 16 + h * 8 + lane / 4;
+                const int row = thread / 32 * WARP_ROWS + i * 16 + h * 8 + lane / 4;
                 if (lane % 4 == 0) tile[ROWS * COLUMNS + row] = flash.m[i][h];
                 float* const to = tile + row * COLUMNS;
                 if constexpr (FOLDED) {
@@ -57,7 +76,6 @@ struct Keep {
 
     // One row's sums, in the order that `slot` undoes: lanes that have the same sums share the writing.
     static __device__ __forceinline__ void fold(const float (&p)[KEYS / 8][4], int h, float before, float* to) {
-        constexpr int SHARING = CHUNKS / 2, OWN = KEYS / 8 / SHARING;
         const int lane = threadIdx.x % 4;
         float sums[KEYS / 8];
 #pragma unroll
@@ -79,7 +97,8 @@ struct Keep {
             own[x] = sums[x];
 #pragma unroll
             for (int other = 1; other < SHARING; ++other) {
-                own[x] = lane % SHARING == other ? sums[other * OWN + x] : own[x];
+                const float mine = own[x], theirs = sums[other * OWN + x];
+                own[x] = lane % SHARING == other ? theirs : mine;
             }
         }
         if constexpr (OWN == 4) {
@@ -93,8 +112,7 @@ struct Keep {
     }
     // Where `fold` puts a tile's selection block.
     static __device__ __forceinline__ int slot(int block) {
-        constexpr int SHARING = CHUNKS > 1 ? CHUNKS / 2 : 1, OWN = ceil_div(KEYS / 8, SHARING), PER_PART = ceil_div(8, CHUNKS);
-        const int part = block / PER_PART, lane = block % PER_PART * SHARING + part / OWN;
+        const int part = block / BLOCKS_OF_PART, lane = block % BLOCKS_OF_PART * SHARING + part / OWN;
         return lane * OWN + part % OWN;
     }
 };
@@ -108,7 +126,7 @@ struct Importance {
     // Sums the heads: P, or S if folded, is then in the place of the first head. factors: [ROWS, 2], m and 1 / l at the end.
     __device__ __forceinline__ void sum_heads(const float* maxima, const float* factors) const {
         constexpr int APART = 32 / COLUMNS;
-        const int column = threadIdx.x % COLUMNS, first = threadIdx.x % 32 / COLUMNS;
+        const int lane = anew(int(threadIdx.x % 32)), column = lane % COLUMNS, first = lane / COLUMNS;
         for (int tile = 0; tile < tiles; ++tile) {
             float* const kept = rows + i64(tile) * KEPT + column;
             const float* const m = maxima + i64(tile) * KEPT;
@@ -211,7 +229,8 @@ struct Best {
 
 // Writes the list of one query; a warp's work.
 __device__ __forceinline__ void select(const CmpForwardParams& p, const BandTile& tile, int query, float* kept, const float* factors) {
-    const int row = query * GROUP, t = tile.position(row), candidates = t / SELECT_BLOCK + 1, lane = threadIdx.x % 32;
+    const int row = query * GROUP, t = tile.position(row), candidates = t / SELECT_BLOCK + 1;
+    const int lane = anew(int(threadIdx.x % 32));
     int* const list = p.block_indices + (tile.token(row) * KV_HEADS + tile.head) * SELECT_COUNT;
     if (candidates <= SELECT_COUNT) {
         for (int i = lane; i < SELECT_COUNT; i += 32) list[i] = i < candidates ? i : -1;
@@ -230,23 +249,24 @@ __device__ __forceinline__ void select(const CmpForwardParams& p, const BandTile
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) cmp_forward(const __grid_constant__ CmpForwardParams p) {
-    float* const factors = reinterpret_cast<float*>(shared + ROWS_BYTES + 2 * STAGE_BYTES);
-    float* const kept = p.shared_floats > 0 ? factors + 2 * ROWS : p.scores + blockIdx.x * p.slot_floats;
-    for (i64 work = blockIdx.x; work < p.tiles * KV_HEADS; work += gridDim.x) {
-        const BandTile tile(p, work);
-        const int base = threadIdx.x / 32 * WARP_ROWS, lane = threadIdx.x % 32;
+extern "C" __global__ void __launch_bounds__(THREADS, 1) cmp_forward(const __grid_constant__ CmpForwardParams p) {
+    for (u32 work = blockIdx.x; work < u32(p.tiles * KV_HEADS); work += gridDim.x) {
+        if (threadIdx.x == 0) *work_in_turn() = work;
+        BandTile tile(p, work);
         const bool selects = p.block_indices != nullptr;
         const bool scores = selects && FREE > 0 && tile.position(tile.rows - 1) / SELECT_BLOCK + 1 > SELECT_COUNT;
-        Keep keep{scores ? kept : nullptr, {}};
+        Keep keep(p, scores);
         BandFlash flash;
         attend<EXTRA>(p, tile, Visible(), flash, keep);
+        work = *work_in_turn();
+        tile = BandTile(p, work);
+        const int thread = anew(int(threadIdx.x)), base = thread / 32 * WARP_ROWS, lane = thread % 32;
         if (lane % 4 == 0) {
 #pragma unroll
             for (int i = 0; i < TILES; ++i) {
 #pragma unroll
                 for (int h = 0; h < 2; ++h) {
-                    float* const to = factors + 2 * (base + i * 16 + h * 8 + lane / 4);
+                    float* const to = factors_of_rows() + 2 * (base + i * 16 + h * 8 + lane / 4);
                     to[0] = flash.m[i][h];
                     to[1] = flash.inverse(i, h);
                 }
@@ -255,10 +275,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) cmp_forward(const __grid_c
         write_rows(p, tile, flash, base, tile.rows - base < WARP_ROWS ? tile.rows - base : WARP_ROWS);
         __syncthreads();
         if (selects) {
-            for (int query = threadIdx.x / 32; query < tile.rows / GROUP; query += WARPS) {
-                select(p, tile, query, kept, factors);
+            for (int query = thread / 32; query < tile.rows / GROUP; query += WARPS) {
+                select(p, tile, query, kept_scores(p), factors_of_rows());
             }
         }
+        __syncthreads();
+        work = *work_in_turn();
         __syncthreads();
     }
 }

@@ -26,28 +26,27 @@ template <int TILES, bool HELD>
 struct Queries {
     u32 held[HELD ? TILES : 1][HELD ? STEPS_QK : 1][4];
     const char* tile;
-    int lane;
 
     // Rows 0..16 TILES of the tile.
-    __device__ __forceinline__ Queries(const char* rows) : tile(rows), lane(threadIdx.x % 32) {
+    __device__ __forceinline__ Queries(const char* rows) : tile(rows) {
         if constexpr (HELD) {
 #pragma unroll
             for (int i = 0; i < TILES; ++i) {
 #pragma unroll
-                for (int k = 0; k < STEPS_QK; ++k) load_matrices(held[i][k], place(i, k));
+                for (int k = 0; k < STEPS_QK; ++k) load_matrices(held[i][k], place(threadIdx.x % 32, i, k));
             }
         }
     }
-    __device__ __forceinline__ u32 place(int i, int k) const {
-        // Rows 16 apart are swapped alike: 16 is a multiple of the rows after which swaps repeat.
+    // Rows 8 apart are swapped alike.
+    __device__ __forceinline__ u32 place(int lane, int i, int k) const {
         return shared_address(tile) + Keys::chunk(lane % 16, 2 * k + lane / 16) + i * 16 * Keys::PITCH;
     }
-    __device__ __forceinline__ void part(u32 (&to)[4], int i, int k) const {
+    __device__ __forceinline__ void part(u32 (&to)[4], int lane, int i, int k) const {
         if constexpr (HELD) {
 #pragma unroll
             for (int x = 0; x < 4; ++x) to[x] = held[i][k][x];
         } else {
-            load_matrices(to, place(i, k));
+            load_matrices(to, place(lane, i, k));
         }
     }
 };
@@ -82,13 +81,13 @@ struct Flash {
             for (int n = 0; n < PARTS; ++n) s[i][n][0] = s[i][n][1] = s[i][n][2] = s[i][n][3] = 0.0f;
         }
         if constexpr (TENSOR_CORES) {
-            const int lane = threadIdx.x % 32, row = lane % 8 + lane / 16 * 8, half = lane / 8 % 2;
+            const int lane = anew(int(threadIdx.x % 32)), row = lane % 8 + lane / 16 * 8, half = lane / 8 % 2;
             const u32 base = shared_address(keys);
 #pragma unroll
             for (int k = 0; k < STEPS_QK; ++k) {
                 u32 a[TILES][4];
 #pragma unroll
-                for (int i = 0; i < TILES; ++i) q.part(a[i], i, k);
+                for (int i = 0; i < TILES; ++i) q.part(a[i], lane, i, k);
                 const u32 from = base + Keys::chunk(row, 2 * k + half);
 #pragma unroll
                 for (int n = 0; n < PARTS; n += 2) {
@@ -109,7 +108,7 @@ struct Flash {
     // o += p v.
     __device__ __forceinline__ void multiply_values(const Scores<TILES, KEYS>& p, const char* values) {
         if constexpr (TENSOR_CORES) {
-            const int lane = threadIdx.x % 32;
+            const int lane = anew(int(threadIdx.x % 32));
             const u32 base = shared_address(values);
 #pragma unroll
             for (int k = 0; k < PARTS; k += 2) {
@@ -282,25 +281,35 @@ private:
     __device__ __forceinline__ void fused_values(const Scores<TILES, KEYS>& p, const char* values) {
         const int lane = threadIdx.x % 32;
 #pragma unroll
-        for (int key = 0; key < KEYS; ++key) {
-            float weight[TILES][2];
+        for (int part = 0; part < PARTS; ++part) {
+#pragma unroll 1
+            for (int pair = 0; pair < 4; ++pair) {
+#pragma unroll
+                for (int c = 0; c < 2; ++c) {
+                    float weight[TILES][2];
+#pragma unroll
+                    for (int i = 0; i < TILES; ++i) {
+#pragma unroll
+                        for (int h = 0; h < 2; ++h) {
+                            weight[i][h] = __shfl_sync(ALL_LANES, p[i][part][2 * h + c], lane / 4 * 4 + pair);
+                        }
+                    }
+                    add_value(weight, values, part * 8 + pair * 2 + c);
+                }
+            }
+        }
+    }
+
+    __device__ __forceinline__ void add_value(const float (&weight)[TILES][2], const char* values, int key) {
+#pragma unroll
+        for (int n = 0; n < PARTS_V; ++n) {
+            const float2 v = *reinterpret_cast<const float2*>(values + Values::at(key, n * 8 + threadIdx.x % 4 * 2));
 #pragma unroll
             for (int i = 0; i < TILES; ++i) {
 #pragma unroll
                 for (int h = 0; h < 2; ++h) {
-                    weight[i][h] = __shfl_sync(ALL_LANES, p[i][key / 8][2 * h + key % 2], lane / 4 * 4 + key % 8 / 2);
-                }
-            }
-#pragma unroll
-            for (int n = 0; n < PARTS_V; ++n) {
-                const float2 v = *reinterpret_cast<const float2*>(values + Values::at(key, n * 8 + lane % 4 * 2));
-#pragma unroll
-                for (int i = 0; i < TILES; ++i) {
-#pragma unroll
-                    for (int h = 0; h < 2; ++h) {
-                        o[i][n][2 * h] = fmaf(weight[i][h], v.x, o[i][n][2 * h]);
-                        o[i][n][2 * h + 1] = fmaf(weight[i][h], v.y, o[i][n][2 * h + 1]);
-                    }
+                    o[i][n][2 * h] = fmaf(weight[i][h], v.x, o[i][n][2 * h]);
+                    o[i][n][2 * h + 1] = fmaf(weight[i][h], v.y, o[i][n][2 * h + 1]);
                 }
             }
         }

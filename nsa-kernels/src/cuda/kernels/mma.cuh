@@ -8,6 +8,13 @@ constexpr float NEGATIVE_INFINITY = -__builtin_huge_valf();
 __host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 __host__ __device__ constexpr int round_up(int a, int b) { return ceil_div(a, b) * b; }
 
+// The same value, of which the compiler knows nothing: what follows from it is computed anew where it is used, and takes no
+// registers across a loop.
+__device__ __forceinline__ int anew(int x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
+
 // The address that instructions for shared memory take.
 __device__ __forceinline__ u32 shared_address(const void* pointer) { return u32(__cvta_generic_to_shared(pointer)); }
 
@@ -56,6 +63,11 @@ __device__ __forceinline__ void copy_async(u32 to, const void* from, bool there)
         asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(from), "n"(BYTES), "r"(there ? BYTES : 0)
                      : "memory");
     }
+}
+
+// Starts to copy 16 bytes to shared memory.
+__device__ __forceinline__ void copy_chunk(u32 to, const void* from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
 
 __device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }

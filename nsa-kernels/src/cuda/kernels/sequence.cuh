@@ -1,6 +1,6 @@
 // Packed sequences, and rows of keys and values where they lie.
 #pragma once
-#include "element.cuh"
+#include "tile.cuh"
 
 // A sequence of a call. Tokens context .. context + queries are its queries; its rows of keys belong to the last `keys`
 // tokens (or blocks) up to the last query.
@@ -53,4 +53,6 @@ struct KeyRows {
             return reinterpret_cast<const Element*>(page + reinterpret_cast<u64>(base)) + row % ROWS_OF_PAGE * stride;
         }
     }
+    // Rows from `row` on that lie in one page.
+    __device__ __forceinline__ EvenRows from(int row) const { return EvenRows((*this)(row), stride); }
 };

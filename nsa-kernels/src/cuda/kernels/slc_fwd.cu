@@ -14,6 +14,7 @@ constexpr int HEAD_BYTES = ROWS * (Keys::PITCH > Values::PITCH ? Keys::PITCH : V
 constexpr bool HELD = QUERIES_HELD && TENSOR_CORES && HEAD_BYTES <= STAGES * STAGE_BYTES;
 constexpr int LIST_BYTES = round_up(QUERIES * SELECT_COUNT * 4, 16);
 constexpr int WARP_BYTES = STAGES * STAGE_BYTES + (HELD ? 0 : HEAD_BYTES) + LIST_BYTES;
+static_assert(ROWS_OF_PAGE % SELECT_BLOCK == 0 || PAGE_ROWS == 0, "a block lies in one page");
 constexpr int NO_MORE = 0x7fffffff;
 static_assert(QUERIES * HEADS_PER_TILE <= ROWS, "a tile has 16 rows");
 
@@ -169,9 +170,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) slc_forward(const __gri
         if (!blocks.done()) {
             const int token = blocks.token(), count = blocks.count();
             const u32 to = shared_address(own) + stage * STAGE_BYTES;
-            load_rows<HEAD_DIM_QK, KEYS, 32, QK_COPY_BYTES>(to, lane, count, [&](int r) { return k(token + r); });
-            load_rows<HEAD_DIM_V, KEYS, 32, V_COPY_BYTES>(to + KEYS * Keys::PITCH, lane, count,
-                                                          [&](int r) { return v(token + r); });
+            load_rows<HEAD_DIM_QK, KEYS, 32, QK_COPY_BYTES>(to, lane, count, k.from(token));
+            load_rows<HEAD_DIM_V, KEYS, 32, V_COPY_BYTES>(to + KEYS * Keys::PITCH, lane, count, v.from(token));
         }
         copy_commit();
     };

@@ -23,31 +23,52 @@ struct Tile {
     }
 };
 
+// Rows at one distance from each other.
+struct EvenRows {
+    const char* first;
+    i64 pitch;  // bytes
+
+    __device__ __forceinline__ EvenRows(const Element* row, i64 stride)
+        : first(reinterpret_cast<const char*>(row)), pitch(stride * i64(sizeof(Element))) {}
+    __device__ __forceinline__ const Element* operator()(int row) const {
+        return reinterpret_cast<const Element*>(first + row * pitch);
+    }
+};
+
 // Starts to copy rows 0..ROWS to a tile: row r from `row(r)` if r < count, else zeros. BYTES at a time; all THREADS help.
 template <int DIM, int ROWS, int THREADS, int BYTES, class Row>
 __device__ __forceinline__ void load_rows(u32 tile, int thread, int count, const Row& row) {
     using Layout = Tile<DIM>;
     constexpr int PIECES = Layout::PITCH / BYTES;
     constexpr int USED = DIM * int(sizeof(Element)) / BYTES;
-    if constexpr (BYTES == 16 && USED == PIECES && THREADS % PIECES == 0) {
-        // A thread keeps its chunk and goes down the rows.
-        constexpr int DOWN = THREADS / PIECES;
+    for (int i = thread; i < ROWS * PIECES; i += THREADS) {
+        const int r = i / PIECES, byte = i % PIECES * BYTES;
+        const bool there = r < count && i % PIECES < USED;
+        const char* from = reinterpret_cast<const char*>(row(there ? r : 0)) + (there ? byte : 0);
+        copy_async<BYTES>(tile + Layout::chunk(r, byte / 16) + byte % 16, from, there);
+    }
+}
+
+// The same of even rows. Where the threads fill whole rows, each keeps its chunk and goes down.
+template <int DIM, int ROWS, int THREADS, int BYTES>
+__device__ __forceinline__ void load_rows(u32 tile, int thread, int count, const EvenRows& rows) {
+    using Layout = Tile<DIM>;
+    constexpr int PIECES = Layout::PITCH / BYTES, DOWN = THREADS / PIECES;
+    if constexpr (BYTES == 16 && DIM == Layout::PADDED && THREADS % PIECES == 0 && ROWS % DOWN == 0) {
         const int first = thread / PIECES, piece = thread % PIECES;
+        const char* from = rows.first + first * rows.pitch + piece * 16;
+        const i64 step = DOWN * rows.pitch;
+        if (count >= ROWS) {
 #pragma unroll
-        for (int i = 0; i < ceil_div(ROWS, DOWN); ++i) {
-            const int r = first + i * DOWN;
-            if (ROWS % DOWN != 0 && r >= ROWS) break;
-            const bool there = r < count;
-            const char* from = reinterpret_cast<const char*>(row(there ? r : 0)) + piece * 16;
-            copy_async<16>(tile + Layout::chunk(r, piece), from, there);
+            for (int i = 0; i < ROWS / DOWN; ++i, from += step) copy_chunk(tile + Layout::chunk(first + i * DOWN, piece), from);
+        } else {
+#pragma unroll
+            for (int i = 0; i < ROWS / DOWN; ++i, from += step) {
+                copy_async<16>(tile + Layout::chunk(first + i * DOWN, piece), from, first + i * DOWN < count);
+            }
         }
     } else {
-        for (int i = thread; i < ROWS * PIECES; i += THREADS) {
-            const int r = i / PIECES, byte = i % PIECES * BYTES;
-            const bool there = r < count && i % PIECES < USED;
-            const char* from = reinterpret_cast<const char*>(row(there ? r : 0)) + (there ? byte : 0);
-            copy_async<BYTES>(tile + Layout::chunk(r, byte / 16) + byte % 16, from, there);
-        }
+        load_rows<DIM, ROWS, THREADS, BYTES, EvenRows>(tile, thread, count, rows);
     }
 }
 
