@@ -2,6 +2,9 @@
 
 use nsa_core::{ConfigError, LayoutError, ShapeError};
 
+/// What every [`Error::Unsupported`] says.
+pub const NO_KERNEL: &str = "has no kernel for";
+
 /// Result of an operation.
 pub type Result<T> = std::result::Result<T, Error>;
 
@@ -62,7 +65,7 @@ pub enum Error {
         got: String,
     },
     /// The backend has no kernel for this.
-    #[error("{op}: the backend `{backend}` has no kernel for {what}; {advice}")]
+    #[error("{op}: the backend `{backend}` {NO_KERNEL} {what}; {advice}")]
     Unsupported {
         /// Operation.
         op: &'static str,

@@ -183,9 +183,7 @@ impl<'a, T, const N: usize> TensorMut<'a, T, N> {
     pub fn into_host(self) -> Result<ViewMut<'a, T, N>> {
         match self.mem {
             MemMut::Host(data) => Ok(ViewMut::new(data, self.shape)?),
-            MemMut::Device(mem) => {
-                Err(elsewhere("TensorMut::into_host", "tensor", HOST.to_owned(), mem.place()))
-            }
+            MemMut::Device(mem) => Err(elsewhere("TensorMut::into_host", "tensor", HOST.to_owned(), mem.place())),
         }
     }
 

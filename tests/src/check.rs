@@ -12,6 +12,7 @@ use crate::{Case, Kind, decode};
 use half::{bf16, f16};
 use nsa_core::{DType, Element};
 use nsa_kernels::Backend;
+use nsa_kernels::error::NO_KERNEL;
 use std::fmt;
 
 /// The operations, by their stems.
@@ -73,6 +74,16 @@ pub struct Report {
 }
 
 impl Report {
+    /// Whether the backend has no kernel for this.
+    pub fn is_missing(&self) -> bool {
+        self.failure.as_ref().is_some_and(|failure| failure.contains(NO_KERNEL))
+    }
+
+    /// A hash of every bit of the outputs.
+    pub fn bits(&self) -> u64 {
+        generate::hash(self.outcomes.iter().flat_map(|outcome| outcome.bits.to_le_bytes()))
+    }
+
     /// Everything that is wrong, one line each.
     pub fn failures(&self) -> Vec<String> {
         let outputs = self.outcomes.iter().filter_map(|o| o.failure.as_ref().map(|f| format!("`{}`: {f}", o.tensor)));

@@ -2,6 +2,7 @@
 //! is right if its error is about the rounded one's: within the ratios, the factor for chance and the floors below, each
 //! with its reason.
 
+use crate::generate;
 use nsa_core::DType;
 
 /// A kernel's largest error, and its worst row's RMS error, over the rounded reference's.
@@ -76,6 +77,8 @@ pub struct Outcome {
     pub size: f64,
     /// What the kernel's error may be.
     pub limit: Figures,
+    /// A hash of every bit that the kernel wrote.
+    pub bits: u64,
     /// What is wrong, if anything is.
     pub failure: Option<String>,
 }
@@ -116,6 +119,7 @@ impl Compared {
             rounded: Figures::default(),
             size: 0.0,
             limit: Figures::default(),
+            bits: generate::hash(self.kernel.iter().flat_map(|x| x.to_bits().to_le_bytes())),
             failure: None,
         };
         if self.kernel.len() != self.truth.len() {

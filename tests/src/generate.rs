@@ -6,9 +6,13 @@ use nsa_kernels::{Backend, Buffer, TensorMut};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-/// Seed of one tensor of one case: FNV-1a over both names, so that a failure is made again from its message alone.
+/// Seed of one tensor of one case: a hash of both names, so that a failure is made again from its message alone.
 pub fn seed(case: &str, tensor: &str) -> u64 {
-    let bytes = case.bytes().chain([0]).chain(tensor.bytes());
+    hash(case.bytes().chain([0]).chain(tensor.bytes()))
+}
+
+/// FNV-1a.
+pub fn hash(bytes: impl Iterator<Item = u8>) -> u64 {
     bytes.fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3))
 }
 

@@ -2,9 +2,9 @@
 
 use crate::Kind;
 use crate::generate::{Guarded, PhiShapes, Poison, Side, Weights, mirror};
+use bytemuck::Pod;
 use nsa_core::{CuSeqlens, NsaConfig, Packing};
 use nsa_kernels::op::{cmp, compress, dense, slc, win};
-use bytemuck::Pod;
 use nsa_kernels::{Backend, Buffer, Mem, Rows, Tensor, TensorMut};
 use std::any::Any;
 

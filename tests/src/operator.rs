@@ -299,7 +299,11 @@ fn forward<T: Kind>(backend: &Backend, inputs: &Inputs<T>, blocks: [Vec<T>; 2]) 
         },
         saved: nsa::Saved {
             o: [place.output(o_cmp, sizes.o())?, place.output(o_slc, sizes.o())?, place.output(o_win, sizes.o())?],
-            lse: [place.output(lse_cmp, sizes.lse())?, place.output(lse_slc, sizes.lse())?, place.output(lse_win, sizes.lse())?],
+            lse: [
+                place.output(lse_cmp, sizes.lse())?,
+                place.output(lse_slc, sizes.lse())?,
+                place.output(lse_win, sizes.lse())?,
+            ],
         },
         o: place.output(&mut o, sizes.o())?,
     };
@@ -351,11 +355,23 @@ fn backward<T: Kind>(
         gates: place.input(&inputs.gates, sizes.gates())?,
         block_indices: place.input(&outputs.block_indices, sizes.indices())?,
         branches: [place.input(o_cmp, sizes.o())?, place.input(o_slc, sizes.o())?, place.input(o_win, sizes.o())?],
-        lse: [place.input(lse_cmp, sizes.lse())?, place.input(lse_slc, sizes.lse())?, place.input(lse_win, sizes.lse())?],
+        lse: [
+            place.input(lse_cmp, sizes.lse())?,
+            place.input(lse_slc, sizes.lse())?,
+            place.input(lse_win, sizes.lse())?,
+        ],
         d_o: place.input(d_o, sizes.o())?,
         dq: place.output(&mut dq, sizes.q())?,
-        dk: [place.output(dk_cmp, k_shapes[0])?, place.output(dk_slc, k_shapes[1])?, place.output(dk_win, k_shapes[2])?],
-        dv: [place.output(dv_cmp, v_shapes[0])?, place.output(dv_slc, v_shapes[1])?, place.output(dv_win, v_shapes[2])?],
+        dk: [
+            place.output(dk_cmp, k_shapes[0])?,
+            place.output(dk_slc, k_shapes[1])?,
+            place.output(dk_win, k_shapes[2])?,
+        ],
+        dv: [
+            place.output(dv_cmp, v_shapes[0])?,
+            place.output(dv_slc, v_shapes[1])?,
+            place.output(dv_win, v_shapes[2])?,
+        ],
         d_gates: place.output(&mut d_gates, sizes.gates())?,
     };
     nsa::backward(backend, args).map_err(text)?;

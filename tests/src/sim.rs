@@ -56,7 +56,10 @@ fn libraries(program: &Path, target: &Path) -> std::io::Result<PathBuf> {
 
 /// A path as one name.
 fn folder_name(path: &Path) -> String {
-    path.components().map(|part| part.as_os_str().to_string_lossy().replace(['/', '\\', ':'], "")).collect::<Vec<_>>().join("-")
+    path.components()
+        .map(|part| part.as_os_str().to_string_lossy().replace(['/', '\\', ':'], ""))
+        .collect::<Vec<_>>()
+        .join("-")
 }
 
 #[cfg(unix)]
@@ -69,15 +72,19 @@ fn link_to(file: &Path, link: &Path) -> std::io::Result<()> {
     std::fs::copy(file, link).map(drop)
 }
 
-/// Runs a test of this program again on the simulator, as each of the devices, and there `body`.
+/// Begins a line of a test on the simulator with a hash of its results.
+pub const BITS: &str = "bits of ";
+
+/// Runs a test of this program again on the simulator, and there `body`: as an A100 twice, with blocks and warps in another
+/// order, and as an H100.
 ///
 /// # Panics
-/// If it fails there, or the simulator reports anything.
+/// If it fails there, the simulator reports anything, or lines that begin with [`BITS`] depend on the order.
 pub fn on_simulator(test: &str, body: impl FnOnce()) {
     if inside() {
         return body();
     }
-    for (device, seed) in [("a100", None), ("h100", Some("7"))] {
+    let [first, second, _] = [("a100", None), ("a100", Some("7")), ("h100", Some("3"))].map(|(device, seed)| {
         let mut command = this_program().unwrap_or_else(|error| panic!("{error}"));
         command.args(["--exact", test, "--nocapture"]).env("CUDA_SIM_DEVICE", device).env("CUDA_SIM_CHECK", "1");
         match seed {
@@ -88,5 +95,7 @@ pub fn on_simulator(test: &str, body: impl FnOnce()) {
         let text = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
         let clean = output.status.success() && text.contains("1 passed") && !text.contains("cuda-sim:");
         assert!(clean, "on {device}, seed {seed:?}:\n{text}");
-    }
+        text.lines().filter(|line| line.starts_with(BITS)).map(str::to_owned).collect::<Vec<_>>()
+    });
+    assert_eq!(first, second, "results depend on the order of blocks and warps");
 }

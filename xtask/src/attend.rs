@@ -54,6 +54,9 @@ pub struct Options {
 /// # Errors
 /// Names the file and the tensor or field, what was expected and what was found.
 pub fn run(options: &Options) -> Result<()> {
+    if options.choice.ran_on_simulator()? {
+        return Ok(());
+    }
     let (engine, why) = options.choice.engine()?;
     let config: NsaConfig = nsa_core::read_json(&options.config)?;
     let bytes = files::read(&options.input)?;

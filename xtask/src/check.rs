@@ -11,6 +11,7 @@ use nsa_core::DType;
 use nsa_kernels::Backend;
 use nsa_tests::check::{self, Op, Report};
 use nsa_tests::{Case, case};
+use std::collections::BTreeSet;
 
 /// Options of `cargo xtask check`.
 #[derive(Args, Debug)]
@@ -24,9 +25,6 @@ pub struct Options {
     /// Only these dtypes
     #[arg(long, value_enum, value_delimiter = ',')]
     dtype: Vec<Dtype>,
-    /// Where: the host's processor; GPUs and their simulation come with the CUDA backend
-    #[arg(long, value_enum, default_value = "cpu")]
-    device: Device,
     /// A line for every output, not only the worst of each operation and dtype
     #[arg(long)]
     all: bool,
@@ -61,13 +59,6 @@ impl From<Dtype> for DType {
     }
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum Device {
-    Cpu,
-    Cuda,
-    Sim,
-}
-
 fn parse_op(name: &str) -> Result<Op, String> {
     Op::ALL.into_iter().find(|op| op.name() == name).ok_or_else(|| {
         let names: Vec<&str> = Op::ALL.iter().map(|op| op.name()).collect();
@@ -80,8 +71,8 @@ fn parse_op(name: &str) -> Result<Op, String> {
 /// # Errors
 /// If anything is red, or the backend asked for is not there.
 pub fn run(options: &Options) -> Result<()> {
-    if options.device != Device::Cpu {
-        bail!("--device {:?}: this build has no CUDA backend", options.device);
+    if options.choice.ran_on_simulator()? {
+        return Ok(());
     }
     let (backend, why) = backend(&options.choice)?;
     if options.memory {
@@ -89,17 +80,22 @@ pub fn run(options: &Options) -> Result<()> {
     }
     let cases: Vec<Case> = case::cases().into_iter().filter(|case| chosen(&options.case, &case.name)).collect();
     let ops = if options.op.is_empty() { Op::ALL.to_vec() } else { options.op.clone() };
-    let dtypes: Vec<DType> = match options.dtype.as_slice() {
-        [] => vec![DType::F32, DType::Bf16, DType::F16, DType::F64],
-        list => list.iter().map(|&dtype| dtype.into()).collect(),
+    let dtypes: Vec<DType> = match (options.dtype.as_slice(), &backend) {
+        ([], Backend::Cuda(_)) => vec![DType::F32, DType::Bf16, DType::F16],
+        ([], _) => vec![DType::F32, DType::Bf16, DType::F16, DType::F64],
+        (list, _) => list.iter().map(|&dtype| dtype.into()).collect(),
     };
     println!("{} ({why}), {} cases; {}", backend.name(), cases.len(), Machine::here().line());
-    let mut lines = Lines { list: Vec::new(), all: options.all };
+    let mut lines = Lines { list: Vec::new(), missing: BTreeSet::new(), all: options.all };
     let mut red = Vec::new();
     for op in ops {
         for &dtype in &dtypes {
             for case in &cases {
                 let report = check::check(op, case, dtype, &backend);
+                if report.is_missing() && options.op.is_empty() {
+                    lines.missing.insert(op.to_string());
+                    continue;
+                }
                 red.extend(
                     report.failures().into_iter().map(|failure| format!("{op} {} {dtype}: {failure}", case.name)),
                 );
@@ -108,6 +104,9 @@ pub fn run(options: &Options) -> Result<()> {
         }
     }
     println!("{}", lines.table());
+    for op in &lines.missing {
+        println!("{op}: {} has no kernel for all of it yet; `--op {op}` says which", backend.name());
+    }
     if cases.is_empty() {
         bail!("no case has {} in its name", options.case.join(" or "));
     }
@@ -159,6 +158,8 @@ struct Line {
 /// The worst of each operation, dtype and output, or of each operation and dtype.
 struct Lines {
     list: Vec<Line>,
+    /// Operations that the backend has no kernel for.
+    missing: BTreeSet<String>,
     all: bool,
 }
 

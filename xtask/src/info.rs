@@ -2,7 +2,8 @@
 
 use crate::machine::{self, Machine};
 use anyhow::Result;
-use nsa_kernels::{Backend, Isa};
+use nsa_kernels::cuda::compile::CACHE_VARIABLE;
+use nsa_kernels::{Backend, Cuda, Isa};
 
 /// Runs the command.
 ///
@@ -29,8 +30,39 @@ pub fn run() -> Result<()> {
         };
         println!("path        cpu:{isa}: {state}");
     }
+    cuda();
     println!("commit      {}", machine.commit);
     let (backend, why) = Backend::pick(None)?;
     println!("backend     {}: {why}", backend.name());
     Ok(())
+}
+
+/// What there is of CUDA, or what is missing and what to do.
+fn cuda() {
+    let cuda = match Cuda::new(0) {
+        Err(error) => {
+            println!("path        {error}");
+            return;
+        }
+        Ok(cuda) => {
+            let device = cuda.device();
+            let ((major, minor), (driver, minor_driver)) = (device.capability, device.driver);
+            println!(
+                "path        cuda:0: {}, compute capability {major}.{minor}, {} multiprocessors, {} MiB; driver for CUDA {driver}.{minor_driver}",
+                device.name,
+                device.multiprocessors,
+                device.memory_bytes >> 20
+            );
+            cuda
+        }
+    };
+    let compiler = cuda.compiler();
+    match (compiler.version(), compiler.arch()) {
+        (Ok((major, minor)), Ok(arch)) => println!("NVRTC       {major}.{minor}, compiles for {arch}"),
+        (Err(error), _) | (_, Err(error)) => println!("NVRTC       {error}"),
+    }
+    match compiler.cache_folder() {
+        Some(folder) => println!("kernels     kept in {} ({CACHE_VARIABLE} sets it)", folder.display()),
+        None => println!("kernels     not kept: neither {CACHE_VARIABLE} nor a user's cache folder is set"),
+    }
 }

@@ -5,8 +5,8 @@ use super::geometry::{Geometry, vector};
 use super::launch::Call;
 use super::params::{In, Out, Params, Stored, params};
 use super::program::Program;
-use crate::{Element, Result};
 use crate::op::gate::{Backward, Forward};
+use crate::{Element, Result};
 
 /// The kernels.
 pub(crate) static PROGRAM: Program = Program {

@@ -193,7 +193,8 @@ impl<'c> Call<'c> {
             if let (cudaError_enum::CUDA_ERROR_UNSUPPORTED_PTX_VERSION, Error::Device { message, .. }) =
                 (error.0, &mut failure)
             {
-                message.push_str(": NVRTC is newer than the driver; update the driver, or install NVRTC of its version");
+                message
+                    .push_str(": NVRTC is newer than the driver; update the driver, or install NVRTC of its version");
             }
             failure
         })?;

@@ -41,11 +41,13 @@ pub(super) fn nvrtc() -> Result<Nvrtc> {
         return Err(Error::Backend {
             requested: "cuda".to_owned(),
             missing: "no NVRTC (libnvrtc.so of CUDA 11 to 13) is found, which compiles the kernels".to_owned(),
-            advice: "install it (CUDA toolkit, or `pip install nvidia-cuda-nvrtc`) and put its folder on LD_LIBRARY_PATH"
-                .to_owned(),
+            advice:
+                "install it (CUDA toolkit, or `pip install nvidia-cuda-nvrtc`) and put its folder on LD_LIBRARY_PATH"
+                    .to_owned(),
         });
     }
-    let broken = |error: nvrtc::result::NvrtcError| Error::Device { op: "NVRTC".to_owned(), message: error.to_string() };
+    let broken =
+        |error: nvrtc::result::NvrtcError| Error::Device { op: "NVRTC".to_owned(), message: error.to_string() };
     let (mut major, mut minor, mut count) = (0, 0, 0);
     // SAFETY: both write numbers.
     unsafe { nvrtc::sys::nvrtcVersion(&raw mut major, &raw mut minor) }.result().map_err(broken)?;

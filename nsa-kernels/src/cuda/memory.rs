@@ -70,7 +70,10 @@ impl<T: Pod> DeviceBuffer<T> {
         const OP: &str = "Backend::alloc";
         let bytes = len.checked_mul(size_of::<T>()).filter(|&bytes| isize::try_from(bytes).is_ok());
         let Some(bytes) = bytes else {
-            return Err(Error::Device { op: OP.to_owned(), message: format!("{len} elements overflow the address space") });
+            return Err(Error::Device {
+                op: OP.to_owned(),
+                message: format!("{len} elements overflow the address space"),
+            });
         };
         // SAFETY: every byte is a legal u8; who reads elements has written them or `zeros` did.
         let bytes = unsafe { cuda.stream().alloc::<u8>(bytes.max(1)) };
@@ -116,7 +119,13 @@ impl<T: Pod> DeviceBuffer<T> {
     }
 
     /// Copies elements `range` of another buffer to `offset` on.
-    pub(crate) fn copy_from(&mut self, op: &'static str, offset: usize, source: &Self, range: Range<usize>) -> Result<()> {
+    pub(crate) fn copy_from(
+        &mut self,
+        op: &'static str,
+        offset: usize,
+        source: &Self,
+        range: Range<usize>,
+    ) -> Result<()> {
         if range.is_empty() {
             return Ok(());
         }

@@ -84,7 +84,8 @@ impl Cuda {
         let count = CudaContext::device_count().map_err(|error| unavailable(&name, &error))?;
         if usize::try_from(count).is_ok_and(|count| ordinal >= count) {
             let missing = format!("the driver shows {count} device(s)");
-            let advice = "ask for one of them, or look at CUDA_VISIBLE_DEVICES and at what `nvidia-smi` lists".to_owned();
+            let advice =
+                "ask for one of them, or look at CUDA_VISIBLE_DEVICES and at what `nvidia-smi` lists".to_owned();
             return Err(Error::Backend { requested: name, missing, advice });
         }
         let context = CudaContext::new(ordinal).map_err(|error| unavailable(&name, &error))?;

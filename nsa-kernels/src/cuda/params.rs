@@ -79,10 +79,12 @@ pub(crate) fn declaration(name: &str, size: usize, fields: &[Entry]) -> String {
     let offsets: String = fields
         .iter()
         .map(|(field, _, offset)| {
-            format!("static_assert(__builtin_offsetof({name}, {field}) == {offset}, \"{name}::{field}\");\n")
+            // NVRTC's offsetof.
+            format!("static_assert(__INTADDR__(&((({name}*)0)->{field})) == {offset}, \"{name}::{field}\");\n")
         })
         .collect();
-    format!("struct {name} {{\n{members}}};\nstatic_assert(sizeof({name}) == {size}, \"{name}\");\n{offsets}")
+    let size = format!("static_assert(sizeof({name}) == {size}, \"{name}\");\n");
+    format!("struct {name} {{\n{members}}};\n#ifdef __CUDACC_RTC__\n{size}{offsets}#endif\n")
 }
 
 /// Declares structs of arguments. A struct `Name` is `NameParams` in kernels.
@@ -129,7 +131,12 @@ mod tests {
     #[test]
     fn a_struct_is_declared_with_its_layout() {
         let text = Example::declaration();
-        assert!(text.starts_with("struct ExampleParams {\n    const Element* x;\n    float* y;\n    long long rows;\n"));
-        assert!(text.contains("sizeof(ExampleParams) == 32") && text.contains("ExampleParams, factor) == 24"), "{text}");
+        assert!(
+            text.starts_with("struct ExampleParams {\n    const Element* x;\n    float* y;\n    long long rows;\n")
+        );
+        assert!(
+            text.contains("sizeof(ExampleParams) == 32") && text.contains("(((ExampleParams*)0)->factor)) == 24"),
+            "{text}"
+        );
     }
 }

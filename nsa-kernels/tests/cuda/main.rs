@@ -4,7 +4,7 @@ use nsa_core::DType;
 use nsa_kernels::Backend;
 use nsa_tests::case;
 use nsa_tests::check::{self, Op};
-use nsa_tests::sim::on_simulator;
+use nsa_tests::sim::{BITS, on_simulator};
 
 /// Every case of an operation in the three types that GPUs compute.
 fn assert_op(op: Op) {
@@ -13,6 +13,7 @@ fn assert_op(op: Op) {
     for dtype in [DType::F32, DType::Bf16, DType::F16] {
         for case in case::cases() {
             let report = check::check(op, &case, dtype, &backend);
+            println!("{BITS}{op} {} {dtype}: {:016x}", case.name, report.bits());
             red.extend(report.failures().into_iter().map(|failure| format!("{op} {} {dtype}: {failure}", case.name)));
         }
     }
