@@ -109,7 +109,7 @@ __device__ __forceinline__ void write_rows(const P& p, const BandTile& tile, con
 
 // Starts to copy KEYS rows from `key` on.
 template <int DIM, int BYTES>
-__device__ __forceinline__ void load_keys(u32 to, int count, const KeyRows& rows, int key) {
+__device__ __forceinline__ void load_keys(u32 to, int count, const KeyRows<DIM>& rows, int key) {
     const int thread = anew(int(threadIdx.x));
     if constexpr (PAGE_ROWS == 0) {
         load_rows<DIM, KEYS, THREADS, BYTES>(to, thread, count, rows.from(key));
@@ -126,8 +126,8 @@ __device__ __forceinline__ void attend(const P& p, const BandTile& tile, const S
     const WarpSpan<Span> warp(tile, span);
     const int begin = span.first(tile.position(0)), last = span.end(tile.position(tile.rows - 1));
     const int end = last > 0 ? last + EXTRA : 0;
-    const KeyRows k(p.k, p.k_pages, seq.key, p.k_row_stride, tile.head * p.k_head_stride);
-    const KeyRows v(p.v, p.v_pages, seq.key, p.v_row_stride, tile.head * p.v_head_stride);
+    const KeyRows<HEAD_DIM_QK> k(p.k, p.k_pages, seq.key, tile.head);
+    const KeyRows<HEAD_DIM_V> v(p.v, p.v_pages, seq.key, tile.head);
     char* const stages = shared + ROWS_BYTES;
     const auto load = [&](int key, int stage) {
         const u32 to = shared_address(stages) + stage * STAGE_BYTES;
@@ -137,7 +137,7 @@ __device__ __forceinline__ void attend(const P& p, const BandTile& tile, const S
         copy_commit();
     };
     load_rows<HEAD_DIM_QK, ROWS, THREADS, QK_COPY_BYTES>(shared_address(shared), anew(int(threadIdx.x)), tile.rows, [&](int row) {
-        return p.q + tile.token(row) * p.q_row_stride + tile.query_head(row) * p.q_head_stride;
+        return p.q + (tile.token(row) * HEADS + tile.query_head(row)) * HEAD_DIM_QK;
     });
     if (begin < end) load(begin, 0);
     copy_commit();

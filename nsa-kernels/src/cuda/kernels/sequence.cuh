@@ -30,29 +30,24 @@ __device__ __forceinline__ Sequence find_sequence(const int* sequences, int coun
 
 constexpr int ROWS_OF_PAGE = PAGE_ROWS > 0 ? PAGE_ROWS : 1;
 
-// Rows of one KV head: of a packed tensor, or in pages of PAGE_ROWS rows.
+// A sequence's rows of one KV head: of a packed tensor `[rows, KV_HEADS, DIM]`, or in pages of PAGE_ROWS rows.
+template <int DIM>
 struct KeyRows {
+    static constexpr i64 STRIDE = i64(KV_HEADS) * DIM;
     const Element* base;
     const u64* pages;
-    i64 stride;
+    int head;
 
-    __device__ __forceinline__ KeyRows(const Element* tensor, const u64* table, int first, i64 row_stride, i64 head_offset)
-        : stride(row_stride) {
-        if constexpr (PAGE_ROWS == 0) {
-            base = tensor + first * row_stride + head_offset;
-        } else {
-            pages = table + first;
-            base = reinterpret_cast<const Element*>(head_offset * i64(sizeof(Element)));
-        }
-    }
+    __device__ __forceinline__ KeyRows(const Element* tensor, const u64* table, int first, int kv_head)
+        : base(tensor + first * STRIDE + kv_head * DIM), pages(table + first), head(kv_head) {}
     __device__ __forceinline__ const Element* operator()(int row) const {
         if constexpr (PAGE_ROWS == 0) {
-            return base + row * stride;
+            return base + row * STRIDE;
         } else {
-            const u64 page = pages[row / ROWS_OF_PAGE];
-            return reinterpret_cast<const Element*>(page + reinterpret_cast<u64>(base)) + row % ROWS_OF_PAGE * stride;
+            const Element* const page = reinterpret_cast<const Element*>(pages[row / ROWS_OF_PAGE]);
+            return page + row % ROWS_OF_PAGE * STRIDE + head * DIM;
         }
     }
     // Rows from `row` on that lie in one page.
-    __device__ __forceinline__ EvenRows from(int row) const { return EvenRows((*this)(row), stride); }
+    __device__ __forceinline__ EvenRows<STRIDE> from(int row) const { return {(*this)(row)}; }
 };

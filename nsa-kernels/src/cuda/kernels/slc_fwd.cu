@@ -40,7 +40,8 @@ struct Blocks {
     __device__ __forceinline__ int read(int q) const {
         if (place >= SELECT_COUNT) return NO_MORE;
         const int next = lists[q * SELECT_COUNT + place];
-        return next < 0 ? NO_MORE : next;
+        // A list that is none, which the caller did not check, ends where it leaves the query's candidates.
+        return next < 0 || next > (position + q) / SELECT_BLOCK ? NO_MORE : next;
     }
     __device__ __forceinline__ void choose() {
         if constexpr (QUERIES == 1) {
@@ -152,7 +153,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) slc_forward(const __gri
     int* const lists = reinterpret_cast<int*>(own + WARP_BYTES - LIST_BYTES);
     load_rows<HEAD_DIM_QK, ROWS, 32, QK_COPY_BYTES>(shared_address(rows), lane, tile.queries * HEADS_PER_TILE, [&](int row) {
         const int at = tile.has(row) ? row : 0;
-        return p.q + tile.token(at) * p.q_row_stride + tile.query_head(at) * p.q_head_stride;
+        return p.q + (tile.token(at) * HEADS + tile.query_head(at)) * HEAD_DIM_QK;
     });
     copy_commit();
     for (int i = lane; i < tile.queries * SELECT_COUNT; i += 32) {
@@ -164,8 +165,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) slc_forward(const __gri
     const Queries<1, HELD> q(rows);
     __syncwarp();
 
-    const KeyRows k(p.k, p.k_pages, tile.sequence.key, p.k_row_stride, tile.head * p.k_head_stride);
-    const KeyRows v(p.v, p.v_pages, tile.sequence.key, p.v_row_stride, tile.head * p.v_head_stride);
+    const KeyRows<HEAD_DIM_QK> k(p.k, p.k_pages, tile.sequence.key, tile.head);
+    const KeyRows<HEAD_DIM_V> v(p.v, p.v_pages, tile.sequence.key, tile.head);
     const auto load = [&](const Blocks& blocks, int stage) {
         if (!blocks.done()) {
             const int token = blocks.token(), count = blocks.count();

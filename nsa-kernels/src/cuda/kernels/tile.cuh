@@ -24,15 +24,10 @@ struct Tile {
 };
 
 // Rows at one distance from each other.
+template <i64 STRIDE>
 struct EvenRows {
-    const char* first;
-    i64 pitch;  // bytes
-
-    __device__ __forceinline__ EvenRows(const Element* row, i64 stride)
-        : first(reinterpret_cast<const char*>(row)), pitch(stride * i64(sizeof(Element))) {}
-    __device__ __forceinline__ const Element* operator()(int row) const {
-        return reinterpret_cast<const Element*>(first + row * pitch);
-    }
+    const Element* first;
+    __device__ __forceinline__ const Element* operator()(int row) const { return first + row * STRIDE; }
 };
 
 // Starts to copy rows 0..ROWS to a tile: row r from `row(r)` if r < count, else zeros. BYTES at a time; all THREADS help.
@@ -50,25 +45,27 @@ __device__ __forceinline__ void load_rows(u32 tile, int thread, int count, const
 }
 
 // The same of even rows. Where the threads fill whole rows, each keeps its chunk and goes down.
-template <int DIM, int ROWS, int THREADS, int BYTES>
-__device__ __forceinline__ void load_rows(u32 tile, int thread, int count, const EvenRows& rows) {
+template <int DIM, int ROWS, int THREADS, int BYTES, i64 STRIDE>
+__device__ __forceinline__ void load_rows(u32 tile, int thread, int count, const EvenRows<STRIDE>& rows) {
     using Layout = Tile<DIM>;
     constexpr int PIECES = Layout::PITCH / BYTES, DOWN = THREADS / PIECES;
     if constexpr (BYTES == 16 && DIM == Layout::PADDED && THREADS % PIECES == 0 && ROWS % DOWN == 0) {
         const int first = thread / PIECES, piece = thread % PIECES;
-        const char* from = rows.first + first * rows.pitch + piece * 16;
-        const i64 step = DOWN * rows.pitch;
+        const Element* const from = rows(first) + piece * Layout::PER_CHUNK;
         if (count >= ROWS) {
 #pragma unroll
-            for (int i = 0; i < ROWS / DOWN; ++i, from += step) copy_chunk(tile + Layout::chunk(first + i * DOWN, piece), from);
+            for (int i = 0; i < ROWS / DOWN; ++i) {
+                copy_chunk(tile + Layout::chunk(first + i * DOWN, piece), from + i * DOWN * STRIDE);
+            }
         } else {
 #pragma unroll
-            for (int i = 0; i < ROWS / DOWN; ++i, from += step) {
-                copy_async<16>(tile + Layout::chunk(first + i * DOWN, piece), from, first + i * DOWN < count);
+            for (int i = 0; i < ROWS / DOWN; ++i) {
+                const int row = first + i * DOWN;
+                copy_async<16>(tile + Layout::chunk(row, piece), from + i * DOWN * STRIDE, row < count);
             }
         }
     } else {
-        load_rows<DIM, ROWS, THREADS, BYTES, EvenRows>(tile, thread, count, rows);
+        load_rows<DIM, ROWS, THREADS, BYTES, EvenRows<STRIDE>>(tile, thread, count, rows);
     }
 }
 
