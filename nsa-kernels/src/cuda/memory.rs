@@ -66,7 +66,8 @@ impl<T: Pod> DeviceBuffer<T> {
         Ok(buffer)
     }
 
-    fn unwritten(cuda: &Cuda, len: usize) -> Result<Self> {
+    /// What was there before.
+    pub(crate) fn unwritten(cuda: &Cuda, len: usize) -> Result<Self> {
         const OP: &str = "Backend::alloc";
         let bytes = len.checked_mul(size_of::<T>()).filter(|&bytes| isize::try_from(bytes).is_ok());
         let Some(bytes) = bytes else {

@@ -17,8 +17,14 @@ pub(crate) mod launch;
 pub(crate) mod memory;
 pub(crate) mod params;
 
+pub(crate) mod cmp;
+pub(crate) mod dense;
 pub(crate) mod gate;
 pub(crate) mod geometry;
+pub(crate) mod slc;
+pub(crate) mod win;
+
+mod attention;
 
 mod cache;
 #[expect(unsafe_code, reason = "asks which libraries there are, and NVRTC what it knows")]

@@ -8,7 +8,14 @@ use nsa_core::{DType, NsaConfig};
 use std::fmt::Write as _;
 
 /// The headers that kernels share.
-const HEADERS: [(&str, &str); 1] = [("element.cuh", include_str!("kernels/element.cuh"))];
+const HEADERS: [(&str, &str); 6] = [
+    ("band.cuh", include_str!("kernels/band.cuh")),
+    ("element.cuh", include_str!("kernels/element.cuh")),
+    ("flash.cuh", include_str!("kernels/flash.cuh")),
+    ("mma.cuh", include_str!("kernels/mma.cuh")),
+    ("sequence.cuh", include_str!("kernels/sequence.cuh")),
+    ("tile.cuh", include_str!("kernels/tile.cuh")),
+];
 
 /// A source file of kernels.
 #[derive(Debug)]
@@ -149,8 +156,8 @@ impl Program {
 }
 
 /// Every program, for tools that compile ahead.
-pub fn all() -> [&'static Program; 1] {
-    [&super::gate::PROGRAM]
+pub fn all() -> [&'static Program; 4] {
+    [&super::gate::PROGRAM, &super::dense::PROGRAM, &super::slc::PROGRAM, &super::cmp::PROGRAM]
 }
 
 #[cfg(test)]

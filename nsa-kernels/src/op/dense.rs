@@ -74,7 +74,7 @@ pub fn forward<T: Element>(backend: &Backend, args: Forward<'_, T>) -> Result<()
     shapes.forward(&args.q, ("k", &args.k), ("v", &args.v), (&args.o, &args.lse), lens)?;
     match backend {
         Backend::Cpu(cpu) => T::dense_forward(cpu, args),
-        Backend::Cuda(cuda) => Err(cuda::missing(cuda, OP)),
+        Backend::Cuda(cuda) => cuda::dense::forward(cuda, args),
     }
 }
 

@@ -28,8 +28,7 @@ struct BandTile {
     int query;  // first, within the sequence
     int rows;   // that hold a query
 
-    template <class P>
-    __device__ __forceinline__ BandTile(const P& p, u32 work) {
+    __device__ __forceinline__ BandTile(const BandForwardParams& p, u32 work) {
         // The tiles with most keys come first.
         const int tile = p.tiles - 1 - int(work / KV_HEADS);
         head = int(work % KV_HEADS);
@@ -83,8 +82,7 @@ __device__ __forceinline__ void mask(BandScores& s, const BandTile& tile, const 
 }
 
 // Writes o and lse of a warp's rows; `put` at a place of shared memory that nobody else uses.
-template <class P>
-__device__ __forceinline__ void write_rows(const P& p, const BandTile& tile, const BandFlash& flash, int base, int rows) {
+__device__ __forceinline__ void write_rows(const BandForwardParams& p, const BandTile& tile, const BandFlash& flash, int base, int rows) {
     const int lane = anew(int(threadIdx.x % 32));
     const float unscale[2] = {p.unscale_high, p.unscale_low};
     char* own = shared + base * Values::PITCH;
@@ -120,8 +118,8 @@ __device__ __forceinline__ void load_keys(u32 to, int count, const KeyRows<DIM>&
 
 // One tile of queries over its keys, from the first tile of keys on. `see(flash, s, index, rescaled, factor)` is shown each
 // tile's p; it may look at EXTRA keys more than there are, whose p is 0.
-template <int EXTRA, class P, class Span, class See>
-__device__ __forceinline__ void attend(const P& p, const BandTile& tile, const Span& span, BandFlash& flash, See& see) {
+template <int EXTRA, class Span, class See>
+__device__ __forceinline__ void attend(const BandForwardParams& p, const BandTile& tile, const Span& span, BandFlash& flash, See& see) {
     const Sequence& seq = tile.sequence;
     const WarpSpan<Span> warp(tile, span);
     const int begin = span.first(tile.position(0)), last = span.end(tile.position(tile.rows - 1));

@@ -35,7 +35,7 @@ __device__ __forceinline__ float* factors_of_rows() {
 // The block's tile in turn lies in shared memory too, for want of registers.
 __device__ __forceinline__ u32* work_in_turn() { return reinterpret_cast<u32*>(factors_of_rows() + 2 * ROWS); }
 __device__ __forceinline__ float* kept_scores(const CmpForwardParams& p) {
-    return p.shared_floats > 0 ? factors_of_rows() + 2 * ROWS + 4 : p.scores + blockIdx.x * p.slot_floats;
+    return p.in_shared != 0 ? factors_of_rows() + 2 * ROWS + 4 : p.scores + blockIdx.x * p.slot_floats;
 }
 
 // Sums p of the keys before and of the tile to selection blocks and keeps them.
@@ -250,16 +250,16 @@ __device__ __forceinline__ void select(const CmpForwardParams& p, const BandTile
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) cmp_forward(const __grid_constant__ CmpForwardParams p) {
-    for (u32 work = blockIdx.x; work < u32(p.tiles * KV_HEADS); work += gridDim.x) {
+    for (u32 work = blockIdx.x; work < u32(p.common.tiles * KV_HEADS); work += gridDim.x) {
         if (threadIdx.x == 0) *work_in_turn() = work;
-        BandTile tile(p, work);
+        BandTile tile(p.common, work);
         const bool selects = p.block_indices != nullptr;
         const bool scores = selects && FREE > 0 && tile.position(tile.rows - 1) / SELECT_BLOCK + 1 > SELECT_COUNT;
         Keep keep(p, scores);
         BandFlash flash;
-        attend<EXTRA>(p, tile, Visible(), flash, keep);
+        attend<EXTRA>(p.common, tile, Visible(), flash, keep);
         work = *work_in_turn();
-        tile = BandTile(p, work);
+        tile = BandTile(p.common, work);
         const int thread = anew(int(threadIdx.x)), base = thread / 32 * WARP_ROWS, lane = thread % 32;
         if (lane % 4 == 0) {
 #pragma unroll
@@ -272,7 +272,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) cmp_forward(const __gri
                 }
             }
         }
-        write_rows(p, tile, flash, base, tile.rows - base < WARP_ROWS ? tile.rows - base : WARP_ROWS);
+        write_rows(p.common, tile, flash, base, tile.rows - base < WARP_ROWS ? tile.rows - base : WARP_ROWS);
         __syncthreads();
         if (selects) {
             for (int query = thread / 32; query < tile.rows / GROUP; query += WARPS) {

@@ -118,7 +118,7 @@ __device__ __forceinline__ void mask(Scores<1, KEYS>& s, const Blocks& blocks, c
     }
 }
 
-__device__ __forceinline__ void write_rows(const SlcForwardParams& p, const SelectTile& tile, const Flash<1, KEYS>& flash, char* own) {
+__device__ __forceinline__ void write_rows(const BandForwardParams& p, const SelectTile& tile, const Flash<1, KEYS>& flash, char* own) {
     const int lane = threadIdx.x % 32;
     const float unscale[2] = {p.unscale_high, p.unscale_low};
     flash.put(own);
@@ -135,7 +135,8 @@ __device__ __forceinline__ void write_rows(const SlcForwardParams& p, const Sele
     });
 }
 
-extern "C" __global__ void __launch_bounds__(32 * WARPS) slc_forward(const __grid_constant__ SlcForwardParams p) {
+extern "C" __global__ void __launch_bounds__(32 * WARPS) slc_forward(const __grid_constant__ SlcForwardParams params) {
+    const BandForwardParams& p = params.common;
     const int lane = threadIdx.x % 32;
     const i64 work = i64(blockIdx.x) * WARPS + threadIdx.x / 32;
     const i64 index = work / PARTS_OF_GROUP;
@@ -158,7 +159,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) slc_forward(const __gri
     copy_commit();
     for (int i = lane; i < tile.queries * SELECT_COUNT; i += 32) {
         const i64 list = (tile.token(0) + i / SELECT_COUNT) * KV_HEADS + tile.head;
-        lists[i] = p.block_indices[list * SELECT_COUNT + i % SELECT_COUNT];
+        lists[i] = params.block_indices[list * SELECT_COUNT + i % SELECT_COUNT];
     }
     copy_wait<0>();
     __syncwarp();

@@ -1,0 +1,65 @@
+//! Compressed attention, importance and selection.
+
+use super::Cuda;
+use super::attention::{self, BandForward};
+use super::geometry::{BandTiles, KeptScores};
+use super::memory::DeviceBuffer;
+use super::params::{Out, Params, params};
+use super::program::Program;
+use crate::op::cmp::Forward;
+use crate::{Element, Result};
+use nsa_core::index;
+use std::marker::PhantomData;
+
+/// The kernels.
+pub(crate) static PROGRAM: Program = Program {
+    file: "cmp_fwd.cu",
+    text: include_str!("kernels/cmp_fwd.cu"),
+    params: &[BandForward::declaration, CmpForward::declaration],
+};
+
+params! {
+    /// Arguments of `cmp_forward`.
+    struct CmpForward {
+        /// What every forward has.
+        common: BandForward,
+        /// `[N, G, n]`, or null.
+        block_indices: Out<i32>,
+        /// `[slots, slot_floats]`, if scores are not kept in shared memory.
+        scores: Out<f32>,
+        slot_floats: i64,
+        /// Whether scores are kept in shared memory.
+        in_shared: i32,
+    }
+}
+
+pub(crate) fn forward<T: Element>(cuda: &Cuda, args: Forward<'_, T>) -> Result<()> {
+    const OP: &str = "cmp::forward";
+    let Forward { config, packing, q, k_blocks, v_blocks, o, lse, mut block_indices } = args;
+    let tiles = BandTiles::checked::<T>(cuda, OP, config)?;
+    let args = attention::Forward { config, packing, q, k: ("k_blocks", k_blocks), v: ("v_blocks", v_blocks), o, lse };
+    let prepared = attention::prepare(cuda, OP, args, tiles.queries)?;
+    let call = prepared.call;
+    let most = packing.seqs().map(|seq| index::num_blocks(config, seq.end())).max().unwrap_or(0);
+    let device = cuda.device();
+    let kept = KeptScores::new(config, &tiles, most, (device.multiprocessors, device.shared_bytes));
+    let mut geometry = tiles.geometry(prepared.sequences.tiles, config.num_kv_heads());
+    geometry.shared_bytes = kept.shared_bytes as u32;
+    if kept.slots > 0 {
+        geometry.grid[0] = geometry.grid[0].min(kept.slots as u64);
+    }
+    let slots = if kept.slots > 0 { geometry.grid[0] as usize } else { 0 };
+    let mut scores = DeviceBuffer::<f32>::unwritten(cuda, slots * kept.floats)?;
+    let params = CmpForward {
+        common: prepared.params,
+        block_indices: match &mut block_indices {
+            Some(indices) => call.output("block_indices", indices)?,
+            None => Out(0, PhantomData),
+        },
+        scores: Out(scores.mem_mut(0..slots * kept.floats).address(), PhantomData),
+        slot_floats: kept.floats as i64,
+        in_shared: i32::from(kept.slots == 0),
+    };
+    let call = call.constants(|constants| tiles.bake(constants));
+    call.launch(&PROGRAM, "cmp_forward", geometry, params)
+}
