@@ -30,7 +30,9 @@ struct Rows {
     const char* tile;
 
     // Rows 0..16 TILES of the tile.
-    __device__ __forceinline__ Rows(const char* rows) : tile(rows) {
+    __device__ __forceinline__ Rows(const char* rows) : tile(rows) {}
+    // To registers, if they are to be held, once they are in shared memory.
+    __device__ __forceinline__ void take() {
         if constexpr (HELD) {
 #pragma unroll
             for (int i = 0; i < TILES; ++i) {

@@ -163,7 +163,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) slc_forward(const __gri
     }
     copy_wait<0>();
     __syncwarp();
-    const Queries<1, HELD> q(rows);
+    Queries<1, HELD> q(rows);
+    q.take();
     __syncwarp();
 
     const KeyRows<HEAD_DIM_QK> k(p.k, p.k_pages, tile.sequence.key, tile.head);
