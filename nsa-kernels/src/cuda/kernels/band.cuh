@@ -33,7 +33,7 @@ struct BandTile {
         // The tiles with most keys come first.
         const int tile = p.tiles - 1 - int(work / KV_HEADS);
         head = int(work % KV_HEADS);
-        sequence = find_sequence(p.sequences, p.num_sequences, tile);
+        sequence = find_sequence<5>(p.sequences, p.num_sequences, tile);
         query = (tile - sequence.tile) * QUERIES;
         const int left = sequence.queries - query;
         rows = (left < QUERIES ? left : QUERIES) * GROUP;

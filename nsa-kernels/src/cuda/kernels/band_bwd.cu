@@ -31,7 +31,7 @@ struct QueryRun {
 template <class Span>
 __device__ __forceinline__ void query_gradients(const BandBackwardParams& p) {
     const int tile = p.query_tiles - 1 - int(blockIdx.x / KV_HEADS);
-    const Sequence seq = find_sequence(p.sequences, p.num_sequences, tile);
+    const Sequence seq = find_sequence<5>(p.sequences, p.num_sequences, tile);
     const QueryRun run{seq, int(blockIdx.x % KV_HEADS), (tile - seq.tile) * QUERIES};
     const int left = seq.queries - run.query, rows = (left < QUERIES ? left : QUERIES) * GROUP;
     const Span span(seq);
@@ -100,7 +100,7 @@ template <bool K, bool V, class Span>
 __device__ __forceinline__ void key_gradients(const BandBackwardParams& p) {
     // The first keys are seen by most queries.
     const int tile = int(blockIdx.x / KV_HEADS), head = int(blockIdx.x % KV_HEADS);
-    const Sequence seq = find_sequence(p.key_sequences, p.num_sequences, tile);
+    const Sequence seq = find_sequence<5>(p.key_sequences, p.num_sequences, tile);
     const Span span(seq);
     const int key = (tile - seq.tile) * KEY_ROWS, keys = seq.keys - key < KEY_ROWS ? seq.keys - key : KEY_ROWS;
     char* const values = shared + KEY_ROWS * Keys::PITCH;

@@ -35,16 +35,8 @@ __device__ __forceinline__ void row_facts(const P& p) {
     sum = warp_sum(sum);
     if (lane == 0) {
         const int token = int(row / HEADS);
-        int low = 0, high = p.num_sequences;
-        while (high - low > 1) {
-            const int middle = (low + high) / 2;
-            if (p.sequences[middle * 6] <= token) {
-                low = middle;
-            } else {
-                high = middle;
-            }
-        }
-        const int position = p.sequences[low * 6 + 2] + token - p.sequences[low * 6];
+        const Sequence seq = find_sequence<0>(p.sequences, p.num_sequences, token);
+        const int position = seq.context + token - seq.query;
         const float lse = p.lse[row];
         p.facts[row] = make_float4(lse == NEGATIVE_INFINITY ? 0.0f : lse, sum, gate, __int_as_float(position + 1));
     }
