@@ -4,16 +4,22 @@
 //! (`element.cuh` …), `params.cuh` with the kernel's argument structs, made from the Rust structs, and `config.cuh` with the
 //! constants of the call. No header of the CUDA toolkit is needed.
 
+use super::params::{Cpp, Grad, Stored, Weight};
 use nsa_core::{DType, NsaConfig};
 use std::fmt::Write as _;
 
 /// The headers that kernels share.
-const HEADERS: [(&str, &str); 6] = [
+const HEADERS: [(&str, &str); 11] = [
     ("band.cuh", include_str!("kernels/band.cuh")),
     ("element.cuh", include_str!("kernels/element.cuh")),
     ("flash.cuh", include_str!("kernels/flash.cuh")),
+    ("grad.cuh", include_str!("kernels/grad.cuh")),
     ("mma.cuh", include_str!("kernels/mma.cuh")),
+    ("product.cuh", include_str!("kernels/product.cuh")),
+    ("reduce.cuh", include_str!("kernels/reduce.cuh")),
+    ("select.cuh", include_str!("kernels/select.cuh")),
     ("sequence.cuh", include_str!("kernels/sequence.cuh")),
+    ("span.cuh", include_str!("kernels/span.cuh")),
     ("tile.cuh", include_str!("kernels/tile.cuh")),
 ];
 
@@ -38,7 +44,7 @@ pub struct Constants {
 impl Constants {
     /// The type of the tensors, `Element` in kernels.
     pub fn new(element: DType) -> Self {
-        Self { types: vec![("Element", element)], values: Vec::new() }
+        Self { types: vec![(Stored::NAME, element)], values: Vec::new() }
     }
 
     /// With the sizes of the operator.
@@ -67,6 +73,12 @@ impl Constants {
         self
     }
 
+    /// With a number that may be negative.
+    pub fn with_signed(mut self, name: &'static str, value: i64) -> Self {
+        self.values.push((name, value));
+        self
+    }
+
     /// With another name of an element type.
     pub fn with_type(mut self, name: &'static str, dtype: DType) -> Self {
         self.types.push((name, dtype));
@@ -81,8 +93,9 @@ impl Constants {
     /// `config.cuh`.
     fn header(&self) -> String {
         let mut text = String::new();
-        for (name, dtype) in &self.types {
-            let _ = writeln!(text, "using {name} = {};", cpp(*dtype));
+        // A program's structs name all types, a call has those of its kernels.
+        for name in [Stored::NAME, Weight::NAME, Grad::NAME] {
+            let _ = writeln!(text, "using {name} = {};", cpp(self.dtype(name).unwrap_or(DType::F32)));
         }
         for (name, value) in &self.values {
             match i32::try_from(*value) {
@@ -153,11 +166,6 @@ impl Program {
         };
         let _ = write!(out, "#line 1 \"{header}\"\n{generated}");
     }
-}
-
-/// Every program, for tools that compile ahead.
-pub fn all() -> [&'static Program; 4] {
-    [&super::gate::PROGRAM, &super::dense::PROGRAM, &super::slc::PROGRAM, &super::cmp::PROGRAM]
 }
 
 #[cfg(test)]
