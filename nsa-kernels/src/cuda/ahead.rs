@@ -2,7 +2,7 @@
 //! constants, how they are launched, and what their header comments allow them.
 
 use super::program::{Constants, Program};
-use super::{compress, gate, layer, reduce};
+use super::{attention, compress, gate, gradients, layer, reduce, slc};
 use nsa_core::{DType, NsaConfig};
 
 /// A program with its constants, and kernels of it.
@@ -75,8 +75,10 @@ fn budget(line: &str) -> Option<Budget> {
 
 /// The programs that operations on tensors of a type run for a configuration; layers as wide as all heads.
 pub fn builds(config: &NsaConfig, dtype: DType) -> Vec<Build> {
-    [compress::builds(config, dtype), gate::builds(config, dtype), layer::builds(config, dtype), reduce::builds(dtype)]
-        .concat()
+    let gradients = [gradients::builds(config, dtype), slc::builds(config, dtype)].concat();
+    let attention = [attention::builds(config, dtype), gradients].concat();
+    let parts = [compress::builds(config, dtype), gate::builds(config, dtype), layer::builds(config, dtype)].concat();
+    [attention, parts, reduce::builds(dtype)].concat()
 }
 
 #[cfg(test)]
