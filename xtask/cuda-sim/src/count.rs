@@ -1,6 +1,6 @@
 //! Counters of a launch: instructions, tensor-core work, memory traffic, bank conflicts, divergence.
 
-use crate::code::{Inst, Op, Site};
+use crate::code::{Inst, Op, Pipe, Site};
 use crate::exec::checks::{Checks, Touch, TouchKind};
 use crate::exec::regs::LANES;
 use crate::exec::warp::{Warp, lanes};
@@ -51,6 +51,8 @@ pub struct Counts {
     pub copied_bytes: u64,
     /// The most groups of copies that a warp had open.
     pub groups_in_flight: u64,
+    /// Lines of the PTX that some lane ran, by their number.
+    pub lines: Vec<bool>,
     sectors: HashSet<u64>,
 }
 
@@ -111,6 +113,8 @@ impl Counts {
         self.shared_ideal += other.shared_ideal;
         self.copied_bytes += other.copied_bytes;
         self.groups_in_flight = self.groups_in_flight.max(other.groups_in_flight);
+        self.lines.resize(self.lines.len().max(other.lines.len()), false);
+        self.lines.iter_mut().zip(&other.lines).for_each(|(ran, other)| *ran |= other);
         self.sectors.extend(&other.sectors);
         self.unique_bytes = self.sectors.len() as u64 * SECTOR;
     }
@@ -158,7 +162,9 @@ impl Counts {
                 &mut self.control
             }
             Op::Matrix(_) | Op::Mma(_) | Op::Wgmma(_) => &mut self.tensor,
+            Op::AsyncCommit(Pipe::Product) | Op::AsyncWait(Pipe::Product, _) => &mut self.tensor,
             Op::CopyAsync(_) | Op::CopyCommit | Op::CopyWait(_) | Op::Bulk(_) | Op::Mbarrier(_) => &mut self.copies,
+            Op::AsyncCommit(Pipe::Bulk) | Op::AsyncWait(Pipe::Bulk, _) => &mut self.copies,
             _ => &mut self.collective,
         };
         *class += 1;
@@ -195,7 +201,8 @@ impl Checks for Counter {
 
     fn new(launch: &Launch<'_>, _: [u32; 3], _: u32, _: u32) -> Self {
         let warps = launch.block.iter().product::<u32>().div_ceil(LANES as u32) as usize;
-        Self { counts: Counts::default(), open: vec![0; warps] }
+        let last = launch.kernel.sites.iter().map(|site| site.line as usize).max().unwrap_or(0);
+        Self { counts: Counts { lines: vec![false; last + 1], ..Counts::default() }, open: vec![0; warps] }
     }
 
     fn before(&mut self, _: &Warp, inst: &Inst, site: &Site, mask: u32, active: u32) -> Result<(), Finding> {
@@ -204,6 +211,7 @@ impl Checks for Counter {
         }
         let ran = if matches!(inst.op, Op::Branch(_)) { mask } else { active };
         self.counts.instruction(&inst.op);
+        self.counts.lines[site.line as usize] |= ran != 0;
         self.counts.lanes += u64::from(ran.count_ones());
         Ok(())
     }
@@ -240,7 +248,10 @@ impl Checks for Counter {
     fn warp_sync(&mut self, _: u32, _: u32, _: u32) {}
     fn barrier_arrive(&mut self, _: u32, _: u32, _: bool) {}
     fn barrier_complete(&mut self, _: u32) {}
+    fn async_commit(&mut self, _: u32, _: u32, _: Pipe) {}
+    fn async_wait(&mut self, _: u32, _: u32, _: Pipe, _: u32) {}
     fn object_arrive(&mut self, _: u32, _: u64) {}
+    fn object_filled(&mut self, _: u32, _: u64) {}
     fn object_wait(&mut self, _: u32, _: u64) {}
 }
 
@@ -303,9 +314,24 @@ impl<A: Checks, B: Checks> Checks for (A, B) {
         self.1.copy_wait(warp, active, groups);
     }
 
+    fn async_commit(&mut self, warp: u32, active: u32, pipe: Pipe) {
+        self.0.async_commit(warp, active, pipe);
+        self.1.async_commit(warp, active, pipe);
+    }
+
+    fn async_wait(&mut self, warp: u32, active: u32, pipe: Pipe, groups: u32) {
+        self.0.async_wait(warp, active, pipe, groups);
+        self.1.async_wait(warp, active, pipe, groups);
+    }
+
     fn object_arrive(&mut self, warp: u32, offset: u64) {
         self.0.object_arrive(warp, offset);
         self.1.object_arrive(warp, offset);
+    }
+
+    fn object_filled(&mut self, warp: u32, offset: u64) {
+        self.0.object_filled(warp, offset);
+        self.1.object_filled(warp, offset);
     }
 
     fn object_wait(&mut self, warp: u32, offset: u64) {

@@ -178,6 +178,11 @@ pub struct DeviceMemory {
     table: RwLock<Table>,
 }
 
+/// What an allocation takes of the device's memory.
+fn taken(bytes: u64) -> u64 {
+    bytes.max(1).next_multiple_of(ALIGN)
+}
+
 impl DeviceMemory {
     /// Memory of a size.
     pub fn new(total: u64) -> Self {
@@ -203,16 +208,36 @@ impl DeviceMemory {
     /// The memory is full.
     pub fn allocate(&self, bytes: u64, read_only: bool) -> Result<u64, MemoryError> {
         let mut table = self.write_table();
-        let taken = bytes.max(1).next_multiple_of(ALIGN);
+        let base = table.next;
+        self.insert(&mut table, base, bytes, read_only)?;
+        table.next += taken(bytes) + GAP;
+        Ok(base)
+    }
+
+    /// An address for an allocation that is made later, perhaps several times.
+    pub fn reserve(&self, bytes: u64) -> u64 {
+        let mut table = self.write_table();
+        let base = table.next;
+        table.next += taken(bytes) + GAP;
+        base
+    }
+
+    /// Allocates at a reserved address.
+    ///
+    /// # Errors
+    /// The memory is full.
+    pub fn allocate_at(&self, base: u64, bytes: u64) -> Result<(), MemoryError> {
+        self.insert(&mut self.write_table(), base, bytes, false)
+    }
+
+    fn insert(&self, table: &mut Table, base: u64, bytes: u64, read_only: bool) -> Result<(), MemoryError> {
         let free = self.total - table.used;
-        if taken > free {
+        if taken(bytes) > free {
             return Err(MemoryError::Full { wanted: bytes, free });
         }
-        let base = table.next;
-        table.next += taken + GAP;
-        table.used += taken;
+        table.used += taken(bytes);
         table.allocations.insert(base, Arc::new(Allocation::new(base, bytes, read_only)));
-        Ok(base)
+        Ok(())
     }
 
     /// Frees an allocation.
@@ -222,7 +247,7 @@ impl DeviceMemory {
     pub fn free(&self, address: u64) -> Result<(), MemoryError> {
         let mut table = self.write_table();
         let found = table.allocations.remove(&address).ok_or(MemoryError::NoAllocation { address })?;
-        table.used -= found.bytes.max(1).next_multiple_of(ALIGN);
+        table.used -= taken(found.bytes);
         Ok(())
     }
 

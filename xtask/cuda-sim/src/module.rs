@@ -22,6 +22,8 @@ pub enum LoadError {
 /// A loaded module.
 #[derive(Debug)]
 pub struct Module {
+    /// `.version`, major and minor.
+    pub version: (u32, u32),
     /// `.target`
     pub target: String,
     /// Kernels by name.
@@ -37,7 +39,12 @@ impl Module {
     /// The PTX is wrong or not supported, or the memory is full.
     pub fn load(source: &str, memory: &DeviceMemory) -> Result<Self, LoadError> {
         let parsed = ptx::parse(source)?;
-        let mut module = Self { target: parsed.target.clone(), kernels: HashMap::new(), variables: HashMap::new() };
+        let mut module = Self {
+            version: parsed.version,
+            target: parsed.target.clone(),
+            kernels: HashMap::new(),
+            variables: HashMap::new(),
+        };
         let kept = |variable: &&Variable| matches!(variable.space, Space::Global | Space::Const);
         let result = module.place(parsed.variables.iter().filter(kept), memory).and_then(|()| {
             let symbols: Symbols = module.variables.iter().map(|(name, place)| (name.clone(), place.0)).collect();

@@ -1,5 +1,6 @@
 //! NVIDIA's compilers: those of the machine, or pinned ones that pip fetches once into a folder.
 
+use sha2::{Digest, Sha256};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use thiserror::Error;
@@ -47,6 +48,8 @@ pub struct Resources {
     pub spills: (u32, u32),
     /// Bytes of static shared memory.
     pub shared_bytes: u32,
+    /// Bytes of the stack frame: local memory of a thread.
+    pub stack_bytes: u32,
 }
 
 impl Toolchain {
@@ -56,21 +59,20 @@ impl Toolchain {
     /// # Errors
     /// It is not there and cannot be fetched.
     pub fn find_or_fetch(folder: &Path) -> Result<Self, ToolchainError> {
+        Self::find(folder).map_or_else(|| Self::fetch(folder), Ok)
+    }
+
+    /// The machine's toolkit, or the pinned one below `folder` if it was fetched.
+    pub fn find(folder: &Path) -> Option<Self> {
         let given = ["CUDA_HOME", "CUDA_PATH"].into_iter().filter_map(std::env::var_os).map(PathBuf::from);
-        let installed = given.chain([PathBuf::from("/usr/local/cuda")]).find(|root| root.join("bin/nvcc").exists());
-        match installed {
-            Some(root) => Ok(Self { root }),
-            None => Self::fetch(folder),
-        }
+        let places = given.chain([PathBuf::from("/usr/local/cuda"), folder.join(NAME).join(INSIDE)]);
+        places.into_iter().find(|root| root.join("bin/nvcc").exists()).map(|root| Self { root })
     }
 
     /// The pinned toolkit below `folder`. It is made whole under another name first: two may try at once.
     fn fetch(folder: &Path) -> Result<Self, ToolchainError> {
         let target = folder.join(NAME);
         let root = target.join(INSIDE);
-        if root.exists() {
-            return Ok(Self { root });
-        }
         std::fs::create_dir_all(folder)?;
         let partial = folder.join(format!(".partial-{}", std::process::id()));
         std::fs::create_dir_all(&partial)?;
@@ -130,10 +132,44 @@ impl Toolchain {
     /// # Errors
     /// ptxas's messages.
     pub fn assemble(&self, ptx: &Path, arch: &str, out: &Path) -> Result<Vec<Resources>, ToolchainError> {
+        Ok(resources(&self.assembled(ptx, arch, out)?))
+    }
+
+    /// What ptxas says while it assembles.
+    fn assembled(&self, ptx: &Path, arch: &str, out: &Path) -> Result<String, ToolchainError> {
         let mut command = Command::new(self.program("ptxas"));
         command.args(["-v", &format!("-arch={arch}"), "-o"]).arg(out).arg(ptx);
         let output = run(&mut command)?;
-        let text = String::from_utf8_lossy(&output.stderr).into_owned() + &String::from_utf8_lossy(&output.stdout);
+        Ok(String::from_utf8_lossy(&output.stderr).into_owned() + &String::from_utf8_lossy(&output.stdout))
+    }
+
+    /// What kernels of PTX text take, as the assembler says: asked once for each text and architecture, then read from
+    /// `folder`.
+    ///
+    /// # Errors
+    /// ptxas's messages, or files that cannot be written.
+    pub fn resources(&self, ptx: &str, arch: &str, folder: &Path) -> Result<Vec<Resources>, ToolchainError> {
+        let mut hash = Sha256::new();
+        for part in [&self.root.to_string_lossy(), arch, ptx] {
+            hash.update(part.len().to_le_bytes());
+            hash.update(part);
+        }
+        let name: String = hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
+        let kept = folder.join("resources").join(name);
+        if let Ok(text) = std::fs::read_to_string(&kept) {
+            return Ok(resources(&text));
+        }
+        let partial = folder.join(format!(".resources-{}", std::process::id()));
+        std::fs::create_dir_all(&partial)?;
+        let source = partial.join("module.ptx");
+        std::fs::write(&source, ptx)?;
+        let found = self.assembled(&source, arch, &partial.join("module.cubin"));
+        std::fs::remove_dir_all(&partial)?;
+        let text = found?;
+        std::fs::create_dir_all(folder.join("resources"))?;
+        let whole = kept.with_extension(std::process::id().to_string());
+        std::fs::write(&whole, &text)?;
+        std::fs::rename(&whole, &kept)?;
         Ok(resources(&text))
     }
 }
@@ -167,7 +203,7 @@ fn resources(text: &str) -> Vec<Resources> {
     for line in text.lines() {
         if let Some((_, rest)) = line.split_once("Compiling entry function '") {
             let kernel = rest.split('\'').next().unwrap_or("").to_owned();
-            found.push(Resources { kernel, registers: 0, spills: (0, 0), shared_bytes: 0 });
+            found.push(Resources { kernel, registers: 0, spills: (0, 0), shared_bytes: 0, stack_bytes: 0 });
         }
         let Some(last) = found.last_mut() else { continue };
         let before = |what: &str| -> Option<u32> {
@@ -177,6 +213,7 @@ fn resources(text: &str) -> Vec<Resources> {
         if let (Some(stores), Some(loads)) = (before(" bytes spill stores"), before(" bytes spill loads")) {
             last.spills = (stores, loads);
         }
+        last.stack_bytes = before(" bytes stack frame").unwrap_or(last.stack_bytes);
         last.registers = before(" registers").unwrap_or(last.registers);
         last.shared_bytes = before(" bytes smem").unwrap_or(last.shared_bytes);
     }
@@ -192,7 +229,8 @@ mod tests {
         let text = "ptxas info    : 0 bytes gmem\nptxas info    : Compiling entry function 'k' for 'sm_80'\n\
                     ptxas info    : Function properties for k\n    8 bytes stack frame, 4 bytes spill stores, 12 bytes spill loads\n\
                     ptxas info    : Used 40 registers, used 1 barriers, 1024 bytes smem, 372 bytes cmem[0]\n";
-        let expected = Resources { kernel: "k".into(), registers: 40, spills: (4, 12), shared_bytes: 1024 };
+        let expected =
+            Resources { kernel: "k".into(), registers: 40, spills: (4, 12), shared_bytes: 1024, stack_bytes: 8 };
         assert_eq!(resources(text), [expected]);
     }
 }

@@ -1,8 +1,11 @@
 //! cudarc, unmodified, on the simulator: contexts, copies, modules, launches, events, errors.
 
 use cudarc::cublas::{CudaBlas, Gemm, GemmConfig, StridedBatchedConfig, sys::cublasOperation_t};
-use cudarc::driver::{CudaContext, LaunchConfig, PushKernelArg, sys};
+use cudarc::driver::{CudaContext, CudaFunction, CudaGraph, CudaSlice, CudaStream, DriverError, LaunchConfig};
+use cudarc::driver::{PushKernelArg, result, sys};
 use std::process::Command;
+use std::sync::Arc;
+use sys::{CUgraphInstantiate_flags as Flags, CUresult, CUstreamCaptureMode as Mode, CUstreamCaptureStatus as Status};
 
 /// Marks a process whose libcuda is the simulator.
 const INSIDE: &str = "CUDA_SIM_TEST_INSIDE";
@@ -157,6 +160,231 @@ fn products_of_cublas() {
         let element = |i: usize, j: usize| short[j * 3 + i].to_f64();
         for (at, got) in stream.clone_dtoh(&out).unwrap().iter().enumerate() {
             assert_eq!(*got, half::bf16::from_f64(product(element, element, 3, at % 3, at / 3)), "element {at}");
+        }
+    });
+}
+
+/// A context with a stream and the kernel `add`: y += a x over four numbers, at the start of a capture.
+struct Capturing {
+    context: Arc<CudaContext>,
+    stream: Arc<CudaStream>,
+    kernel: CudaFunction,
+    x: CudaSlice<f32>,
+    y: CudaSlice<f32>,
+}
+
+impl Capturing {
+    fn begin(mode: Mode) -> Self {
+        let context = CudaContext::new(0).unwrap();
+        // SAFETY: all work is on one stream, or ordered by events that the test records.
+        unsafe { context.disable_event_tracking() };
+        let stream = context.new_stream().unwrap();
+        let kernel = context.load_module(ADD.into()).unwrap().load_function("add").unwrap();
+        let x = stream.clone_htod(&[1.0f32, 2.0, 3.0, 4.0]).unwrap();
+        let y = stream.alloc_zeros::<f32>(4).unwrap();
+        stream.begin_capture(mode).unwrap();
+        Self { context, stream, kernel, x, y }
+    }
+
+    fn add(&mut self, stream: &Arc<CudaStream>, scale: f32) -> Result<(), DriverError> {
+        let mut builder = stream.launch_builder(&self.kernel);
+        builder.arg(&self.x).arg(&mut self.y).arg(&4u32).arg(&scale);
+        // SAFETY: the kernel writes within `y`.
+        unsafe { builder.launch(LaunchConfig::for_num_elems(4)) }.map(|_| ())
+    }
+
+    fn end(&self) -> Result<CudaGraph, CUresult> {
+        self.stream.end_capture(Flags(0)).map(|graph| graph.unwrap()).map_err(|error| error.0)
+    }
+
+    /// What a call answers during the capture, and what the capture then ends with.
+    fn spoiled(call: impl FnOnce(&mut Self) -> Result<(), DriverError>) -> (CUresult, CUresult) {
+        let mut capturing = Self::begin(Mode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL);
+        let error = call(&mut capturing).unwrap_err().0;
+        (error, capturing.end().map(|_| ()).unwrap_err())
+    }
+}
+
+#[test]
+fn a_graph_repeats_what_was_captured() {
+    on_simulator("a_graph_repeats_what_was_captured", || {
+        let mut it = Capturing::begin(Mode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL);
+        let stream = it.stream.clone();
+        assert_eq!(stream.capture_status().unwrap(), Status::CU_STREAM_CAPTURE_STATUS_ACTIVE);
+        let mut host = [5.0f32; 4];
+        stream.memcpy_htod(&host, &mut it.x).unwrap();
+        it.add(&stream, 2.0).unwrap();
+        stream.memset_zeros(&mut it.x).unwrap();
+        it.add(&stream, 1.0).unwrap();
+        let graph = it.end().unwrap();
+        assert_eq!(stream.capture_status().unwrap(), Status::CU_STREAM_CAPTURE_STATUS_NONE);
+        assert_eq!(stream.clone_dtoh(&it.y).unwrap(), [0.0; 4], "nothing has run yet");
+        graph.upload().unwrap();
+        graph.launch().unwrap();
+        assert_eq!(stream.clone_dtoh(&it.y).unwrap(), [10.0; 4]);
+        // The host's memory is read at each launch.
+        std::hint::black_box(&mut host)[2] = 1.0;
+        graph.launch().unwrap();
+        assert_eq!(stream.clone_dtoh(&it.y).unwrap(), [20.0, 20.0, 12.0, 20.0]);
+        std::hint::black_box(&host);
+        // A graph becomes part of another.
+        stream.begin_capture(Mode::CU_STREAM_CAPTURE_MODE_RELAXED).unwrap();
+        graph.launch().unwrap();
+        graph.launch().unwrap();
+        let twice = it.end().unwrap();
+        twice.launch().unwrap();
+        assert_eq!(stream.clone_dtoh(&it.y).unwrap(), [40.0, 40.0, 16.0, 40.0]);
+    });
+}
+
+#[test]
+fn captures_branch_and_join() {
+    on_simulator("captures_branch_and_join", || {
+        let mut it = Capturing::begin(Mode::CU_STREAM_CAPTURE_MODE_GLOBAL);
+        let (stream, side) = (it.stream.clone(), it.context.new_stream().unwrap());
+        it.add(&stream, 1.0).unwrap();
+        side.wait(&stream.record_event(None).unwrap()).unwrap();
+        it.add(&side, 2.0).unwrap();
+        assert_eq!(
+            side.end_capture(Flags(0)).map(|_| ()).unwrap_err().0,
+            CUresult::CUDA_ERROR_STREAM_CAPTURE_UNMATCHED
+        );
+        assert_eq!(it.end().map(|_| ()).unwrap_err(), CUresult::CUDA_ERROR_STREAM_CAPTURE_INVALIDATED);
+        for joins in [false, true] {
+            stream.begin_capture(Mode::CU_STREAM_CAPTURE_MODE_GLOBAL).unwrap();
+            side.wait(&stream.record_event(None).unwrap()).unwrap();
+            it.add(&side, 2.0).unwrap();
+            if joins {
+                stream.wait(&side.record_event(None).unwrap()).unwrap();
+            }
+            match it.end() {
+                Ok(graph) if joins => graph.launch().unwrap(),
+                Err(CUresult::CUDA_ERROR_STREAM_CAPTURE_UNJOINED) if !joins => {}
+                other => panic!("joins {joins}: {:?}", other.map(|_| ())),
+            }
+        }
+        assert_eq!(stream.clone_dtoh(&it.y).unwrap(), [2.0, 4.0, 6.0, 8.0]);
+    });
+}
+
+#[test]
+fn captures_forbid_what_a_graph_cannot_hold() {
+    on_simulator("captures_forbid_what_a_graph_cannot_hold", || {
+        let over = CUresult::CUDA_ERROR_STREAM_CAPTURE_INVALIDATED;
+        let unsupported = (CUresult::CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED, over);
+        assert_eq!(Capturing::spoiled(|it| it.stream.synchronize()), unsupported);
+        assert_eq!(Capturing::spoiled(|it| it.context.synchronize()), unsupported);
+        // SAFETY: the memory is freed by nobody, and used by nobody.
+        assert_eq!(Capturing::spoiled(|_| unsafe { result::malloc_sync(16) }.map(|_| ())), unsupported);
+        assert_eq!(Capturing::spoiled(|it| it.context.load_module(ADD.into()).map(|_| ())), unsupported);
+        let captured = |it: &mut Capturing| it.stream.record_event(None)?.synchronize();
+        assert_eq!(Capturing::spoiled(captured), (CUresult::CUDA_ERROR_CAPTURED_EVENT, over));
+        let foreign = |it: &mut Capturing| it.stream.wait(&it.context.new_stream()?.record_event(None)?);
+        assert_eq!(Capturing::spoiled(foreign), (CUresult::CUDA_ERROR_STREAM_CAPTURE_ISOLATION, over));
+        let merged = |it: &mut Capturing| {
+            let other = it.context.new_stream()?;
+            other.begin_capture(Mode::CU_STREAM_CAPTURE_MODE_RELAXED)?;
+            it.stream.wait(&other.record_event(None)?)
+        };
+        assert_eq!(Capturing::spoiled(merged), (CUresult::CUDA_ERROR_STREAM_CAPTURE_MERGE, over));
+        let again = |it: &mut Capturing| it.stream.begin_capture(Mode::CU_STREAM_CAPTURE_MODE_GLOBAL);
+        let mut it = Capturing::begin(Mode::CU_STREAM_CAPTURE_MODE_GLOBAL);
+        assert_eq!(again(&mut it).unwrap_err().0, CUresult::CUDA_ERROR_ILLEGAL_STATE);
+        let elsewhere = std::thread::scope(|scope| scope.spawn(|| it.end().map(|_| ()).unwrap_err()).join().unwrap());
+        assert_eq!(elsewhere, CUresult::CUDA_ERROR_STREAM_CAPTURE_WRONG_THREAD);
+        // Streams that do not wait for the legacy stream let it be used.
+        let default = it.context.default_stream();
+        default.memset_zeros(&mut it.y).unwrap();
+        it.end().unwrap();
+        assert_eq!(it.end().map(|_| ()).unwrap_err(), CUresult::CUDA_ERROR_ILLEGAL_STATE);
+        let begin = default.begin_capture(Mode::CU_STREAM_CAPTURE_MODE_RELAXED);
+        assert_eq!(begin.unwrap_err().0, CUresult::CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED);
+    });
+}
+
+#[test]
+fn the_legacy_stream_spoils_captures_that_wait_for_it() {
+    on_simulator("the_legacy_stream_spoils_captures_that_wait_for_it", || {
+        let context = CudaContext::new(0).unwrap();
+        let blocking = result::stream::create(result::stream::StreamKind::Default).unwrap();
+        let mut x = context.default_stream().alloc_zeros::<u32>(4).unwrap();
+        // SAFETY: the stream is alive.
+        unsafe { result::stream::begin_capture(blocking, Mode::CU_STREAM_CAPTURE_MODE_RELAXED) }.unwrap();
+        let error = context.default_stream().memset_zeros(&mut x).unwrap_err();
+        assert_eq!(error.0, CUresult::CUDA_ERROR_STREAM_CAPTURE_IMPLICIT);
+        // SAFETY: the stream is alive.
+        let error = unsafe { result::stream::end_capture(blocking) }.unwrap_err();
+        assert_eq!(error.0, CUresult::CUDA_ERROR_STREAM_CAPTURE_INVALIDATED);
+    });
+}
+
+#[test]
+fn graphs_hold_memory_and_products() {
+    on_simulator("graphs_hold_memory_and_products", || {
+        let context = CudaContext::new(0).unwrap();
+        // SAFETY: all work is on one stream.
+        unsafe { context.disable_event_tracking() };
+        let stream = context.new_stream().unwrap();
+        let blas = CudaBlas::new(stream.clone()).unwrap();
+        let x = stream.clone_htod(&[1.0f32, 2.0, 3.0, 4.0]).unwrap();
+        let mut out = stream.alloc_zeros::<f32>(4).unwrap();
+        let operation = cublasOperation_t::CUBLAS_OP_N;
+        let config = GemmConfig {
+            transa: operation,
+            transb: operation,
+            m: 2,
+            n: 2,
+            k: 2,
+            alpha: 1.0f32,
+            lda: 2,
+            ldb: 2,
+            beta: 1.0,
+            ldc: 2,
+        };
+        stream.begin_capture(Mode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).unwrap();
+        let mut scratch = stream.alloc_zeros::<f32>(4).unwrap();
+        // SAFETY: the sizes are those of the matrices.
+        unsafe { blas.gemm(config, &x, &x, &mut scratch) }.unwrap();
+        // SAFETY: as above.
+        unsafe { blas.gemm(config, &scratch, &x, &mut out) }.unwrap();
+        drop(scratch);
+        let graph = stream.end_capture(Flags(0)).unwrap().unwrap();
+        assert_eq!(stream.clone_dtoh(&out).unwrap(), [0.0; 4]);
+        let free = result::mem_get_info().unwrap().0;
+        for times in 1..3 {
+            graph.launch().unwrap();
+            let cube = [37.0f32, 54.0, 81.0, 118.0].map(|value| value * times as f32);
+            assert_eq!(stream.clone_dtoh(&out).unwrap(), cube);
+            assert_eq!(result::mem_get_info().unwrap().0, free, "the graph's memory is free again");
+        }
+        for (flags, error) in [(5, CUresult::CUDA_ERROR_INVALID_VALUE), (16, CUresult::CUDA_ERROR_INVALID_VALUE)] {
+            stream.begin_capture(Mode::CU_STREAM_CAPTURE_MODE_RELAXED).unwrap();
+            assert_eq!(stream.end_capture(Flags(flags)).map(|_| ()).unwrap_err().0, error);
+        }
+    });
+}
+
+#[test]
+fn a_graph_that_leaves_memory_allocated_runs_once() {
+    on_simulator("a_graph_that_leaves_memory_allocated_runs_once", || {
+        for (flags, repeats) in [(Flags(0), false), (Flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH, true)] {
+            let context = CudaContext::new(0).unwrap();
+            let stream = context.new_stream().unwrap();
+            stream.begin_capture(Mode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).unwrap();
+            // SAFETY: the graph below writes the memory before it is read.
+            let address = unsafe { result::malloc_async(stream.cu_stream(), 64) }.unwrap();
+            // SAFETY: 64 bytes were allocated.
+            unsafe { result::memset_d8_async(address, 7, 64, stream.cu_stream()) }.unwrap();
+            let graph = stream.end_capture(flags).unwrap().unwrap();
+            graph.launch().unwrap();
+            let again = graph.launch().map_err(|error| error.0);
+            assert_eq!(again, if repeats { Ok(()) } else { Err(CUresult::CUDA_ERROR_INVALID_VALUE) });
+            let mut bytes = [0u8; 64];
+            // SAFETY: 64 bytes on both sides.
+            unsafe { result::memcpy_dtoh_sync(&mut bytes, address) }.unwrap();
+            assert_eq!(bytes, [7; 64]);
+            // SAFETY: nobody uses the memory any more.
+            unsafe { result::free_async(address, stream.cu_stream()) }.unwrap();
         }
     });
 }

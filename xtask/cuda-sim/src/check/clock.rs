@@ -97,16 +97,12 @@ impl Clocks {
         self.warps[warp as usize].own[warp as usize] += 1;
     }
 
-    /// Whether an access of a lane at a time comes before what another lane of the CTA does now.
+    /// What a warp knows now.
     #[inline(always)]
-    pub fn ordered(&self, (warp, lane): (u32, u32), (other, other_lane): (u32, u32), time: u32) -> bool {
-        if warp != other {
-            return self.warps[warp as usize].own[other as usize] >= time;
-        }
-        if lane == other_lane || time < self.full[warp as usize] {
-            return true;
-        }
-        self.pairs[warp as usize].as_ref().is_some_and(|pairs| time < pairs[lane as usize][other_lane as usize])
+    pub fn view(&self, warp: u32) -> Knows<'_> {
+        let at = warp as usize;
+        let Clock { own, others } = &self.warps[at];
+        Knows { warp, time: own[at], own, others, full: self.full[at], pairs: self.pairs[at].as_deref() }
     }
 
     /// Lanes of a warp synchronise.
@@ -144,5 +140,38 @@ impl Clocks {
         for (cta, times) in &public.times {
             join_times(self.seen[warp as usize].times.entry(*cta).or_default(), times);
         }
+    }
+}
+
+/// What a warp knows at a moment.
+#[derive(Clone, Copy, Debug)]
+pub struct Knows<'c> {
+    /// The warp.
+    pub warp: u32,
+    /// Its time.
+    pub time: u32,
+    own: &'c [u32],
+    others: &'c BTreeMap<u32, Vec<u32>>,
+    full: u32,
+    pairs: Option<&'c [[u32; 32]; 32]>,
+}
+
+impl Knows<'_> {
+    /// Whether an access of a lane of the CTA at a time comes before what another lane of this warp does now.
+    #[inline(always)]
+    pub fn ordered(&self, lane: u32, (other, other_lane): (u32, u32), time: u32) -> bool {
+        if self.warp != other {
+            return self.own.get(other as usize).is_some_and(|known| *known >= time);
+        }
+        if lane == other_lane || time < self.full {
+            return true;
+        }
+        self.pairs.is_some_and(|pairs| time < pairs[lane as usize][other_lane as usize])
+    }
+
+    /// The same for an access of another CTA's warp.
+    pub fn ordered_elsewhere(&self, cta: u32, warp: u32, time: u32) -> bool {
+        let known = self.others.get(&cta).and_then(|times| times.get(warp as usize));
+        known.is_some_and(|known| *known >= time)
     }
 }

@@ -1,9 +1,10 @@
 //! What is known of global memory during a launch, across its CTAs.
 
-use super::clock::{Clocks, Public};
+use super::clock::{Knows, Public};
 use super::shared::{Kind, Visit};
 use crate::exec::checks::TouchKind;
 use std::collections::HashMap;
+use std::hash::{BuildHasherDefault, Hasher};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// log2 of a page's bytes.
@@ -35,9 +36,28 @@ struct Cell {
     reads: [Stamp; 2],
 }
 
+/// Spreads the numbers of pages.
+#[derive(Clone, Copy, Debug, Default)]
+struct PageHasher(u64);
+
+impl Hasher for PageHasher {
+    fn write(&mut self, bytes: &[u8]) {
+        bytes.iter().for_each(|byte| self.write_u64(self.0 << 8 | u64::from(*byte)));
+    }
+
+    fn write_u64(&mut self, number: u64) {
+        // An odd number near 2^64 over the golden ratio; the table looks at high bits and low ones.
+        self.0 = number.wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(32);
+    }
+
+    fn finish(&self) -> u64 {
+        self.0
+    }
+}
+
 #[derive(Debug, Default)]
 struct Shard {
-    pages: HashMap<u64, Box<[Cell]>>,
+    pages: HashMap<u64, Box<[Cell]>, BuildHasherDefault<PageHasher>>,
     /// What is known at addresses of strong accesses.
     places: HashMap<u64, Public>,
 }
@@ -52,36 +72,44 @@ pub struct GlobalShadow {
 /// The other access of a race and whether it writes.
 pub type Race = (Stamp, bool);
 
-/// Who looks: a CTA with its clocks.
+/// Who looks: a warp of a CTA with what it knows, and what it does.
 #[derive(Clone, Copy)]
 pub struct View<'c> {
     /// The CTA.
     pub cta: u32,
-    /// Its clocks.
-    pub clocks: &'c Clocks,
+    /// What the warp knows.
+    pub knows: Knows<'c>,
+    /// What it does.
+    pub visit: Visit,
 }
 
 impl View<'_> {
-    fn ordered(&self, visit: &Visit, stamp: &Stamp) -> bool {
-        let other = (u32::from(stamp.warp), u32::from(stamp.lane));
+    #[inline(always)]
+    fn ordered(&self, lane: u32, stamp: &Stamp) -> bool {
         if stamp.cta == self.cta {
-            return self.clocks.ordered((visit.warp, visit.lane), other, stamp.time);
+            return self.knows.ordered(lane, (u32::from(stamp.warp), u32::from(stamp.lane)), stamp.time);
         }
-        let known = self.clocks.warps[visit.warp as usize].others.get(&stamp.cta);
-        known.and_then(|times| times.get(stamp.warp as usize)).is_some_and(|time| *time >= stamp.time)
+        self.knows.ordered_elsewhere(stamp.cta, u32::from(stamp.warp), stamp.time)
     }
 
-    fn stamp(&self, visit: &Visit, kind: Kind) -> Stamp {
-        let time = self.clocks.time(visit.warp);
-        Stamp { cta: self.cta, time, pc: visit.pc, warp: visit.warp as u8, lane: visit.lane as u8, kind }
+    #[inline(always)]
+    fn clash(&self, lane: u32, stamp: &Stamp) -> bool {
+        stamp.kind != Kind::None && !(self.visit.strong && stamp.kind == Kind::Strong) && !self.ordered(lane, stamp)
     }
 
-    fn together(&self, visit: &Visit, stamp: &Stamp) -> bool {
+    #[inline(always)]
+    fn stamp(&self, lane: u32) -> Stamp {
+        let kind = if self.visit.strong { Kind::Strong } else { Kind::Plain };
+        let Knows { warp, time, .. } = self.knows;
+        Stamp { cta: self.cta, time, pc: self.visit.pc, warp: warp as u8, lane: lane as u8, kind }
+    }
+
+    fn together(&self, stamp: &Stamp) -> bool {
         stamp.cta == self.cta
-            && stamp.pc == visit.pc
-            && u32::from(stamp.warp) == visit.warp
-            && stamp.time == self.clocks.time(visit.warp)
-            && visit.kind == TouchKind::Write { uniform: true }
+            && stamp.pc == self.visit.pc
+            && u32::from(stamp.warp) == self.knows.warp
+            && stamp.time == self.knows.time
+            && self.visit.kind == TouchKind::Write { uniform: true }
     }
 }
 
@@ -99,23 +127,28 @@ impl GlobalShadow {
     /// Checks lanes' accesses and remembers them. Gives the lane, the address and the race that it found.
     pub fn visit(
         &self,
-        view: View<'_>,
-        lanes: impl Iterator<Item = (u64, Visit)>,
+        view: &View<'_>,
+        lanes: impl Iterator<Item = (u32, u64)>,
         bytes: u32,
     ) -> Result<(), (u32, u64, Race)> {
         let mut held: Option<(u64, MutexGuard<'_, Shard>)> = None;
-        for (address, visit) in lanes {
-            for cell in address >> self.shift..=(address + u64::from(bytes) - 1) >> self.shift {
-                let page = cell >> (PAGE - self.shift);
-                if held.as_ref().is_none_or(|held| held.0 != page) {
+        let in_page = PAGE - self.shift;
+        for (lane, address) in lanes {
+            let (mut cell, end) = (address >> self.shift, ((address + u64::from(bytes) - 1) >> self.shift) + 1);
+            while cell < end {
+                let page = cell >> in_page;
+                if held.as_ref().is_none_or(|held| held.0 % SHARDS as u64 != page % SHARDS as u64) {
                     drop(held.take());
-                    held = Some((page, self.shard(page)));
                 }
-                let Some((_, shard)) = &mut held else { continue };
-                let cells = 1usize << (PAGE - self.shift);
-                let cells = shard.pages.entry(page).or_insert_with(|| vec![Cell::default(); cells].into_boxed_slice());
-                let place = &mut cells[cell as usize & ((1 << (PAGE - self.shift)) - 1)];
-                touch(place, view, &visit).map_err(|race| (visit.lane, cell << self.shift, race))?;
+                let (_, shard) = held.get_or_insert_with(|| (page, self.shard(page)));
+                let empty = || vec![Cell::default(); 1 << in_page].into_boxed_slice();
+                let cells = shard.pages.entry(page).or_insert_with(empty);
+                let last = end.min((page + 1) << in_page);
+                for cell in cell..last {
+                    let place = &mut cells[cell as usize & ((1 << in_page) - 1)];
+                    touch(place, view, lane).map_err(|race| (lane, cell << self.shift, race))?;
+                }
+                cell = last;
             }
         }
         Ok(())
@@ -132,23 +165,19 @@ impl GlobalShadow {
     }
 }
 
-fn touch(cell: &mut Cell, view: View<'_>, visit: &Visit) -> Result<(), Race> {
-    let strong = visit.strong;
-    let clash = |stamp: &Stamp| {
-        stamp.kind != Kind::None && !(strong && stamp.kind == Kind::Strong) && !view.ordered(visit, stamp)
-    };
-    let kind = if strong { Kind::Strong } else { Kind::Plain };
-    let stamp = view.stamp(visit, kind);
-    if clash(&cell.write) && !view.together(visit, &cell.write) {
+#[inline(always)]
+fn touch(cell: &mut Cell, view: &View<'_>, lane: u32) -> Result<(), Race> {
+    let stamp = view.stamp(lane);
+    if view.clash(lane, &cell.write) && !view.together(&cell.write) {
         return Err((cell.write, true));
     }
-    if visit.kind == TouchKind::Read {
+    if view.visit.kind == TouchKind::Read {
         // The slots hold readers of two CTAs, so that a writer of any CTA meets one of another.
         let slot = usize::from(cell.reads[0].kind != Kind::None && cell.reads[0].cta != view.cta);
         cell.reads[slot] = stamp;
         return Ok(());
     }
-    if let Some(read) = cell.reads.iter().find(|read| clash(read)) {
+    if let Some(read) = cell.reads.iter().find(|read| view.clash(lane, read)) {
         return Err((*read, false));
     }
     *cell = Cell { write: stamp, reads: [Stamp::default(); 2] };

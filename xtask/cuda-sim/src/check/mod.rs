@@ -2,14 +2,16 @@
 
 mod clock;
 mod global;
+mod pipes;
 mod registers;
 mod shared;
 
 pub use global::GlobalShadow;
 
-use crate::code::{Inst, Order, Site};
+use crate::code::{Inst, Op, Order, Pipe, Site};
 use crate::exec::access::find;
 use crate::exec::checks::{Checks, Touch, TouchKind};
+use crate::exec::regs::Reg;
 use crate::exec::warp::{Warp, lanes};
 use crate::exec::{FaultKind, Finding, Launch, Party};
 use crate::lower::{LOCAL_BASE, SHARED_BASE};
@@ -17,6 +19,7 @@ use crate::memory::Allocation;
 use crate::ptx::Space;
 use clock::{Clock, Clocks, Public};
 use global::View;
+use pipes::Pipes;
 use registers::Defined;
 use shared::{SharedShadow, Visit, Wrong};
 use std::collections::HashMap;
@@ -39,6 +42,42 @@ struct Copies {
     closed: [u32; 32],
 }
 
+/// What the operation that runs takes from undefined registers to shared memory, and what it loads from there.
+#[derive(Debug, Default)]
+struct Undefined {
+    /// Lanes without a value, a mask for each register that is stored; empty where all have one.
+    stored: Vec<u32>,
+    /// Registers that are loaded.
+    loaded: Vec<Reg>,
+    /// Their number.
+    count: u32,
+    /// They are of matrices, transposed or not.
+    matrix: Option<bool>,
+}
+
+impl Undefined {
+    fn any(&self) -> bool {
+        !self.stored.is_empty()
+    }
+
+    #[inline(always)]
+    fn note_store(&mut self, defined: &Defined, regs: &[Reg], active: u32) {
+        if regs.iter().any(|reg| active & !defined.lanes(*reg) != 0) {
+            self.stored.extend(regs.iter().map(|reg| active & !defined.lanes(*reg)));
+        }
+    }
+
+    fn note_load(&mut self, regs: &[Reg], matrix: Option<bool>) {
+        self.loaded.clear();
+        self.loaded.extend_from_slice(regs);
+        (self.count, self.matrix) = (regs.len() as u32, matrix);
+    }
+}
+
+fn bit(mask: u32, lane: usize) -> u32 {
+    mask | 1 << lane
+}
+
 /// A checker of a CTA.
 pub struct Checker {
     id: [u32; 3],
@@ -49,7 +88,9 @@ pub struct Checker {
     clocks: Clocks,
     shared: SharedShadow,
     global: Arc<GlobalShadow>,
+    undefined: Undefined,
     copies: Vec<Copies>,
+    pipes: Pipes,
     barriers: [(Clock, Vec<u32>); 16],
     objects: HashMap<u64, Clock>,
     /// What is known at shared addresses of strong accesses.
@@ -69,9 +110,11 @@ impl Checks for Checker {
             lines: kernel.sites.iter().map(|site| site.line).collect(),
             defined: (0..warps).map(|_| Defined::new(kernel)).collect(),
             clocks: Clocks::new(warps),
-            shared: SharedShadow::new(shared_bytes, kernel.narrowest, warps),
+            shared: SharedShadow::new(shared_bytes, kernel.narrowest.shared, warps),
             global: launch.shadow.clone(),
+            undefined: Undefined::default(),
             copies: vec![Copies::default(); warps],
+            pipes: Pipes::new(warps),
             barriers: std::array::from_fn(|_| (Clock::default(), Vec::new())),
             objects: HashMap::new(),
             places: HashMap::new(),
@@ -80,7 +123,20 @@ impl Checks for Checker {
 
     #[inline(always)]
     fn before(&mut self, warp: &Warp, inst: &Inst, site: &Site, mask: u32, active: u32) -> Result<(), Finding> {
-        self.defined[warp.index as usize].follow(inst, site, mask, active)
+        let defined = &mut self.defined[warp.index as usize];
+        match &inst.op {
+            Op::Store(access) if access.space == Space::Shared => {
+                self.undefined.note_store(defined, &access.regs, active);
+            }
+            Op::Load(access) if self.shared.tainted && access.space == Space::Shared => {
+                self.undefined.note_load(&access.regs, None);
+            }
+            Op::Matrix(matrix) if self.shared.tainted && !matrix.store => {
+                self.undefined.note_load(&matrix.regs, Some(matrix.transposed));
+            }
+            _ => {}
+        }
+        defined.follow(inst, site, mask, active)
     }
 
     fn touch(
@@ -146,6 +202,24 @@ impl Checks for Checker {
         });
     }
 
+    fn async_commit(&mut self, warp: u32, active: u32, pipe: Pipe) {
+        self.pipes.commit(warp, active, pipe);
+        if pipe == Pipe::Product {
+            self.defined[warp as usize].close_products();
+        }
+    }
+
+    fn async_wait(&mut self, warp: u32, active: u32, pipe: Pipe, groups: u32) {
+        let over = self.pipes.wait(&mut self.shared, &self.clocks, warp, active, (pipe, groups));
+        if pipe == Pipe::Product {
+            self.defined[warp as usize].end_products(over);
+        }
+    }
+
+    fn object_filled(&mut self, _: u32, offset: u64) {
+        self.pipes.fill(offset, self.objects.entry(offset).or_default());
+    }
+
     fn object_arrive(&mut self, warp: u32, offset: u64) {
         self.objects.entry(offset).or_default().join(&self.clocks.warps[warp as usize]);
         self.clocks.tick(warp);
@@ -158,48 +232,108 @@ impl Checks for Checker {
     }
 }
 
-fn visit(warp: u32, lane: usize, touch: &Touch<'_>) -> Visit {
+fn visit(touch: &Touch<'_>) -> Visit {
     let strong = touch.kind == TouchKind::Atomic || touch.order != Order::Weak;
-    Visit { warp, lane: lane as u32, pc: touch.pc, kind: touch.kind, strong }
+    Visit { pc: touch.pc, kind: touch.kind, strong, object: None }
 }
 
 impl Checker {
-    fn party(&self, cta: [u32; 3], (warp, lane): (u8, u8), pc: u32, write: bool) -> Party {
+    fn party(&self, cta: [u32; 3], (warp, lane): (u32, u32), pc: u32, write: bool) -> Party {
         let line = self.lines.get(pc as usize).copied().unwrap_or(0);
-        Party { cta, warp: u32::from(warp), lane: u32::from(lane), write, line }
+        Party { cta, warp, lane, write, line }
     }
 
     fn touch_shared(&mut self, warp: u32, touch: &Touch<'_>) -> Result<(), Finding> {
+        let mut visit = visit(touch);
+        if let TouchKind::AsyncWrite { object } = touch.kind {
+            visit.object = Some(self.pipes.write(object, warp, touch.active.trailing_zeros()));
+        }
+        if visit.strong {
+            lanes(touch.active).for_each(|lane| self.strong_shared(warp, touch, touch.at[lane]));
+        }
+        let knows = self.clocks.view(warp);
         for lane in lanes(touch.active) {
-            let address = touch.at[lane];
-            let offset = address - SHARED_BASE;
-            if touch.kind == TouchKind::Atomic || touch.order != Order::Weak {
-                self.strong_shared(warp, touch, address);
-            }
-            let found = self.shared.visit(&self.clocks, offset, touch.bytes, &visit(warp, lane, touch));
+            let offset = touch.at[lane] - SHARED_BASE;
+            let found = self.shared.visit(&knows, &visit, (lane as u32, offset, touch.bytes));
             if let Err((offset, wrong)) = found {
                 return Err((self.shared_fault(touch, offset + SHARED_BASE, wrong), lane as u32));
             }
-            if touch.kind == TouchKind::Copy {
-                let copies = &mut self.copies[warp as usize];
-                let group = copies.closed[lane];
-                copies.open.push(Copy { lane: lane as u32, offset, bytes: touch.bytes, group });
+        }
+        match touch.kind {
+            TouchKind::Copy => {
+                let Copies { open, closed } = &mut self.copies[warp as usize];
+                open.extend(lanes(touch.active).map(|lane| {
+                    let offset = touch.at[lane] - SHARED_BASE;
+                    Copy { lane: lane as u32, offset, bytes: touch.bytes, group: closed[lane] }
+                }));
             }
+            TouchKind::AsyncRead(pipe) => {
+                for lane in lanes(touch.active) {
+                    let (offset, by) = (touch.at[lane] - SHARED_BASE, (warp, lane as u32));
+                    self.pipes.read(&mut self.shared, by, pipe, (offset, touch.bytes), touch.pc);
+                }
+            }
+            TouchKind::Write { .. } if self.undefined.any() => self.taint(touch),
+            TouchKind::Read if self.shared.tainted => self.spread(warp, touch),
+            _ => {}
         }
         Ok(())
     }
 
+    /// Notes what a store takes from undefined registers.
+    fn taint(&mut self, touch: &Touch<'_>) {
+        let count = self.undefined.stored.len() as u32;
+        for (element, undefined) in (0..).zip(&self.undefined.stored) {
+            let bytes = touch.bytes / count;
+            for lane in lanes(*undefined & touch.active) {
+                self.shared.taint(touch.at[lane] - SHARED_BASE + u64::from(element * bytes), bytes);
+            }
+        }
+        self.undefined.stored.clear();
+    }
+
+    /// Makes registers undefined that are loaded from what undefined registers left.
+    fn spread(&mut self, warp: u32, touch: &Touch<'_>) {
+        let Undefined { loaded, count, matrix, .. } = &mut self.undefined;
+        let tainted = |lane: usize, skip: u32, bytes: u32| {
+            self.shared.is_tainted(touch.at[lane] - SHARED_BASE + u64::from(skip), bytes)
+        };
+        for (number, reg) in loaded.drain(..).enumerate() {
+            let mask = match matrix {
+                None => {
+                    let bytes = touch.bytes / *count;
+                    lanes(touch.active).filter(|lane| tainted(*lane, number as u32 * bytes, bytes)).fold(0, bit)
+                }
+                Some(transposed) => {
+                    let rows = (0..8).filter(|row| tainted(8 * number + row, 0, touch.bytes));
+                    rows.fold(0u32, |mask, row| {
+                        // A row goes to four lanes, or its elements to a pair's half of all columns.
+                        mask | if *transposed { 0x1111_1111 << (row >> 1) } else { 0xf << (4 * row) }
+                    })
+                }
+            };
+            self.defined[warp as usize].forget(reg, mask);
+        }
+    }
+
     fn shared_fault(&self, touch: &Touch<'_>, address: u64, wrong: Wrong) -> FaultKind {
-        let (space, write) = (Space::Shared, touch.kind != TouchKind::Read);
+        let (space, write) = (Space::Shared, touch.kind.writes());
         match wrong {
             Wrong::Unwritten => FaultKind::Uninitialised { space, address },
-            Wrong::Race(stamp, other) => {
-                let other = self.party(self.id, (stamp.warp, stamp.lane), stamp.pc, other);
-                FaultKind::Race { space, address, write, other }
-            }
+            Wrong::Race(stamp, other) => match self.pipes.starter(stamp.warp) {
+                // A bulk copy that the barrier object did not tell of.
+                Some(by) => FaultKind::PendingCopy { address, write, other: self.party(self.id, by, stamp.pc, true) },
+                None => {
+                    let other = self.party(self.id, stamp.by(), stamp.pc, other);
+                    FaultKind::Race { space, address, write, other }
+                }
+            },
             Wrong::Pending(stamp) => {
-                let other = self.party(self.id, (stamp.warp, stamp.lane), stamp.pc, true);
-                FaultKind::PendingCopy { address, write, other }
+                FaultKind::PendingCopy { address, write, other: self.party(self.id, stamp.by(), stamp.pc, true) }
+            }
+            Wrong::Held => {
+                let (warp, lane, pc) = self.pipes.reader(address - SHARED_BASE, 1).unwrap_or_default();
+                FaultKind::PendingRead { address, other: self.party(self.id, (warp, lane), pc, false) }
             }
         }
     }
@@ -246,13 +380,13 @@ impl Checker {
         if touch.kind == TouchKind::Atomic || touch.order != Order::Weak {
             lanes(touch.active).for_each(|lane| self.strong_global(warp, touch, touch.at[lane]));
         }
-        let visits = lanes(touch.active).map(|lane| (touch.at[lane], visit(warp, lane, touch)));
-        let view = View { cta: self.linear, clocks: &self.clocks };
-        self.global.visit(view, visits, touch.bytes).map_err(|(lane, address, (stamp, write))| {
+        let visits = lanes(touch.active).map(|lane| (lane as u32, touch.at[lane]));
+        let view = View { cta: self.linear, knows: self.clocks.view(warp), visit: visit(touch) };
+        self.global.visit(&view, visits, touch.bytes).map_err(|(lane, address, (stamp, write))| {
             let [gx, gy, _] = self.grid;
             let cta = [stamp.cta % gx, stamp.cta / gx % gy, stamp.cta / gx / gy];
-            let other = self.party(cta, (stamp.warp, stamp.lane), stamp.pc, write);
-            let write = touch.kind != TouchKind::Read;
+            let other = self.party(cta, (u32::from(stamp.warp), u32::from(stamp.lane)), stamp.pc, write);
+            let write = touch.kind.writes();
             (FaultKind::Race { space: Space::Global, address, write, other }, lane)
         })
     }

@@ -37,12 +37,21 @@ pub struct Kernel {
     pub max_threads: Option<u32>,
     /// The exact shape of a CTA.
     pub required_threads: Option<[u32; 3]>,
-    /// The narrowest access to shared or global memory, in bytes.
-    pub narrowest: u32,
+    /// The narrowest accesses.
+    pub narrowest: Narrowest,
     /// Registers that the source declares, a rough measure where no assembler says.
     pub declared_registers: u32,
     /// Source files of `.loc`.
     pub files: Arc<Vec<(u32, String)>>,
+}
+
+/// The narrowest accesses of a kernel, in bytes: no finer does a checker need to look.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Narrowest {
+    /// To shared memory.
+    pub shared: u32,
+    /// To global memory.
+    pub global: u32,
 }
 
 /// Where an operation comes from and which registers it touches.
@@ -329,6 +338,15 @@ pub struct Barrier {
     pub aligned: bool,
 }
 
+/// What works by itself, in groups that a thread closes and waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pipe {
+    /// Bulk copies from shared memory; groups are a thread's.
+    Bulk,
+    /// `wgmma`; groups are a warp's.
+    Product,
+}
+
 /// A function that the device's runtime provides.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SystemCall {
@@ -435,6 +453,10 @@ pub enum Op {
     CopyCommit,
     /// Waits until at most so many groups are open; all copies if none.
     CopyWait(Option<u32>),
+    /// Closes a group of bulk copies or products.
+    AsyncCommit(Pipe),
+    /// Waits until at most so many groups are open.
+    AsyncWait(Pipe, u32),
     /// Barrier objects in shared memory.
     Mbarrier(Box<Mbarrier>),
     /// A counter of the clock.

@@ -1,18 +1,22 @@
 //! What a driver knows: devices, modules, streams, events. No unsafe code; handles are numbers.
 
+use super::capture::{Captures, Mark};
 use super::device::{Profile, SHARED_DEFAULT};
 use super::error::CuError;
+use super::graph::{Executable, Work};
 use super::occupancy::active_ctas;
+use super::resources::{Assembled, Taken};
 use crate::code::Kernel;
 use crate::exec::{Launch, Options};
 use crate::memory::DeviceMemory;
 use crate::module::Module;
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::Instant;
 
 /// The first handle of modules, functions, streams and events.
 const FIRST_HANDLE: usize = 0x5100_0000;
+/// The newest PTX that the driver of CUDA 13.0 reads.
+const PTX_VERSION: (u32, u32) = (9, 0);
 /// The most threads of a CTA.
 const MAX_THREADS: u32 = 1024;
 
@@ -55,7 +59,21 @@ struct Function {
     carveout: i32,
 }
 
+/// A module and what its kernels take.
+struct Loaded {
+    module: Arc<Module>,
+    assembled: Assembled,
+}
+
+/// A stream.
+#[derive(Clone, Copy, Debug)]
+pub struct Stream {
+    /// It does not wait for the legacy stream.
+    pub non_blocking: bool,
+}
+
 /// A kernel and how it is to run, ready for a launch without the state's lock.
+#[derive(Clone)]
 pub struct Ready {
     /// The module that holds the kernel.
     pub module: Arc<Module>,
@@ -73,10 +91,20 @@ pub struct State {
     pub setup: Setup,
     /// Device memory.
     pub memory: Arc<DeviceMemory>,
-    modules: HashMap<usize, Arc<Module>>,
+    modules: HashMap<usize, Loaded>,
     functions: HashMap<usize, Function>,
-    streams: HashMap<usize, ()>,
-    events: HashMap<usize, Option<Instant>>,
+    /// Streams besides the default ones.
+    pub streams: HashMap<usize, Stream>,
+    /// Events.
+    pub events: HashMap<usize, Mark>,
+    /// Captures of streams.
+    pub captures: Captures,
+    /// Graphs.
+    pub graphs: HashMap<usize, Arc<Vec<Work>>>,
+    /// Graphs made ready to run.
+    pub executables: HashMap<usize, Executable>,
+    /// Contexts of cuBLAS and the streams that they are on.
+    products: HashMap<usize, usize>,
     next: usize,
     /// The error that ended the context.
     failed: Option<CuError>,
@@ -95,13 +123,18 @@ impl State {
             functions: HashMap::new(),
             streams: HashMap::new(),
             events: HashMap::new(),
+            captures: Captures::default(),
+            graphs: HashMap::new(),
+            executables: HashMap::new(),
+            products: HashMap::new(),
             next: FIRST_HANDLE,
             failed: None,
             retained: 0,
         }
     }
 
-    fn handle(&mut self) -> usize {
+    /// A handle that nobody has.
+    pub fn handle(&mut self) -> usize {
         self.next += 16;
         self.next
     }
@@ -123,6 +156,10 @@ impl State {
         self.functions.clear();
         self.streams.clear();
         self.events.clear();
+        self.captures = Captures::default();
+        self.graphs.clear();
+        self.executables.clear();
+        self.products.clear();
         self.failed = None;
     }
 
@@ -138,30 +175,46 @@ impl State {
             };
             (code, error.to_string())
         })?;
-        let (major, minor) = self.setup.device.capability;
-        if let Some(needed) = target_needs(&module.target).filter(|needed| !needed.met_by(major * 10 + minor)) {
+        if let Err(refused) = self.accepts(&module) {
             module.unload(&self.memory);
-            let what = format!(".target {} on a device of capability {major}.{minor}", needed.name);
-            return Err((CuError::INVALID_PTX, what));
+            return Err(refused);
         }
+        let assembled = Assembled::new(source, &module.target, self.setup.device.capability);
         let handle = self.handle();
-        self.modules.insert(handle, Arc::new(module));
+        self.modules.insert(handle, Loaded { module: Arc::new(module), assembled });
         Ok(handle)
+    }
+
+    /// Whether a driver for the device takes a module of this version and target.
+    fn accepts(&self, module: &Module) -> Result<(), (CuError, String)> {
+        if module.version > PTX_VERSION {
+            let ((major, minor), (most, least)) = (module.version, PTX_VERSION);
+            let what = format!(".version {major}.{minor} on a driver that reads PTX up to {most}.{least}");
+            return Err((CuError::UNSUPPORTED_PTX_VERSION, what));
+        }
+        let (major, minor) = self.setup.device.capability;
+        match target_needs(&module.target).filter(|needed| !needed.met_by(major * 10 + minor)) {
+            None => Ok(()),
+            Some(needed) => {
+                let what = format!(".target {} on a device of capability {major}.{minor}", needed.name);
+                Err((CuError::INVALID_PTX, what))
+            }
+        }
     }
 
     /// Unloads a module.
     pub fn unload(&mut self, handle: usize) -> Result<(), CuError> {
         self.alive()?;
-        let module = self.modules.remove(&handle).ok_or(CuError::INVALID_HANDLE)?;
+        let loaded = self.modules.remove(&handle).ok_or(CuError::INVALID_HANDLE)?;
         self.functions.retain(|_, function| function.module != handle);
-        module.unload(&self.memory);
+        loaded.module.unload(&self.memory);
         Ok(())
     }
 
     /// A function of a module.
     pub fn function(&mut self, module: usize, name: &str) -> Result<usize, CuError> {
         self.alive()?;
-        let found = self.modules.get(&module).ok_or(CuError::INVALID_HANDLE)?;
+        let found = &self.modules.get(&module).ok_or(CuError::INVALID_HANDLE)?.module;
         if !found.kernels.contains_key(name) {
             return Err(CuError::NOT_FOUND);
         }
@@ -179,14 +232,21 @@ impl State {
 
     /// A variable of a module: address and bytes.
     pub fn variable(&self, module: usize, name: &str) -> Result<(u64, u64), CuError> {
-        let module = self.modules.get(&module).ok_or(CuError::INVALID_HANDLE)?;
+        let module = &self.modules.get(&module).ok_or(CuError::INVALID_HANDLE)?.module;
         module.variables.get(name).copied().ok_or(CuError::NOT_FOUND)
     }
 
     fn kernel(&self, handle: usize) -> Result<(&Function, &Kernel), CuError> {
         let function = self.functions.get(&handle).ok_or(CuError::INVALID_HANDLE)?;
-        let module = self.modules.get(&function.module).ok_or(CuError::INVALID_HANDLE)?;
+        let module = &self.modules.get(&function.module).ok_or(CuError::INVALID_HANDLE)?.module;
         module.kernels.get(&function.name).map(|kernel| (function, kernel)).ok_or(CuError::INVALID_HANDLE)
+    }
+
+    /// What a kernel takes of the device.
+    fn taken(&self, handle: usize) -> Result<Taken, CuError> {
+        let (function, kernel) = self.kernel(handle)?;
+        let loaded = self.modules.get(&function.module).ok_or(CuError::INVALID_HANDLE)?;
+        Ok(loaded.assembled.taken(kernel))
     }
 
     /// Bytes of a kernel's parameters, one after the other, with their offsets.
@@ -198,20 +258,27 @@ impl State {
     /// `CUfunction_attribute`
     pub fn function_attribute(&self, handle: usize, attribute: i32) -> Result<i32, CuError> {
         let (function, kernel) = self.kernel(handle)?;
-        let registers = registers(kernel);
+        let (major, minor) = self.setup.device.capability;
         Ok(match attribute {
             0 => (kernel.max_threads.unwrap_or(MAX_THREADS)).min(MAX_THREADS) as i32,
             1 => kernel.shared_bytes as i32,
             2 => 0,
-            3 => kernel.local_bytes as i32,
-            4 => registers as i32,
-            5 | 6 => (self.setup.device.capability.0 * 10 + self.setup.device.capability.1) as i32,
+            3 => self.taken(handle)?.local_bytes as i32,
+            4 => self.taken(handle)?.registers as i32,
+            5 => self.target(function)? as i32,
+            6 => (major * 10 + minor) as i32,
             7 => 0,
             8 => function.dynamic_limit as i32,
             9 => function.carveout,
             10..=15 => 0,
             _ => return Err(CuError::INVALID_VALUE),
         })
+    }
+
+    /// The capability that a function's module was compiled for.
+    fn target(&self, function: &Function) -> Result<u32, CuError> {
+        let module = &self.modules.get(&function.module).ok_or(CuError::INVALID_HANDLE)?.module;
+        Ok(target_needs(&module.target).map_or(0, |needed| needed.capability))
     }
 
     /// Sets the limit of dynamic shared memory, or the preferred share of it.
@@ -238,7 +305,7 @@ impl State {
         if shared > self.setup.device.shared_optin {
             return Ok(0);
         }
-        Ok(active_ctas(&self.setup.device, threads, registers(kernel), shared) as i32)
+        Ok(active_ctas(&self.setup.device, threads, self.taken(handle)?.registers, shared) as i32)
     }
 
     /// Checks a launch.
@@ -258,14 +325,14 @@ impl State {
         if dynamic > function.dynamic_limit {
             return Err(CuError::INVALID_VALUE);
         }
-        let module = self.modules.get(&function.module).ok_or(CuError::INVALID_HANDLE)?.clone();
+        let module = self.modules.get(&function.module).ok_or(CuError::INVALID_HANDLE)?.module.clone();
         Ok(Ready { module, name: function.name.clone(), shape: (grid, block), shared: dynamic })
     }
 
     /// A new stream.
-    pub fn new_stream(&mut self) -> usize {
+    pub fn new_stream(&mut self, non_blocking: bool) -> usize {
         let handle = self.handle();
-        self.streams.insert(handle, ());
+        self.streams.insert(handle, Stream { non_blocking });
         handle
     }
 
@@ -276,31 +343,26 @@ impl State {
 
     /// Ends a stream.
     pub fn end_stream(&mut self, handle: usize) -> Result<(), CuError> {
-        self.streams.remove(&handle).ok_or(CuError::INVALID_HANDLE)
+        self.captures.end_stream(handle);
+        self.streams.remove(&handle).map(|_| ()).ok_or(CuError::INVALID_HANDLE)
     }
 
     /// A new event.
     pub fn new_event(&mut self) -> usize {
         let handle = self.handle();
-        self.events.insert(handle, None);
+        self.events.insert(handle, Mark::Never);
         handle
     }
 
-    /// Everything before it is complete already: an event's time is now.
-    pub fn record_event(&mut self, handle: usize) -> Result<(), CuError> {
-        *self.events.get_mut(&handle).ok_or(CuError::INVALID_HANDLE)? = Some(Instant::now());
-        Ok(())
-    }
-
-    /// Whether an event exists.
-    pub fn check_event(&self, handle: usize) -> Result<(), CuError> {
-        self.events.get(&handle).map(|_| ()).ok_or(CuError::INVALID_HANDLE)
+    /// What an event marks.
+    pub fn mark(&self, handle: usize) -> Result<Mark, CuError> {
+        self.events.get(&handle).cloned().ok_or(CuError::INVALID_HANDLE)
     }
 
     /// Milliseconds between two events.
     pub fn elapsed(&self, start: usize, end: usize) -> Result<f32, CuError> {
         let time = |handle| match self.events.get(&handle) {
-            Some(Some(time)) => Ok(*time),
+            Some(Mark::At(time)) => Ok(*time),
             _ => Err(CuError::INVALID_HANDLE),
         };
         let (start, end) = (time(start)?, time(end)?);
@@ -314,6 +376,23 @@ impl State {
     pub fn end_event(&mut self, handle: usize) -> Result<(), CuError> {
         self.alive()?;
         self.events.remove(&handle).map(|_| ()).ok_or(CuError::INVALID_HANDLE)
+    }
+
+    /// A new context of cuBLAS, on the default stream.
+    pub fn new_products(&mut self) -> usize {
+        let handle = self.handle();
+        self.products.insert(handle, 0);
+        handle
+    }
+
+    /// The stream of a context of cuBLAS.
+    pub fn products(&mut self, handle: usize) -> Option<&mut usize> {
+        self.products.get_mut(&handle)
+    }
+
+    /// Ends a context of cuBLAS.
+    pub fn end_products(&mut self, handle: usize) -> Option<()> {
+        self.products.remove(&handle).map(|_| ())
     }
 }
 
@@ -338,11 +417,6 @@ impl Ready {
             }
         }
     }
-}
-
-/// Registers of a thread; what the source declares bounds it from above.
-fn registers(kernel: &Kernel) -> u32 {
-    kernel.declared_registers.clamp(16, 255)
 }
 
 /// The capability that a target needs.

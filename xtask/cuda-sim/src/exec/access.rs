@@ -126,9 +126,38 @@ impl<C: Checks> Cta<'_, C> {
     /// Checks alignment of all lanes.
     #[inline(always)]
     pub fn aligned(&self, space: Space, at: &Addresses, bytes: u32, active: u32) -> Result<(), Finding> {
+        let rest = u64::from(bytes - 1);
+        if at.iter().fold(0, |all, address| all | address) & rest == 0 {
+            return Ok(());
+        }
         for lane in lanes(active) {
-            if at[lane] & u64::from(bytes - 1) != 0 {
+            if at[lane] & rest != 0 {
                 return Err((FaultKind::Misaligned { space, address: at[lane], bytes }, lane as u32));
+            }
+        }
+        Ok(())
+    }
+
+    /// The offsets in shared memory of accesses that lie within.
+    #[inline(always)]
+    pub fn shared_offsets(
+        &self,
+        at: &Addresses,
+        bytes: u32,
+        (active, write): (u32, bool),
+        offsets: &mut [u64; LANES],
+    ) -> Result<(), Finding> {
+        let room = u64::from(self.shared_bytes).checked_sub(u64::from(bytes));
+        let mut outside = u64::from(room.is_none());
+        for lane in 0..LANES {
+            offsets[lane] = at[lane].wrapping_sub(SHARED_BASE);
+            outside |= u64::from(offsets[lane] > room.unwrap_or(0));
+        }
+        if outside != 0 {
+            for lane in lanes(active) {
+                let address = at[lane];
+                let kind = FaultKind::OutOfBounds { space: Space::Shared, address, bytes, write };
+                self.shared_offset(address, bytes).ok_or((kind, lane as u32))?;
             }
         }
         Ok(())
@@ -171,29 +200,51 @@ impl<C: Checks> Cta<'_, C> {
         pc: u32,
         active: u32,
     ) -> Result<(), Finding> {
-        let total = access.bytes * access.regs.len() as u32;
-        self.aligned(space, at, total, active)?;
-        let places = self.places(space, at, total, active, false)?;
-        if C::ON {
-            let touch = Touch { space, at, active, bytes: total, kind: TouchKind::Read, order: access.order, pc };
-            self.checks.touch(warp.index, &touch, &self.launch.memory, &mut self.hint)?;
-        }
+        let mut places = Places::new();
+        self.begin(warp.index, access, (space, TouchKind::Read), at, (pc, active), &mut places)?;
         let Warp { regs, local, .. } = warp;
-        match space {
-            Space::Shared => {
+        match (space, places.one) {
+            (Space::Shared, _) => {
                 gather(regs, access, active, &places, |_, offset, bytes| read_words(&self.shared, offset, bytes))
             }
-            Space::Local => gather(regs, access, active, &places, |_, offset, bytes| read_words(local, offset, bytes)),
-            Space::Param => gather(regs, access, active, &places, |_, offset, bytes| {
+            (Space::Local, _) => {
+                gather(regs, access, active, &places, |_, offset, bytes| read_words(local, offset, bytes))
+            }
+            (Space::Param, _) => gather(regs, access, active, &places, |_, offset, bytes| {
                 let bytes = &self.launch.params[offset as usize..offset as usize + bytes as usize];
                 bytes.iter().rev().fold(0, |value, byte| value << 8 | u64::from(*byte))
             }),
-            Space::Global | Space::Const | Space::Generic => {
+            (_, Some(one)) => {
+                let found: &Allocation = &self.launch.memory[one as usize];
+                gather(regs, access, active, &places, |_, offset, bytes| found.read(offset, bytes));
+            }
+            (_, None) => {
                 let memory = &self.launch.memory;
                 gather(regs, access, active, &places, |lane, offset, bytes| {
                     memory[places.allocations[lane] as usize].read(offset, bytes)
                 });
             }
+        }
+        Ok(())
+    }
+
+    /// Checks an access of lanes to one space and finds where each of them lies.
+    #[inline(always)]
+    fn begin(
+        &mut self,
+        warp: u32,
+        access: &Access,
+        (space, kind): (Space, TouchKind),
+        at: &Addresses,
+        (pc, active): (u32, u32),
+        places: &mut Places,
+    ) -> Result<(), Finding> {
+        let bytes = access.bytes * access.regs.len() as u32;
+        self.aligned(space, at, bytes, active)?;
+        self.places(space, at, bytes, (active, kind != TouchKind::Read), places)?;
+        if C::ON {
+            let touch = Touch { space, at, active, bytes, kind, order: access.order, pc };
+            self.checks.touch(warp, &touch, &self.launch.memory, &mut self.hint)?;
         }
         Ok(())
     }
@@ -205,30 +256,51 @@ impl<C: Checks> Cta<'_, C> {
         space: Space,
         at: &Addresses,
         bytes: u32,
-        active: u32,
-        write: bool,
-    ) -> Result<Places, Finding> {
-        let mut places = Places { offsets: [0; LANES], allocations: [0; LANES] };
-        for lane in lanes(active) {
-            let offset = match space {
-                Space::Shared => self.shared_offset(at[lane], bytes),
-                Space::Local => self.local_offset(at[lane], bytes, lane),
-                Space::Param => {
-                    let inside = at[lane]
-                        .checked_add(u64::from(bytes))
-                        .is_some_and(|end| end <= self.launch.params.len() as u64);
-                    (inside && !write).then_some(at[lane])
+        (active, write): (u32, bool),
+        places: &mut Places,
+    ) -> Result<(), Finding> {
+        let outside = |lane: usize| (FaultKind::OutOfBounds { space, address: at[lane], bytes, write }, lane as u32);
+        match space {
+            Space::Shared => self.shared_offsets(at, bytes, (active, write), &mut places.offsets)?,
+            Space::Local => {
+                for lane in lanes(active) {
+                    places.offsets[lane] = self.local_offset(at[lane], bytes, lane).ok_or_else(|| outside(lane))?;
                 }
-                Space::Global | Space::Const | Space::Generic => {
+            }
+            Space::Param => {
+                let size = self.launch.params.len() as u64;
+                for lane in lanes(active) {
+                    let inside = at[lane].checked_add(u64::from(bytes)).is_some_and(|end| end <= size);
+                    places.offsets[lane] = (inside && !write).then_some(at[lane]).ok_or_else(|| outside(lane))?;
+                }
+            }
+            Space::Global | Space::Const | Space::Generic => {
+                if let Some(base) = self.common(at, bytes, active).filter(|found| !(write && found.1)) {
+                    places.one = Some(self.hint as u32);
+                    (0..LANES).for_each(|lane| places.offsets[lane] = at[lane].wrapping_sub(base.0));
+                    return Ok(());
+                }
+                for lane in lanes(active) {
                     let found = self.allocation(at[lane], u64::from(bytes)).filter(|found| !(write && found.read_only));
-                    found.map(|found| at[lane] - found.base)
+                    places.offsets[lane] = at[lane] - found.ok_or_else(|| outside(lane))?.base;
+                    places.allocations[lane] = self.hint as u32;
                 }
-            };
-            let kind = FaultKind::OutOfBounds { space, address: at[lane], bytes, write };
-            places.offsets[lane] = offset.ok_or((kind, lane as u32))?;
-            places.allocations[lane] = self.hint as u32;
+            }
         }
-        Ok(places)
+        Ok(())
+    }
+
+    /// The base of the allocation that holds all lanes' accesses, if one does, and whether kernels only read it.
+    #[inline(always)]
+    pub fn common(&mut self, at: &Addresses, bytes: u32, active: u32) -> Option<(u64, bool)> {
+        let some = at[active.trailing_zeros() as usize & 31];
+        let (mut low, mut high) = (some, some);
+        for lane in 0..LANES {
+            let address = if active >> lane & 1 == 1 { at[lane] } else { some };
+            (low, high) = (low.min(address), high.max(address));
+        }
+        let found = self.allocation(low, (high - low).checked_add(u64::from(bytes))?)?;
+        Some((found.base, found.read_only))
     }
 
     /// `st`
@@ -252,29 +324,37 @@ impl<C: Checks> Cta<'_, C> {
         pc: u32,
         active: u32,
     ) -> Result<(), Finding> {
-        let total = access.bytes * access.regs.len() as u32;
-        self.aligned(space, at, total, active)?;
-        let places = self.places(space, at, total, active, true)?;
-        if C::ON {
-            let kind = TouchKind::Write { uniform: self.same_values(warp, access, at, active) };
-            let touch = Touch { space, at, active, bytes: total, kind, order: access.order, pc };
-            self.checks.touch(warp.index, &touch, &self.launch.memory, &mut self.hint)?;
-        }
-        for (element, reg) in access.regs.iter().enumerate() {
-            let skip = element as u64 * u64::from(access.bytes);
-            for lane in lanes(active) {
-                let (offset, value) = (places.offsets[lane] + skip, warp.regs.value(*reg, lane));
-                match space {
-                    Space::Shared => write_words(&mut self.shared, offset, access.bytes, value),
-                    Space::Local => write_words(&mut warp.local, offset, access.bytes, value),
-                    _ => self.launch.memory[places.allocations[lane] as usize].write(offset, access.bytes, value),
-                }
+        let kind = TouchKind::Write { uniform: !C::ON || self.same_values(warp, access, at, active) };
+        let mut places = Places::new();
+        self.begin(warp.index, access, (space, kind), at, (pc, active), &mut places)?;
+        let Warp { regs, local, .. } = warp;
+        match (space, places.one) {
+            (Space::Shared, _) => {
+                scatter(regs, access, active, &places, |_, offset, bytes, value| {
+                    write_words(&mut self.shared, offset, bytes, value);
+                });
+            }
+            (Space::Local, _) => {
+                scatter(regs, access, active, &places, |_, offset, bytes, value| {
+                    write_words(local, offset, bytes, value);
+                });
+            }
+            (_, Some(one)) => {
+                let found: &Allocation = &self.launch.memory[one as usize];
+                scatter(regs, access, active, &places, |_, offset, bytes, value| found.write(offset, bytes, value));
+            }
+            (_, None) => {
+                let memory = &self.launch.memory;
+                scatter(regs, access, active, &places, |lane, offset, bytes, value| {
+                    memory[places.allocations[lane] as usize].write(offset, bytes, value);
+                });
             }
         }
         if space == Space::Global {
+            let total = u64::from(access.bytes) * access.regs.len() as u64;
             for lane in lanes(active) {
-                let found = &self.launch.memory[places.allocations[lane] as usize];
-                found.mark(places.offsets[lane], u64::from(total));
+                let number = places.one.unwrap_or(places.allocations[lane]);
+                self.launch.memory[number as usize].mark(places.offsets[lane], total);
             }
         }
         Ok(())
@@ -288,9 +368,16 @@ impl<C: Checks> Cta<'_, C> {
 
     /// Whether lanes that write one address write one value.
     fn same_values(&self, warp: &Warp, access: &Access, at: &Addresses, active: u32) -> bool {
-        // Ascending addresses, as most are, are all different.
-        let mut last = None;
-        if lanes(active).all(|lane| last.replace(at[lane]).is_none_or(|last| last < at[lane])) {
+        // Most accesses fall on different ones of 64 places.
+        let bytes = u64::from(access.bytes) * access.regs.len() as u64;
+        let mut taken = 0u64;
+        let different = lanes(active).all(|lane| {
+            let place = 1 << (at[lane] / bytes % 64);
+            let free = taken & place == 0;
+            taken |= place;
+            free
+        });
+        if different {
             return true;
         }
         let mut order: Vec<usize> = lanes(active).collect();
@@ -306,6 +393,14 @@ impl<C: Checks> Cta<'_, C> {
 struct Places {
     offsets: [u64; LANES],
     allocations: [u32; LANES],
+    /// The allocation of all lanes, where they have one.
+    one: Option<u32>,
+}
+
+impl Places {
+    fn new() -> Self {
+        Self { offsets: [0; LANES], allocations: [0; LANES], one: None }
+    }
 }
 
 /// Reads elements into registers, extended to their width.
@@ -333,6 +428,23 @@ fn gather(regs: &mut Regs, access: &Access, active: u32, places: &Places, read: 
                     let value = read(lane, places.offsets[lane] + skip, bytes);
                     row[lane] = if access.signed && bytes < 8 { sign_extend(value, bytes) } else { value };
                 }
+            }
+        }
+    }
+}
+
+/// Writes registers' elements.
+#[inline(always)]
+fn scatter(regs: &Regs, access: &Access, active: u32, places: &Places, mut write: impl FnMut(usize, u64, u32, u64)) {
+    for (element, reg) in access.regs.iter().enumerate() {
+        let skip = element as u64 * u64::from(access.bytes);
+        match (reg.class, access.bytes) {
+            (Class::Word, 4) => {
+                let row = regs.word(reg.row);
+                lanes(active).for_each(|lane| write(lane, places.offsets[lane] + skip, 4, u64::from(row[lane])));
+            }
+            (_, bytes) => {
+                lanes(active).for_each(|lane| write(lane, places.offsets[lane] + skip, bytes, regs.value(*reg, lane)));
             }
         }
     }

@@ -7,7 +7,7 @@ use super::fault::{FaultKind, Finding};
 use super::regs::{Class, LANES, Reg};
 use super::swizzle::swizzle;
 use super::warp::{Warp, lanes};
-use crate::code::{Atomic, AtomicOp, AtomicType, Bulk, Order, Place};
+use crate::code::{Atomic, AtomicOp, AtomicType, Bulk, Order, Pipe, Place};
 use crate::lower::SHARED_BASE;
 use crate::ptx::Space;
 use crate::tensor_map::{self, TensorMap, element_bytes};
@@ -18,6 +18,8 @@ struct By {
     warp: u32,
     lane: usize,
     pc: u32,
+    /// The barrier object that a load completes.
+    object: u64,
 }
 
 fn bad<T>(what: impl Into<String>) -> Result<T, FaultKind> {
@@ -28,7 +30,7 @@ impl<C: Checks> Cta<'_, C> {
     /// Runs a bulk copy of each lane.
     pub fn bulk(&mut self, warp: &mut Warp, bulk: &Bulk, pc: u32, active: u32) -> Result<(), Finding> {
         for lane in lanes(active) {
-            let by = By { warp: warp.index, lane, pc };
+            let by = By { warp: warp.index, lane, pc, object: 0 };
             self.bulk_lane(warp, bulk, by).map_err(|kind| (kind, lane as u32))?;
         }
         Ok(())
@@ -41,9 +43,10 @@ impl<C: Checks> Cta<'_, C> {
                 let (to, from) = (shared_address(warp, dst, by.lane), address(warp, src, by.lane));
                 let count = value(*bytes) as u32;
                 check_size(to, from, count)?;
+                let by = By { object: self.object_offset(warp, object, by.lane)?, ..by };
                 let data = self.read_global(from, count, by)?;
                 self.write_shared(to, &data, by)?;
-                self.complete(warp, object, count, by)
+                self.complete(count, by)
             }
             Bulk::Store { dst, src, bytes, reduce } => {
                 let (to, from) = (address(warp, dst, by.lane), shared_address(warp, src, by.lane));
@@ -55,8 +58,9 @@ impl<C: Checks> Cta<'_, C> {
             Bulk::LoadTile { dst, map, at, object } => {
                 let map = self.tensor_map(warp, map, by.lane)?;
                 let origin: Vec<i64> = at.iter().map(|reg| i64::from(value(*reg) as i32)).collect();
+                let by = By { object: self.object_offset(warp, object, by.lane)?, ..by };
                 let count = self.load_tile(&map, &origin, shared_address(warp, dst, by.lane), by)?;
-                self.complete(warp, object, count, by)
+                self.complete(count, by)
             }
             Bulk::StoreTile { src, map, at, reduce } => {
                 let map = self.tensor_map(warp, map, by.lane)?;
@@ -107,7 +111,7 @@ impl<C: Checks> Cta<'_, C> {
     fn read_shared(&mut self, address: u64, bytes: u32, by: By) -> Result<Vec<u8>, FaultKind> {
         let kind = FaultKind::OutOfBounds { space: Space::Shared, address, bytes, write: false };
         let offset = self.shared_offset(address, bytes).ok_or(kind)?;
-        self.touch_one(by, Space::Shared, address, bytes, TouchKind::Read)?;
+        self.touch_one(by, Space::Shared, address, bytes, TouchKind::AsyncRead(Pipe::Bulk))?;
         Ok((0..u64::from(bytes)).map(|at| read_words(&self.shared, offset + at, 1) as u8).collect())
     }
 
@@ -115,7 +119,7 @@ impl<C: Checks> Cta<'_, C> {
         let bytes = data.len() as u32;
         let kind = FaultKind::OutOfBounds { space: Space::Shared, address, bytes, write: true };
         let offset = self.shared_offset(address, bytes).ok_or(kind)?;
-        self.touch_one(by, Space::Shared, address, bytes, TouchKind::Write { uniform: true })?;
+        self.touch_one(by, Space::Shared, address, bytes, TouchKind::AsyncWrite { object: by.object })?;
         for (at, byte) in data.iter().enumerate() {
             write_words(&mut self.shared, offset + at as u64, 1, u64::from(*byte));
         }
@@ -123,10 +127,9 @@ impl<C: Checks> Cta<'_, C> {
     }
 
     /// A copy's bytes count for a barrier object, and what it wrote is known to those who wait for it.
-    fn complete(&mut self, warp: &Warp, object: &Place, bytes: u32, by: By) -> Result<(), FaultKind> {
-        let offset = self.object_offset(warp, object, by.lane)?;
-        self.checks.object_arrive(by.warp, offset);
-        self.complete_bytes(offset, i64::from(bytes))
+    fn complete(&mut self, bytes: u32, by: By) -> Result<(), FaultKind> {
+        self.checks.object_filled(by.warp, by.object);
+        self.complete_bytes(by.object, i64::from(bytes))
     }
 
     fn tensor_map(&mut self, warp: &Warp, place: &Place, lane: usize) -> Result<TensorMap, FaultKind> {

@@ -4,7 +4,7 @@ use super::Launch;
 use super::access::Addresses;
 use super::fault::Finding;
 use super::warp::Warp;
-use crate::code::{Inst, Order, Site};
+use crate::code::{Inst, Order, Pipe, Site};
 use crate::count::Counts;
 use crate::memory::Allocation;
 use crate::ptx::Space;
@@ -24,6 +24,20 @@ pub enum TouchKind {
     Atomic,
     /// An asynchronous write, complete only after a wait.
     Copy,
+    /// A read of a pipe, over only when its group was waited for.
+    AsyncRead(Pipe),
+    /// A write of a bulk copy, known to those who wait for a barrier object at this offset.
+    AsyncWrite {
+        /// The offset.
+        object: u64,
+    },
+}
+
+impl TouchKind {
+    /// Whether it writes.
+    pub fn writes(self) -> bool {
+        !matches!(self, Self::Read | Self::AsyncRead(_))
+    }
 }
 
 /// An access of a warp to one space.
@@ -81,8 +95,14 @@ pub trait Checks: Send + Sized {
     fn copy_commit(&mut self, warp: u32, active: u32);
     /// All but so many groups are complete; all copies if none.
     fn copy_wait(&mut self, warp: u32, active: u32, groups: Option<u32>);
+    /// Lanes close a group of a pipe.
+    fn async_commit(&mut self, warp: u32, active: u32, pipe: Pipe);
+    /// Lanes wait for all but so many groups of a pipe.
+    fn async_wait(&mut self, warp: u32, active: u32, pipe: Pipe, groups: u32);
     /// A warp arrives at a barrier object.
     fn object_arrive(&mut self, warp: u32, offset: u64);
+    /// A bulk copy is complete: those who wait for the object know what it wrote.
+    fn object_filled(&mut self, warp: u32, offset: u64);
     /// A warp saw a phase of a barrier object complete.
     fn object_wait(&mut self, warp: u32, offset: u64);
     /// What was counted.
@@ -112,6 +132,9 @@ impl Checks for Unchecked {
     fn barrier_complete(&mut self, _: u32) {}
     fn copy_commit(&mut self, _: u32, _: u32) {}
     fn copy_wait(&mut self, _: u32, _: u32, _: Option<u32>) {}
+    fn async_commit(&mut self, _: u32, _: u32, _: Pipe) {}
+    fn async_wait(&mut self, _: u32, _: u32, _: Pipe, _: u32) {}
     fn object_arrive(&mut self, _: u32, _: u64) {}
+    fn object_filled(&mut self, _: u32, _: u64) {}
     fn object_wait(&mut self, _: u32, _: u64) {}
 }

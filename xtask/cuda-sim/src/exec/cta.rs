@@ -8,8 +8,8 @@ use super::mbarrier::Mbarriers;
 use super::regs::{Class, LANES};
 use super::warp::{Group, State, Warp, lanes};
 use crate::code::{Inst, MaskKind, Op, Special};
-use rand::SeedableRng;
 use rand::seq::SliceRandom;
+use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 /// Operations of a warp before another takes its turn.
@@ -97,6 +97,10 @@ impl<'a, C: Checks> Cta<'a, C> {
             }
         }
         warp.groups.push(Group { pc: 0, mask: existing, state: State::Ready, result: None });
+        if let Some(seed) = self.launch.options.seed {
+            let number = u64::from(self.linear) << 5 | u64::from(index);
+            warp.late.waits = ChaCha8Rng::seed_from_u64(seed ^ number << 20).random();
+        }
         warp
     }
 
@@ -313,8 +317,16 @@ impl<'a, C: Checks> Cta<'a, C> {
             Op::System(call, result, places) => self.system(warp, *call, *result, places, active)?,
             Op::CopyAsync(copy) => self.copy_async(warp, copy, pc, active)?,
             Op::Bulk(bulk) => self.bulk(warp, bulk, pc, active)?,
-            Op::CopyCommit => self.checks.copy_commit(warp.index, active),
-            Op::CopyWait(groups) => self.checks.copy_wait(warp.index, active, *groups),
+            Op::CopyCommit => {
+                warp.late.commit(active);
+                self.checks.copy_commit(warp.index, active);
+            }
+            Op::CopyWait(groups) => {
+                warp.late.land(active, *groups, &mut self.shared);
+                self.checks.copy_wait(warp.index, active, *groups);
+            }
+            Op::AsyncCommit(pipe) => self.checks.async_commit(warp.index, active, *pipe),
+            Op::AsyncWait(pipe, groups) => self.checks.async_wait(warp.index, active, *pipe, *groups),
             Op::Mbarrier(op) => {
                 if self.mbarrier(warp, op, active)? {
                     return Ok(Next::Turn);

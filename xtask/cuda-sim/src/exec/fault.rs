@@ -56,6 +56,15 @@ pub enum FaultKind {
         /// Who started the copy.
         other: Party,
     },
+    /// A write to what a bulk copy or a product may still read.
+    PendingRead {
+        /// The address.
+        address: u64,
+        /// Who started it.
+        other: Party,
+    },
+    /// A use of a register of a product that was not waited for.
+    PendingProduct,
     /// Lanes that a collective waits for cannot come.
     DivergentCollective {
         /// The lanes that are missing.
@@ -175,6 +184,10 @@ impl fmt::Display for FaultKind {
                 let kind = verb(*write);
                 write!(f, "shared memory: {kind} at {address:#x} while a copy into it is pending: {other}")
             }
+            Self::PendingRead { address, other } => {
+                write!(f, "shared memory: write at {address:#x} while an asynchronous read of it is pending: {other}")
+            }
+            Self::PendingProduct => f.write_str("a register of a wgmma is used before the wait for its group"),
             Self::DivergentCollective { missing } => {
                 write!(f, "lanes that this instruction waits for cannot reach it: mask {missing:#010x}")
             }

@@ -113,8 +113,9 @@ impl<C: Checks> Cta<'_, C> {
                 }
             }
             Mbarrier::CopyArrive { place, noinc } => {
-                // Copies are made at once, so that they are complete here.
+                // The copies are as late as they may be, which is here.
                 let offset = self.object_offset(warp, place, lane)?;
+                warp.late.land(1 << lane, None, &mut self.shared);
                 self.checks.copy_wait(warp.index, 1 << lane, None);
                 if !noinc {
                     self.object(offset)?.pending += 1;

@@ -1,5 +1,6 @@
-//! `mma.sync`: fragments of the PTX ISA's tables, products exact, sums as a tensor core makes them.
+//! `mma.sync`: fragments of the PTX ISA's tables. Sums in f32 are those of a tensor core (`product.rs`), others are exact.
 
+use super::product::{self, COLUMNS, ROWS, Vectors, WithVectors};
 use super::regs::{LANES, Reg, Regs, Row};
 use crate::code::{Accumulator, Element, Mma};
 use crate::number::{BF16, F16, Rounding, TF32};
@@ -7,8 +8,6 @@ use half::f16;
 
 /// The largest depth.
 const DEPTH: usize = 64;
-const ROWS: usize = 16;
-const COLUMNS: usize = 8;
 
 /// Elements that one register holds.
 fn per_register(element: Element) -> usize {
@@ -112,8 +111,11 @@ fn decode(regs: &Regs, reg: Reg, ty: Element, out: &mut [[f64; LANES]; 8]) {
 
 /// Multiplies and adds; all lanes take part.
 pub fn multiply(regs: &mut Regs, mma: &Mma) {
+    if mma.acc == Accumulator::Single {
+        return product::dispatch(Singly(regs, mma));
+    }
     let rows = mma.shape[0] as usize;
-    let mut tile = Tile::new(mma.shape[2] as usize, mma.acc == Accumulator::Single);
+    let mut tile = Tile::new(mma.shape[2] as usize);
     let per = per_register(mma.a_type);
     let mut elements = [[0.0; LANES]; 8];
     for (r, reg) in mma.a.iter().enumerate() {
@@ -145,6 +147,93 @@ pub fn multiply(regs: &mut Regs, mma: &Mma) {
     for (reg, values) in mma.d.iter().zip(&out) {
         for lane in 0..LANES {
             regs.set(*reg, lane, values[lane]);
+        }
+    }
+}
+
+/// A product with accumulators of f32.
+struct Singly<'r>(&'r mut Regs, &'r Mma);
+
+impl WithVectors for Singly<'_> {
+    #[inline(always)]
+    fn run(self, vectors: impl Vectors) {
+        let Self(regs, mma) = self;
+        let mut tile = product::Tile::new(mma.shape[2] as usize);
+        load_left(regs, &mma.a, mma.a_type, &mut tile);
+        for (r, reg) in mma.b.iter().enumerate() {
+            each_element(regs.word(reg.row), mma.b_type, |k, values| tile.b[k_of(mma.b_type, r) + k] = values);
+        }
+        load_addend(regs, &mma.c, &mut tile);
+        tile.multiply(vectors);
+        store_sum(regs, &mma.d, &tile);
+    }
+}
+
+/// The depth at which a register's elements of thread 0 begin.
+fn k_of(ty: Element, r: usize) -> usize {
+    4 * per_register(ty) * r
+}
+
+/// A warp's 16 rows of A from registers.
+#[inline(always)]
+fn load_left(regs: &Regs, a: &[Reg], ty: Element, tile: &mut product::Tile) {
+    for (r, reg) in a.iter().enumerate() {
+        each_element(regs.word(reg.row), ty, |k, values| {
+            tile.a[k_of(ty, r >> 1) + k][8 * (r & 1)..][..8].copy_from_slice(&values);
+        });
+    }
+}
+
+/// The accumulators of 16 rows and 8 columns.
+#[inline(always)]
+pub fn load_addend(regs: &Regs, c: &[Reg], tile: &mut product::Tile) {
+    for (r, reg) in c.iter().enumerate() {
+        for (thread, values) in by_thread(regs.word(reg.row)).iter().enumerate() {
+            tile.c[2 * thread + (r & 1)][8 * (r >> 1)..][..8].copy_from_slice(&values.map(f32::from_bits));
+        }
+    }
+}
+
+/// The sums to the accumulators' registers.
+#[inline(always)]
+pub fn store_sum(regs: &mut Regs, d: &[Reg], tile: &product::Tile) {
+    for (r, reg) in d.iter().enumerate() {
+        let row = &mut regs.words[reg.row as usize];
+        for thread in 0..4 {
+            let values = &tile.c[2 * thread + (r & 1)][8 * (r >> 1)..][..8];
+            for group in 0..8 {
+                row[4 * group + thread] = values[group].to_bits();
+            }
+        }
+    }
+}
+
+/// A register of lanes 4g + t as rows of t.
+#[inline(always)]
+fn by_thread(row: &Row) -> [[u32; 8]; 4] {
+    let mut out = [[0; 8]; 4];
+    for thread in 0..4 {
+        for group in 0..8 {
+            out[thread][group] = row[4 * group + thread];
+        }
+    }
+    out
+}
+
+/// Calls a function for each depth that a register of A or B holds, with the numbers of its eight groups of lanes.
+#[inline(always)]
+fn each_element(row: &Row, ty: Element, mut visit: impl FnMut(usize, [f32; 8])) {
+    for (thread, words) in by_thread(row).iter().enumerate() {
+        match ty {
+            Element::Float(BF16) => {
+                visit(2 * thread, words.map(|word| f32::from_bits(word << 16)));
+                visit(2 * thread + 1, words.map(|word| f32::from_bits(word & 0xffff_0000)));
+            }
+            Element::Float(TF32) => visit(thread, words.map(|word| f32::from_bits(word & !0x1fff))),
+            _ => {
+                visit(2 * thread, words.map(half));
+                visit(2 * thread + 1, words.map(|word| half(word >> 16)));
+            }
         }
     }
 }
@@ -182,14 +271,7 @@ pub fn round(value: f64, acc: Accumulator, saturate: bool) -> u64 {
     }
 }
 
-/// Bits behind the leading one of the largest term that a sum keeps.
-const KEPT: i32 = 25;
-/// The exponent of zero: below every other.
-const NOTHING: i32 = -5000;
-/// From this exponent on a term is infinite or NaN.
-const BEYOND: i32 = 1024;
-
-/// The operands of a product: 16 rows of A, 8 columns of B, up to 64 deep.
+/// The operands of an exact product: 16 rows of A, 8 columns of B, up to 64 deep.
 pub struct Tile {
     /// A, row by row.
     pub a: [[f64; DEPTH]; ROWS],
@@ -199,21 +281,16 @@ pub struct Tile {
     pub c: [[f64; COLUMNS]; ROWS],
     /// How deep.
     pub depth: usize,
-    /// Floating-point sums as tensor cores make them; else exact sums of f64.
-    pub truncating: bool,
 }
 
 impl Tile {
     /// A product of zeros.
-    pub fn new(depth: usize, truncating: bool) -> Self {
+    pub fn new(depth: usize) -> Self {
         let (a, b, c) = ([[0.0; DEPTH]; ROWS], [[0.0; COLUMNS]; DEPTH], [[0.0; COLUMNS]; ROWS]);
-        Self { a, b, c, depth, truncating }
+        Self { a, b, c, depth }
     }
 
-    /// c += a b
-    ///
-    /// A tensor core of an H100 lines all products and the addend up with the largest (by the sum of its factors'
-    /// exponents), cuts each off 25 bits behind that one's leading bit, adds them exactly and cuts the sum to f32.
+    /// c += a b, in f64.
     pub fn multiply(&mut self) {
         pulp::Arch::new().dispatch(Product(self));
     }
@@ -221,74 +298,17 @@ impl Tile {
 
 struct Product<'t>(&'t mut Tile);
 
-/// The exponent of a number's leading bit.
-#[inline(always)]
-fn exponent(value: f64) -> i32 {
-    let field = (value.to_bits() >> 52 & 0x7ff) as i32;
-    if value == 0.0 { NOTHING } else { field - 1023 }
-}
-
-/// A sum cut to f32.
-#[inline(always)]
-fn cut(value: f64) -> f64 {
-    let bits = f64::from_bits(value.to_bits() & !0x1fff_ffff);
-    if bits.abs() >= f64::from(f32::MIN_POSITIVE) || value == 0.0 {
-        return bits;
-    }
-    f64::from(crate::number::to_f32(value, Rounding::Zero))
-}
-
 impl pulp::WithSimd for Product<'_> {
     type Output = ();
 
     #[inline(always)]
     fn with_simd<S: pulp::Simd>(self, _: S) {
-        let Tile { a, b, c, depth, truncating } = self.0;
-        let mut exponents = [[NOTHING; COLUMNS]; DEPTH];
-        for k in 0..*depth {
-            for column in 0..COLUMNS {
-                exponents[k][column] = exponent(b[k][column]);
-            }
-        }
+        let Tile { a, b, c, depth } = self.0;
         for (row, sums) in a.iter().zip(c.iter_mut()) {
-            let mut plain = *sums;
             for k in 0..*depth {
                 for column in 0..COLUMNS {
-                    plain[column] = row[k].mul_add(b[k][column], plain[column]);
+                    sums[column] = row[k].mul_add(b[k][column], sums[column]);
                 }
-            }
-            if !*truncating {
-                *sums = plain;
-                continue;
-            }
-            let mut largest = [NOTHING; COLUMNS];
-            for column in 0..COLUMNS {
-                largest[column] = exponent(sums[column]);
-            }
-            for k in 0..*depth {
-                let left = exponent(row[k]);
-                for column in 0..COLUMNS {
-                    largest[column] = largest[column].max(left + exponents[k][column]);
-                }
-            }
-            let (mut scale, mut back) = ([0.0; COLUMNS], [0.0; COLUMNS]);
-            for column in 0..COLUMNS {
-                let top = largest[column].clamp(-900, 900) - KEPT;
-                scale[column] = f64::from_bits(((1023 - top) as u64) << 52);
-                back[column] = f64::from_bits(((1023 + top) as u64) << 52);
-            }
-            let mut total = [0.0; COLUMNS];
-            for column in 0..COLUMNS {
-                total[column] = (sums[column] * scale[column]).trunc();
-            }
-            for k in 0..*depth {
-                for column in 0..COLUMNS {
-                    total[column] += (row[k] * b[k][column] * scale[column]).trunc();
-                }
-            }
-            for column in 0..COLUMNS {
-                let finite = largest[column] < BEYOND && plain[column].is_finite();
-                sums[column] = if finite { cut(total[column] * back[column]) } else { plain[column] };
             }
         }
     }

@@ -8,9 +8,11 @@ pub mod checks;
 mod cta;
 mod fault;
 mod lanes;
+mod late;
 mod matrix;
 mod mbarrier;
 pub mod mma;
+mod product;
 pub mod regs;
 mod swizzle;
 mod system;
@@ -44,7 +46,7 @@ pub struct Options {
     pub check: bool,
     /// Count.
     pub count: bool,
-    /// Order of CTAs and warps; ascending without one.
+    /// Order of CTAs and warps, and which warps' asynchronous copies land late; ascending and at once without one.
     pub seed: Option<u64>,
     /// Operations that a CTA may take.
     pub budget: u64,
@@ -104,7 +106,7 @@ impl<'a> Launch<'a> {
     ) -> Self {
         let wide_atomics = std::array::from_fn(|_| Mutex::new(()));
         let printed = Mutex::new(String::new());
-        let shadow = Arc::new(GlobalShadow::new(kernel.narrowest));
+        let shadow = Arc::new(GlobalShadow::new(kernel.narrowest.global));
         Self { kernel, grid, block, dynamic_shared, params, memory, options, shadow, wide_atomics, printed }
     }
 

@@ -152,11 +152,11 @@ impl Operand for F {
     type Value = f32;
     #[inline(always)]
     fn get(regs: &Regs, row: u32) -> [f32; LANES] {
-        each(&regs.words[row as usize], f32::from_bits)
+        each(&W::get(regs, row), f32::from_bits)
     }
     #[inline(always)]
     fn put(regs: &mut Regs, row: u32, values: [f32; LANES], mask: u32) {
-        blend(&mut regs.words[row as usize], each(&values, canonical_bits), mask);
+        W::put(regs, row, each(&values, canonical_bits), mask);
     }
 }
 
@@ -164,11 +164,11 @@ impl Operand for G {
     type Value = f64;
     #[inline(always)]
     fn get(regs: &Regs, row: u32) -> [f64; LANES] {
-        each(&regs.doubles[row as usize], f64::from_bits)
+        each(&D::get(regs, row), f64::from_bits)
     }
     #[inline(always)]
     fn put(regs: &mut Regs, row: u32, values: [f64; LANES], mask: u32) {
-        blend(&mut regs.doubles[row as usize], each(&values, f64::to_bits), mask);
+        D::put(regs, row, each(&values, f64::to_bits), mask);
     }
 }
 

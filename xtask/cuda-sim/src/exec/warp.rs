@@ -1,5 +1,6 @@
 //! A warp: registers, and groups of lanes that run together.
 
+use super::late::Late;
 use super::regs::{LANES, Reg, Regs};
 use crate::code::Inst;
 
@@ -42,6 +43,8 @@ pub struct Warp {
     pub groups: Vec<Group>,
     /// Local memory, lane after lane.
     pub local: Vec<u32>,
+    /// Asynchronous copies under way.
+    pub late: Late,
     /// Take another group than the lowest next time.
     pub rotate: bool,
 }

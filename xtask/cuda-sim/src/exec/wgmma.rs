@@ -4,16 +4,17 @@ use super::access::read_words;
 use super::checks::{Checks, Touch, TouchKind};
 use super::cta::Cta;
 use super::fault::{FaultKind, Finding};
-use super::mma::{Tile, accumulator, decode_row, place_a, place_c, round};
-use super::regs::LANES;
+use super::mma::{Tile, accumulator, decode_row, load_addend, place_a, place_c, round, store_sum};
+use super::product::{self, ROWS, Vectors, WithVectors};
+use super::regs::{LANES, Reg, Regs};
 use super::swizzle::swizzle;
 use super::warp::Warp;
-use crate::code::{Accumulator, Element, Left, Order, Wgmma};
-use crate::number::TF32;
+use crate::code::{Accumulator, Element, Left, Order, Pipe, Wgmma};
+use crate::number::{BF16, TF32};
 use crate::ptx::Space;
 
-/// Rows of a warp.
-const ROWS: usize = 16;
+/// Bytes that lie together in every layout.
+const PIECE_BYTES: u32 = 16;
 
 /// A matrix in shared memory, by its descriptor.
 #[derive(Clone, Copy, Debug)]
@@ -70,47 +71,35 @@ fn element_bytes(ty: Element) -> u64 {
     }
 }
 
+/// Rows of A or columns of B that are read together.
+const LINES: usize = 8;
+/// The deepest product.
+const DEPTH: usize = 32;
+/// Pieces of 16 bytes in which eight lines lie: two along the depth each, or one for each depth.
+const PIECES: usize = 16;
+
+/// Eight rows of A or columns of B, along the depth.
+type Lines = [[f32; LINES]; DEPTH];
+
 impl<C: Checks> Cta<'_, C> {
     /// Multiplies; all lanes take part.
     pub fn wgmma(&mut self, warp: &mut Warp, wgmma: &Wgmma, pc: u32) -> Result<(), Finding> {
-        let depth = wgmma.depth as usize;
-        let mut tile = Tile::new(depth, wgmma.acc == Accumulator::Single);
-        self.left(warp, wgmma, pc, &mut tile)?;
+        let left = self.left(warp, wgmma, pc)?;
         let matrix = Descriptor::new(warp.regs.value(wgmma.b, 0));
-        let mut b = vec![0.0; wgmma.columns as usize * depth];
-        self.read_lines((warp.index, pc), matrix, (wgmma, 1), 0..u64::from(wgmma.columns), &mut b)?;
         let accumulate = warp.encoded(wgmma.accumulate) & 1 == 1;
-        let half = wgmma.acc == Accumulator::Half;
-        let per_block = if half { 2 } else { 4 };
-        for (block, regs) in wgmma.d.chunks(per_block).enumerate() {
-            for column in 0..8 {
-                (0..depth).for_each(|k| tile.b[k][column] = b[(8 * block + column) * depth + k]);
-            }
-            let places = |r: usize, lane: usize, i: usize| place_c(half, lane, r, i);
-            for (r, reg) in regs.iter().enumerate() {
-                for (lane, i) in (0..LANES).flat_map(|lane| (0..1 + usize::from(half)).map(move |i| (lane, i))) {
-                    let (row, column) = places(r, lane, i);
-                    let old = accumulator(warp.regs.value(*reg, lane), wgmma.acc, i);
-                    tile.c[row][column] = if accumulate { old } else { 0.0 };
-                }
-            }
-            tile.multiply();
-            for (r, reg) in regs.iter().enumerate() {
-                for lane in 0..LANES {
-                    let value = (0..1 + usize::from(half)).fold(0, |bits, i| {
-                        let (row, column) = places(r, lane, i);
-                        bits | round(tile.c[row][column], wgmma.acc, wgmma.saturate) << (16 * i)
-                    });
-                    warp.regs.set(*reg, lane, value);
-                }
-            }
+        let single = wgmma.acc == Accumulator::Single;
+        let per_block = if wgmma.acc == Accumulator::Half { 2 } else { 4 };
+        for (block, d) in wgmma.d.chunks(per_block).enumerate() {
+            let b = self.lines((warp.index, pc), matrix, (wgmma, 1), (LINES * block) as u64)?;
+            let product = Block { regs: &mut warp.regs, wgmma, d, left: &left, b: &b, accumulate };
+            if single { product::dispatch(product) } else { product.exactly() }
         }
         Ok(())
     }
 
-    /// The warp's rows of A, with the sign of the product.
-    fn left(&mut self, warp: &Warp, wgmma: &Wgmma, pc: u32, tile: &mut Tile) -> Result<(), Finding> {
-        let depth = wgmma.depth as usize;
+    /// The warp's rows of A, along the depth, with the sign of the product.
+    fn left(&mut self, warp: &Warp, wgmma: &Wgmma, pc: u32) -> Result<[[f32; ROWS]; DEPTH], Finding> {
+        let mut left = [[0.0; ROWS]; DEPTH];
         match &wgmma.a {
             Left::Registers(regs) => {
                 let mut elements = [[0.0; LANES]; 8];
@@ -119,73 +108,133 @@ impl<C: Checks> Cta<'_, C> {
                     for (i, values) in elements.iter().enumerate().take(per) {
                         for lane in 0..LANES {
                             let (row, column) = place_a(ROWS, per, lane, r, i);
-                            tile.a[row][column] = values[lane];
+                            left[column][row] = values[lane] as f32;
                         }
                     }
                 }
             }
             Left::Descriptor(reg) => {
                 let matrix = Descriptor::new(warp.regs.value(*reg, 0));
-                let first = u64::from(warp.index % 4) * ROWS as u64;
-                let mut a = vec![0.0; ROWS * depth];
-                self.read_lines((warp.index, pc), matrix, (wgmma, 0), first..first + ROWS as u64, &mut a)?;
-                for (row, values) in tile.a.iter_mut().zip(a.chunks_exact(depth)) {
-                    row[..depth].copy_from_slice(values);
+                for half in 0..ROWS / LINES {
+                    let first = warp.index as usize % 4 * ROWS + half * LINES;
+                    let lines = self.lines((warp.index, pc), matrix, (wgmma, 0), first as u64)?;
+                    for (to, from) in left.iter_mut().zip(&lines) {
+                        to[half * LINES..][..LINES].copy_from_slice(from);
+                    }
                 }
             }
         }
         if wgmma.negate[0] != wgmma.negate[1] {
-            tile.a.iter_mut().flatten().for_each(|value| *value = -*value);
+            left.iter_mut().flatten().for_each(|value| *value = -*value);
         }
-        Ok(())
+        Ok(left)
     }
 
-    /// Reads rows of A or columns of B, one after the other, in pieces of 16 bytes.
-    fn read_lines(
+    /// Reads eight rows of A or columns of B from the one numbered `first` on.
+    fn lines(
         &mut self,
         (warp, pc): (u32, u32),
         matrix: Descriptor,
         (wgmma, side): (&Wgmma, usize),
-        lines: std::ops::Range<u64>,
-        out: &mut [f64],
-    ) -> Result<(), Finding> {
-        let (ty, depth) = (wgmma.types[side], wgmma.depth as u64);
-        let bytes = element_bytes(ty);
-        let mut pieces = Vec::new();
-        for (number, line) in lines.enumerate() {
-            for k in 0..depth {
-                let address = match wgmma.transposed[side] {
-                    true => matrix.along_lines(line, k),
-                    false => matrix.along_depth(line, k * bytes),
-                };
-                let space = Space::Shared;
-                let kind = FaultKind::OutOfBounds { space, address, bytes: bytes as u32, write: false };
-                let offset = self.shared_offset(address, bytes as u32).ok_or((kind, 0))?;
-                let value = read_words(&self.shared, offset, bytes as u32);
-                out[number * depth as usize + k as usize] = one(value, ty);
-                if C::ON && address.is_multiple_of(16) {
-                    pieces.push(address);
+        first: u64,
+    ) -> Result<Lines, Finding> {
+        let (ty, contiguous) = (wgmma.types[side], wgmma.transposed[side]);
+        let mut at = [0; LANES];
+        for (number, at) in (0..).zip(&mut at[..PIECES]) {
+            *at = match contiguous {
+                true => matrix.along_lines(first, number),
+                false => matrix.along_depth(first + number / 2, number % 2 * 16),
+            };
+        }
+        let mut lines = [[0.0; LINES]; DEPTH];
+        for (number, address) in at[..PIECES].iter().enumerate() {
+            let kind =
+                FaultKind::OutOfBounds { space: Space::Shared, address: *address, bytes: PIECE_BYTES, write: false };
+            let offset = self.shared_offset(*address, PIECE_BYTES).ok_or((kind, 0))?;
+            let words = &self.shared[(offset / 4) as usize..][..4];
+            let bytes = element_bytes(ty);
+            for element in 0..(u64::from(PIECE_BYTES) / bytes) as usize {
+                let value = one(read_words(words, element as u64 * bytes, bytes as u32), ty);
+                let per = PIECE_BYTES as usize / bytes as usize;
+                match contiguous {
+                    true => lines[number][element] = value,
+                    false => lines[number % 2 * per + element][number / 2] = value,
                 }
             }
         }
-        for group in pieces.chunks(LANES) {
-            let mut at = [0; LANES];
-            at[..group.len()].copy_from_slice(group);
-            let active = if group.len() == LANES { u32::MAX } else { (1 << group.len()) - 1 };
-            let kind = TouchKind::Read;
-            let touch = Touch { space: Space::Shared, at: &at, active, bytes: 16, kind, order: Order::Weak, pc };
+        if C::ON {
+            let (active, kind) = ((1 << PIECES) - 1, TouchKind::AsyncRead(Pipe::Product));
+            let touch =
+                Touch { space: Space::Shared, at: &at, active, bytes: PIECE_BYTES, kind, order: Order::Weak, pc };
             self.checks.touch(warp, &touch, &self.launch.memory, &mut self.hint)?;
         }
-        Ok(())
+        Ok(lines)
     }
 }
 
-fn one(value: u64, ty: Element) -> f64 {
+/// A warp's rows and eight columns of a product.
+struct Block<'b> {
+    regs: &'b mut Regs,
+    wgmma: &'b Wgmma,
+    d: &'b [Reg],
+    left: &'b [[f32; ROWS]; DEPTH],
+    b: &'b Lines,
+    accumulate: bool,
+}
+
+impl WithVectors for Block<'_> {
+    #[inline(always)]
+    fn run(self, vectors: impl Vectors) {
+        let mut tile = product::Tile::new(self.wgmma.depth as usize);
+        tile.a.copy_from_slice(&self.left[..product::DEPTH]);
+        tile.b.copy_from_slice(&self.b[..product::DEPTH]);
+        if self.accumulate {
+            load_addend(self.regs, self.d, &mut tile);
+        }
+        tile.multiply(vectors);
+        store_sum(self.regs, self.d, &tile);
+    }
+}
+
+impl Block<'_> {
+    /// The product in f64, for accumulators that are not f32.
+    fn exactly(self) {
+        let Self { regs, wgmma, d, left, b, accumulate } = self;
+        let depth = wgmma.depth as usize;
+        let mut tile = Tile::new(depth);
+        for k in 0..depth {
+            tile.b[k] = b[k].map(f64::from);
+            (0..ROWS).for_each(|row| tile.a[row][k] = f64::from(left[k][row]));
+        }
+        let half = wgmma.acc == Accumulator::Half;
+        let elements = 1 + usize::from(half);
+        for (r, reg) in d.iter().enumerate().filter(|_| accumulate) {
+            for (lane, i) in (0..LANES).flat_map(|lane| (0..elements).map(move |i| (lane, i))) {
+                let (row, column) = place_c(half, lane, r, i);
+                tile.c[row][column] = accumulator(regs.value(*reg, lane), wgmma.acc, i);
+            }
+        }
+        tile.multiply();
+        for (r, reg) in d.iter().enumerate() {
+            for lane in 0..LANES {
+                let value = (0..elements).fold(0, |bits, i| {
+                    let (row, column) = place_c(half, lane, r, i);
+                    bits | round(tile.c[row][column], wgmma.acc, wgmma.saturate) << (16 * i)
+                });
+                regs.set(*reg, lane, value);
+            }
+        }
+    }
+}
+
+/// A number of shared memory. Those of 16 or fewer bits and tf32 are numbers of f32.
+fn one(value: u64, ty: Element) -> f32 {
     match ty {
-        Element::Float(TF32) => f64::from(f32::from_bits(value as u32 & !0x1fff)),
-        Element::Float(format) => format.widen(value as u32),
-        Element::Int { signed: true, .. } => f64::from(value as u8 as i8),
-        Element::Int { .. } => f64::from(value as u8),
-        Element::Double => f64::from_bits(value),
+        Element::Float(TF32) => f32::from_bits(value as u32 & !0x1fff),
+        Element::Float(BF16) => f32::from_bits((value as u32) << 16),
+        Element::Float(format) => format.widen(value as u32) as f32,
+        Element::Int { signed: true, .. } => f32::from(value as u8 as i8),
+        Element::Int { .. } => f32::from(value as u8),
+        Element::Double => f64::from_bits(value) as f32,
     }
 }

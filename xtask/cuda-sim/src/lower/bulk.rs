@@ -2,10 +2,10 @@
 
 use super::Lower;
 use super::opcode::Opcode;
-use crate::code::{Atomic, AtomicOp, Bulk, Op};
+use crate::code::{Atomic, AtomicOp, Bulk, Op, Pipe};
 use crate::error::At;
 use crate::exec::regs::Reg;
-use crate::ptx::{Address, Instruction, Kind, Operand, Type};
+use crate::ptx::{Address, Instruction, Kind, Operand, Space, Type};
 
 const U32: Type = Type { kind: Kind::Unsigned, bits: 32 };
 
@@ -13,15 +13,15 @@ impl<'m> Lower<'m> {
     /// `cp.async.bulk…` and `cp.reduce.async.bulk…`
     pub(super) fn bulk(&mut self, o: &mut Opcode<'_>, i: &'m Instruction, reduces: bool) -> Result<(), At> {
         match o.one_of(&["commit_group", "wait_group", "prefetch"]) {
-            // Copies are made at once.
-            Some("commit_group" | "prefetch") => {
+            Some("commit_group") => return self.emit(Op::AsyncCommit(Pipe::Bulk), &[], &[]),
+            Some("prefetch") => {
                 while o.next().is_some() {}
                 return self.emit(Op::Nothing, &[], &[]);
             }
             Some(_) => {
                 o.flag("read");
-                self.arity(i, 1..=1)?;
-                return self.emit(Op::Nothing, &[], &[]);
+                let groups = self.groups(i)?;
+                return self.emit(Op::AsyncWait(Pipe::Bulk, groups), &[], &[]);
             }
             None => {}
         }
@@ -51,7 +51,7 @@ impl<'m> Lower<'m> {
         } else {
             self.bytes(i, o, load, operation)?
         };
-        self.narrowest = self.narrowest.min(4);
+        self.note_width(Space::Global, 4);
         self.emit(Op::Bulk(Box::new(bulk)), &reads, &[])
     }
 

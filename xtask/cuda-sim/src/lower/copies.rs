@@ -5,7 +5,7 @@ use super::opcode::Opcode;
 use crate::code::{CopyAsync, Mbarrier, Op};
 use crate::error::At;
 use crate::exec::regs::{Class, Reg};
-use crate::ptx::{Instruction, Kind, Operand, Type};
+use crate::ptx::{Instruction, Kind, Operand, Space, Type};
 
 const U32: Type = Type { kind: Kind::Unsigned, bits: 32 };
 const B64: Type = Type { kind: Kind::Bits, bits: 64 };
@@ -31,9 +31,8 @@ impl<'m> Lower<'m> {
             Some("commit_group") => self.emit(Op::CopyCommit, &[], &[]),
             Some("wait_all") => self.emit(Op::CopyWait(None), &[], &[]),
             Some("wait_group") => {
-                self.arity(i, 1..=1)?;
-                let Operand::Int(groups) = i.operands[0] else { return self.fail("wait_group takes a number") };
-                self.emit(Op::CopyWait(Some(groups.clamp(0, 1 << 16) as u32)), &[], &[])
+                let groups = self.groups(i)?;
+                self.emit(Op::CopyWait(Some(groups)), &[], &[])
             }
             Some(_) => {
                 if !o.flag("arrive") {
@@ -47,6 +46,15 @@ impl<'m> Lower<'m> {
                 self.emit(Op::Mbarrier(Box::new(Mbarrier::CopyArrive { place, noinc })), &reads, &[])
             }
             None => self.copy_async(o, i),
+        }
+    }
+
+    /// How many groups a wait leaves open.
+    pub(super) fn groups(&self, i: &Instruction) -> Result<u32, At> {
+        self.arity(i, 1..=1)?;
+        match i.operands[0] {
+            Operand::Int(groups) => Ok(groups.clamp(0, 1 << 16) as u32),
+            _ => self.fail("wait_group takes a number"),
         }
     }
 
@@ -88,7 +96,8 @@ impl<'m> Lower<'m> {
             },
             Some(_) => return self.unsupported(i),
         }
-        self.narrowest = self.narrowest.min(4);
+        self.note_width(Space::Shared, bytes as u32);
+        self.note_width(Space::Global, bytes as u32);
         let copy = CopyAsync { dst, src, bytes: bytes as u32, src_bytes, ignore };
         self.emit(Op::CopyAsync(Box::new(copy)), &reads, &[])
     }

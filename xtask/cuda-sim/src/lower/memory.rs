@@ -108,9 +108,13 @@ impl<'m> Lower<'m> {
         Ok(())
     }
 
-    fn note_width(&mut self, space: Space, bytes: u32) {
-        if matches!(space, Space::Global | Space::Shared | Space::Generic) {
-            self.narrowest = self.narrowest.min(bytes);
+    /// Notes an access of so many bytes a lane, aligned to as many.
+    pub(super) fn note_width(&mut self, space: Space, bytes: u32) {
+        if matches!(space, Space::Shared | Space::Generic) {
+            self.narrowest.shared = self.narrowest.shared.min(bytes);
+        }
+        if matches!(space, Space::Global | Space::Generic) {
+            self.narrowest.global = self.narrowest.global.min(bytes);
         }
     }
 
@@ -125,7 +129,7 @@ impl<'m> Lower<'m> {
         self.check_vector(lanes, ty)?;
         let (regs, width) = self.value_regs(&i.operands[0], lanes, ty, true)?;
         let place = self.place(&i.operands[1])?;
-        self.note_width(space, ty.bytes());
+        self.note_width(space, lanes as u32 * ty.bytes());
         let reads = Self::place_reads(&place, &[]);
         let access = Access {
             space,
@@ -155,7 +159,7 @@ impl<'m> Lower<'m> {
         self.check_vector(lanes, ty)?;
         let (regs, width) = self.value_regs(&i.operands[1], lanes, ty, false)?;
         let place = self.place(&i.operands[0])?;
-        self.note_width(space, ty.bytes());
+        self.note_width(space, lanes as u32 * ty.bytes());
         let reads = Self::place_reads(&place, &regs);
         let access = Access { space, bytes: ty.bytes(), signed: false, width, regs: regs.into(), place, order };
         self.emit(Op::Store(Box::new(access)), &reads, &[])
@@ -210,7 +214,7 @@ impl<'m> Lower<'m> {
         let (src, _) = self.value_regs(&i.operands[first + 1], lanes, ty, false)?;
         let swap = if cas { Some(self.source(&i.operands[first + 2], ty)?) } else { None };
         let dst = if returns { self.value_regs(&i.operands[0], lanes, ty, true)?.0 } else { Vec::new() };
-        self.note_width(space, ty.bytes());
+        self.note_width(space, lanes as u32 * ty.bytes());
         let mut reads = Self::place_reads(&place, &src);
         reads.extend(swap);
         let atomic = Atomic {

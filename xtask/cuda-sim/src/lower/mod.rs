@@ -19,7 +19,7 @@ mod scope;
 mod tensor;
 mod wgmma;
 
-use crate::code::{Inst, Kernel, Op, Place, Site, Special};
+use crate::code::{Inst, Kernel, Narrowest, Op, Place, Site, Special};
 use crate::error::At;
 use crate::exec::regs::{AluFn, Class, Reg};
 use crate::ptx::{Function, Instruction, Kind, Location, Module, Operand, Statement, Type};
@@ -58,7 +58,7 @@ struct Lower<'m> {
     local_bytes: u32,
     params: Vec<(u32, u32)>,
     param_bytes: u32,
-    narrowest: u32,
+    narrowest: Narrowest,
     /// Names of the functions being inlined, and where `ret` goes.
     stack: Vec<(&'m str, Option<usize>)>,
     carry: Option<Reg>,
@@ -94,7 +94,7 @@ impl<'m> Lower<'m> {
             local_bytes: 0,
             params: Vec::new(),
             param_bytes: 0,
-            narrowest: 16,
+            narrowest: Narrowest { shared: 16, global: 16 },
             stack: vec![(&entry.name, None)],
             carry: None,
             begins: true,
@@ -145,7 +145,7 @@ impl<'m> Lower<'m> {
             param_bytes: self.param_bytes,
             max_threads: entry.max_threads,
             required_threads: entry.required_threads,
-            narrowest: self.narrowest.min(4),
+            narrowest: self.narrowest,
             files: files.clone(),
         })
     }

@@ -37,7 +37,6 @@ impl<'m> Lower<'m> {
         let (values, address) = if store { (&i.operands[1], &i.operands[0]) } else { (&i.operands[0], &i.operands[1]) };
         let regs = self.fragment(values, count, B32, !store)?;
         let (place, mut reads) = self.shared_place(address)?;
-        self.narrowest = self.narrowest.min(4);
         let matrix = Matrix { place, regs: regs.clone().into(), transposed, store };
         if store {
             reads.extend(&regs);

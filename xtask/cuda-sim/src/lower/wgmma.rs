@@ -2,7 +2,7 @@
 
 use super::Lower;
 use super::opcode::Opcode;
-use crate::code::{Accumulator, Element, Left, Op, Wgmma};
+use crate::code::{Accumulator, Element, Left, Op, Pipe, Wgmma};
 use crate::error::At;
 use crate::exec::regs::{Class, Reg};
 use crate::number::{BF16, F16, TF32};
@@ -19,11 +19,11 @@ impl<'m> Lower<'m> {
             return self.fail(format!("`{}` needs .sync.aligned", i.opcode));
         }
         match what {
-            // Products are made at once.
-            Some("fence" | "commit_group") => self.emit(Op::Nothing, &[], &[]),
+            Some("fence") => self.emit(Op::Nothing, &[], &[]),
+            Some("commit_group") => self.emit(Op::AsyncCommit(Pipe::Product), &[], &[]),
             Some("wait_group") => {
-                self.arity(i, 1..=1)?;
-                self.emit(Op::Nothing, &[], &[])
+                let groups = self.groups(i)?;
+                self.emit(Op::AsyncWait(Pipe::Product, groups), &[], &[])
             }
             Some("mma_async") => self.wgmma_product(o, i),
             _ => self.unsupported(i),
@@ -88,7 +88,6 @@ impl<'m> Lower<'m> {
             Left::Registers(regs) => reads.extend(regs.iter()),
             Left::Descriptor(reg) => reads.push(*reg),
         }
-        self.narrowest = self.narrowest.min(4);
         let writes = d.clone();
         let types = [a_type, b_type];
         let wgmma = Wgmma { columns, depth, types, acc, d: d.into(), a, b, accumulate, negate, transposed, saturate };

@@ -4,14 +4,14 @@ use crate::kit::Sim;
 use cuda_sim::exec::{Fault, FaultKind, Summary};
 
 /// A defect: what it is called, what must be found, a body that has it and one that has not.
-struct Defect {
+pub struct Defect {
     name: &'static str,
     found: &'static str,
     bad: &'static str,
     good: &'static str,
 }
 
-const fn defect(name: &'static str, found: &'static str, bad: &'static str, good: &'static str) -> Defect {
+pub const fn defect(name: &'static str, found: &'static str, bad: &'static str, good: &'static str) -> Defect {
     Defect { name, found, bad, good }
 }
 
@@ -46,6 +46,8 @@ fn name(kind: &FaultKind) -> &'static str {
         FaultKind::UninitialisedRegister => "register",
         FaultKind::Race { .. } => "race",
         FaultKind::PendingCopy { .. } => "pending copy",
+        FaultKind::PendingRead { .. } => "pending read",
+        FaultKind::PendingProduct => "pending product",
         FaultKind::DivergentCollective { .. } => "divergent",
         FaultKind::Deadlock { .. } => "deadlock",
         FaultKind::BadOperand { .. } => "operand",
@@ -56,6 +58,11 @@ fn name(kind: &FaultKind) -> &'static str {
 }
 
 fn check(defects: &[Defect]) {
+    check_by(run, defects);
+}
+
+/// Each defect must be found where a body is run, and nothing in its repaired twin.
+pub fn check_by(run: impl Fn(&str) -> Result<Summary, Box<Fault>>, defects: &[Defect]) {
     let mut wrong = Vec::new();
     for defect in defects {
         match run(defect.bad) {
@@ -203,6 +210,18 @@ fn values_never_written() {
             "register",
             "setp.eq.u32 p1, lane, 5;\n@!p1 mov.u32 r9, 1;\nadd.u32 r8, r9, tid;\nst.global.u32 [lout], r8;",
             "setp.eq.u32 p1, lane, 5;\nmov.u32 r9, 2;\n@!p1 mov.u32 r9, 1;\nadd.u32 r8, r9, tid;\nst.global.u32 [lout], r8;",
+        ),
+        defect(
+            "a register through shared memory",
+            "register",
+            "setp.eq.u32 p1, lane, 5;\n@!p1 mov.u32 r9, 1;\nshl.b32 r2, tid, 3;\nadd.u32 r2, r2, s;\nst.shared.v2.u32 [r2], {tid, r9};\nld.shared.v2.u32 {r7, r8}, [r2];\nst.global.u32 [lout], r8;",
+            "setp.eq.u32 p1, lane, 5;\n@!p1 mov.u32 r9, 1;\nshl.b32 r2, tid, 3;\nadd.u32 r2, r2, s;\nst.shared.v2.u32 [r2], {tid, r9};\nld.shared.v2.u32 {r7, r8}, [r2];\nst.global.u32 [lout], r7;\n@!p1 st.global.u32 [lout], r8;",
+        ),
+        defect(
+            "a register through a matrix in shared memory",
+            "register",
+            "setp.eq.u32 p1, lane, 5;\n@!p1 mov.u32 r9, 1;\nshl.b32 r2, tid, 4;\nadd.u32 r2, r2, s;\nst.shared.v4.u32 [r2], {r9, tid, tid, tid};\nbar.warp.sync -1;\nldmatrix.sync.aligned.m8n8.x1.shared.b16 {r3}, [r2];\nst.global.u32 [lout], r3;",
+            "setp.eq.u32 p1, lane, 5;\n@!p1 mov.u32 r9, 1;\nshl.b32 r2, tid, 4;\nadd.u32 r2, r2, s;\nst.shared.v4.u32 [r2], {r9, tid, tid, tid};\nbar.warp.sync -1;\nldmatrix.sync.aligned.m8n8.x1.shared.b16 {r3}, [r2];\nsetp.lt.u32 p2, lane, 20;\n@p2 st.global.u32 [lout], r3;",
         ),
         defect("an address", "register", "ld.global.u32 r0, [d7];", "mov.u64 d7, in;\nld.global.u32 r0, [d7];"),
         defect("a guard", "register", "@p3 mov.u32 r0, 1;", "setp.ne.u32 p3, tid, 1;\n@p3 mov.u32 r0, 1;"),

@@ -1,10 +1,42 @@
 //! Runs PTX on memory of its own.
 
 use cuda_sim::Module;
+use cuda_sim::code::Kernel;
 use cuda_sim::exec::{Fault, Launch, Options, Summary};
 use cuda_sim::memory::DeviceMemory;
 use cuda_sim::probe::Case;
 use cuda_sim::tensor_map::TensorMap;
+use std::cell::RefCell;
+use std::collections::BTreeSet;
+
+/// Opcodes with their modifiers.
+#[derive(Default)]
+pub struct Coverage {
+    /// Those that kernels hold.
+    pub written: BTreeSet<String>,
+    /// Those that ran.
+    pub ran: BTreeSet<String>,
+}
+
+thread_local! {
+    static COVERAGE: RefCell<Option<Coverage>> = const { RefCell::new(None) };
+}
+
+/// Which opcodes the kernels hold that a function loads, and which of them run.
+pub fn coverage(body: impl FnOnce()) -> Coverage {
+    COVERAGE.set(Some(Coverage::default()));
+    body();
+    COVERAGE.take().unwrap()
+}
+
+/// Notes a kernel's opcodes on some lines.
+fn note(kernel: &Kernel, into: fn(&mut Coverage) -> &mut BTreeSet<String>, on: impl Fn(u32) -> bool) {
+    COVERAGE.with_borrow_mut(|coverage| {
+        let Some(coverage) = coverage else { return };
+        let sites = kernel.sites.iter().filter(|site| !site.opcode.is_empty() && on(site.line));
+        into(coverage).extend(sites.map(|site| site.opcode.to_string()));
+    });
+}
 
 /// A device with a loaded module.
 pub struct Sim {
@@ -19,7 +51,9 @@ impl Sim {
     pub fn new(ptx: &str) -> Self {
         let memory = DeviceMemory::new(1 << 32);
         let module = Module::load(ptx, &memory).unwrap_or_else(|error| panic!("{error}"));
-        Self { memory, module, options: Options::default(), shared: 0 }
+        module.kernels.values().for_each(|kernel| note(kernel, |coverage| &mut coverage.written, |_| true));
+        let options = Options { count: COVERAGE.with_borrow(Option::is_some), ..Options::default() };
+        Self { memory, module, options, shared: 0 }
     }
 
     /// Memory that holds bytes.
@@ -68,7 +102,11 @@ impl Sim {
                 .copy_from_slice(&value.to_le_bytes()[..*bytes as usize]);
         }
         let shape = (grid, [block, 1, 1]);
-        Launch::new(kernel, shape, self.shared, &params, self.memory.snapshot(), &self.options).run()
+        let summary = Launch::new(kernel, shape, self.shared, &params, self.memory.snapshot(), &self.options).run()?;
+        if let Some(counts) = &summary.counts {
+            note(kernel, |coverage| &mut coverage.ran, |line| counts.lines.get(line as usize) == Some(&true));
+        }
+        Ok(summary)
     }
 }
 

@@ -86,7 +86,7 @@ fn matmul(arch: u32, stored: Stored, masked: bool, [m, n, k]: [usize; 3]) {
 }
 
 #[test]
-fn matrix_products_of_ampere() {
+pub fn matrix_products_of_ampere() {
     for stored in [Stored::Brain, Stored::Half, Stored::Tensor] {
         matmul(80, stored, false, [128, 64, 96]);
         matmul(80, stored, true, [77, 65, 47]);
@@ -180,7 +180,7 @@ fn histogram(arch: u32) {
 }
 
 #[test]
-fn kernels_of_hopper() {
+pub fn kernels_of_hopper() {
     for stored in [Stored::Brain, Stored::Half, Stored::Tensor] {
         matmul(90, stored, false, [128, 64, 96]);
         matmul(90, stored, true, [77, 65, 47]);
@@ -192,7 +192,7 @@ fn kernels_of_hopper() {
 }
 
 #[test]
-fn other_kernels_of_ampere() {
+pub fn other_kernels_of_ampere() {
     softmax(80);
     scan_and_sort(80);
     attention(80);

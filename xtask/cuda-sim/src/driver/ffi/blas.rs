@@ -1,23 +1,30 @@
 //! The few functions of cuBLAS that programs call for products of matrices. The same library serves as `libcublas.so`: both
 //! names must be links to one file, so that both share one device.
 
-use super::{Outcome, call, current, put, state};
+use super::stream::submit;
+use super::{Outcome, call, put, state};
 use crate::driver::blas::{Gemm, Matrix, Stored};
 use crate::driver::error::CuError;
+use crate::driver::graph::Work;
 use half::f16;
 use std::ffi::{c_int, c_longlong, c_void};
 
-/// The handle of every context of cuBLAS.
-const HANDLE: usize = 0x5000_0030;
 /// `CUBLAS_STATUS_INVALID_VALUE`
 const INVALID: CuError = CuError(7);
 /// `CUBLAS_STATUS_NOT_SUPPORTED`
 const UNSUPPORTED: CuError = CuError(15);
 /// `CUBLAS_STATUS_EXECUTION_FAILED`
 const FAILED: CuError = CuError(13);
+/// `CUBLAS_STATUS_NOT_INITIALIZED`
+const NO_CONTEXT: CuError = CuError(1);
+
+/// The stream of a context.
+fn stream_of(handle: usize) -> Result<usize, CuError> {
+    state().map_err(|_| FAILED)?.products(handle).copied().ok_or(NO_CONTEXT)
+}
 
 fn check(handle: usize) -> Outcome {
-    if handle == HANDLE { Ok(()) } else { Err(CuError(1)) }
+    stream_of(handle).map(|_| ())
 }
 
 /// A scale that a pointer to host memory gives, in the type that is computed in.
@@ -64,7 +71,7 @@ fn gemm(
     [a, b, c]: [Argument; 3],
     (batch, compute): (c_int, c_int),
 ) -> Outcome {
-    check(handle)?;
+    let stream = stream_of(handle)?;
     let gemm = Gemm {
         sizes: sizes.map(i64::from),
         a: matrix(a)?,
@@ -73,12 +80,7 @@ fn gemm(
         scales: [scale(alpha, compute)?, scale(beta, compute)?],
         batch: i64::from(batch),
     };
-    let memory = {
-        let state = state().map_err(|_| FAILED)?;
-        state.alive().map_err(|_| FAILED)?;
-        state.memory.clone()
-    };
-    gemm.run(&memory).map_err(|_| INVALID)
+    submit(stream, Work::Product(gemm)).map_err(|error| if error == CuError::INVALID_VALUE { INVALID } else { FAILED })
 }
 
 /// `CUBLAS_COMPUTE_32F` and `_64F`.
@@ -87,15 +89,17 @@ const COMPUTE: [c_int; 2] = [68, 70];
 exports! {
     /// A context of cuBLAS.
     fn cublasCreate_v2(handle: *mut usize) {
-        current().map_err(|_| CuError(1))?;
-        put(handle, HANDLE).map_err(|_| INVALID)
+        put(handle, state().map_err(|_| NO_CONTEXT)?.new_products()).map_err(|_| INVALID)
     }
 
     /// Ends a context.
-    fn cublasDestroy_v2(handle: usize) { check(handle) }
+    fn cublasDestroy_v2(handle: usize) { state().map_err(|_| FAILED)?.end_products(handle).ok_or(NO_CONTEXT) }
 
-    /// Products run at once, whatever the stream.
-    fn cublasSetStream_v2(handle: usize, _stream: usize) { check(handle) }
+    /// The stream that products are work of.
+    fn cublasSetStream_v2(handle: usize, stream: usize) {
+        *state().map_err(|_| FAILED)?.products(handle).ok_or(NO_CONTEXT)? = stream;
+        Ok(())
+    }
 
     /// No workspace is needed.
     fn cublasSetWorkspace_v2(handle: usize, _workspace: *mut c_void, _bytes: usize) { check(handle) }

@@ -1,4 +1,4 @@
-//! Devices, contexts, streams, events, errors.
+//! Devices, contexts, errors.
 
 use super::{CONTEXT, CURRENT, Outcome, STATE, bytes_mut, call, current, put, ready, started, state};
 use crate::driver::error::CuError;
@@ -124,7 +124,7 @@ exports! {
     fn cuCtxGetDevice(device: *mut c_int) { current()?; put(device, 0) }
 
     /// Waits for everything, which is complete already.
-    fn cuCtxSynchronize() { state()?.alive() }
+    fn cuCtxSynchronize() { state()?.wait_all() }
 
     /// Priorities of streams.
     fn cuCtxGetStreamPriorityRange(least: *mut c_int, greatest: *mut c_int) {
@@ -132,70 +132,6 @@ exports! {
         put(least, 0)?;
         put(greatest, -5)
     }
-
-    /// A new stream.
-    fn cuStreamCreate(stream: *mut usize, _flags: c_uint) {
-        let mut state = state()?;
-        state.alive()?;
-        put(stream, state.new_stream())
-    }
-
-    /// A new stream.
-    fn cuStreamCreateWithPriority(stream: *mut usize, _flags: c_uint, _priority: c_int) {
-        let mut state = state()?;
-        state.alive()?;
-        put(stream, state.new_stream())
-    }
-
-    /// Ends a stream.
-    fn cuStreamDestroy_v2(stream: usize) { state()?.end_stream(stream) }
-
-    /// Waits for a stream, which is complete already.
-    fn cuStreamSynchronize(stream: usize) { let state = state()?; state.alive()?; state.check_stream(stream) }
-
-    /// Whether a stream is complete, which it is.
-    fn cuStreamQuery(stream: usize) { let state = state()?; state.alive()?; state.check_stream(stream) }
-
-    /// Lets a stream wait for an event, which is complete already.
-    fn cuStreamWaitEvent(stream: usize, event: usize, _flags: c_uint) {
-        let state = state()?;
-        state.alive()?;
-        state.check_stream(stream)?;
-        state.check_event(event)
-    }
-
-    /// Whether a stream captures a graph, which it does not.
-    fn cuStreamIsCapturing(stream: usize, status: *mut c_int) { state()?.check_stream(stream)?; put(status, 0) }
-
-    /// A new event.
-    fn cuEventCreate(event: *mut usize, _flags: c_uint) {
-        let mut state = state()?;
-        state.alive()?;
-        put(event, state.new_event())
-    }
-
-    /// Records an event.
-    fn cuEventRecord(event: usize, stream: usize) {
-        let mut state = state()?;
-        state.alive()?;
-        state.check_stream(stream)?;
-        state.record_event(event)
-    }
-
-    /// Whether an event is complete, which it is.
-    fn cuEventQuery(event: usize) { let state = state()?; state.alive()?; state.check_event(event) }
-
-    /// Waits for an event, which is complete already.
-    fn cuEventSynchronize(event: usize) { let state = state()?; state.alive()?; state.check_event(event) }
-
-    /// Milliseconds between two events.
-    fn cuEventElapsedTime(milliseconds: *mut f32, start: usize, end: usize) { put(milliseconds, state()?.elapsed(start, end)?) }
-
-    /// Milliseconds between two events.
-    fn cuEventElapsedTime_v2(milliseconds: *mut f32, start: usize, end: usize) { put(milliseconds, state()?.elapsed(start, end)?) }
-
-    /// Ends an event.
-    fn cuEventDestroy_v2(event: usize) { state()?.end_event(event) }
 
     /// An error's name.
     fn cuGetErrorName(error: u32, name: *mut *const c_char) {

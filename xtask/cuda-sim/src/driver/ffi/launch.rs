@@ -1,7 +1,9 @@
 //! Modules, kernels, launches, tensor maps.
 
+use super::stream::submit;
 use super::{Outcome, bytes, call, put, state, text};
 use crate::driver::error::CuError;
+use crate::driver::graph::Work;
 use crate::tensor_map::{BYTES, MAX_RANK, TensorMap};
 use std::ffi::{c_char, c_int, c_uint, c_void};
 
@@ -151,6 +153,7 @@ fn image_text<'t>(image: *const c_void) -> Result<&'t str, CuError> {
 }
 
 fn load(module: *mut usize, source: &str) -> Outcome {
+    state()?.unsafe_call()?;
     let handle = state()?.load(source).map_err(|(error, what)| {
         eprintln!("cuda-sim: {what}");
         error
@@ -167,19 +170,14 @@ fn launch(
     params: *mut *mut c_void,
     extra: *mut *mut c_void,
 ) -> Outcome {
-    let (ready, memory, options, arguments) = {
+    let work = {
         let state = state()?;
         state.check_stream(stream)?;
         let ready = state.prepare(function, grid, block, shared)?;
         let (places, size) = state.parameters(function)?;
-        let arguments = arguments(&places, size, params, extra)?;
-        (ready, state.memory.clone(), state.setup.options.clone(), arguments)
+        Work::Launch(ready, arguments(&places, size, params, extra)?)
     };
-    if let Err(error) = ready.run(&arguments, &memory, &options) {
-        // As on a device, the launch itself succeeds and what follows fails.
-        state()?.fail(error);
-    }
-    Ok(())
+    submit(stream, work)
 }
 
 /// A kernel's parameters from pointers to each, or from one buffer.

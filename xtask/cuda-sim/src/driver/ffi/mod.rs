@@ -119,3 +119,4 @@ mod blas;
 mod device;
 mod launch;
 mod memory;
+mod stream;
