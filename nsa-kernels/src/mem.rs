@@ -138,6 +138,16 @@ impl<'a, T, const N: usize> Tensor<'a, T, N> {
     }
 }
 
+impl<T: Pod, const N: usize> Tensor<'_, T, N> {
+    /// Copies the first elements of a device's memory to the host, and waits for them.
+    pub(crate) fn read_device(&self, op: &'static str, target: &mut [T]) -> Result<()> {
+        match self.mem {
+            Mem::Host(_) => Err(elsewhere(op, "tensor", "a device".to_owned(), HOST.to_owned())),
+            Mem::Device(mem) => mem.read(op, target),
+        }
+    }
+}
+
 impl<'a, T: Element, const N: usize> Tensor<'a, T, N> {
     /// The same tensor under another name of its element type; `None` if that is another type.
     pub fn same_type<U: Element>(self) -> Option<Tensor<'a, U, N>> {

@@ -25,12 +25,12 @@ impl Geometry {
     }
 }
 
-/// Elements of `size` bytes that a thread moves at once: 16 bytes, where rows of `dim` elements and all addresses allow it,
-/// else one.
+/// Elements that a thread moves at once, the smallest of which have `size` bytes: 16 bytes of these, where rows of `dim`
+/// elements and all addresses allow it, else one.
 pub(crate) fn vector(dim: usize, size: usize, addresses: &[u64]) -> usize {
     let aligned = addresses.iter().all(|address| address % 16 == 0);
-    let wide = 16 / size.max(1);
-    if aligned && wide > 0 && dim.is_multiple_of(wide) { wide } else { 1 }
+    let wide = if size == 2 { 8 } else { 4 };
+    if aligned && dim.is_multiple_of(wide) { wide } else { 1 }
 }
 
 /// The most bytes of shared memory that a block takes by choice: what the smallest devices give.

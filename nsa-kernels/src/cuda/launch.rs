@@ -1,10 +1,12 @@
 //! The only place that launches kernels.
 
 use super::geometry::Geometry;
-use super::params::{In, Out, Params, Stored};
+use super::memory::DeviceBuffer;
+use super::params::{Cpp, Grad, In, Out, Params, Stored, Weight};
 use super::program::{Constants, Program};
 use super::{Cuda, failed};
 use crate::{Error, Result, Tensor, TensorMut};
+use bytemuck::Pod;
 use cudarc::driver::sys::{CUfunction_attribute_enum as FunctionAttribute, cudaError_enum};
 use cudarc::driver::{CudaFunction, CudaModule, LaunchConfig, PushKernelArg};
 use nsa_core::{DType, Element};
@@ -38,11 +40,17 @@ pub(crate) trait Names: 'static {
     fn fits<U: 'static>(constants: &Constants) -> bool;
 }
 
-impl Names for Stored {
-    fn fits<U: 'static>(constants: &Constants) -> bool {
-        constants.dtype("Element").is_some_and(|dtype| type_of(dtype) == TypeId::of::<U>())
-    }
+macro_rules! named {
+    ($($name:ty),*) => {
+        $(impl Names for $name {
+            fn fits<U: 'static>(constants: &Constants) -> bool {
+                constants.dtype(<$name>::NAME).is_some_and(|dtype| type_of(dtype) == TypeId::of::<U>())
+            }
+        })*
+    };
 }
+
+named!(Stored, Weight, Grad);
 
 macro_rules! plain {
     ($($t:ty),*) => {
@@ -54,7 +62,15 @@ macro_rules! plain {
     };
 }
 
-plain!(f32, i32, u32, i64);
+plain!(f32, f64, i32, u32, i64);
+
+fn check_type<T: Element>(cuda: &Cuda, op: &'static str) -> Result<()> {
+    if T::DTYPE != DType::F64 {
+        return Ok(());
+    }
+    let (backend, what) = (cuda.name(), "tensors of f64".to_owned());
+    Err(Error::Unsupported { op, backend, what, advice: "use f32, bf16 or f16, or the backend `cpu`" })
+}
 
 fn type_of(dtype: DType) -> TypeId {
     match dtype {
@@ -71,11 +87,32 @@ impl<'c> Call<'c> {
     /// # Errors
     /// If there are no kernels for that type.
     pub(crate) fn new<T: Element>(cuda: &'c Cuda, op: &'static str) -> Result<Self> {
-        if T::DTYPE == DType::F64 {
-            let what = "tensors of f64".to_owned();
-            return Err(Error::Unsupported { op, backend: cuda.name(), what, advice: "use f32, bf16, f16 or the CPU" });
-        }
+        check_type::<T>(cuda, op)?;
         Ok(Self { cuda, op, constants: Constants::new(T::DTYPE) })
+    }
+
+    /// With the type of `K`'s name, of the same call.
+    ///
+    /// # Errors
+    /// If there are no kernels for that type.
+    pub(crate) fn with_type<T: Element, K: Cpp>(self) -> Result<Self> {
+        check_type::<T>(self.cuda, self.op)?;
+        Ok(self.constants(|constants| constants.with_type(K::NAME, T::DTYPE)))
+    }
+
+    /// A call of the same operation on tensors of another type.
+    pub(crate) fn of_type(&self, dtype: DType) -> Self {
+        Self { cuda: self.cuda, op: self.op, constants: Constants::new(dtype) }
+    }
+
+    /// The operation.
+    pub(crate) fn op(&self) -> &'static str {
+        self.op
+    }
+
+    /// The device.
+    pub(crate) fn cuda(&self) -> &'c Cuda {
+        self.cuda
     }
 
     /// With more constants.
@@ -94,6 +131,14 @@ impl<'c> Call<'c> {
         K: Names,
     {
         assert!(K::fits::<U>(&self.constants), "{}: `{arg}` has another type in the kernel", self.op);
+        self.address(arg, tensor).map(|address| In(address, PhantomData))
+    }
+
+    /// The address of a tensor that is read.
+    ///
+    /// # Errors
+    /// If it is not in this device's memory, or has gaps.
+    pub(crate) fn address<U, const N: usize>(&self, arg: &str, tensor: &Tensor<'_, U, N>) -> Result<u64> {
         if !tensor.layout().is_contiguous() {
             return Err(Error::Unsupported {
                 op: self.op,
@@ -102,8 +147,7 @@ impl<'c> Call<'c> {
                 advice: "copy it to memory without gaps",
             });
         }
-        let mem = tensor.mem().on_device(self.op, arg, self.cuda)?;
-        Ok(In(mem.address(), PhantomData))
+        Ok(tensor.mem().on_device(self.op, arg, self.cuda)?.address())
     }
 
     /// The address of a tensor that kernels write.
@@ -116,8 +160,64 @@ impl<'c> Call<'c> {
         K: Names,
     {
         assert!(K::fits::<U>(&self.constants), "{}: `{arg}` has another type in the kernel", self.op);
-        let address = tensor.device_address(self.op, arg, self.cuda)?;
-        Ok(Out(address, PhantomData))
+        self.address_mut(arg, tensor).map(|address| Out(address, PhantomData))
+    }
+
+    /// The address of a tensor that is written.
+    ///
+    /// # Errors
+    /// If it is not in this device's memory.
+    pub(crate) fn address_mut<U, const N: usize>(&self, arg: &str, tensor: &mut TensorMut<'_, U, N>) -> Result<u64> {
+        tensor.device_address(self.op, arg, self.cuda)
+    }
+
+    /// The address of an argument that may be absent: 0 then.
+    ///
+    /// # Errors
+    /// As `input`.
+    pub(crate) fn optional_input<U, K, const N: usize>(
+        &self,
+        arg: &str,
+        tensor: Option<&Tensor<'_, U, N>>,
+    ) -> Result<In<K>>
+    where
+        U: 'static,
+        K: Names,
+    {
+        tensor.map_or(Ok(In(0, PhantomData)), |tensor| self.input(arg, tensor))
+    }
+
+    /// The address of an output that may be absent: 0 then.
+    ///
+    /// # Errors
+    /// As `output`.
+    pub(crate) fn optional_output<U, K, const N: usize>(
+        &self,
+        arg: &str,
+        tensor: Option<&mut TensorMut<'_, U, N>>,
+    ) -> Result<Out<K>>
+    where
+        U: 'static,
+        K: Names,
+    {
+        tensor.map_or(Ok(Out(0, PhantomData)), |tensor| self.output(arg, tensor))
+    }
+
+    /// Memory for the call alone. It may be dropped once the kernels that use it are launched: it is freed behind them on the
+    /// stream.
+    ///
+    /// # Errors
+    /// If the device has too little.
+    pub(crate) fn workspace<U: Pod>(&self, len: usize) -> Result<DeviceBuffer<U>> {
+        DeviceBuffer::unwritten(self.cuda, len)
+    }
+
+    /// A copy of the host's elements for the call alone.
+    ///
+    /// # Errors
+    /// If the device has too little memory.
+    pub(crate) fn upload<U: Pod>(&self, data: &[U]) -> Result<DeviceBuffer<U>> {
+        DeviceBuffer::upload(self.cuda, data)
     }
 
     /// Launches a kernel of the program, if there is anything to do. `params` must be the struct that the kernel takes, and

@@ -17,6 +17,20 @@ pub(super) fn check_driver(name: &str) -> Result<()> {
     })
 }
 
+/// Checks that cuBLAS is there, for backend `name`.
+pub(super) fn check_cublas(name: &str) -> Result<()> {
+    // SAFETY: loads a library of the system, or the simulator's, and runs nothing but its initialisation.
+    if unsafe { cudarc::cublas::sys::is_culib_present() } {
+        return Ok(());
+    }
+    Err(Error::Backend {
+        requested: name.to_owned(),
+        missing: "no cuBLAS (libcublas.so of CUDA 11 to 13) is found, which multiplies matrices".to_owned(),
+        advice: "install it (CUDA toolkit, or `pip install nvidia-cublas`) and put its folder on LD_LIBRARY_PATH"
+            .to_owned(),
+    })
+}
+
 /// The version of CUDA that the driver supports.
 pub(super) fn driver_version() -> std::result::Result<(i32, i32), DriverError> {
     let mut version = 0;

@@ -1,5 +1,7 @@
 //! Memory of a device. An address is used on one stream only, that of the memory, so that all uses are in order.
 
+use super::launch::Names;
+use super::params::{In, Out};
 use super::{Cuda, failed};
 use crate::{Error, Result};
 use bytemuck::Pod;
@@ -86,6 +88,16 @@ impl<T: Pod> DeviceBuffer<T> {
         self.len
     }
 
+    /// The address as a kernel's argument that is read.
+    pub(crate) fn read_by<K: Names>(&self) -> In<K> {
+        In(self.mem(0..self.len).address(), PhantomData)
+    }
+
+    /// The address as a kernel's argument that is written.
+    pub(crate) fn written_by<K: Names>(&mut self) -> Out<K> {
+        Out(self.mem_mut(0..self.len).address(), PhantomData)
+    }
+
     /// Elements `range`.
     pub(crate) fn mem(&self, range: Range<usize>) -> DeviceMem<'_, T> {
         assert!(range.start <= range.end && range.end <= self.len, "checked before");
@@ -109,14 +121,7 @@ impl<T: Pod> DeviceBuffer<T> {
 
     /// Copies elements from the front to the host, and waits for them.
     pub(crate) fn read(&self, op: &str, target: &mut [T]) -> Result<()> {
-        if target.is_empty() {
-            return Ok(());
-        }
-        let stream = self.bytes.stream();
-        let source = self.bytes.slice(..size_of_val(target));
-        let target = bytemuck::cast_slice_mut::<T, u8>(target);
-        stream.memcpy_dtoh(&source, target).map_err(|error| failed(op, &error))?;
-        stream.synchronize().map_err(|error| failed(op, &error))
+        self.mem(0..self.len).read(op, target)
     }
 
     /// Copies elements `range` of another buffer to `offset` on.
@@ -189,6 +194,23 @@ impl<'a, T> DeviceMem<'a, T> {
 
     pub(crate) fn place(&self) -> String {
         place(self.stream)
+    }
+}
+
+impl<T: Pod> DeviceMem<'_, T> {
+    /// Copies elements from the front to the host, and waits for them.
+    pub(crate) fn read(&self, op: &str, target: &mut [T]) -> Result<()> {
+        assert!(target.len() <= self.len, "checked before");
+        if target.is_empty() {
+            return Ok(());
+        }
+        self.stream.context().bind_to_thread().map_err(|error| failed(op, &error))?;
+        let target = bytemuck::cast_slice_mut::<T, u8>(target);
+        // SAFETY: the memory is borrowed and holds as many bytes; the target is borrowed until the copy is complete.
+        let copied =
+            unsafe { cudarc::driver::result::memcpy_dtoh_async(target, self.address, self.stream.cu_stream()) };
+        copied.map_err(|error| failed(op, &error))?;
+        self.stream.synchronize().map_err(|error| failed(op, &error))
     }
 }
 

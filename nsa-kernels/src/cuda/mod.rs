@@ -17,10 +17,14 @@ pub(crate) mod launch;
 pub(crate) mod memory;
 pub(crate) mod params;
 
+#[expect(unsafe_code, reason = "cuBLAS takes addresses")]
+pub(crate) mod blas;
 pub(crate) mod cmp;
 pub(crate) mod dense;
 pub(crate) mod gate;
 pub(crate) mod geometry;
+pub(crate) mod layer;
+pub(crate) mod reduce;
 pub(crate) mod slc;
 pub(crate) mod win;
 
@@ -32,11 +36,12 @@ mod library;
 
 use crate::{Error, Result};
 use compile::Compiler;
+use cudarc::cublas::CudaBlas;
 use cudarc::driver::sys::CUdevice_attribute_enum as Attribute;
 use cudarc::driver::{CudaContext, CudaStream, DriverError};
 use launch::Modules;
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 /// The oldest compute capability that kernels are written for.
 const OLDEST: (i32, i32) = (8, 0);
@@ -52,6 +57,7 @@ struct Inner {
     device: Device,
     compiler: Compiler,
     modules: Modules,
+    blas: OnceLock<Result<CudaBlas>>,
 }
 
 /// What a device is and has.
@@ -113,7 +119,9 @@ impl Cuda {
             return Err(Error::Backend { requested: name, missing, advice });
         }
         let compiler = Compiler::new(device.capability);
-        Ok(Self { inner: Arc::new(Inner { stream, device, compiler, modules: Modules::default() }) })
+        Ok(Self {
+            inner: Arc::new(Inner { stream, device, compiler, modules: Modules::default(), blas: OnceLock::new() }),
+        })
     }
 
     /// The backend's name, as `Backend::pick` takes it.
@@ -137,6 +145,11 @@ impl Cuda {
     /// What went wrong in that work.
     pub fn synchronize(&self) -> Result<()> {
         self.inner.stream.synchronize().map_err(|error| failed("Cuda::synchronize", &error))
+    }
+
+    /// cuBLAS on the stream.
+    pub(crate) fn blas(&self) -> Result<&CudaBlas> {
+        self.inner.blas.get_or_init(|| blas::open(self)).as_ref().map_err(Clone::clone)
     }
 
     /// What compiles its kernels.

@@ -16,13 +16,21 @@ macro_rules! cpp {
     };
 }
 
-cpp!(f32 => "float", i32 => "int", u32 => "unsigned", i64 => "long long", u64 => "unsigned long long");
+cpp!(f32 => "float", f64 => "double", i32 => "int", u32 => "unsigned", i64 => "long long", u64 => "unsigned long long");
 
 /// The type of the call's tensors: `Element` in kernels.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Stored;
 
-cpp!(Stored => "Element");
+/// The type of the call's weights: `Weight` in kernels.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Weight;
+
+/// The type of gradients that the call writes: `Grad` in kernels.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Grad;
+
+cpp!(Stored => "Element", Weight => "Weight", Grad => "Grad");
 
 /// The address of elements that a kernel reads.
 #[derive(Clone, Copy, Debug)]
@@ -33,6 +41,13 @@ pub(crate) struct In<K>(pub(crate) u64, pub(crate) PhantomData<K>);
 #[derive(Clone, Copy, Debug)]
 #[repr(transparent)]
 pub(crate) struct Out<K>(pub(crate) u64, pub(crate) PhantomData<K>);
+
+impl<K> Out<K> {
+    /// The same elements, which the kernel also reads.
+    pub(crate) fn as_input(self) -> In<K> {
+        In(self.0, PhantomData)
+    }
+}
 
 /// A type that a field of arguments can have.
 pub(crate) trait Field: Copy {

@@ -4,15 +4,17 @@
 //! (`element.cuh` …), `params.cuh` with the kernel's argument structs, made from the Rust structs, and `config.cuh` with the
 //! constants of the call. No header of the CUDA toolkit is needed.
 
+use super::params::{Cpp, Grad, Stored, Weight};
 use nsa_core::{DType, NsaConfig};
 use std::fmt::Write as _;
 
 /// The headers that kernels share.
-const HEADERS: [(&str, &str); 6] = [
+const HEADERS: [(&str, &str); 7] = [
     ("band.cuh", include_str!("kernels/band.cuh")),
     ("element.cuh", include_str!("kernels/element.cuh")),
     ("flash.cuh", include_str!("kernels/flash.cuh")),
     ("mma.cuh", include_str!("kernels/mma.cuh")),
+    ("reduce.cuh", include_str!("kernels/reduce.cuh")),
     ("sequence.cuh", include_str!("kernels/sequence.cuh")),
     ("tile.cuh", include_str!("kernels/tile.cuh")),
 ];
@@ -38,7 +40,7 @@ pub struct Constants {
 impl Constants {
     /// The type of the tensors, `Element` in kernels.
     pub fn new(element: DType) -> Self {
-        Self { types: vec![("Element", element)], values: Vec::new() }
+        Self { types: vec![(Stored::NAME, element)], values: Vec::new() }
     }
 
     /// With the sizes of the operator.
@@ -67,6 +69,12 @@ impl Constants {
         self
     }
 
+    /// With a number that may be negative.
+    pub fn with_signed(mut self, name: &'static str, value: i64) -> Self {
+        self.values.push((name, value));
+        self
+    }
+
     /// With another name of an element type.
     pub fn with_type(mut self, name: &'static str, dtype: DType) -> Self {
         self.types.push((name, dtype));
@@ -81,8 +89,9 @@ impl Constants {
     /// `config.cuh`.
     fn header(&self) -> String {
         let mut text = String::new();
-        for (name, dtype) in &self.types {
-            let _ = writeln!(text, "using {name} = {};", cpp(*dtype));
+        // A program's structs name all types, a call has those of its kernels.
+        for name in [Stored::NAME, Weight::NAME, Grad::NAME] {
+            let _ = writeln!(text, "using {name} = {};", cpp(self.dtype(name).unwrap_or(DType::F32)));
         }
         for (name, value) in &self.values {
             match i32::try_from(*value) {
@@ -156,8 +165,22 @@ impl Program {
 }
 
 /// Every program, for tools that compile ahead.
-pub fn all() -> [&'static Program; 4] {
-    [&super::gate::PROGRAM, &super::dense::PROGRAM, &super::slc::PROGRAM, &super::cmp::PROGRAM]
+pub fn all() -> [&'static Program; 12] {
+    use super::{cmp, dense, gate, layer, reduce, slc};
+    [
+        &cmp::PROGRAM,
+        &dense::PROGRAM,
+        &gate::PROGRAM,
+        &layer::adamw::PROGRAM,
+        &layer::cross_entropy::PROGRAM,
+        &layer::ELEMENTWISE,
+        &layer::embedding::PROGRAM,
+        &layer::matmul::PROGRAM,
+        &layer::rmsnorm::PROGRAM,
+        &layer::rope::PROGRAM,
+        &reduce::PROGRAM,
+        &slc::PROGRAM,
+    ]
 }
 
 #[cfg(test)]

@@ -72,7 +72,7 @@ pub fn step<R: Real>(backend: &Backend, args: Step<'_, R>) -> Result<()> {
     }
     match backend {
         Backend::Cpu(cpu) => cpu::layer::adamw::step(cpu, args),
-        Backend::Cuda(cuda) => Err(cuda::missing(cuda, OP)),
+        Backend::Cuda(cuda) => cuda::layer::adamw::step(cuda, OP, args),
     }
 }
 
@@ -89,6 +89,43 @@ pub fn step<R: Real>(backend: &Backend, args: Step<'_, R>) -> Result<()> {
 pub fn sum_of_squares<R: Real>(backend: &Backend, grads: Tensor<'_, R, 1>) -> Result<f64> {
     match backend {
         Backend::Cpu(cpu) => cpu::layer::adamw::sum_of_squares(cpu, grads),
-        Backend::Cuda(cuda) => Err(cuda::missing(cuda, "adamw::sum_of_squares")),
+        Backend::Cuda(cuda) => cuda::layer::adamw::sum_of_squares(cuda, "adamw::sum_of_squares", grads),
+    }
+}
+
+/// What all parameters of a step share.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Factors<F> {
+    /// Of the mean in the update.
+    pub(crate) rate: F,
+    /// Of the root of the mean square.
+    pub(crate) root: F,
+    /// Of the parameter.
+    pub(crate) keep: F,
+    /// Added to the root.
+    pub(crate) eps: F,
+    /// Of the gradient.
+    pub(crate) scale: F,
+    /// Of the moments.
+    pub(crate) old: [F; 2],
+    /// Of the gradient, and of its square, in the moments.
+    pub(crate) new: [F; 2],
+}
+
+impl<F: Real> Factors<F> {
+    /// Computed in f64.
+    pub(crate) fn new<R: Real>(args: &Step<'_, R>) -> Self {
+        let AdamW { lr, beta1, beta2, eps, weight_decay } = args.config;
+        // β₁ᵗ with t beyond i32 is 0 anyhow.
+        let t = i32::try_from(args.step).unwrap_or(i32::MAX);
+        Self {
+            rate: F::of(lr / (1.0 - beta1.powi(t))),
+            root: F::of((1.0 - beta2.powi(t)).sqrt().recip()),
+            keep: F::of(1.0 - lr * weight_decay),
+            eps: F::of(eps),
+            scale: F::of(args.grad_scale),
+            old: [F::of(beta1), F::of(beta2)],
+            new: [F::of(1.0 - beta1), F::of(1.0 - beta2)],
+        }
     }
 }

@@ -39,7 +39,7 @@ pub fn forward<T: Element>(backend: &Backend, args: Forward<'_, T>) -> Result<()
     args.y.check(OP, "y", args.a.shape())?;
     match backend {
         Backend::Cpu(cpu) => cpu::layer::add::forward(cpu, args),
-        Backend::Cuda(cuda) => Err(cuda::missing(cuda, OP)),
+        Backend::Cuda(cuda) => cuda::layer::add::forward(cuda, OP, args),
     }
 }
 
@@ -57,6 +57,6 @@ pub fn accumulate<T: Element>(backend: &Backend, args: Accumulate<'_, T>) -> Res
     args.y.check("add::accumulate", "y", args.x.shape())?;
     match backend {
         Backend::Cpu(cpu) => cpu::layer::add::accumulate(cpu, args),
-        Backend::Cuda(cuda) => Err(cuda::missing(cuda, "add::accumulate")),
+        Backend::Cuda(cuda) => cuda::layer::add::accumulate(cuda, "add::accumulate", args),
     }
 }

@@ -77,7 +77,7 @@ where
     }
     match backend {
         Backend::Cpu(cpu) => cpu::layer::cross_entropy::forward(cpu, OP, args),
-        Backend::Cuda(cuda) => Err(cuda::missing(cuda, OP)),
+        Backend::Cuda(cuda) => cuda::layer::cross_entropy::forward(cuda, OP, args),
     }
 }
 
@@ -108,6 +108,6 @@ where
     }
     match backend {
         Backend::Cpu(cpu) => cpu::layer::cross_entropy::forward_backward(cpu, OP, args),
-        Backend::Cuda(cuda) => Err(cuda::missing(cuda, OP)),
+        Backend::Cuda(cuda) => cuda::layer::cross_entropy::forward_backward(cuda, OP, args),
     }
 }

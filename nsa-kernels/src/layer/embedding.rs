@@ -45,7 +45,7 @@ where
     args.y.check(OP, "y", [n, c])?;
     match backend {
         Backend::Cpu(cpu) => cpu::layer::embedding::forward(cpu, OP, args),
-        Backend::Cuda(cuda) => Err(cuda::missing(cuda, OP)),
+        Backend::Cuda(cuda) => cuda::layer::embedding::forward(cuda, OP, args),
     }
 }
 
@@ -65,7 +65,7 @@ pub fn backward<A: Real>(backend: &Backend, args: Backward<'_, A>) -> Result<()>
     args.dy.check(OP, "dy", [n, c])?;
     match backend {
         Backend::Cpu(cpu) => cpu::layer::embedding::backward(cpu, OP, args),
-        Backend::Cuda(cuda) => Err(cuda::missing(cuda, OP)),
+        Backend::Cuda(cuda) => cuda::layer::embedding::backward(cuda, OP, args),
     }
 }
 

@@ -68,7 +68,7 @@ where
     }
     match backend {
         Backend::Cpu(cpu) => cpu::layer::linear::forward(cpu, args),
-        Backend::Cuda(cuda) => Err(cuda::missing(cuda, OP)),
+        Backend::Cuda(cuda) => cuda::layer::linear::forward(cuda, OP, args),
     }
 }
 
@@ -95,7 +95,7 @@ where
     args.dx.check(OP, "dx", [n, i])?;
     match backend {
         Backend::Cpu(cpu) => cpu::layer::linear::backward_input(cpu, args),
-        Backend::Cuda(cuda) => Err(cuda::missing(cuda, OP)),
+        Backend::Cuda(cuda) => cuda::layer::linear::backward_input(cuda, OP, args),
     }
 }
 
@@ -124,6 +124,6 @@ where
     }
     match backend {
         Backend::Cpu(cpu) => cpu::layer::linear::backward_weight(cpu, args),
-        Backend::Cuda(cuda) => Err(cuda::missing(cuda, OP)),
+        Backend::Cuda(cuda) => cuda::layer::linear::backward_weight(cuda, OP, args),
     }
 }

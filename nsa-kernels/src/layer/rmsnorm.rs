@@ -67,7 +67,7 @@ where
     }
     match backend {
         Backend::Cpu(cpu) => cpu::layer::rmsnorm::forward(cpu, args),
-        Backend::Cuda(cuda) => Err(cuda::missing(cuda, OP)),
+        Backend::Cuda(cuda) => cuda::layer::rmsnorm::forward(cuda, OP, args),
     }
 }
 
@@ -97,7 +97,7 @@ where
     args.dw.check(OP, "dw", [c])?;
     match backend {
         Backend::Cpu(cpu) => cpu::layer::rmsnorm::backward(cpu, args),
-        Backend::Cuda(cuda) => Err(cuda::missing(cuda, OP)),
+        Backend::Cuda(cuda) => cuda::layer::rmsnorm::backward(cuda, OP, args),
     }
 }
 

@@ -137,7 +137,7 @@ fn rotate<T: Element>(op: &'static str, backend: &Backend, args: Rotate<'_, T>, 
     args.positions.check(op, "positions", [n])?;
     match backend {
         Backend::Cpu(cpu) => cpu::layer::rope::rotate(cpu, op, args, direction),
-        Backend::Cuda(cuda) => Err(cuda::missing(cuda, op)),
+        Backend::Cuda(cuda) => cuda::layer::rope::rotate(cuda, op, args, direction),
     }
 }
 
@@ -152,7 +152,7 @@ fn rotate_in_place<T: Element>(
     args.positions.check(op, "positions", [n])?;
     match backend {
         Backend::Cpu(cpu) => cpu::layer::rope::rotate_in_place(cpu, op, args, direction),
-        Backend::Cuda(cuda) => Err(cuda::missing(cuda, op)),
+        Backend::Cuda(cuda) => cuda::layer::rope::rotate_in_place(cuda, op, args, direction),
     }
 }
 

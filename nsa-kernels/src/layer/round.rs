@@ -26,6 +26,6 @@ pub fn round<T: Element>(backend: &Backend, args: Round<'_, T>) -> Result<()> {
     args.y.check("round", "y", args.x.shape())?;
     match backend {
         Backend::Cpu(cpu) => cpu::layer::round::round(cpu, args),
-        Backend::Cuda(cuda) => Err(cuda::missing(cuda, "round")),
+        Backend::Cuda(cuda) => cuda::layer::round::round(cuda, "round", args),
     }
 }

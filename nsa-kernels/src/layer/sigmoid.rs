@@ -37,7 +37,7 @@ pub fn forward<T: Element>(backend: &Backend, args: Forward<'_, T>) -> Result<()
     args.y.check("sigmoid::forward", "y", args.x.shape())?;
     match backend {
         Backend::Cpu(cpu) => cpu::layer::sigmoid::forward(cpu, args),
-        Backend::Cuda(cuda) => Err(cuda::missing(cuda, "sigmoid::forward")),
+        Backend::Cuda(cuda) => cuda::layer::sigmoid::forward(cuda, "sigmoid::forward", args),
     }
 }
 
@@ -57,6 +57,6 @@ pub fn backward<T: Element>(backend: &Backend, args: Backward<'_, T>) -> Result<
     args.dx.check(OP, "dx", args.y.shape())?;
     match backend {
         Backend::Cpu(cpu) => cpu::layer::sigmoid::backward(cpu, args),
-        Backend::Cuda(cuda) => Err(cuda::missing(cuda, OP)),
+        Backend::Cuda(cuda) => cuda::layer::sigmoid::backward(cuda, OP, args),
     }
 }

@@ -45,7 +45,7 @@ pub fn forward<T: Element>(backend: &Backend, args: Forward<'_, T>) -> Result<()
     args.y.check(OP, "y", args.gate.shape())?;
     match backend {
         Backend::Cpu(cpu) => cpu::layer::swiglu::forward(cpu, args),
-        Backend::Cuda(cuda) => Err(cuda::missing(cuda, OP)),
+        Backend::Cuda(cuda) => cuda::layer::swiglu::forward(cuda, OP, args),
     }
 }
 
@@ -73,6 +73,6 @@ where
     args.d_up.check(OP, "d_up", shape)?;
     match backend {
         Backend::Cpu(cpu) => cpu::layer::swiglu::backward(cpu, args),
-        Backend::Cuda(cuda) => Err(cuda::missing(cuda, OP)),
+        Backend::Cuda(cuda) => cuda::layer::swiglu::backward(cuda, OP, args),
     }
 }

@@ -1,5 +1,7 @@
 //! The CUDA backend on the simulator, against the error model; the simulator's checker must not report anything.
 
+mod layer;
+
 use nsa_core::DType;
 use nsa_kernels::Backend;
 use nsa_tests::case;

@@ -3,7 +3,7 @@
 use super::par::{elements, lane_sum};
 use crate::cpu::Cpu;
 use crate::cpu::simd::{Loops, compiled_for};
-use crate::layer::adamw::{AdamW, Step};
+use crate::layer::adamw::{Factors, Step};
 use crate::{Result, Tensor};
 use nsa_core::{Element, Real};
 use rayon::prelude::*;
@@ -12,21 +12,10 @@ use rayon::prelude::*;
 const BLOCK: usize = 1 << 14;
 
 pub fn step<R: Real>(cpu: &Cpu, args: Step<'_, R>) -> Result<()> {
+    let factors = Factors::<R>::new(&args);
     let grads = elements(args.grads.to_host()?);
     let (params, m, v) =
         (args.params.into_host()?.into_data(), args.m.into_host()?.into_data(), args.v.into_host()?.into_data());
-    let AdamW { lr, beta1, beta2, eps, weight_decay } = args.config;
-    // β₁ᵗ with t beyond i32 is 0 anyhow.
-    let t = i32::try_from(args.step).unwrap_or(i32::MAX);
-    let factors = Factors {
-        rate: R::of(lr / (1.0 - beta1.powi(t))),
-        root: R::of((1.0 - beta2.powi(t)).sqrt().recip()),
-        keep: R::of(1.0 - lr * weight_decay),
-        eps: R::of(eps),
-        scale: R::of(args.grad_scale),
-        old: [R::of(beta1), R::of(beta2)],
-        new: [R::of(1.0 - beta1), R::of(1.0 - beta2)],
-    };
     let update = |params: &mut [R], m: &mut [R], v: &mut [R], grads: &[R]| {
         compiled_for(cpu.isa(), Update { factors, params, m, v, grads });
     };
@@ -37,19 +26,6 @@ pub fn step<R: Real>(cpu: &Cpu, args: Step<'_, R>) -> Result<()> {
     let states = params.par_chunks_mut(BLOCK).zip(m.par_chunks_mut(BLOCK)).zip(v.par_chunks_mut(BLOCK));
     states.zip(grads.par_chunks(BLOCK)).for_each(|(((p, m), v), g)| update(p, m, v, g));
     Ok(())
-}
-
-/// What all parameters share.
-#[derive(Clone, Copy)]
-struct Factors<R> {
-    rate: R,
-    root: R,
-    keep: R,
-    eps: R,
-    scale: R,
-    /// Of the moments.
-    old: [R; 2],
-    new: [R; 2],
 }
 
 struct Update<'a, R> {

@@ -14,6 +14,9 @@ struct F16 {
     u16 bits;
 };
 
+__device__ __forceinline__ float not_a_number() { return __uint_as_float(0x7fc00000u); }
+__device__ __forceinline__ float negative_infinity() { return __uint_as_float(0xff800000u); }
+
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(Bf16 x) { return __uint_as_float(u32(x.bits) << 16); }
 __device__ __forceinline__ float to_float(F16 x) {
@@ -72,17 +75,23 @@ __device__ __forceinline__ void unpack<F16>(u32 x, float& low, float& high) {
     high = to_float(F16{u16(x >> 16)});
 }
 
-// N consecutive elements: one element, or 16 bytes at an address that is a multiple of 16.
+// N consecutive elements: one, or 4 or 8 from an address that is a multiple of 16 bytes (of 8: 4 elements of 2 bytes).
 template <int N, class T>
 __device__ __forceinline__ void load(const T* from, float (&to)[N]) {
+    static_assert(N == 1 || N == 4 || N == 8, "elements");
     if constexpr (N == 1) {
         to[0] = to_float(from[0]);
     } else if constexpr (sizeof(T) == 4) {
-        static_assert(N == 4, "16 bytes");
-        const float4 x = *reinterpret_cast<const float4*>(from);
-        to[0] = x.x, to[1] = x.y, to[2] = x.z, to[3] = x.w;
+#pragma unroll
+        for (int i = 0; i < N; i += 4) {
+            const float4 x = *reinterpret_cast<const float4*>(from + i);
+            to[i] = x.x, to[i + 1] = x.y, to[i + 2] = x.z, to[i + 3] = x.w;
+        }
+    } else if constexpr (N == 4) {
+        const uint2 x = *reinterpret_cast<const uint2*>(from);
+        unpack<T>(x.x, to[0], to[1]);
+        unpack<T>(x.y, to[2], to[3]);
     } else {
-        static_assert(N == 8, "16 bytes");
         const uint4 x = *reinterpret_cast<const uint4*>(from);
         unpack<T>(x.x, to[0], to[1]);
         unpack<T>(x.y, to[2], to[3]);
@@ -93,17 +102,27 @@ __device__ __forceinline__ void load(const T* from, float (&to)[N]) {
 
 template <int N, class T>
 __device__ __forceinline__ void store(T* to, const float (&from)[N]) {
+    static_assert(N == 1 || N == 4 || N == 8, "elements");
     if constexpr (N == 1) {
         to[0] = from_float<T>(from[0]);
     } else if constexpr (sizeof(T) == 4) {
-        static_assert(N == 4, "16 bytes");
-        *reinterpret_cast<float4*>(to) = make_float4(from[0], from[1], from[2], from[3]);
+#pragma unroll
+        for (int i = 0; i < N; i += 4) {
+            *reinterpret_cast<float4*>(to + i) = make_float4(from[i], from[i + 1], from[i + 2], from[i + 3]);
+        }
+    } else if constexpr (N == 4) {
+        *reinterpret_cast<uint2*>(to) = make_uint2(pack<T>(from[0], from[1]), pack<T>(from[2], from[3]));
     } else {
-        static_assert(N == 8, "16 bytes");
         *reinterpret_cast<uint4*>(to) = make_uint4(pack<T>(from[0], from[1]), pack<T>(from[2], from[3]),
                                                    pack<T>(from[4], from[5]), pack<T>(from[6], from[7]));
     }
 }
+
+// A number as a type, for generic lambdas.
+template <int N>
+struct Size {
+    static constexpr int value = N;
+};
 
 // The sum over a warp's lanes, in all of them; the order of additions is that of the tree, the same in every run.
 __device__ __forceinline__ float warp_sum(float x) {

@@ -1,0 +1,126 @@
+//! Products of matrices of mixed types: operands are brought to one type, results rounded once.
+
+use super::round::convert;
+use crate::cuda::blas::{Factor, Matrix, multiply};
+use crate::cuda::geometry::Geometry;
+use crate::cuda::launch::Call;
+use crate::cuda::memory::DeviceBuffer;
+use crate::cuda::params::{In, Out, Params, Stored, Weight, params};
+use crate::cuda::program::Program;
+use crate::{Result, Tensor, TensorMut};
+use nsa_core::{DType, Element};
+use std::marker::PhantomData;
+
+/// The kernel.
+pub(crate) static PROGRAM: Program =
+    Program { file: "matmul.cu", text: include_str!("../kernels/matmul.cu"), params: &[Finish::declaration] };
+
+/// Threads of a block.
+const THREADS: u32 = 256;
+
+params! {
+    /// Arguments of `finish`.
+    struct Finish {
+        /// `[rows, columns]`.
+        sums: In<f32>,
+        /// `[columns]`, or none.
+        bias: In<Weight>,
+        /// `[rows, columns]`.
+        y: Out<Stored>,
+        /// Rows.
+        rows: i64,
+        /// Columns.
+        columns: i64,
+    }
+}
+
+/// A bias of the columns of a product.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Bias {
+    pub(super) address: u64,
+    pub(super) dtype: DType,
+}
+
+/// A matrix in memory of the call, or a converted copy of it.
+enum Operand {
+    There(Matrix),
+    Copy(Matrix, #[expect(dead_code, reason = "holds the memory")] DeviceBuffer<u16>),
+}
+
+impl Operand {
+    fn factor(&self, transposed: bool) -> Factor {
+        let (Self::There(matrix) | Self::Copy(matrix, _)) = self;
+        Factor { matrix: *matrix, transposed }
+    }
+
+    /// The matrix with elements of type `to`.
+    fn of_type(call: &Call<'_>, matrix: Matrix, to: DType) -> Result<Self> {
+        if matrix.dtype == to {
+            return Ok(Self::There(matrix));
+        }
+        let count = matrix.shape.iter().product::<usize>();
+        let mut copy = call.workspace::<u16>(count * to.size_bytes() / 2)?;
+        let y: Out<Stored> = copy.written_by();
+        let types = call.of_type(to).constants(|constants| constants.with_type("Weight", matrix.dtype));
+        convert(types, [matrix.dtype, to], In(matrix.address, PhantomData), y, count)?;
+        Ok(Self::Copy(Matrix { address: y.0, dtype: to, ..matrix }, copy))
+    }
+}
+
+/// A tensor as a matrix.
+pub(super) fn matrix<T: Element>(call: &Call<'_>, arg: &str, tensor: &Tensor<'_, T, 2>) -> Result<Matrix> {
+    Ok(Matrix { address: call.address(arg, tensor)?, dtype: T::DTYPE, shape: tensor.shape() })
+}
+
+/// A tensor that is written, as a matrix.
+pub(super) fn matrix_mut<T: Element>(call: &Call<'_>, arg: &str, tensor: &mut TensorMut<'_, T, 2>) -> Result<Matrix> {
+    Ok(Matrix { address: call.address_mut(arg, tensor)?, dtype: T::DTYPE, shape: tensor.shape() })
+}
+
+/// y = \[y +\] x·wᵀ + bias: factors of two types are widened to f32.
+pub(super) fn times_transposed(
+    call: &Call<'_>,
+    [x, w, y]: [Matrix; 3],
+    bias: Option<Bias>,
+    accumulate: bool,
+) -> Result<()> {
+    let common = if x.dtype == w.dtype { x.dtype } else { DType::F32 };
+    let (x, w) = (Operand::of_type(call, x, common)?, Operand::of_type(call, w, common)?);
+    product(call, x.factor(false), w.factor(true), y, (bias, accumulate))
+}
+
+/// dx = \[dx +\] dy·w: dy is rounded to the type of w.
+pub(super) fn times(call: &Call<'_>, [dy, w, dx]: [Matrix; 3], accumulate: bool) -> Result<()> {
+    let dy = Operand::of_type(call, dy, w.dtype)?;
+    let w = Factor { matrix: w, transposed: false };
+    product(call, dy.factor(false), w, dx, (None, accumulate))
+}
+
+/// dw += dyᵀ·x in f32: dy is rounded to the type of x.
+pub(super) fn add_outer(call: &Call<'_>, [dy, x, dw]: [Matrix; 3]) -> Result<()> {
+    let dy = Operand::of_type(call, dy, x.dtype)?;
+    product(call, dy.factor(true), Factor { matrix: x, transposed: false }, dw, (None, true))
+}
+
+/// y = \[y +\] a·b + bias. Where the library does not round as asked, it writes sums, which are rounded then.
+fn product(call: &Call<'_>, a: Factor, b: Factor, y: Matrix, (bias, accumulate): (Option<Bias>, bool)) -> Result<()> {
+    if bias.is_none() && (y.dtype == DType::F32 || y.dtype == a.matrix.dtype) {
+        return multiply(call, a, b, y, accumulate);
+    }
+    let [rows, columns] = y.shape;
+    let mut sums = call.workspace::<f32>(rows * columns)?;
+    let address: Out<f32> = sums.written_by();
+    multiply(call, a, b, Matrix { address: address.0, dtype: DType::F32, shape: y.shape }, false)?;
+    let params = Finish {
+        sums: sums.read_by(),
+        bias: In(bias.map_or(0, |bias| bias.address), PhantomData),
+        y: Out(y.address, PhantomData),
+        rows: rows as i64,
+        columns: columns as i64,
+    };
+    let of_bias = bias.map_or(DType::F32, |bias| bias.dtype);
+    let call = call
+        .of_type(y.dtype)
+        .constants(|constants| constants.with_type("Weight", of_bias).with("ACCUMULATE", usize::from(accumulate)));
+    call.launch(&PROGRAM, "finish", Geometry::linear((rows * columns) as u64, THREADS), params)
+}
