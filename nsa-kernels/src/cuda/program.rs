@@ -9,8 +9,10 @@ use nsa_core::{DType, NsaConfig};
 use std::fmt::Write as _;
 
 /// The headers that kernels share.
-const HEADERS: [(&str, &str); 7] = [
+const HEADERS: [(&str, &str); 9] = [
     ("band.cuh", include_str!("kernels/band.cuh")),
+    ("decode.cuh", include_str!("kernels/decode.cuh")),
+    ("decode_select.cuh", include_str!("kernels/decode_select.cuh")),
     ("element.cuh", include_str!("kernels/element.cuh")),
     ("flash.cuh", include_str!("kernels/flash.cuh")),
     ("mma.cuh", include_str!("kernels/mma.cuh")),
@@ -165,10 +167,11 @@ impl Program {
 }
 
 /// Every program, for tools that compile ahead.
-pub fn all() -> [&'static Program; 12] {
-    use super::{cmp, dense, gate, layer, reduce, slc};
+pub fn all() -> [&'static Program; 13] {
+    use super::{cmp, decode, dense, gate, layer, reduce, slc};
     [
         &cmp::PROGRAM,
+        &decode::PROGRAM,
         &dense::PROGRAM,
         &gate::PROGRAM,
         &layer::adamw::PROGRAM,
