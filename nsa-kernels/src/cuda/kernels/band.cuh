@@ -5,7 +5,7 @@
 // Shared memory, bytes: queries ROWS max(pitch of k, pitch of v); 2 stages x KEYS (pitch of k + pitch of v).
 #pragma once
 #include "flash.cuh"
-#include "sequence.cuh"
+#include "span.cuh"
 
 constexpr int WARP_ROWS = 16 * TILES;
 constexpr int ROWS = WARPS * WARP_ROWS;
@@ -28,11 +28,12 @@ struct BandTile {
     int query;  // first, within the sequence
     int rows;   // that hold a query
 
-    __device__ __forceinline__ BandTile(const BandForwardParams& p, u32 work) {
+    template <class P>
+    __device__ __forceinline__ BandTile(const P& p, u32 work) {
         // The tiles with most keys come first.
         const int tile = p.tiles - 1 - int(work / KV_HEADS);
         head = int(work % KV_HEADS);
-        sequence = find_sequence(p.sequences, p.num_sequences, tile);
+        sequence = find_sequence<5>(p.sequences, p.num_sequences, tile);
         query = (tile - sequence.tile) * QUERIES;
         const int left = sequence.queries - query;
         rows = (left < QUERIES ? left : QUERIES) * GROUP;
@@ -82,7 +83,8 @@ __device__ __forceinline__ void mask(BandScores& s, const BandTile& tile, const 
 }
 
 // Writes o and lse of a warp's rows; `put` at a place of shared memory that nobody else uses.
-__device__ __forceinline__ void write_rows(const BandForwardParams& p, const BandTile& tile, const BandFlash& flash, int base, int rows) {
+template <class P>
+__device__ __forceinline__ void write_rows(const P& p, const BandTile& tile, const BandFlash& flash, int base, int rows) {
     const int lane = anew(int(threadIdx.x % 32));
     const float unscale[2] = {p.unscale_high, p.unscale_low};
     char* own = shared + base * Values::PITCH;
@@ -116,17 +118,17 @@ __device__ __forceinline__ void load_keys(u32 to, int count, const KeyRows<DIM>&
     }
 }
 
-// One tile of queries over its keys, from the first tile of keys on. `see(flash, s, index, rescaled, factor)` is shown each
-// tile's p; it may look at EXTRA keys more than there are, whose p is 0.
-template <int EXTRA, class Span, class See>
-__device__ __forceinline__ void attend(const BandForwardParams& p, const BandTile& tile, const Span& span, BandFlash& flash, See& see) {
+// Over a tile of queries' keys, from the first tile of keys on: `see(key, index, stage)` for each tile from `key` on that rows of the
+// warp see, k and behind it v in `stage`. EXTRA keys more are walked over, which are zeros. Other copies that are under way
+// are waited for first, and `ready()` is called when they are there.
+template <int EXTRA, class P, class Span, class Ready, class See>
+__device__ __forceinline__ void walk_keys(const P& p, const BandTile& tile, const Span& span, const WarpSpan<Span>& warp,
+                                          char* stages, const Ready& ready, See& see) {
     const Sequence& seq = tile.sequence;
-    const WarpSpan<Span> warp(tile, span);
     const int begin = span.first(tile.position(0)), last = span.end(tile.position(tile.rows - 1));
     const int end = last > 0 ? last + EXTRA : 0;
     const KeyRows<HEAD_DIM_QK> k(p.k, p.k_pages, seq.key, tile.head);
     const KeyRows<HEAD_DIM_V> v(p.v, p.v_pages, seq.key, tile.head);
-    char* const stages = shared + ROWS_BYTES;
     const auto load = [&](int key, int stage) {
         const u32 to = shared_address(stages) + stage * STAGE_BYTES;
         const int count = end - EXTRA - key;
@@ -134,14 +136,11 @@ __device__ __forceinline__ void attend(const BandForwardParams& p, const BandTil
         load_keys<HEAD_DIM_V, V_COPY_BYTES>(to + KEYS * Keys::PITCH, count, v, key);
         copy_commit();
     };
-    load_rows<HEAD_DIM_QK, ROWS, THREADS, QK_COPY_BYTES>(shared_address(shared), anew(int(threadIdx.x)), tile.rows, [&](int row) {
-        return p.q + (tile.token(row) * HEADS + tile.query_head(row)) * HEAD_DIM_QK;
-    });
     if (begin < end) load(begin, 0);
     copy_commit();
     copy_wait<0>();
     __syncthreads();
-    const Queries<TILES, HELD> q(shared + warp.base * Keys::PITCH);
+    ready();
     for (int key = begin; key < end; key += KEYS) {
         const int index = (key - begin) / KEYS;
         if (index > 0) {
@@ -150,15 +149,35 @@ __device__ __forceinline__ void attend(const BandForwardParams& p, const BandTil
         }
         if (key + KEYS < end) load(key + KEYS, (index + 1) % 2);
         if (warp.end == 0 || key >= warp.end + EXTRA || key + KEYS <= warp.first) continue;
-        const char* const stage = stages + index % 2 * STAGE_BYTES;
+        see(key, index, stages + index % 2 * STAGE_BYTES);
+    }
+}
+
+// Starts to copy a tile's queries.
+template <class P>
+__device__ __forceinline__ void load_queries(const P& p, const BandTile& tile, char* to) {
+    load_rows<HEAD_DIM_QK, ROWS, THREADS, QK_COPY_BYTES>(shared_address(to), anew(int(threadIdx.x)), tile.rows, [&](int row) {
+        return p.q + (tile.token(row) * HEADS + tile.query_head(row)) * HEAD_DIM_QK;
+    });
+}
+
+// One tile of queries over its keys. `look(flash, s, index, rescaled, factor)` is shown each tile's p, and those of EXTRA keys
+// more, which are 0.
+template <int EXTRA, class P, class Span, class Look>
+__device__ __forceinline__ void attend(const P& p, const BandTile& tile, const Span& span, BandFlash& flash, Look& look) {
+    const WarpSpan<Span> warp(tile, span);
+    load_queries(p, tile, shared);
+    Queries<TILES, HELD> q(shared + warp.base * Keys::PITCH);
+    const auto see = [&](int key, int index, const char* stage) {
         BandScores s;
         flash.multiply_keys(s, q, stage);
         if (key < warp.common_first || key + KEYS > warp.common_end) mask(s, tile, warp, span, key);
         float factor[TILES][2];
         const bool rescaled = flash.exponentials(s, p.scale_log2, factor);
-        see(flash, s, index, rescaled, factor);
+        look(flash, s, index, rescaled, factor);
         flash.multiply_values(s, stage + KEYS * Keys::PITCH);
-    }
+    };
+    walk_keys<EXTRA>(p, tile, span, warp, shared + ROWS_BYTES, [&] { q.take(); }, see);
     flash.finish();
     // All have read the queries and the last tile.
     __syncthreads();

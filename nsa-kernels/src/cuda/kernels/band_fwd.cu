@@ -3,21 +3,6 @@
 #include "params.cuh"
 #include "band.cuh"
 
-// Rows of keys that the query at position t sees, when row 0 is that of token `shift`.
-struct Dense {
-    int shift;
-    __device__ __forceinline__ int first(int) const { return 0; }
-    __device__ __forceinline__ int end(int t) const { return t + 1 - shift; }
-};
-struct Window {
-    int shift;
-    __device__ __forceinline__ int first(int t) const {
-        const int token = t + 1 - WINDOW;
-        return token > shift ? token - shift : 0;
-    }
-    __device__ __forceinline__ int end(int t) const { return t + 1 - shift; }
-};
-
 struct Nothing {
     __device__ __forceinline__ void operator()(const BandFlash&, const BandScores&, int, bool, const float (&)[TILES][2]) const {}
 };
@@ -25,8 +10,7 @@ struct Nothing {
 template <class Span>
 __device__ __forceinline__ void band_forward(const BandForwardParams& p) {
     const BandTile tile(p, blockIdx.x);
-    const Sequence& seq = tile.sequence;
-    const Span span{seq.context + seq.queries - seq.keys};
+    const Span span(tile.sequence);
     BandFlash flash;
     Nothing nothing;
     attend<0>(p, tile, span, flash, nothing);

@@ -20,14 +20,6 @@ constexpr int KEPT = ROWS * (COLUMNS + 1);
 constexpr int FREE = SELECT_COUNT - SELECT_INITIAL - SELECT_LOCAL;
 static_assert(COLUMNS <= 32, "a warp sums the columns of a tile");
 
-// Blocks of compressed keys that the query at position t sees.
-struct Visible {
-    __device__ __forceinline__ int first(int) const { return 0; }
-    __device__ __forceinline__ int end(int t) const {
-        return t + 1 < COMPRESS_BLOCK ? 0 : (t + 1 - COMPRESS_BLOCK) / COMPRESS_STRIDE + 1;
-    }
-};
-
 // Where a block keeps scores: in its shared memory, or in a slot of its own in the workspace.
 __device__ __forceinline__ float* factors_of_rows() {
     return reinterpret_cast<float*>(shared + ROWS_BYTES + 2 * STAGE_BYTES);
@@ -239,7 +231,7 @@ __device__ __forceinline__ void select(const CmpForwardParams& p, const BandTile
     for (int i = lane; i < SELECT_INITIAL; i += 32) list[i] = i;
     for (int i = lane; i < SELECT_LOCAL; i += 32) list[SELECT_COUNT - SELECT_LOCAL + i] = candidates - SELECT_LOCAL + i;
     if constexpr (FREE > 0) {
-        const int visible = Visible().end(t);
+        const int visible = Visible(tile.sequence).end(t);
         const int tiles = visible > 0 ? ceil_div(visible + EXTRA, KEYS) : 0;
         const Importance importance{kept + row * COLUMNS, visible, tiles};
         importance.sum_heads(kept + ROWS * COLUMNS + row, factors + 2 * row);
@@ -257,7 +249,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) cmp_forward(const __gri
         const bool scores = selects && FREE > 0 && tile.position(tile.rows - 1) / SELECT_BLOCK + 1 > SELECT_COUNT;
         Keep keep(p, scores);
         BandFlash flash;
-        attend<EXTRA>(p.common, tile, Visible(), flash, keep);
+        attend<EXTRA>(p.common, tile, Visible(tile.sequence), flash, keep);
         work = *work_in_turn();
         tile = BandTile(p.common, work);
         const int thread = anew(int(threadIdx.x)), base = thread / 32 * WARP_ROWS, lane = thread % 32;

@@ -13,18 +13,21 @@ struct Sequence {
     int tile;     // tiles of the sequences before it
 };
 
-// The sequence that holds a tile: the last that starts at or before it.
-__device__ __forceinline__ Sequence find_sequence(const int* sequences, int count, int tile) {
+constexpr int SEQUENCE_INTS = 6;
+
+// The last sequence whose number COLUMN is not above `value`: that of a query's row with 0, of a tile with 5.
+template <int COLUMN>
+__device__ __forceinline__ Sequence find_sequence(const int* sequences, int count, int value) {
     int low = 0, high = count;
     while (high - low > 1) {
         const int middle = (low + high) / 2;
-        if (sequences[middle * 6 + 5] <= tile) {
+        if (sequences[middle * SEQUENCE_INTS + COLUMN] <= value) {
             low = middle;
         } else {
             high = middle;
         }
     }
-    const int* at = sequences + low * 6;
+    const int* at = sequences + low * SEQUENCE_INTS;
     return {at[0], at[1], at[2], at[3], at[4], at[5]};
 }
 

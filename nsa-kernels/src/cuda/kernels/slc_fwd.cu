@@ -2,106 +2,15 @@
 #include "config.cuh"
 #include "params.cuh"
 #include "flash.cuh"
-#include "sequence.cuh"
+#include "select.cuh"
 
-// A warp works alone: QUERIES queries with HEADS_PER_TILE of their heads are its 16 rows.
-constexpr int PARTS_OF_GROUP = ceil_div(GROUP, 16);
-constexpr int HEADS_PER_TILE = ceil_div(GROUP, PARTS_OF_GROUP);
-constexpr int ROWS = 16;
 constexpr int STAGE_BYTES = KEYS * (Keys::PITCH + Values::PITCH);
 constexpr int HEAD_BYTES = ROWS * (Keys::PITCH > Values::PITCH ? Keys::PITCH : Values::PITCH);
 // Queries that are held in registers come through the stages, and outputs leave through them.
 constexpr bool HELD = QUERIES_HELD && TENSOR_CORES && HEAD_BYTES <= STAGES * STAGE_BYTES;
-constexpr int LIST_BYTES = round_up(QUERIES * SELECT_COUNT * 4, 16);
 constexpr int WARP_BYTES = STAGES * STAGE_BYTES + (HELD ? 0 : HEAD_BYTES) + LIST_BYTES;
-static_assert(ROWS_OF_PAGE % SELECT_BLOCK == 0 || PAGE_ROWS == 0, "a block lies in one page");
-constexpr int NO_MORE = 0x7fffffff;
-static_assert(QUERIES * HEADS_PER_TILE <= ROWS, "a tile has 16 rows");
 
 extern __shared__ __align__(128) char shared[];
-
-// The blocks that at least one of a tile's queries has selected, in order, in steps of KEYS tokens.
-struct Blocks {
-    const int* lists;  // [QUERIES, SELECT_COUNT] in shared memory
-    int queries;       // of the tile
-    int position;      // of the first query
-    int place;         // lane q: in query q's list
-    int mine;          // lane q: block at that place
-    int block;         // in turn
-    u32 selected;      // bit q: query q has selected it
-    int offset;        // of the step within the block
-
-    __device__ __forceinline__ Blocks(const int* lists_, int queries_, int position_)
-        : lists(lists_), queries(queries_), position(position_), place(0), offset(0) {
-        const int lane = threadIdx.x % 32;
-        mine = lane < queries ? read(lane) : NO_MORE;
-        choose();
-    }
-    __device__ __forceinline__ int read(int q) const {
-        if (place >= SELECT_COUNT) return NO_MORE;
-        const int next = lists[q * SELECT_COUNT + place];
-        // A list that is none, which the caller did not check, ends where it leaves the query's candidates.
-        return next < 0 || next > (position + q) / SELECT_BLOCK ? NO_MORE : next;
-    }
-    __device__ __forceinline__ void choose() {
-        if constexpr (QUERIES == 1) {
-            block = __shfl_sync(ALL_LANES, mine, 0);
-            selected = 1;
-        } else {
-            block = int(__reduce_min_sync(ALL_LANES, u32(mine)));
-            selected = __ballot_sync(ALL_LANES, mine == block);
-        }
-    }
-    __device__ __forceinline__ bool done() const { return block == NO_MORE; }
-    __device__ __forceinline__ int token() const { return block * SELECT_BLOCK + offset; }
-    // The position of the last query that has selected the block.
-    __device__ __forceinline__ int last() const { return position + 31 - __clz(selected); }
-    // Tokens of the step that some query sees.
-    __device__ __forceinline__ int count() const {
-        const int rest = SELECT_BLOCK - offset < KEYS ? SELECT_BLOCK - offset : KEYS;
-        const int seen = last() + 1 - token();
-        return seen < rest ? seen : rest;
-    }
-    // Tokens of the step that query q sees, none if it has not selected the block.
-    __device__ __forceinline__ int count_of(int q) const {
-        if ((selected >> q & 1) == 0) return 0;
-        const int rest = SELECT_BLOCK - offset < KEYS ? SELECT_BLOCK - offset : KEYS;
-        const int seen = position + q + 1 - token();
-        return seen < rest ? seen : rest;
-    }
-    // Whether all rows see all KEYS tokens.
-    __device__ __forceinline__ bool whole() const {
-        const u32 all = queries == 32 ? ALL_LANES : (1u << queries) - 1;
-        return selected == all && offset + KEYS <= SELECT_BLOCK && token() + KEYS <= position + 1;
-    }
-    __device__ __forceinline__ void next() {
-        offset += KEYS;
-        if (offset < SELECT_BLOCK && token() <= last()) return;
-        offset = 0;
-        if (mine == block && !done()) {
-            ++place;
-            mine = read(threadIdx.x % 32);
-        }
-        choose();
-    }
-};
-
-// The rows of a warp.
-struct SelectTile {
-    Sequence sequence;
-    int head;     // KV head
-    int query;    // first, within the sequence
-    int queries;
-    int first;    // head of the group
-    int heads;    // of the group
-
-    __device__ __forceinline__ int query_of(int row) const { return row / HEADS_PER_TILE; }
-    __device__ __forceinline__ bool has(int row) const {
-        return query_of(row) < queries && row % HEADS_PER_TILE < heads;
-    }
-    __device__ __forceinline__ i64 token(int row) const { return sequence.query + query + query_of(row); }
-    __device__ __forceinline__ int query_head(int row) const { return head * GROUP + first + row % HEADS_PER_TILE; }
-};
 
 __device__ __forceinline__ void mask(Scores<1, KEYS>& s, const Blocks& blocks, const SelectTile& tile) {
     const int lane = threadIdx.x % 32;
@@ -138,17 +47,8 @@ __device__ __forceinline__ void write_rows(const BandForwardParams& p, const Sel
 extern "C" __global__ void __launch_bounds__(32 * WARPS) slc_forward(const __grid_constant__ SlcForwardParams params) {
     const BandForwardParams& p = params.common;
     const int lane = threadIdx.x % 32;
-    const i64 work = i64(blockIdx.x) * WARPS + threadIdx.x / 32;
-    const i64 index = work / PARTS_OF_GROUP;
-    if (index >= p.tiles) return;
-    SelectTile tile;
-    tile.head = blockIdx.y;
-    tile.first = int(work % PARTS_OF_GROUP) * HEADS_PER_TILE;
-    tile.heads = GROUP - tile.first < HEADS_PER_TILE ? GROUP - tile.first : HEADS_PER_TILE;
-    tile.sequence = find_sequence(p.sequences, p.num_sequences, int(index));
-    tile.query = int(index - tile.sequence.tile) * QUERIES;
-    tile.queries = tile.sequence.queries - tile.query < QUERIES ? tile.sequence.queries - tile.query : QUERIES;
-
+    const SelectTile tile(p.sequences, p.num_sequences, p.tiles);
+    if (tile.queries == 0) return;
     char* const own = shared + threadIdx.x / 32 * WARP_BYTES;
     char* const rows = own + (HELD ? 0 : STAGES * STAGE_BYTES);
     int* const lists = reinterpret_cast<int*>(own + WARP_BYTES - LIST_BYTES);
@@ -157,13 +57,11 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) slc_forward(const __gri
         return p.q + (tile.token(at) * HEADS + tile.query_head(at)) * HEAD_DIM_QK;
     });
     copy_commit();
-    for (int i = lane; i < tile.queries * SELECT_COUNT; i += 32) {
-        const i64 list = (tile.token(0) + i / SELECT_COUNT) * KV_HEADS + tile.head;
-        lists[i] = params.block_indices[list * SELECT_COUNT + i % SELECT_COUNT];
-    }
+    tile.load_lists(lists, params.block_indices);
     copy_wait<0>();
     __syncwarp();
-    const Queries<1, HELD> q(rows);
+    Queries<1, HELD> q(rows);
+    q.take();
     __syncwarp();
 
     const KeyRows<HEAD_DIM_QK> k(p.k, p.k_pages, tile.sequence.key, tile.head);
@@ -177,7 +75,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) slc_forward(const __gri
         }
         copy_commit();
     };
-    Blocks now(lists, tile.queries, tile.sequence.context + tile.query);
+    Blocks now(lists, tile.queries, tile.position(0));
     Blocks ahead = now;
 #pragma unroll
     for (int stage = 0; stage < STAGES - 1; ++stage) {
