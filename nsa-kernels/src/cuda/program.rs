@@ -9,15 +9,19 @@ use nsa_core::{DType, NsaConfig};
 use std::fmt::Write as _;
 
 /// The headers that kernels share.
-const HEADERS: [(&str, &str); 9] = [
+const HEADERS: [(&str, &str); 13] = [
     ("band.cuh", include_str!("kernels/band.cuh")),
     ("decode.cuh", include_str!("kernels/decode.cuh")),
     ("decode_select.cuh", include_str!("kernels/decode_select.cuh")),
     ("element.cuh", include_str!("kernels/element.cuh")),
     ("flash.cuh", include_str!("kernels/flash.cuh")),
+    ("grad.cuh", include_str!("kernels/grad.cuh")),
     ("mma.cuh", include_str!("kernels/mma.cuh")),
+    ("product.cuh", include_str!("kernels/product.cuh")),
     ("reduce.cuh", include_str!("kernels/reduce.cuh")),
+    ("select.cuh", include_str!("kernels/select.cuh")),
     ("sequence.cuh", include_str!("kernels/sequence.cuh")),
+    ("span.cuh", include_str!("kernels/span.cuh")),
     ("tile.cuh", include_str!("kernels/tile.cuh")),
 ];
 

@@ -108,14 +108,14 @@ extern "C" __global__ void __launch_bounds__(THREADS) decode_scan(const __grid_c
 }
 
 // Adds gate times the join of `count` parts from `split` on to sum: OUTPUT_VECTOR elements from `column` on.
-__device__ __forceinline__ void add_branch(const DecodeParams& p, const Parts& parts, int split, int count, int head, int column,
+__device__ __forceinline__ void add_branch(const DecodeParams& p, const Shares& shares, int split, int count, int head, int column,
                                            float gate, float (&sum)[OUTPUT_VECTOR]) {
     constexpr int PIECE = OUTPUT_VECTOR < PART_VECTOR ? OUTPUT_VECTOR : PART_VECTOR;
-    const Joined all(parts.statistics(p, split, head), count, GROUP * 2);
+    const Joined all(shares.statistics(p, split, head), count, GROUP * 2);
     float o[OUTPUT_VECTOR] = {};
     for (int i = 0; i < count; ++i) {
-        const float weight = all.weight(parts.statistics(p, split + i, head)[0]);
-        const float* const from = parts.o(p, split + i, head) + column;
+        const float weight = all.weight(shares.statistics(p, split + i, head)[0]);
+        const float* const from = shares.o(p, split + i, head) + column;
 #pragma unroll
         for (int piece = 0; piece < OUTPUT_VECTOR; piece += PIECE) {
             float part[PIECE];
@@ -132,7 +132,7 @@ __device__ __forceinline__ void add_branch(const DecodeParams& p, const Parts& p
 // Writes o of the sequence's query heads of a group.
 __device__ __forceinline__ void merge(const DecodeParams& p, const Place& place) {
     constexpr int PIECES = HEAD_DIM_V / OUTPUT_VECTOR;
-    const Parts parts(p, place.group());
+    const Shares shares(p, place.group());
     const int cmp = num_cmp_splits(place.context), win = splits_of(num_window(place.context));
     const int slc = splits_of(num_selected(place.context));
     for (int i = threadIdx.x; i < GROUP * PIECES; i += THREADS) {
@@ -140,9 +140,9 @@ __device__ __forceinline__ void merge(const DecodeParams& p, const Place& place)
         const i64 row = place.group() * GROUP + head;
         const Element* const gates = p.gates + row * 3;
         float sum[OUTPUT_VECTOR] = {};
-        add_branch(p, parts, 0, cmp, head, column, to_float(gates[0]), sum);
-        add_branch(p, parts, p.cmp_splits + p.win_splits, slc, head, column, to_float(gates[1]), sum);
-        add_branch(p, parts, p.cmp_splits, win, head, column, to_float(gates[2]), sum);
+        add_branch(p, shares, 0, cmp, head, column, to_float(gates[0]), sum);
+        add_branch(p, shares, p.cmp_splits + p.win_splits, slc, head, column, to_float(gates[1]), sum);
+        add_branch(p, shares, p.cmp_splits, win, head, column, to_float(gates[2]), sum);
         store<OUTPUT_VECTOR>(p.o + row * HEAD_DIM_V + column, sum);
     }
 }

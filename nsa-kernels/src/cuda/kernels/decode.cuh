@@ -54,9 +54,9 @@ struct Place {
 };
 
 // Where parts lie: those of all branches of a group, compressed blocks first, then the window, then selected blocks.
-struct Parts {
+struct Shares {
     i64 first;  // split 0 of the group
-    __device__ __forceinline__ Parts(const DecodeParams& p, i64 group)
+    __device__ __forceinline__ Shares(const DecodeParams& p, i64 group)
         : first(group * (p.cmp_splits + p.win_splits + p.slc_splits)) {}
     __device__ __forceinline__ float* o(const DecodeParams& p, int split, int head) const {
         return p.parts + ((first + split) * GROUP + head) * HEAD_DIM_V;
@@ -248,7 +248,7 @@ __device__ __forceinline__ void write_part(const DecodeParams& p, const Place& p
         }
     }
     __syncthreads();
-    const Parts parts(p, place.group());
+    const Shares shares(p, place.group());
     constexpr int PIECES = HEAD_DIM_V / PART_VECTOR;
     for (int i = threadIdx.x; i < place.heads * PIECES; i += THREADS) {
         const int r = i / PIECES, column = i % PIECES * PART_VECTOR;
@@ -260,11 +260,11 @@ __device__ __forceinline__ void write_part(const DecodeParams& p, const Place& p
 #pragma unroll
             for (int c = 0; c < PART_VECTOR; ++c) sum[c] += o[c];
         }
-        store<PART_VECTOR>(parts.o(p, split, place.part * ROWS + r) + column, sum);
+        store<PART_VECTOR>(shares.o(p, split, place.part * ROWS + r) + column, sum);
     }
     for (int r = threadIdx.x; r < place.heads; r += THREADS) {
         const Joined all(teams[0][r], TEAMS, ROWS * 2);
-        float* const to = parts.statistics(p, split, place.part * ROWS + r);
+        float* const to = shares.statistics(p, split, place.part * ROWS + r);
         to[0] = all.sum == 0.0f ? NEGATIVE_INFINITY : all.base;
         to[1] = all.sum;
     }

@@ -41,9 +41,9 @@ struct Contest {
 
     // joined: `[GROUP, 2]` floats of shared memory.
     __device__ __forceinline__ void score_all(int splits, float* joined) const {
-        const Parts parts(p, group);
+        const Shares shares(p, group);
         for (int r = threadIdx.x; r < GROUP; r += THREADS) {
-            const Joined all(parts.statistics(p, 0, r), splits, GROUP * 2);
+            const Joined all(shares.statistics(p, 0, r), splits, GROUP * 2);
             joined[2 * r] = all.base;
             joined[2 * r + 1] = all.inverse();
         }
@@ -53,7 +53,7 @@ struct Contest {
             float sum = 0.0f;
             for (int r = 0; r < GROUP; ++r) {
                 for (int split = from > 0 ? from / CHUNK : 0; split * CHUNK < to; ++split) {
-                    const float m = parts.statistics(p, split, r)[0];
+                    const float m = shares.statistics(p, split, r)[0];
                     const float folded = folded_of(p, group, split, r)[block - first_column(split)];
                     sum = fmaf(folded, exp2_approx(m - joined[2 * r]) * joined[2 * r + 1], sum);
                 }

@@ -3,7 +3,7 @@
 #include "element.cuh"
 
 constexpr u32 ALL_LANES = 0xffffffffu;
-constexpr float NEGATIVE_INFINITY = -__builtin_huge_valf();
+constexpr float NEGATIVE_INFINITY = __builtin_bit_cast(float, 0xff800000u);
 
 __host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 __host__ __device__ constexpr int round_up(int a, int b) { return ceil_div(a, b) * b; }
