@@ -219,23 +219,6 @@ pub fn attention_inputs<T: Kind>(case: &Case, pattern: Pattern) -> Attention<T> 
     }
 }
 
-/// Runs the forward of an attention operation on `case` in `dtype` against the reference.
-pub fn check_forward(pattern: Pattern, case: &Case, dtype: DType, backend: &Backend) -> Report {
-    let report = match dtype {
-        DType::F32 => forward::<f32>(case, pattern, backend),
-        DType::F64 => forward::<f64>(case, pattern, backend),
-        DType::Bf16 => forward::<bf16>(case, pattern, backend),
-        DType::F16 => forward::<f16>(case, pattern, backend),
-    };
-    report.unwrap_or_else(|failure| Report { failure: Some(failure), ..Report::default() })
-}
-
-fn forward<T: Kind>(case: &Case, pattern: Pattern, backend: &Backend) -> Result<Report, String> {
-    let inputs = attention_inputs::<T>(case, pattern);
-    let output = inputs.forward(backend)?;
-    judge_attention(backend, &inputs, &output, None)
-}
-
 fn attention<T: Kind>(case: &Case, pattern: Pattern, backend: &Backend, fault: Option<Fault>) -> Verdict {
     let honest = attention_inputs::<T>(case, pattern);
     let mut planted = honest.clone();
@@ -246,7 +229,7 @@ fn attention<T: Kind>(case: &Case, pattern: Pattern, backend: &Backend, fault: O
         return Ok(None);
     }
     let grads = planted.backward(backend, &output)?;
-    judge_attention(backend, &honest, &output, Some(&grads)).map(Some)
+    judge_attention(backend, &honest, &output, &grads).map(Some)
 }
 
 /// What a kernel wrote against the reference on the same inputs.
@@ -254,7 +237,7 @@ fn judge_attention<T: Kind>(
     backend: &Backend,
     inputs: &Attention<T>,
     output: &AttentionOutput<T, T::Acc>,
-    grads: Option<&AttentionGrads<T::Acc>>,
+    grads: &AttentionGrads<T::Acc>,
 ) -> Result<Report, String> {
     let truth = reference::attention(inputs, Mode::Exact)?;
     let [first, second] = reference::attention_rounded(inputs, reference::rounded(backend, T::DTYPE))?;
@@ -274,18 +257,17 @@ fn judge_attention<T: Kind>(
     let sizes = Magnitudes::new([&inputs.q, &inputs.k, &inputs.v, &inputs.d_o], &inputs.config);
     let (dk, dv) = (inputs.config.head_dim_qk(), inputs.config.head_dim_v());
     let heads = inputs.config.num_heads();
-    let output = widen_output(output);
+    let (output, grads) = (widen_output(output), widen_grads(grads));
     let o = [truth.output.o, first.output.o, second.output.o, output.o];
     let lse = [truth.output.lse, first.output.lse, second.output.lse, output.lse];
-    let mut list = vec![compared::<T>("o", o, dv, sizes.o), compared::<T::Acc>("lse", lse, heads, sizes.lse)];
-    if let Some(grads) = grads {
-        let grads = [truth.grads, first.grads, second.grads, widen_grads(grads)];
-        list.extend([
-            compared::<T::Acc>("dq", grads.each_ref().map(|g| g.q.clone()), dk, sizes.dq),
-            compared::<T::Acc>("dk", grads.each_ref().map(|g| g.k.clone()), dk, sizes.dk),
-            compared::<T::Acc>("dv", grads.each_ref().map(|g| g.v.clone()), dv, sizes.dv),
-        ]);
-    }
+    let grads = [truth.grads, first.grads, second.grads, grads];
+    let list = [
+        compared::<T>("o", o, dv, sizes.o),
+        compared::<T::Acc>("lse", lse, heads, sizes.lse),
+        compared::<T::Acc>("dq", grads.each_ref().map(|g| g.q.clone()), dk, sizes.dq),
+        compared::<T::Acc>("dk", grads.each_ref().map(|g| g.k.clone()), dk, sizes.dk),
+        compared::<T::Acc>("dv", grads.each_ref().map(|g| g.v.clone()), dv, sizes.dv),
+    ];
     report.outcomes = judge(&list, inputs.packing.num_tokens());
     Ok(report)
 }

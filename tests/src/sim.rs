@@ -22,7 +22,7 @@ pub fn this_program() -> Result<Command, String> {
     let text = |error: std::io::Error| error.to_string();
     let program = std::env::current_exe().map_err(text)?;
     let target = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target");
-    let toolchain = Toolchain::find_or_fetch(&target.join("toolchain")).map_err(|error| error.to_string())?;
+    let toolchain = toolchain()?;
     let folder = libraries(&program, &target).map_err(text)?;
     let paths = [Some(folder), Some(toolchain.libraries())].into_iter().flatten();
     let before = std::env::var_os("LD_LIBRARY_PATH").unwrap_or_default();
@@ -31,6 +31,15 @@ pub fn this_program() -> Result<Command, String> {
     let mut command = Command::new(program);
     command.env("LD_LIBRARY_PATH", paths).env("NSA_CUDA_CACHE", target.join("cuda-cache")).env(INSIDE, "1");
     Ok(command)
+}
+
+/// NVIDIA's compilers: the machine's, or pinned ones fetched below `target`.
+///
+/// # Errors
+/// If they are not there and cannot be fetched.
+pub fn toolchain() -> Result<Toolchain, String> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/toolchain");
+    Toolchain::find_or_fetch(&folder).map_err(|error| error.to_string())
 }
 
 /// A folder in which the libraries have the names that programs load them by.

@@ -5,6 +5,7 @@
 
 #[cfg(test)]
 mod arguments;
+mod columns;
 mod decode;
 mod fit;
 mod generate;

@@ -58,6 +58,8 @@ pub enum Kind {
 pub enum IsaName {
     /// What every processor of the target has
     Portable,
+    /// NEON of 64-bit ARM
+    Neon,
     /// AVX2 and FMA
     Avx2,
     /// AVX-512: bf16 is widened
@@ -71,6 +73,7 @@ impl IsaName {
     fn name(self) -> &'static str {
         let isa = match self {
             Self::Portable => Isa::Portable,
+            Self::Neon => Isa::Neon,
             Self::Avx2 => Isa::Avx2,
             Self::Avx512 => Isa::Avx512,
             Self::Avx512Bf16 => Isa::Avx512Bf16,

@@ -57,22 +57,17 @@ fn commit() -> String {
 
 /// Instruction sets that matter to kernels, with whether the processor has them.
 pub fn features() -> Vec<(&'static str, bool)> {
+    #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
     macro_rules! detect {
-        ($($name:tt),*) => { vec![$(($name, std::arch::is_x86_feature_detected!($name))),*] };
+        ($detected:ident: $($name:tt),*) => { vec![$(($name, std::arch::$detected!($name))),*] };
     }
     #[cfg(target_arch = "x86_64")]
     return detect!(
-        "sse4.2",
-        "avx",
-        "f16c",
-        "avx2",
-        "fma",
-        "avx512f",
-        "avx512bw",
-        "avx512vl",
-        "avx512vnni",
-        "avx512bf16"
+        is_x86_feature_detected:
+        "sse4.2", "avx", "f16c", "avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512vnni", "avx512bf16"
     );
-    #[cfg(not(target_arch = "x86_64"))]
+    #[cfg(target_arch = "aarch64")]
+    return detect!(is_aarch64_feature_detected: "neon", "fp16", "dotprod", "bf16", "i8mm", "sve", "sve2");
+    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
     Vec::new()
 }

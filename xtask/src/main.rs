@@ -8,6 +8,7 @@ mod demo;
 mod engine;
 mod files;
 mod info;
+mod kernels;
 mod machine;
 mod test;
 
@@ -31,6 +32,8 @@ enum Command {
     Test(test::Options),
     /// Every operation on every case against the reference, with the table of worst errors
     Check(check::Options),
+    /// The CUDA kernels compiled ahead, and what they take against their budgets
+    Kernels(kernels::Options),
     /// NSA against full attention, ours and a peer's, in one run
     Bench(Box<bench::Options>),
     /// Run the operator on files: safetensors in, safetensors out
@@ -55,6 +58,7 @@ fn run(command: &Command) -> Result<()> {
         Command::Demo(options) => demo::run(options),
         Command::Test(options) => test::run(options),
         Command::Check(options) => check::run(options),
+        Command::Kernels(options) => kernels::run(options),
         Command::Bench(options) => bench::run(options),
         Command::Attend(options) => attend::run(options),
         Command::Info => info::run(),

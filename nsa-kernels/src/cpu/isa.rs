@@ -8,6 +8,8 @@ use std::fmt;
 pub enum Isa {
     /// What every processor of the target has; the compiler vectorises.
     Portable,
+    /// NEON of 64-bit ARM: 4 floats a vector.
+    Neon,
     /// AVX2 and FMA: 8 floats a vector.
     Avx2,
     /// AVX-512 F, BW, DQ and VL: 16 floats a vector.
@@ -17,13 +19,14 @@ pub enum Isa {
 }
 
 impl Isa {
-    /// All of them, from the least to the most capable.
-    pub const ALL: [Self; 4] = [Self::Portable, Self::Avx2, Self::Avx512, Self::Avx512Bf16];
+    /// All of them, those of an architecture from the least to the most capable.
+    pub const ALL: [Self; 5] = [Self::Portable, Self::Neon, Self::Avx2, Self::Avx512, Self::Avx512Bf16];
 
     /// Its name in options and in NSA_BACKEND.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Portable => "portable",
+            Self::Neon => "neon",
             Self::Avx2 => "avx2",
             Self::Avx512 => "avx512",
             Self::Avx512Bf16 => "avx512bf16",
@@ -64,6 +67,7 @@ impl Isa {
         }
         match self {
             Self::Portable => Vec::new(),
+            Self::Neon => vec![("a 64-bit ARM processor", false)],
             Self::Avx2 => features!("avx2", "fma"),
             Self::Avx512 => features!("avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl"),
             Self::Avx512Bf16 => {
@@ -77,6 +81,10 @@ impl Isa {
     fn needed(self) -> Vec<(&'static str, bool)> {
         match self {
             Self::Portable => Vec::new(),
+            #[cfg(target_arch = "aarch64")]
+            Self::Neon => vec![("neon", std::arch::is_aarch64_feature_detected!("neon"))],
+            #[cfg(not(target_arch = "aarch64"))]
+            Self::Neon => vec![("a 64-bit ARM processor", false)],
             Self::Avx2 | Self::Avx512 | Self::Avx512Bf16 => vec![("an x86-64 processor", false)],
         }
     }
@@ -109,8 +117,8 @@ mod tests {
         }
         assert_eq!(Isa::named("sse9"), None);
         assert!(Isa::Portable.missing().is_empty());
-        // Each needs what the one before needs.
-        let counts = Isa::ALL.map(|isa| isa.missing().len());
+        // Each of x86-64 needs what the one before needs.
+        let counts = [Isa::Portable, Isa::Avx2, Isa::Avx512, Isa::Avx512Bf16].map(|isa| isa.missing().len());
         assert!(counts.is_sorted(), "{counts:?}");
         assert!(Isa::best().missing().is_empty());
     }

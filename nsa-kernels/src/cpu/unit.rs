@@ -59,6 +59,7 @@ pub(crate) struct Results<'a, A> {
     pub(crate) shape: [usize; 2],
 }
 
+#[cfg(target_arch = "x86_64")]
 impl<'a, A> Results<'a, A> {
     /// Row i.
     #[inline(always)]
@@ -124,8 +125,7 @@ impl<A: Real> Pair<A> {
     /// Rounds rows of results into rows of pairs, a last one that is not whole filled up with a zero:
     /// `[rows, ⌈columns / 2⌉]`.
     pub(crate) fn round_rows(source: Results<'_, A>, units: &mut [Self]) {
-        #[cfg(target_arch = "x86_64")]
-        Avx512Bf16::run(RoundRows { source: singles(source), units: bytemuck::cast_slice_mut(units) });
+        with_pairs(RoundRows { source: singles(source), units: bytemuck::cast_slice_mut(units) });
     }
 
     /// Rounds columns of results into panels of [`PAD`] columns, pairs along the columns: `[panels, depth, PAD]`, of
@@ -137,8 +137,7 @@ impl<A: Real> Pair<A> {
     /// Rounds columns of results into pairs along them, [`PAD`] columns after another `steps[0]` units apart, and the pairs
     /// of a column `steps[1]`.
     fn round_columns(source: Results<'_, A>, steps: [usize; 2], units: &mut [Self]) {
-        #[cfg(target_arch = "x86_64")]
-        Avx512Bf16::run(RoundColumns { source: singles(source), steps, units: bytemuck::cast_slice_mut(units) });
+        with_pairs(RoundColumns { source: singles(source), steps, units: bytemuck::cast_slice_mut(units) });
     }
 }
 
@@ -163,8 +162,7 @@ impl<A: Real> Unit for Pair<A> {
             columns,
             steps,
         };
-        #[cfg(target_arch = "x86_64")]
-        Avx512Bf16::run(Task { product, ahead: task.ahead });
+        with_pairs(Task { product, ahead: task.ahead });
     }
 
     #[inline(always)]
@@ -193,8 +191,7 @@ impl<A: Real> Unit for Pair<A> {
         units: &mut [Self],
     ) {
         let units = bytemuck::cast_slice_mut(&mut units[..count.div_ceil(2) * stride]);
-        #[cfg(target_arch = "x86_64")]
-        Avx512Bf16::run(Interleave { row: |i| bits(row(i)), stride, units });
+        with_pairs(Interleave { row: |i| bits(row(i)), stride, units });
     }
 
     #[inline(always)]
@@ -217,8 +214,19 @@ impl<A: Real> Unit for Pair<A> {
     }
 }
 
-/// Results under the name of their type.
+/// Runs a kernel with AVX-512 BF16.
 #[cfg(target_arch = "x86_64")]
+fn with_pairs(kernel: impl ComputePairs) {
+    Avx512Bf16::run(kernel);
+}
+
+/// Never called: no backend of another architecture multiplies pairs.
+#[cfg(not(target_arch = "x86_64"))]
+fn with_pairs<K>(_: K) {
+    unreachable!("pairs are multiplied by AVX-512 BF16");
+}
+
+/// Results under the name of their type.
 fn singles<A: Real>(source: Results<'_, A>) -> Results<'_, f32> {
     Results { data: bytemuck::cast_slice(source.data), stride: source.stride, shape: source.shape }
 }
@@ -231,7 +239,7 @@ impl<L: Ahead> ComputePairs for Task<'_, Pair<f32>, L> {
     }
 }
 
-#[cfg(target_arch = "x86_64")]
+#[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "read by AVX-512 BF16 alone"))]
 struct Interleave<'a, F> {
     row: F,
     stride: usize,
@@ -256,7 +264,7 @@ impl<'r, F: Fn(usize) -> &'r [u16]> ComputePairs for Interleave<'_, F> {
     }
 }
 
-#[cfg(target_arch = "x86_64")]
+#[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "read by AVX-512 BF16 alone"))]
 struct RoundRows<'a> {
     source: Results<'a, f32>,
     units: &'a mut [Pair<f32>],
@@ -285,7 +293,7 @@ impl ComputePairs for RoundRows<'_> {
     }
 }
 
-#[cfg(target_arch = "x86_64")]
+#[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "read by AVX-512 BF16 alone"))]
 struct RoundColumns<'a> {
     source: Results<'a, f32>,
     steps: [usize; 2],

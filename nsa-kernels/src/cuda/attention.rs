@@ -1,14 +1,15 @@
 //! What the kernels of the branches share on the host: how sequences and keys are described to them, and the sizes of
 //! their tiles.
 
-use super::geometry::copy_bytes;
+use super::ahead::{Build, Launched};
+use super::geometry::{BandTiles, Geometry, KeptScores, SelectTiles, copy_bytes};
 use super::launch::Call;
 use super::memory::DeviceBuffer;
 use super::params::{Field, In, Out, Stored, params};
-use super::program::Constants;
-use super::{Cuda, geometry};
+use super::program::{Constants, Program};
+use super::{Cuda, cmp, dense, slc};
 use crate::{Element, Error, Pages, Result, Rows, Tensor, TensorMut};
-use nsa_core::{CuSeqlens, NsaConfig, Packing};
+use nsa_core::{CuSeqlens, DType, NsaConfig, Packing};
 use std::marker::PhantomData;
 
 params! {
@@ -67,22 +68,32 @@ pub(super) struct Forward<'a, T: Element> {
 /// place of its first page), rows of keys, tiles of the sequences before it.
 pub(super) struct Sequences {
     table: DeviceBuffer<i32>,
-    count: usize,
     pub(super) tiles: usize,
 }
 
 impl Sequences {
-    /// Of tiles of `queries` queries.
-    fn new(cuda: &Cuda, packing: &Packing, keys: &[(usize, usize)], queries: usize) -> Result<Self> {
+    /// With `tiles_of(keys, queries)` tiles of a sequence; `keys` says where each one's rows of keys start and how many they
+    /// are.
+    pub(super) fn new(
+        call: &Call<'_>,
+        packing: &Packing,
+        keys: &[(usize, usize)],
+        tiles_of: impl Fn(usize, usize) -> usize,
+    ) -> Result<Self> {
         let mut table = Vec::with_capacity(6 * keys.len());
         let mut tiles = 0;
         for (seq, &(first, rows)) in packing.seqs().zip(keys) {
             // All of them fit: the face has checked the sizes of sequences, and of what is packed.
             let row = [seq.rows.start, seq.rows.len(), seq.context, first, rows, tiles];
             table.extend(row.map(|number| number as i32));
-            tiles += seq.rows.len().div_ceil(queries);
+            tiles += tiles_of(rows, seq.rows.len());
         }
-        Ok(Self { table: DeviceBuffer::upload(cuda, &table)?, count: keys.len(), tiles })
+        Ok(Self { table: call.upload(&table)?, tiles })
+    }
+
+    /// The table's address.
+    pub(super) fn table(&self) -> In<i32> {
+        self.table.read_by()
     }
 }
 
@@ -95,12 +106,7 @@ struct Keys {
 }
 
 impl Keys {
-    fn new<T: Element>(
-        (cuda, op): (&Cuda, &'static str),
-        call: &Call<'_>,
-        k: &(&str, Rows<'_, T>),
-        v: &(&str, Rows<'_, T>),
-    ) -> Result<Self> {
+    fn new<T: Element>(call: &Call<'_>, k: &(&str, Rows<'_, T>), v: &(&str, Rows<'_, T>)) -> Result<Self> {
         match (&k.1, &v.1) {
             (Rows::Packed { tensor: k_tensor, offsets }, Rows::Packed { tensor: v_tensor, offsets: v_offsets })
                 if offsets == v_offsets =>
@@ -109,31 +115,31 @@ impl Keys {
                 let v: In<Stored> = call.input(v.0, v_tensor)?;
                 Ok(Self { packed: [k.0, v.0], pages: None, page_rows: 0, sequences: packed_sequences(offsets) })
             }
-            (Rows::Paged(k_tables), Rows::Paged(v_tables)) => Self::paged((cuda, op), (k.0, k_tables), (v.0, v_tables)),
+            (Rows::Paged(k_tables), Rows::Paged(v_tables)) => Self::paged(call, (k.0, k_tables), (v.0, v_tables)),
             _ => {
                 let advice = "pack both, or put both into pages";
-                Err(unsupported(cuda, op, "keys and values that lie differently", advice))
+                Err(unsupported(call.cuda(), call.op(), "keys and values that lie differently", advice))
             }
         }
     }
 
     fn paged<T: Element>(
-        (cuda, op): (&Cuda, &'static str),
+        call: &Call<'_>,
         k: (&str, &[Pages<'_, T>]),
         v: (&str, &[Pages<'_, T>]),
     ) -> Result<Self> {
         let page_rows = k.1.first().map_or(1, |pages| pages.page_rows);
         if k.1.iter().chain(v.1).any(|pages| pages.page_rows != page_rows) {
-            return Err(unsupported(cuda, op, "pages of several sizes", "use one number of rows a page"));
+            return Err(unsupported(call.cuda(), call.op(), "pages of several sizes", "use one number of rows a page"));
         }
         let addresses = |(arg, tables): (&str, &[Pages<'_, T>])| {
             let mut all = Vec::new();
             for pages in tables {
                 for page in &pages.pages[..pages.len.div_ceil(page_rows)] {
-                    all.push(page.on_device(op, arg, cuda)?.address());
+                    all.push(page.on_device(call.op(), arg, call.cuda())?.address());
                 }
             }
-            DeviceBuffer::upload(cuda, &all)
+            call.upload(&all)
         };
         let pages = [addresses(k)?, addresses(v)?];
         let mut first = 0;
@@ -147,12 +153,12 @@ impl Keys {
 
     /// Addresses of the page tables.
     fn tables(&self) -> [In<u64>; 2] {
-        let address = |at: usize| self.pages.as_ref().map_or(0, |pages| pages[at].mem(0..pages[at].len()).address());
-        [address(0), address(1)].map(|address| In(address, PhantomData))
+        [0, 1].map(|at| self.pages.as_ref().map_or(In(0, PhantomData), |pages| pages[at].read_by()))
     }
 }
 
-fn packed_sequences(offsets: &CuSeqlens) -> Vec<(usize, usize)> {
+/// Where the rows of packed sequences start, and how many they are.
+pub(super) fn packed_sequences(offsets: &CuSeqlens) -> Vec<(usize, usize)> {
     (0..offsets.num_seqs()).map(|s| (offsets.range(s).start, offsets.range(s).len())).collect()
 }
 
@@ -175,8 +181,8 @@ pub(super) fn prepare<'c, T: Element>(
 ) -> Result<Prepared<'c>> {
     let call = Call::new::<T>(cuda, op)?;
     let Forward { config, packing, q, k, v, mut o, mut lse } = args;
-    let keys = Keys::new((cuda, op), &call, &k, &v)?;
-    let sequences = Sequences::new(cuda, packing, &keys.sequences, queries)?;
+    let keys = Keys::new(&call, &k, &v)?;
+    let sequences = Sequences::new(&call, packing, &keys.sequences, |_, of| of.div_ceil(queries))?;
     let scale_log2 = (config.scale() * std::f64::consts::LOG2_E) as f32;
     let unscale = config.scale() / f64::from(scale_log2);
     let [k_pages, v_pages] = keys.tables();
@@ -188,25 +194,65 @@ pub(super) fn prepare<'c, T: Element>(
         v_pages,
         o: call.output("o", &mut o)?,
         lse: call.output("lse", &mut lse)?,
-        sequences: In(sequences.table.mem(0..sequences.table.len()).address(), PhantomData),
+        sequences: sequences.table(),
         tiles: sequences.tiles as i32,
-        num_sequences: sequences.count as i32,
+        num_sequences: packing.num_seqs() as i32,
         scale_log2,
         unscale_high: unscale as f32,
         unscale_low: (unscale - f64::from(unscale as f32)) as f32,
     };
-    let bytes = |dim, addresses: &[u64]| copy_bytes(dim, size_of::<T>(), addresses);
-    let qk_bytes = bytes(config.head_dim_qk(), &[params.q.0, params.k.0]);
-    let v_bytes = bytes(config.head_dim_v(), &[params.v.0, params.o.0]);
     let page_rows = keys.page_rows;
-    let call = call.constants(|constants| {
-        let constants = constants.config(config).with("PAGE_ROWS", page_rows);
-        constants.with("QK_COPY_BYTES", qk_bytes).with("V_COPY_BYTES", v_bytes)
-    });
+    let addresses = [&[params.q.0, params.k.0][..], &[params.v.0, params.o.0]];
+    let call = call.constants(|constants| copies::<T>(constants.config(config), config, addresses, page_rows));
     Ok(Prepared { call, params, page_rows, _keys: keys, sequences })
 }
 
-impl geometry::SelectTiles {
+/// With how rows are copied: those of dimension Dk at the first addresses, those of dimension Dv at the second ones.
+pub(super) fn copies<T: Element>(
+    constants: Constants,
+    config: &NsaConfig,
+    addresses: [&[u64]; 2],
+    page_rows: usize,
+) -> Constants {
+    copies_of(constants, config, size_of::<T>(), addresses, page_rows)
+}
+
+/// The same of elements of `size` bytes.
+pub(super) fn copies_of(
+    constants: Constants,
+    config: &NsaConfig,
+    size: usize,
+    [of_k, of_v]: [&[u64]; 2],
+    page_rows: usize,
+) -> Constants {
+    let constants = constants.with("QK_COPY_BYTES", copy_bytes(config.head_dim_qk(), size, of_k));
+    constants.with("V_COPY_BYTES", copy_bytes(config.head_dim_v(), size, of_v)).with("PAGE_ROWS", page_rows)
+}
+
+/// What the forwards run: on packed keys, with scores kept in the workspace.
+pub(crate) fn builds(config: &NsaConfig, dtype: DType) -> Vec<Build> {
+    let size = dtype.size_bytes();
+    let (band, select) = (BandTiles::new(config, size), SelectTiles::new(config, size));
+    let constants = copies_of(Constants::new(dtype).config(config), config, size, [&[0], &[0]], 0);
+    let build = |program: &'static Program, constants: &Constants, names: &[&'static str], geometry: Geometry| {
+        let launched = |&name: &&'static str| Launched {
+            name,
+            threads: geometry.threads,
+            shared_bytes: geometry.shared_bytes,
+        };
+        Build { program, constants: constants.clone(), kernels: names.iter().map(launched).collect() }
+    };
+    let banded = band.bake(constants.clone());
+    let mut kept = band.geometry(1, 1);
+    kept.shared_bytes = KeptScores::new(config, &band, usize::MAX >> 32, (1, 0)).shared_bytes as u32;
+    vec![
+        build(&dense::PROGRAM, &banded, &["dense_forward", "win_forward"], band.geometry(1, 1)),
+        build(&cmp::PROGRAM, &banded, &["cmp_forward"], kept),
+        build(&slc::PROGRAM, &select.bake(constants), &["slc_forward"], select.geometry(1, 1)),
+    ]
+}
+
+impl SelectTiles {
     /// With the sizes of tiles.
     pub(super) fn bake(&self, constants: Constants) -> Constants {
         let constants = constants.with("WARPS", self.warps).with("KEYS", self.keys).with("STAGES", self.stages);
@@ -214,7 +260,7 @@ impl geometry::SelectTiles {
     }
 }
 
-impl geometry::BandTiles {
+impl BandTiles {
     /// With the sizes of tiles.
     pub(super) fn bake(&self, constants: Constants) -> Constants {
         let constants = constants.with("WARPS", self.warps).with("TILES", self.tiles).with("KEYS", self.keys);

@@ -3,13 +3,12 @@
 use super::Cuda;
 use super::attention::{self, BandForward};
 use super::geometry::{BandTiles, KeptScores};
-use super::memory::DeviceBuffer;
 use super::params::{Out, Params, params};
 use super::program::Program;
-use crate::op::cmp::Forward;
+use super::gradients;
+use crate::op::cmp::{Backward, Forward};
 use crate::{Element, Result};
 use nsa_core::index;
-use std::marker::PhantomData;
 
 /// The kernels.
 pub(crate) static PROGRAM: Program = Program {
@@ -49,17 +48,34 @@ pub(crate) fn forward<T: Element>(cuda: &Cuda, args: Forward<'_, T>) -> Result<(
         geometry.grid[0] = geometry.grid[0].min(kept.slots as u64);
     }
     let slots = if kept.slots > 0 { geometry.grid[0] as usize } else { 0 };
-    let mut scores = DeviceBuffer::<f32>::unwritten(cuda, slots * kept.floats)?;
+    let mut scores = call.workspace::<f32>(slots * kept.floats)?;
     let params = CmpForward {
         common: prepared.params,
-        block_indices: match &mut block_indices {
-            Some(indices) => call.output("block_indices", indices)?,
-            None => Out(0, PhantomData),
-        },
-        scores: Out(scores.mem_mut(0..slots * kept.floats).address(), PhantomData),
+        block_indices: call.optional_output("block_indices", block_indices.as_mut())?,
+        scores: scores.written_by(),
         slot_floats: kept.floats as i64,
         in_shared: i32::from(kept.slots == 0),
     };
     let call = call.constants(|constants| tiles.bake(constants));
     call.launch(&PROGRAM, "cmp_forward", geometry, params)
+}
+
+pub(crate) fn backward<T: Element>(cuda: &Cuda, args: Backward<'_, T>) -> Result<()> {
+    let Backward { config, packing, q, k_blocks, v_blocks, o, lse, d_o, gates, dq, dk_blocks, dv_blocks } = args;
+    let args = gradients::Backward {
+        config,
+        packing,
+        q,
+        k: ("k_blocks", k_blocks),
+        v: ("v_blocks", v_blocks),
+        o,
+        lse,
+        d_o,
+        gates: gates.map(|gates| (gates, 0)),
+        dq,
+        dk: ("dk_blocks", dk_blocks),
+        dv: ("dv_blocks", dv_blocks),
+    };
+    let names = ["cmp_query_gradients", "cmp_key_gradients"];
+    gradients::backward(cuda, "cmp::backward", names, args, &packing.cu_blocks(config)?)
 }

@@ -88,9 +88,11 @@ fn arch(known: &[i32], wanted: i32) -> Option<String> {
     Some(if (*found, wanted) == (90, 90) { "compute_90a".to_owned() } else { format!("compute_{found}") })
 }
 
-/// The options of NVRTC and of nvcc: division and roots are rounded as IEEE 754 asks, products and sums may be fused.
-pub fn options(arch: &str) -> Vec<String> {
-    ["--std=c++17".to_owned(), format!("--gpu-architecture={arch}"), "-lineinfo".to_owned()].to_vec()
+/// NVRTC's options. Its defaults: division and roots are rounded as IEEE 754 asks, products and sums may be fused. Functions
+/// without a word for where they run, such as lambdas, run on the device.
+fn options(arch: &str) -> Vec<String> {
+    let arch = format!("--gpu-architecture={arch}");
+    ["--std=c++17", &arch, "-lineinfo", "--device-as-default-execution-space"].map(str::to_owned).to_vec()
 }
 
 fn compile(file: &str, source: &str, options: Vec<String>) -> Result<String> {

@@ -5,7 +5,8 @@ use super::attention::{self, BandForward};
 use super::geometry::BandTiles;
 use super::params::Params;
 use super::program::Program;
-use crate::op::dense::Forward;
+use super::gradients;
+use crate::op::dense::{Backward, Forward};
 use crate::{Element, Result};
 
 /// The kernels of `dense` and `win`.
@@ -34,4 +35,24 @@ pub(super) fn band_forward<T: Element>(
     let geometry = tiles.geometry(prepared.sequences.tiles, config.num_kv_heads());
     let call = prepared.call.constants(|constants| tiles.bake(constants));
     call.launch(&PROGRAM, kernel, geometry, prepared.params)
+}
+
+pub(crate) fn backward<T: Element>(cuda: &Cuda, args: Backward<'_, T>) -> Result<()> {
+    let Backward { config, packing, q, k, v, o, lse, d_o, dq, dk, dv } = args;
+    let args = gradients::Backward {
+        config,
+        packing,
+        q,
+        k: ("k", k),
+        v: ("v", v),
+        o,
+        lse,
+        d_o,
+        gates: None,
+        dq,
+        dk: ("dk", dk),
+        dv: ("dv", dv),
+    };
+    let names = ["dense_query_gradients", "dense_key_gradients"];
+    gradients::backward(cuda, "dense::backward", names, args, packing.cu_seqlens())
 }

@@ -1,12 +1,14 @@
 //! The gated sum of the branches: bound by memory, one pass over each tensor.
 
 use super::Cuda;
+use super::ahead::Build;
 use super::geometry::{Geometry, vector};
 use super::launch::Call;
 use super::params::{In, Out, Params, Stored, params};
-use super::program::Program;
+use super::program::{Constants, Program};
 use crate::op::gate::{Backward, Forward};
 use crate::{Element, Result};
+use nsa_core::{DType, NsaConfig};
 
 /// The kernels.
 pub(crate) static PROGRAM: Program = Program {
@@ -52,6 +54,17 @@ params! {
     }
 }
 
+/// What the operation runs for a configuration.
+pub(crate) fn builds(config: &NsaConfig, dtype: DType) -> Vec<Build> {
+    let dim = config.head_dim_v();
+    let constants = constants(Constants::new(dtype), dim, vector(dim, dtype.size_bytes(), &[]));
+    vec![Build::new(&PROGRAM, constants, &[("gate_forward", THREADS), ("gate_backward", THREADS)])]
+}
+
+fn constants(constants: Constants, dim: usize, width: usize) -> Constants {
+    constants.with("DIM", dim).with("VECTOR", width)
+}
+
 pub(crate) fn forward<T: Element>(cuda: &Cuda, args: Forward<'_, T>) -> Result<()> {
     let call = Call::new::<T>(cuda, "gate::forward")?;
     let Forward { gates, branches: [cmp, slc, win], mut o } = args;
@@ -67,7 +80,7 @@ pub(crate) fn forward<T: Element>(cuda: &Cuda, args: Forward<'_, T>) -> Result<(
     };
     let width = vector(dim, size_of::<T>(), &[params.cmp.0, params.slc.0, params.win.0, params.o.0]);
     let geometry = Geometry::linear((rows * (dim / width)) as u64, THREADS);
-    let call = call.constants(|constants| constants.with("DIM", dim).with("VECTOR", width));
+    let call = call.constants(|given| constants(given, dim, width));
     call.launch(&PROGRAM, "gate_forward", geometry, params)
 }
 
@@ -87,6 +100,6 @@ pub(crate) fn backward<T: Element>(cuda: &Cuda, args: Backward<'_, T>) -> Result
     let width = vector(dim, size_of::<T>(), &[params.cmp.0, params.slc.0, params.win.0, params.d_o.0]);
     // A warp a row.
     let geometry = Geometry::linear(32 * rows as u64, THREADS);
-    let call = call.constants(|constants| constants.with("DIM", dim).with("VECTOR", width));
+    let call = call.constants(|given| constants(given, dim, width));
     call.launch(&PROGRAM, "gate_backward", geometry, params)
 }

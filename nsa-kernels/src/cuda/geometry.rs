@@ -36,7 +36,7 @@ pub(crate) fn vector(dim: usize, size: usize, addresses: &[u64]) -> usize {
 }
 
 /// The most bytes of shared memory that a block takes by choice: what the smallest devices give.
-const SHARED_BYTES: usize = 96 << 10;
+pub(crate) const SHARED_BYTES: usize = 99 << 10;
 
 /// Bytes that rows of `dim` elements of `size` bytes, at these addresses, are copied in: 16, 8, 4 or else 2.
 pub(crate) fn copy_bytes(dim: usize, size: usize, addresses: &[u64]) -> usize {
@@ -138,6 +138,78 @@ impl KeptScores {
     }
 }
 
+/// Tiles of the kernels of gradients in which a query sees one run of keys (`kernels/band_bwd.cu`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct GradientTiles {
+    /// Warps of a block, each with 16 rows of queries or of keys.
+    pub(crate) warps: usize,
+    /// Keys of a tile that queries meet.
+    pub(crate) keys: usize,
+    /// Rows of queries of a tile that keys meet.
+    pub(crate) query_rows: usize,
+    /// Queries of a block; 0 if it cannot hold all heads of a group.
+    pub(crate) queries: usize,
+    /// Bytes of a row of k and of one of v together.
+    row_bytes: usize,
+    /// Whether dk and dv are two blocks' work.
+    apart: bool,
+}
+
+impl GradientTiles {
+    /// For a configuration and elements of `size` bytes.
+    pub(crate) fn new(config: &NsaConfig, size: usize) -> Self {
+        let row_bytes = pitch(config.head_dim_qk(), size) + pitch(config.head_dim_v(), size);
+        let rows = if size == 4 || row_bytes >= 1024 { 16 } else { 32 };
+        let mut tiles = Self {
+            warps: 4,
+            keys: rows,
+            query_rows: rows,
+            queries: 0,
+            row_bytes,
+            apart: row_bytes / size > 320,
+        };
+        let holds = |warps: usize| warps * 16 >= config.group_size();
+        while tiles.warps > 1 && tiles.shared_bytes() > SHARED_BYTES && holds(tiles.warps / 2) {
+            tiles.warps /= 2;
+        }
+        while tiles.warps < 8 && !holds(tiles.warps) {
+            tiles.warps *= 2;
+        }
+        tiles.queries = tiles.rows() / config.group_size();
+        tiles
+    }
+
+    /// Rows of a block.
+    pub(crate) fn rows(&self) -> usize {
+        16 * self.warps
+    }
+
+    /// Bytes of shared memory of a block of either kernel.
+    pub(crate) fn shared_bytes(&self) -> usize {
+        self.rows() * self.row_bytes + (2 * self.keys * self.row_bytes).max(self.query_stages())
+    }
+
+    fn query_stages(&self) -> usize {
+        2 * self.query_rows * (self.row_bytes + 16)
+    }
+
+    /// A launch over tiles of queries.
+    pub(crate) fn of_queries(&self, tiles: usize, heads: usize) -> Geometry {
+        let shared_bytes = self.rows() * self.row_bytes + 2 * self.keys * self.row_bytes;
+        self.geometry([tiles as u64 * heads as u64, 1, 1], shared_bytes)
+    }
+
+    /// A launch over tiles of keys.
+    pub(crate) fn of_keys(&self, tiles: usize, heads: usize) -> Geometry {
+        let grid = [tiles as u64 * heads as u64, if self.apart { 2 } else { 1 }, 1];
+        self.geometry(grid, self.rows() * self.row_bytes + self.query_stages())
+    }
+
+    fn geometry(&self, grid: [u64; 3], shared_bytes: usize) -> Geometry {
+        Geometry { grid, threads: 32 * self.warps as u32, shared_bytes: shared_bytes as u32 }
+    }
+}
+
 /// Tiles of `slc_forward` (`kernels/slc_fwd.cu`): a warp works alone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct SelectTiles {
@@ -174,6 +246,14 @@ impl SelectTiles {
             warps /= 2;
         }
         Self { warps, keys, stages: STAGES, queries, parts, held, shared_bytes: warps * warp }
+    }
+
+    /// For gradients of queries, in blocks of `warps` warps.
+    pub(crate) fn gradients(config: &NsaConfig, size: usize, warps: usize) -> Self {
+        let bytes = pitch(config.head_dim_qk(), size) + pitch(config.head_dim_v(), size);
+        let (parts, queries, keys) = (config.group_size().div_ceil(16), 1, 16);
+        let warp = (2 * keys + 16) * bytes + (queries * config.select_count() * 4).next_multiple_of(16);
+        Self { warps, keys, stages: 2, queries, parts, held: false, shared_bytes: warps * warp }
     }
 
     /// A launch over `tiles` tiles of queries with `heads` KV heads each.

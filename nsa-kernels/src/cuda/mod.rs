@@ -8,6 +8,7 @@
 //! for the device: what goes wrong there is an error of the next call that does, such as
 //! [`Buffer::read`](crate::Buffer::read).
 
+pub mod ahead;
 pub mod compile;
 pub mod program;
 
@@ -30,6 +31,7 @@ pub(crate) mod slc;
 pub(crate) mod win;
 
 mod attention;
+mod gradients;
 
 mod cache;
 #[expect(unsafe_code, reason = "asks which libraries there are, and NVRTC what it knows")]

@@ -170,26 +170,6 @@ impl Program {
     }
 }
 
-/// Every program, for tools that compile ahead.
-pub fn all() -> [&'static Program; 13] {
-    use super::{cmp, decode, dense, gate, layer, reduce, slc};
-    [
-        &cmp::PROGRAM,
-        &decode::PROGRAM,
-        &dense::PROGRAM,
-        &gate::PROGRAM,
-        &layer::adamw::PROGRAM,
-        &layer::cross_entropy::PROGRAM,
-        &layer::ELEMENTWISE,
-        &layer::embedding::PROGRAM,
-        &layer::matmul::PROGRAM,
-        &layer::rmsnorm::PROGRAM,
-        &layer::rope::PROGRAM,
-        &reduce::PROGRAM,
-        &slc::PROGRAM,
-    ]
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

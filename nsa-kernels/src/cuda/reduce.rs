@@ -1,11 +1,13 @@
 //! Sums over rows, in an order that depends on their number alone.
 
+use super::ahead::Build;
 use super::geometry::Geometry;
 use super::launch::Call;
 use super::memory::DeviceBuffer;
 use super::params::{In, Out, Params, Stored, params};
-use super::program::Program;
+use super::program::{Constants, Program};
 use crate::Result;
+use nsa_core::DType;
 
 /// The kernels.
 pub(crate) static PROGRAM: Program = Program {
@@ -71,6 +73,12 @@ impl Parts {
         geometry.grid[1] = self.count as u64;
         geometry
     }
+}
+
+/// What sums over rows run.
+pub(crate) fn builds(dtype: DType) -> Vec<Build> {
+    let kernels = [("column_sums", THREADS), ("add_partials", THREADS)];
+    vec![Build::new(&PROGRAM, Constants::new(dtype), &kernels)]
 }
 
 /// Adds the sum of each column of `x` `[rows, columns]` to `y`.

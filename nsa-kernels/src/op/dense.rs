@@ -108,6 +108,6 @@ pub fn backward<T: Element>(backend: &Backend, args: Backward<'_, T>) -> Result<
     })?;
     match backend {
         Backend::Cpu(cpu) => T::dense_backward(cpu, args),
-        Backend::Cuda(cuda) => Err(cuda::missing(cuda, OP)),
+        Backend::Cuda(cuda) => cuda::dense::backward(cuda, args),
     }
 }

@@ -211,7 +211,7 @@ fn optimizer(backend: &Backend, rounded: bool, count: usize) -> Vec<Written> {
             written("params", 1, &params, 2.0),
             written("m", 1, &m, 2.0),
             written("v", 1, &v, 4.0),
-            ("squares", 1, DType::F64, vec![squares], squares),
+            ("squares", 1, DType::F64, vec![squares], 64.0 * squares),
         ]
     }
     if rounded { run::<f32>(backend, count) } else { run::<f64>(backend, count) }

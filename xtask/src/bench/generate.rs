@@ -3,13 +3,12 @@
 //! A step reads every weight once for the whole batch, so that tokens times bytes of the weights over the time is the
 //! bandwidth used. The weights are written to a temporary checkpoint and opened as any other.
 
-use super::report::{right, seconds};
+use super::columns::{self, field};
 use super::train::load_model;
 use super::turns::{self, Plan, Times};
 use crate::machine::Machine;
 use anyhow::{Context, Result, ensure};
 use clap::{Args, ValueEnum};
-use comfy_table::{Table, presets};
 use half::{bf16, f16};
 use nsa_core::model::{AttentionKind, ModelConfig, TokenizerKind, manifest};
 use nsa_core::tokenizer::TOKENIZER_FILE;
@@ -20,7 +19,6 @@ use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
 use safetensors::Dtype as Storage;
 use safetensors::tensor::TensorView;
-use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -132,6 +130,9 @@ pub fn run(options: &Options) -> Result<()> {
     let folder = tempfile::tempdir().context("cannot make a folder for the checkpoint")?;
     let weight_bytes = write_checkpoint(&config, options.dtype, folder.path())?;
     let model = Model::open(folder.path(), backend)?;
+    // What is mapped outlives its names: an interrupted run leaves nothing behind.
+    #[cfg(unix)]
+    drop(folder);
     let memory_gb_per_s = memory_speed();
     let rows = measure(options, &model, weight_bytes)?;
     let out = match &options.out {
@@ -227,38 +228,17 @@ fn measure(options: &Options, model: &Model, weight_bytes: u64) -> Result<Vec<Ro
 }
 
 fn report(options: &Options, rows: &[Row], memory_gb_per_s: f64, out: &Path) -> Result<()> {
-    let mut table = Table::new();
-    table.load_preset(presets::ASCII_FULL_CONDENSED);
-    table.set_header(["sequences", "step", "min", "max", "n", "tokens/s", "weights read", "of memory's speed"]);
-    let mut csv =
-        "model,dtype,context,sequences,samples,median_s,min_s,max_s,tokens_per_s,gb_per_s,memory_gb_per_s\n".to_owned();
+    let header =
+        [&["sequences"][..], &columns::TIME_CELLS, &["tokens/s", "weights read", "of memory's speed"]].concat();
+    let mut table = columns::table(&header, 0);
     for row in rows {
-        table.add_row([
-            row.batch.to_string(),
-            seconds(row.times.median_s),
-            seconds(row.times.min_s),
-            seconds(row.times.max_s),
-            row.times.samples.to_string(),
+        let rates = [
             format!("{:.1}", row.tokens_per_s()),
             format!("{:.1} GB/s", row.gb_per_s()),
             format!("{:.0} %", 100.0 * row.gb_per_s() / memory_gb_per_s),
-        ]);
-        writeln!(
-            csv,
-            "{},{},{},{},{},{:.6e},{:.6e},{:.6e},{:.6e},{:.6e},{memory_gb_per_s:.6e}",
-            super::report::quoted(&options.model),
-            options.dtype.name(),
-            options.context,
-            row.batch,
-            row.times.samples,
-            row.times.median_s,
-            row.times.min_s,
-            row.times.max_s,
-            row.tokens_per_s(),
-            row.gb_per_s(),
-        )?;
+        ];
+        table.add_row([row.batch.to_string()].into_iter().chain(columns::time_cells(Some(row.times))).chain(rates));
     }
-    right(&mut table, &[0, 1, 2, 3, 4, 5, 6, 7]);
     println!(
         "{} in {}, after {} tokens; memory is read at {memory_gb_per_s:.1} GB/s",
         options.model,
@@ -266,11 +246,16 @@ fn report(options: &Options, rows: &[Row], memory_gb_per_s: f64, out: &Path) -> 
         options.context
     );
     println!("{table}");
-    std::fs::create_dir_all(out)?;
-    let path = out.join("generate.csv");
-    crate::files::write_atomic(&path, csv.as_bytes())?;
-    println!("{}", path.display());
-    Ok(())
+    let names = ["model", "dtype", "context", "sequences"];
+    let rates = ["tokens_per_s", "gb_per_s", "memory_gb_per_s"];
+    let fields = |row: &Row| {
+        let (context, batch) = (options.context.to_string(), row.batch.to_string());
+        let names = [&options.model, options.dtype.name(), &context, &batch].map(str::to_owned);
+        let rates = [row.tokens_per_s(), row.gb_per_s(), memory_gb_per_s].map(|rate| field(Some(rate)));
+        [&names[..], &columns::time_fields(Some(row.times)), &rates].concat()
+    };
+    let header = [&names[..], &columns::TIME_FIELDS, &rates].concat();
+    columns::write(out, "generate.csv", &columns::csv(&header, rows.iter().map(fields))?)
 }
 
 #[cfg(test)]

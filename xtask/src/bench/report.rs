@@ -1,12 +1,12 @@
 //! The figures as tables and CSV.
 
+use super::columns::{self, field};
 use super::fit::{self, Point};
 use super::turns::Times;
 use super::work::{Pairs, Pass, flop, row_bytes};
 use anyhow::Result;
-use comfy_table::{CellAlignment, Table, presets};
+use comfy_table::Table;
 use nsa_core::NsaConfig;
-use std::fmt::Write;
 use std::path::Path;
 
 /// What is timed against what.
@@ -98,32 +98,18 @@ impl Report<'_> {
 
     /// A row for every contender: time, rate, how much faster than full attention, and how much faster NSA can be.
     pub fn table(&self) -> Table {
-        let mut table = Table::new();
-        table.load_preset(presets::ASCII_FULL_CONDENSED);
-        let header =
-            ["tokens", "dtype", "pass", "who", "median", "min", "max", "n", "rate", "× dense", "× peer", "limit"];
-        table.set_header(header);
+        let names = ["tokens", "dtype", "pass", "who"];
+        let header = [&names[..], &columns::TIME_CELLS, &["rate", "× dense", "× peer", "limit"]].concat();
+        let mut table = columns::table(&header, names.len());
         for row in &self.rows {
             let figures = self.figures(row);
-            let time = |of: fn(&Times) -> f64| row.times.as_ref().map_or("-".to_owned(), |times| seconds(of(times)));
             let ratio = |value: Option<f64>| value.map_or(String::new(), |value| format!("{value:.2}"));
             let limit = (row.who == Who::Nsa).then_some(figures.limit);
-            table.add_row([
-                row.tokens.to_string(),
-                row.dtype.to_owned(),
-                row.pass.name().to_owned(),
-                row.who.name().to_owned(),
-                time(|t| t.median_s),
-                time(|t| t.min_s),
-                time(|t| t.max_s),
-                row.times.map_or("-".to_owned(), |times| times.samples.to_string()),
-                rate(row, &figures),
-                ratio(figures.over_dense),
-                ratio(figures.over_peer),
-                ratio(limit),
-            ]);
+            let names = [&row.tokens.to_string(), row.dtype, row.pass.name(), row.who.name()].map(str::to_owned);
+            let ratios = [ratio(figures.over_dense), ratio(figures.over_peer), ratio(limit)];
+            let times = columns::time_cells(row.times);
+            table.add_row(names.into_iter().chain(times).chain([rate(row, &figures)]).chain(ratios));
         }
-        right(&mut table, &[0, 4, 5, 6, 7, 8, 9, 10, 11]);
         table
     }
 
@@ -142,10 +128,8 @@ impl Report<'_> {
 
     /// Exponents of the fitted power laws, and from which length on NSA is faster; empty without a second length.
     pub fn laws(&self) -> Option<Table> {
-        let mut table = Table::new();
-        table.load_preset(presets::ASCII_FULL_CONDENSED);
         let header = ["dtype", "pass", "who", "time ~ tokens^", "work ~ tokens^", "NSA is faster from"];
-        table.set_header(header);
+        let mut table = columns::table(&header, 3);
         for dtype in self.dtypes() {
             for passes in [&[Pass::Forward][..], &[Pass::Backward], &[Pass::Forward, Pass::Backward], &[Pass::Decode]] {
                 for who in self.who() {
@@ -165,7 +149,6 @@ impl Report<'_> {
                 }
             }
         }
-        right(&mut table, &[3, 4, 5]);
         (!table.is_empty()).then_some(table)
     }
 
@@ -221,37 +204,20 @@ impl Report<'_> {
 
     /// Everything, one line a row.
     pub fn csv(&self) -> Result<String> {
-        let mut csv = String::from(
-            "tokens,dtype,pass,who,samples,median_s,min_s,max_s,flop,gflop_per_s,bytes,gb_per_s,speedup_over_dense,\
-             speedup_over_peer,work_limit,note\n",
-        );
-        for row in &self.rows {
+        let names = ["tokens", "dtype", "pass", "who"];
+        let rates = ["flop", "gflop_per_s", "bytes", "gb_per_s"];
+        let ratios = ["speedup_over_dense", "speedup_over_peer", "work_limit", "note"];
+        let fields = |row: &Row| {
             let figures = self.figures(row);
-            let number = |value: Option<f64>| value.map_or(String::new(), |value| format!("{value:.6e}"));
-            let time = |of: fn(&Times) -> f64| number(row.times.as_ref().map(of));
-            let rate = |amount: Option<f64>| number(amount.zip(row.times).map(|(a, times)| a / times.median_s / 1e9));
-            writeln!(
-                csv,
-                "{},{},{},{},{},{},{},{},{},{},{},{},{},{},{},{}",
-                row.tokens,
-                row.dtype,
-                row.pass.name(),
-                quoted(row.who.name()),
-                row.times.map_or(0, |times| times.samples),
-                time(|t| t.median_s),
-                time(|t| t.min_s),
-                time(|t| t.max_s),
-                number(figures.flop),
-                rate(figures.flop),
-                number(figures.bytes),
-                rate(figures.bytes),
-                number(figures.over_dense),
-                number(figures.over_peer),
-                number(Some(figures.limit)),
-                quoted(&row.note),
-            )?;
-        }
-        Ok(csv)
+            let rate = |amount: Option<f64>| field(amount.zip(row.times).map(|(a, times)| a / times.median_s / 1e9));
+            let names = [&row.tokens.to_string(), row.dtype, row.pass.name(), row.who.name()].map(str::to_owned);
+            let rates = [field(figures.flop), rate(figures.flop), field(figures.bytes), rate(figures.bytes)];
+            let ratios = [figures.over_dense, figures.over_peer, Some(figures.limit)].map(field);
+            let times = columns::time_fields(row.times);
+            [&names[..], &times, &rates, &ratios, std::slice::from_ref(&row.note)].concat()
+        };
+        let header = [&names[..], &columns::TIME_FIELDS, &rates, &ratios].concat();
+        columns::csv(&header, self.rows.iter().map(fields))
     }
 
     /// Prints tables and notes; writes `bench.csv` and a plot for each dtype into `out`.
@@ -266,14 +232,9 @@ impl Report<'_> {
         if let Some(laws) = self.laws() {
             println!("{laws}");
         }
-        std::fs::create_dir_all(out)?;
-        let csv = out.join("bench.csv");
-        crate::files::write_atomic(&csv, self.csv()?.as_bytes())?;
-        println!("{}", csv.display());
+        columns::write(out, "bench.csv", &self.csv()?)?;
         for dtype in self.dtypes() {
-            let svg = out.join(format!("bench-{dtype}.svg"));
-            crate::files::write_atomic(&svg, super::plot::svg(self, dtype)?.as_bytes())?;
-            println!("{}", svg.display());
+            columns::write(out, &format!("bench-{dtype}.svg"), &super::plot::svg(self, dtype)?)?;
         }
         Ok(())
     }
@@ -289,30 +250,6 @@ fn rate(row: &Row, figures: &Figures) -> String {
     }
 }
 
-/// Four digits with a unit.
-pub(super) fn seconds(seconds: f64) -> String {
-    let (value, unit) = match seconds {
-        s if s >= 1.0 => (s, "s"),
-        s if s >= 1e-3 => (s * 1e3, "ms"),
-        s => (s * 1e6, "µs"),
-    };
-    let digits = if value >= 100.0 {
-        1
-    } else if value >= 10.0 {
-        2
-    } else {
-        3
-    };
-    format!("{value:.digits$} {unit}")
-}
-
-pub(super) fn quoted(text: &str) -> String {
-    match text.contains([',', '"', '\n']) {
-        true => format!("\"{}\"", text.replace('"', "\"\"")),
-        false => text.to_owned(),
-    }
-}
-
 fn distinct<T: PartialEq>(all: impl Iterator<Item = T>) -> Vec<T> {
     let mut found = Vec::new();
     for one in all {
@@ -321,12 +258,6 @@ fn distinct<T: PartialEq>(all: impl Iterator<Item = T>) -> Vec<T> {
         }
     }
     found
-}
-
-pub(super) fn right(table: &mut Table, columns: &[usize]) {
-    for &column in columns {
-        table.column_mut(column).expect("a column of the header").set_cell_alignment(CellAlignment::Right);
-    }
 }
 
 #[cfg(test)]
@@ -428,12 +359,5 @@ mod tests {
         );
         assert!(lines[1].starts_with("4096,bf16,forward,nsa,3,1.000000e0,5.000000e-1,2.000000e0,"), "{}", lines[1]);
         assert!(lines[7].starts_with("8192,bf16,forward,dense,0,,,,"), "{}", lines[7]);
-    }
-
-    #[test]
-    fn times_have_four_digits() {
-        for (value, shown) in [(304.04, "304.0 s"), (12.345, "12.35 s"), (0.2346, "234.6 ms"), (2e-5, "20.00 µs")] {
-            assert_eq!(seconds(value), shown);
-        }
     }
 }

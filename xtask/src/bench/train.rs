@@ -4,15 +4,15 @@
 //! A step is what training does: gradients set to zero, forward, backward, the norm of the gradient, AdamW. All contenders
 //! of a shape take turns.
 
+use super::columns::{self, field};
 use super::peer::{Peer, Ready, Work};
 use super::progress::Progress;
-use super::report::{quoted, right, seconds};
 use super::turns::{self, Outcome, Plan, Times};
 use super::{Dtype, MEMORY_SHARE, SETTLE, about_the_shape};
 use crate::machine::Machine;
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
-use comfy_table::{Table, presets};
+use comfy_table::Table;
 use half::bf16;
 use nsa_core::model::{AttentionKind, ModelConfig, PRESETS, rope_frequencies};
 use nsa_kernels::{Backend, Buffer, Element};
@@ -22,7 +22,6 @@ use nsa_train::optim::{Optimizer, gradient_norm};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::Serialize;
-use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Instant;
@@ -385,77 +384,47 @@ fn report(rows: &[Row], out: &Path) -> Result<()> {
         println!("{} {} {}: {}", row.name, row.shape, row.dtype.name(), row.note);
     }
     println!("Where the time of our steps goes, ms:\n{}", phases(rows));
-    std::fs::create_dir_all(out)?;
-    let path = out.join("train.csv");
-    crate::files::write_atomic(&path, csv(rows)?.as_bytes())?;
-    println!("{}", path.display());
-    Ok(())
+    columns::write(out, "train.csv", &csv(rows)?)
 }
 
 fn table(rows: &[Row]) -> Table {
-    let mut table = Table::new();
-    table.load_preset(presets::ASCII_FULL_CONDENSED);
-    table.set_header(["step", "dtype", "who", "median", "min", "max", "n", "tokens/s", "× dense", "× peer"]);
+    let header = [&["step", "dtype", "who"][..], &columns::TIME_CELLS, &["tokens/s", "× dense", "× peer"]].concat();
+    let mut table = columns::table(&header, 3);
     for row in rows {
-        let time = |of: fn(&Times) -> f64| row.times.as_ref().map_or("-".to_owned(), |times| seconds(of(times)));
         let number = |value: Option<f64>, digits| value.map_or(String::new(), |value| format!("{value:.digits$}"));
-        table.add_row([
-            row.shape.to_string(),
-            row.dtype.name().to_owned(),
-            row.name.clone(),
-            time(|t| t.median_s),
-            time(|t| t.min_s),
-            time(|t| t.max_s),
-            row.times.map_or("-".to_owned(), |times| times.samples.to_string()),
-            number(row.tokens_per_s(), 0),
-            number(row.over(rows, Who::Ours(AttentionKind::Dense)), 2),
-            number(row.over(rows, Who::Peer), 2),
-        ]);
+        let names = [&row.shape.to_string(), row.dtype.name(), &row.name].map(str::to_owned);
+        let over = [Who::Ours(AttentionKind::Dense), Who::Peer].map(|who| number(row.over(rows, who), 2));
+        let times = columns::time_cells(row.times);
+        table.add_row(names.into_iter().chain(times).chain([number(row.tokens_per_s(), 0)]).chain(over));
     }
-    right(&mut table, &[3, 4, 5, 6, 7, 8, 9]);
     table
 }
 
 /// A column for each of our contenders.
 fn phases(rows: &[Row]) -> Table {
     let ours: Vec<&Row> = rows.iter().filter(|row| row.who != Who::Peer).collect();
-    let mut table = Table::new();
-    table.load_preset(presets::ASCII_FULL_CONDENSED);
-    let titles = ours.iter().map(|row| format!("{} {}\n{}", row.name, row.dtype.name(), row.shape));
-    table.set_header(std::iter::once("phase".to_owned()).chain(titles));
+    let titles: Vec<String> =
+        ours.iter().map(|row| format!("{} {}\n{}", row.name, row.dtype.name(), row.shape)).collect();
+    let header: Vec<&str> = std::iter::once("phase").chain(titles.iter().map(String::as_str)).collect();
+    let mut table = columns::table(&header, 1);
     for phase in Phase::ALL.into_iter().filter(|&phase| ours.iter().any(|row| row.phase_ms(phase) > 0.0)) {
         let times = ours.iter().map(|row| format!("{:.1}", row.phase_ms(phase)));
         table.add_row(std::iter::once(phase.name().to_owned()).chain(times));
     }
-    right(&mut table, &(1..=ours.len()).collect::<Vec<_>>());
     table
 }
 
 fn csv(rows: &[Row]) -> Result<String> {
-    let mut csv = "sequences,tokens,dtype,who,samples,median_s,min_s,max_s,tokens_per_s,speedup_over_dense,\
-                   speedup_over_peer,note\n"
-        .to_owned();
-    for row in rows {
-        let number = |value: Option<f64>| value.map_or(String::new(), |value| format!("{value:.6e}"));
-        let time = |of: fn(&Times) -> f64| number(row.times.as_ref().map(of));
-        writeln!(
-            csv,
-            "{},{},{},{},{},{},{},{},{},{},{},{}",
-            row.shape.0,
-            row.shape.1,
-            row.dtype.name(),
-            quoted(&row.name),
-            row.times.map_or(0, |times| times.samples),
-            time(|t| t.median_s),
-            time(|t| t.min_s),
-            time(|t| t.max_s),
-            number(row.tokens_per_s()),
-            number(row.over(rows, Who::Ours(AttentionKind::Dense))),
-            number(row.over(rows, Who::Peer)),
-            quoted(&row.note),
-        )?;
-    }
-    Ok(csv)
+    let names = ["sequences", "tokens", "dtype", "who"];
+    let ratios = ["tokens_per_s", "speedup_over_dense", "speedup_over_peer", "note"];
+    let fields = |row: &Row| {
+        let shape = [row.shape.0, row.shape.1].map(|size| size.to_string());
+        let over = [Who::Ours(AttentionKind::Dense), Who::Peer].map(|who| field(row.over(rows, who)));
+        let names = [row.dtype.name().to_owned(), row.name.clone()];
+        let times = columns::time_fields(row.times);
+        [&shape[..], &names, &times, &[field(row.tokens_per_s())], &over, std::slice::from_ref(&row.note)].concat()
+    };
+    columns::csv(&[&names[..], &columns::TIME_FIELDS, &ratios].concat(), rows.iter().map(fields))
 }
 
 #[cfg(test)]

@@ -6,6 +6,8 @@
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod portable;
 
 #[cfg(target_arch = "x86_64")]
@@ -196,11 +198,12 @@ pub(crate) fn vectorize<A: Real>(isa: Isa, kernel: impl Compute<A>) {
     let kernel = kernel.cast::<f32>();
     match isa {
         Isa::Portable => kernel.run(portable::Portable),
+        #[cfg(target_arch = "aarch64")]
+        Isa::Neon => neon::run(kernel),
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2 => avx2::run(kernel),
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512 | Isa::Avx512Bf16 => avx512::run(kernel),
-        #[cfg(not(target_arch = "x86_64"))]
         _ => unreachable!("no backend is made of an instruction set that is missing"),
     }
 }

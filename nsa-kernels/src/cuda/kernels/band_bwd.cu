@@ -115,17 +115,7 @@ __device__ __forceinline__ void key_gradients(const BandBackwardParams& p) {
     const QueryRun run{seq, head, (from > seq.context ? from : seq.context) - seq.context};
     const int rows = ((until < stop ? until : stop) - seq.context - run.query) * GROUP;
     const auto load = [&](int first, int stage) {
-        const u32 to = shared_address(stages) + stage * QUERY_STAGE_BYTES;
-        const int thread = anew(int(threadIdx.x)), count = rows - first;
-        const auto row = [&](int r) { return run.row(first + r); };
-        load_rows<HEAD_DIM_QK, QUERY_ROWS, THREADS, QK_COPY_BYTES>(to, thread, count,
-                                                                   [&](int r) { return p.q + row(r) * HEAD_DIM_QK; });
-        load_rows<HEAD_DIM_V, QUERY_ROWS, THREADS, V_COPY_BYTES>(to + QUERY_ROWS * Keys::PITCH, thread, count,
-                                                                 [&](int r) { return p.d_o + row(r) * HEAD_DIM_V; });
-        if (thread < QUERY_ROWS) {
-            const bool there = thread < count;
-            copy_async<16>(to + QUERY_ROWS * (Keys::PITCH + Values::PITCH) + thread * 16, p.facts + row(there ? thread : 0), there);
-        }
+        load_query_rows(p, shared_address(stages) + stage * QUERY_STAGE_BYTES, first, rows, [&](int row) { return run.row(row); });
     };
     const int base = threadIdx.x / 32 * 16, own = keys - base;
     KeyGradients<K, V> gradients;
@@ -145,7 +135,7 @@ __device__ __forceinline__ void key_gradients(const BandBackwardParams& p) {
     }
     copy_wait<0>();
     const i64 at = i64(seq.key + key + base) * KV_HEADS + head;
-    gradients.write(p.dk + at * HEAD_DIM_QK, p.dv + at * HEAD_DIM_V, own, p.scale);
+    gradients.template write<KV_HEADS>(p.dk + at * HEAD_DIM_QK, p.dv + at * HEAD_DIM_V, own, p.scale);
 }
 
 template <class Span>
@@ -159,16 +149,32 @@ __device__ __forceinline__ void key_gradients_of(const BandBackwardParams& p) {
     }
 }
 
-#define KERNELS(NAME, SPAN)                                                                                           \
-    extern "C" __global__ void __launch_bounds__(THREADS, 1) NAME##_query_gradients(                                  \
-        const __grid_constant__ BandBackwardParams p) {                                                               \
-        query_gradients<SPAN>(p);                                                                                     \
-    }                                                                                                                 \
-    extern "C" __global__ void __launch_bounds__(THREADS, 1) NAME##_key_gradients(                                    \
-        const __grid_constant__ BandBackwardParams p) {                                                               \
-        key_gradients_of<SPAN>(p);                                                                                    \
-    }
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+    dense_query_gradients(const __grid_constant__ BandBackwardParams p) {
+    query_gradients<Dense>(p);
+}
 
-KERNELS(dense, Dense)
-KERNELS(win, Window)
-KERNELS(cmp, Visible)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+    dense_key_gradients(const __grid_constant__ BandBackwardParams p) {
+    key_gradients_of<Dense>(p);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+    win_query_gradients(const __grid_constant__ BandBackwardParams p) {
+    query_gradients<Window>(p);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+    win_key_gradients(const __grid_constant__ BandBackwardParams p) {
+    key_gradients_of<Window>(p);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+    cmp_query_gradients(const __grid_constant__ BandBackwardParams p) {
+    query_gradients<Visible>(p);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+    cmp_key_gradients(const __grid_constant__ BandBackwardParams p) {
+    key_gradients_of<Visible>(p);
+}

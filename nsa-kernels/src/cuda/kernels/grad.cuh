@@ -68,6 +68,21 @@ constexpr int OWN_BYTES = KEY_ROWS * (Keys::PITCH + Values::PITCH);
 // Where dk and dv do not fit into the registers of one warp, two blocks take one each.
 constexpr bool APART = Keys::PADDED + Values::PADDED > 320;
 
+// Starts to copy rows `first`.. of the queries to a stage: q, do, facts. `row(i)` is the place of row i in tensors [N, HEADS].
+template <class P, class Row>
+__device__ __forceinline__ void load_query_rows(const P& p, u32 to, int first, int rows, const Row& row) {
+    const int thread = anew(int(threadIdx.x)), count = rows - first;
+    const auto place = [&](int r) { return row(first + r); };
+    load_rows<HEAD_DIM_QK, QUERY_ROWS, 32 * WARPS, QK_COPY_BYTES>(to, thread, count,
+                                                                  [&](int r) { return p.q + place(r) * HEAD_DIM_QK; });
+    load_rows<HEAD_DIM_V, QUERY_ROWS, 32 * WARPS, V_COPY_BYTES>(to + QUERY_ROWS * Keys::PITCH, thread, count,
+                                                                [&](int r) { return p.d_o + place(r) * HEAD_DIM_V; });
+    for (int r = thread; r < QUERY_ROWS; r += 32 * WARPS) {
+        const bool there = r < count;
+        copy_async<16>(to + QUERY_ROWS * (Keys::PITCH + Values::PITCH) + r * 16, p.facts + place(there ? r : 0), there);
+    }
+}
+
 using QueryScores = Parts<1, QUERY_ROWS>;
 
 // Gradients of a warp's 16 keys.
@@ -127,15 +142,16 @@ struct KeyGradients {
         }
     }
 
-    // Writes rows 0..rows, row r to dk + r KV_HEADS HEAD_DIM_QK and dv likewise.
+    // Writes rows 0..rows, row r to dk + r APART_ROWS HEAD_DIM_QK and dv likewise.
+    template <int APART_ROWS>
     __device__ __forceinline__ void write(float* to_k, float* to_v, int rows, float scale) const {
         const int lane = threadIdx.x % 32;
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
             const int row = h * 8 + lane / 4;
             if (row >= rows) continue;
-            if constexpr (K) write_row<HEAD_DIM_QK>(to_k + i64(row) * KV_HEADS * HEAD_DIM_QK, dk[0], h, scale);
-            if constexpr (V) write_row<HEAD_DIM_V>(to_v + i64(row) * KV_HEADS * HEAD_DIM_V, dv[0], h, 1.0f);
+            if constexpr (K) write_row<HEAD_DIM_QK>(to_k + i64(row) * APART_ROWS * HEAD_DIM_QK, dk[0], h, scale);
+            if constexpr (V) write_row<HEAD_DIM_V>(to_v + i64(row) * APART_ROWS * HEAD_DIM_V, dv[0], h, 1.0f);
         }
     }
     template <int DIM, int N>

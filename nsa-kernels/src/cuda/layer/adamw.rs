@@ -1,13 +1,14 @@
 //! AdamW.
 
 use crate::cuda::Cuda;
+use crate::cuda::ahead::Build;
 use crate::cuda::geometry::{Geometry, vector};
 use crate::cuda::launch::Call;
 use crate::cuda::params::{In, Out, Params, params};
-use crate::cuda::program::Program;
+use crate::cuda::program::{Constants, Program};
 use crate::layer::adamw::{Factors, Step};
 use crate::{Result, Tensor};
-use nsa_core::Real;
+use nsa_core::{DType, Real};
 
 /// The kernels.
 pub(crate) static PROGRAM: Program = Program {
@@ -65,6 +66,16 @@ params! {
     }
 }
 
+/// What the operation runs.
+pub(super) fn build() -> Build {
+    let kernels = [("adamw_step", THREADS), ("sum_of_squares", THREADS)];
+    Build::new(&PROGRAM, constants(Constants::new(DType::F32), 4), &kernels)
+}
+
+fn constants(constants: Constants, width: usize) -> Constants {
+    constants.with("VECTOR", width).with("PART", PART)
+}
+
 pub(crate) fn step<R: Real>(cuda: &Cuda, op: &'static str, args: Step<'_, R>) -> Result<()> {
     let call = Call::new::<R>(cuda, op)?;
     let Factors { rate, root, keep, eps, scale, old, new } = Factors::<f32>::new(&args);
@@ -88,12 +99,12 @@ pub(crate) fn step<R: Real>(cuda: &Cuda, op: &'static str, args: Step<'_, R>) ->
     };
     let width = vector(0, size_of::<f32>(), &[params.grads.0, params.params.0, params.m.0, params.v.0]);
     let geometry = Geometry::linear(count.div_ceil(width) as u64, THREADS);
-    let call = call.constants(|constants| constants.with("VECTOR", width).with("PART", PART));
+    let call = call.constants(|given| constants(given, width));
     call.launch(&PROGRAM, "adamw_step", geometry, params)
 }
 
 pub(crate) fn sum_of_squares<R: Real>(cuda: &Cuda, op: &'static str, grads: Tensor<'_, R, 1>) -> Result<f64> {
-    let call = Call::new::<R>(cuda, op)?.constants(|constants| constants.with("VECTOR", 4).with("PART", PART));
+    let call = Call::new::<R>(cuda, op)?.constants(|given| constants(given, 4));
     let [count] = grads.shape();
     let parts = count.div_ceil(PART);
     let mut partial = call.workspace::<f64>(parts)?;

@@ -2,11 +2,12 @@
 
 use super::matmul::{add_outer, matrix, matrix_mut, times, times_transposed};
 use crate::cuda::Cuda;
+use crate::cuda::ahead::Build;
 use crate::cuda::blas::Matrix;
 use crate::cuda::geometry::Geometry;
 use crate::cuda::launch::Call;
 use crate::cuda::params::{In, Out, Params, Weight, params};
-use crate::cuda::program::Program;
+use crate::cuda::program::{Constants, Program};
 use crate::layer::cross_entropy::{Forward, ForwardBackward, IGNORED, Loss};
 use crate::layer::embedding::token_error;
 use crate::{Result, Tensor};
@@ -41,6 +42,12 @@ params! {
         /// Of the gradients.
         scale: f32,
     }
+}
+
+/// What the operation runs, gradients included.
+pub(super) fn build() -> Build {
+    let constants = Constants::new(DType::F32).with("GRADIENTS", 1);
+    Build::new(&PROGRAM, constants, &[("cross_entropy", THREADS)])
 }
 
 /// The operands of either direction.

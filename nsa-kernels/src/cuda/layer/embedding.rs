@@ -2,10 +2,11 @@
 
 use crate::Result;
 use crate::cuda::Cuda;
+use crate::cuda::ahead::Build;
 use crate::cuda::geometry::{Geometry, vector};
 use crate::cuda::launch::Call;
 use crate::cuda::params::{In, Out, Params, Stored, Weight, params};
-use crate::cuda::program::Program;
+use crate::cuda::program::{Constants, Program};
 use crate::layer::embedding::{Backward, Forward};
 use nsa_core::{Element, Real};
 
@@ -51,6 +52,12 @@ params! {
         /// Rows of the table.
         vocabulary: i64,
     }
+}
+
+/// What the operation runs, with constants that have VECTOR.
+pub(super) fn build(constants: Constants) -> Build {
+    let kernels = [("embedding_forward", THREADS[0]), ("embedding_backward", THREADS[1])];
+    Build::new(&PROGRAM, constants, &kernels)
 }
 
 pub(crate) fn forward<T, W>(cuda: &Cuda, op: &'static str, args: Forward<'_, T, W>) -> Result<()>

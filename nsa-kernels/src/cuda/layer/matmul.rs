@@ -1,12 +1,13 @@
 //! Products of matrices of mixed types: operands are brought to one type, results rounded once.
 
 use super::round::convert;
+use crate::cuda::ahead::Build;
 use crate::cuda::blas::{Factor, Matrix, multiply};
 use crate::cuda::geometry::Geometry;
 use crate::cuda::launch::Call;
 use crate::cuda::memory::DeviceBuffer;
 use crate::cuda::params::{In, Out, Params, Stored, Weight, params};
-use crate::cuda::program::Program;
+use crate::cuda::program::{Constants, Program};
 use crate::{Result, Tensor, TensorMut};
 use nsa_core::{DType, Element};
 use std::marker::PhantomData;
@@ -32,6 +33,11 @@ params! {
         /// Columns.
         columns: i64,
     }
+}
+
+/// What products leave to run.
+pub(super) fn build(constants: Constants) -> Build {
+    Build::new(&PROGRAM, constants.with("ACCUMULATE", 1), &[("finish", THREADS)])
 }
 
 /// A bias of the columns of a product.

@@ -12,11 +12,13 @@ pub(crate) mod round;
 pub(crate) mod sigmoid;
 pub(crate) mod swiglu;
 
+use super::ahead::Build;
 use super::geometry::{Geometry, vector};
 use super::launch::Call;
-use super::params::Params;
-use super::program::Program;
+use super::params::{Cpp, Grad, Params, Weight};
+use super::program::{Constants, Program};
 use crate::Result;
+use nsa_core::{DType, NsaConfig};
 
 /// The kernels that take each element by itself.
 pub(crate) static ELEMENTWISE: Program = Program {
@@ -34,6 +36,25 @@ pub(crate) static ELEMENTWISE: Program = Program {
 
 /// Threads of a block of those kernels.
 const THREADS: u32 = 256;
+
+/// What the layer operations run on rows as wide as all heads, with weights and gradients of the same type.
+pub(crate) fn builds(config: &NsaConfig, dtype: DType) -> Vec<Build> {
+    let constants = Constants::new(dtype).with_type(Weight::NAME, dtype).with_type(Grad::NAME, dtype);
+    let vector = vector(0, dtype.size_bytes(), &[]);
+    let with_vector = constants.clone().with("VECTOR", vector);
+    let channels = config.num_heads() * config.head_dim_qk();
+    let elementwise =
+        ["add_forward", "sigmoid_forward", "sigmoid_backward", "swiglu_forward", "swiglu_backward", "round_forward"];
+    vec![
+        Build::new(&ELEMENTWISE, with_vector.clone(), &elementwise.map(|name| (name, THREADS))),
+        adamw::build(),
+        cross_entropy::build(),
+        embedding::build(with_vector),
+        matmul::build(constants.clone()),
+        rmsnorm::build(constants.clone(), channels, vector),
+        rope::build(constants, config.head_dim_qk() / 2, vector),
+    ]
+}
 
 /// Launches one of them on `count` elements, the smallest of which have `size` bytes.
 fn launch_elementwise<P: Params>(

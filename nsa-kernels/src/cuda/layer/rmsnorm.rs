@@ -2,10 +2,11 @@
 
 use crate::Result;
 use crate::cuda::Cuda;
+use crate::cuda::ahead::Build;
 use crate::cuda::geometry::{Geometry, vector};
 use crate::cuda::launch::Call;
 use crate::cuda::params::{In, Out, Params, Stored, Weight, params};
-use crate::cuda::program::Program;
+use crate::cuda::program::{Constants, Program};
 use crate::cuda::reduce::{Parts, add_partials};
 use crate::layer::rmsnorm::{Backward, Forward};
 use nsa_core::Element;
@@ -70,6 +71,12 @@ params! {
     }
 }
 
+/// What the operation runs on rows of so many channels.
+pub(super) fn build(given: Constants, channels: usize, width: usize) -> Build {
+    let kernels = ["rmsnorm_forward", "rmsnorm_backward", "rmsnorm_weight"].map(|name| (name, THREADS));
+    Build::new(&PROGRAM, constants(given, channels, width, true), &kernels)
+}
+
 /// Threads that take a row: about 8 elements each.
 fn row_threads(channels: usize) -> u32 {
     let threads = channels.div_ceil(8).next_power_of_two().clamp(32, THREADS as usize);
@@ -99,7 +106,7 @@ where
     };
     let size = size_of::<T>().min(size_of::<W>());
     let width = vector(channels, size, &[params.x.0, params.weight.0, params.y.0]);
-    let call = constants(call, channels, width, false);
+    let call = call.constants(|given| constants(given, channels, width, false));
     call.launch(&PROGRAM, "rmsnorm_forward", geometry(rows, row_threads(channels)), params)
 }
 
@@ -123,7 +130,7 @@ where
     };
     let size = size_of::<T>().min(size_of::<W>());
     let width = vector(channels, size, &[x.0, params.weight.0, dy.0, params.dx.0]);
-    let call = constants(call, channels, width, accumulate);
+    let call = call.constants(|given| constants(given, channels, width, accumulate));
     call.launch(&PROGRAM, "rmsnorm_backward", geometry(rows, row_threads(channels)), params)?;
     let parts = Parts::of(rows);
     let mut partial = call.workspace::<f32>(parts.count * channels)?;
@@ -133,14 +140,12 @@ where
     add_partials(&call, &partial, parts, channels, dw)
 }
 
-fn constants(call: Call<'_>, channels: usize, width: usize, accumulate: bool) -> Call<'_> {
-    call.constants(|constants| {
-        constants
-            .with("CHANNELS", channels)
-            .with("VECTOR", width)
-            .with("ROW_THREADS", row_threads(channels) as usize)
-            .with("ACCUMULATE", usize::from(accumulate))
-    })
+fn constants(given: Constants, channels: usize, width: usize, accumulate: bool) -> Constants {
+    given
+        .with("CHANNELS", channels)
+        .with("VECTOR", width)
+        .with("ROW_THREADS", row_threads(channels) as usize)
+        .with("ACCUMULATE", usize::from(accumulate))
 }
 
 #[cfg(test)]

@@ -1,10 +1,11 @@
 //! Rotary position embedding.
 
 use crate::cuda::Cuda;
+use crate::cuda::ahead::Build;
 use crate::cuda::geometry::{Geometry, vector};
 use crate::cuda::launch::Call;
 use crate::cuda::params::{In, Out, Params, Stored, params};
-use crate::cuda::program::Program;
+use crate::cuda::program::{Constants, Program};
 use crate::layer::rope::{Direction, RopeCache, Rotate, RotateInPlace};
 use crate::{Result, Tensor};
 use nsa_core::Element;
@@ -36,6 +37,15 @@ params! {
         /// Positions of the table.
         table_rows: i64,
     }
+}
+
+/// What the operation runs on heads of so many pairs.
+pub(super) fn build(given: Constants, pairs: usize, width: usize) -> Build {
+    Build::new(&PROGRAM, constants(given, pairs, width, 1), &[("rope", THREADS)])
+}
+
+fn constants(given: Constants, pairs: usize, width: usize, sign: i64) -> Constants {
+    given.with("PAIRS", pairs).with("VECTOR", width).with_signed("SIGN", sign)
 }
 
 pub(crate) fn rotate<T: Element>(
@@ -83,7 +93,5 @@ fn launch<T: Element>(
     let width = vector(pairs, size_of::<T>(), &[x.0, y.0, params.cos.0, params.sin.0]);
     let geometry = Geometry::linear((rows * heads * (pairs / width)) as u64, THREADS);
     let sign = if direction == Direction::Backward { -1 } else { 1 };
-    let constants =
-        |c: crate::cuda::program::Constants| c.with("PAIRS", pairs).with("VECTOR", width).with_signed("SIGN", sign);
-    call.constants(constants).launch(&PROGRAM, "rope", geometry, params)
+    call.constants(|given| constants(given, pairs, width, sign)).launch(&PROGRAM, "rope", geometry, params)
 }
