@@ -126,6 +126,34 @@ fn ring<T: Kind>(config: &NsaConfig, data: &[T], width: usize) -> Vec<T> {
 /// # Errors
 /// If the kernel refuses, or writes beside an output.
 pub fn step<T: Kind>(backend: &Backend, inputs: &Inputs<T>, page_rows: usize) -> Result<Step<T>, String> {
+    let (sizes, place) = (Sizes::new(&inputs.config, &inputs.packing), Place::new(backend));
+    let mut o = Guarded::<T>::unwritten(sizes.o().iter().product());
+    let mut block_indices = Guarded::<i32>::unwritten(sizes.indices().iter().product());
+    let rows_read = with_caches(backend, inputs, page_rows, |caches| {
+        let args = decode::Step {
+            config: &inputs.config,
+            caches,
+            q: place.input(&inputs.q, sizes.q())?,
+            gates: place.input(&inputs.gates, sizes.gates())?,
+            o: place.output(&mut o, sizes.o())?,
+            block_indices: place.output(&mut block_indices, sizes.indices())?,
+        };
+        decode::step(backend, args).map_err(text)
+    })?;
+    Ok(Step { o: o.finish("o")?, block_indices: block_indices.finish("block_indices")?, rows_read })
+}
+
+/// Calls `work` with caches in the backend's memory, of inputs whose sequences have one query each, in pages of `page_rows`
+/// rows.
+///
+/// # Errors
+/// If the inputs are not those of a step, or what `work` says.
+pub fn with_caches<T: Kind, R>(
+    backend: &Backend,
+    inputs: &Inputs<T>,
+    page_rows: usize,
+    work: impl FnOnce(&[decode::Cache<'_, T>]) -> Result<R, String>,
+) -> Result<R, String> {
     let config = &inputs.config;
     let (sizes, place) = (Sizes::new(config, &inputs.packing), Place::new(backend));
     let memory = memory(inputs, page_rows)?;
@@ -148,18 +176,7 @@ pub fn step<T: Kind>(backend: &Backend, inputs: &Inputs<T>, page_rows: usize) ->
             v_win: place.input(&rings[1], [config.window(), sizes.g, sizes.dv])?,
         });
     }
-    let mut o = Guarded::<T>::unwritten(sizes.o().iter().product());
-    let mut block_indices = Guarded::<i32>::unwritten(sizes.indices().iter().product());
-    let args = decode::Step {
-        config,
-        caches: &caches,
-        q: place.input(&inputs.q, sizes.q())?,
-        gates: place.input(&inputs.gates, sizes.gates())?,
-        o: place.output(&mut o, sizes.o())?,
-        block_indices: place.output(&mut block_indices, sizes.indices())?,
-    };
-    let rows_read = decode::step(backend, args).map_err(text)?;
-    Ok(Step { o: o.finish("o")?, block_indices: block_indices.finish("block_indices")?, rows_read })
+    work(&caches)
 }
 
 fn memory<T: Kind>(inputs: &Inputs<T>, page_rows: usize) -> Result<Vec<Memory<T>>, String> {

@@ -14,6 +14,8 @@
 //! # }
 //! ```
 
+use super::Cuda;
+use super::ahead::{Build, Launched};
 use super::attention::unsupported;
 use super::geometry::decode::{DecodeSizes, DecodeTiles};
 use super::geometry::{copy_bytes, vector};
@@ -21,10 +23,9 @@ use super::launch::Call;
 use super::memory::DeviceBuffer;
 use super::params::{In, Out, Params, Stored, params};
 use super::program::{Constants, Program};
-use super::Cuda;
 use crate::op::decode::{Cache, OP, RowsRead, Step};
 use crate::{Element, Error, Pages, Result, Tensor, TensorMut};
-use nsa_core::{NsaConfig, ShapeError, index};
+use nsa_core::{DType, NsaConfig, ShapeError, index};
 use std::marker::PhantomData;
 
 /// The kernels.
@@ -307,26 +308,40 @@ impl<T: Element> Workspace<T> {
             scale_log2: (self.config.scale() * std::f64::consts::LOG2_E) as f32,
         }
     }
+}
 
-    fn bake(&self, constants: Constants, params: &Decode) -> Constants {
-        let (config, tiles, size) = (&self.config, &self.tiles, size_of::<T>());
-        let (dim_k, dim_v) = (config.head_dim_qk(), config.head_dim_v());
-        constants
-            .config(config)
-            .with("PARTS", tiles.parts)
-            .with("TEAMS", tiles.teams)
-            .with("STAGES", DecodeTiles::STAGES)
-            .with("KEYS", DecodeTiles::KEYS)
-            .with("CHUNK", tiles.chunk)
-            .with("COLUMNS", tiles.columns(config))
-            .with("QUERIES_HELD", usize::from(tiles.held))
-            .with("CMP_PAGE_ROWS", self.capacity.block_page_rows)
-            .with("SLC_PAGE_ROWS", self.capacity.token_page_rows)
-            .with("QUERY_COPY_BYTES", copy_bytes(dim_k, size, &[params.q.0]))
-            .with("QK_COPY_BYTES", copy_bytes(dim_k, size, &[]))
-            .with("V_COPY_BYTES", copy_bytes(dim_v, size, &[]))
-            .with("OUTPUT_VECTOR", vector(dim_v, size, &[params.o.0]))
-    }
+/// The constants of a call: pages of blocks and of tokens have so many rows, q and o these addresses.
+fn bake(constants: Constants, config: &NsaConfig, size: usize, page_rows: [usize; 2], [q, o]: [u64; 2]) -> Constants {
+    let tiles = DecodeTiles::new(config, size);
+    let (dim_k, dim_v) = (config.head_dim_qk(), config.head_dim_v());
+    constants
+        .config(config)
+        .with("PARTS", tiles.parts)
+        .with("TEAMS", tiles.teams)
+        .with("STAGES", DecodeTiles::STAGES)
+        .with("KEYS", DecodeTiles::KEYS)
+        .with("CHUNK", tiles.chunk)
+        .with("COLUMNS", tiles.columns(config))
+        .with("QUERIES_HELD", usize::from(tiles.held))
+        .with("CMP_PAGE_ROWS", page_rows[0])
+        .with("SLC_PAGE_ROWS", page_rows[1])
+        .with("QUERY_COPY_BYTES", copy_bytes(dim_k, size, &[q]))
+        .with("QK_COPY_BYTES", copy_bytes(dim_k, size, &[]))
+        .with("V_COPY_BYTES", copy_bytes(dim_v, size, &[]))
+        .with("OUTPUT_VECTOR", vector(dim_v, size, &[o]))
+}
+
+/// What a step runs, with pages as long as a selection block.
+pub(crate) fn builds(config: &NsaConfig, dtype: DType) -> Vec<Build> {
+    let tiles = DecodeTiles::new(config, dtype.size_bytes());
+    let page_rows = [config.select_block(); 2];
+    let constants = bake(Constants::new(dtype), config, dtype.size_bytes(), page_rows, [0, 0]);
+    let launched = |(name, bytes)| {
+        let geometry = tiles.geometry(config, 1, 1, bytes);
+        Launched { name, threads: geometry.threads, shared_bytes: geometry.shared_bytes }
+    };
+    let kernels = [("decode_scan", tiles.scan_bytes()), ("decode_attend", tiles.attend_bytes(config))];
+    vec![Build { program: &PROGRAM, constants, kernels: kernels.map(launched).to_vec() }]
 }
 
 /// A table of pages on the device.
@@ -380,7 +395,9 @@ impl<T: Element> Ready<'_, T> {
             ..self.workspace.params()
         };
         let Workspace { config, tiles, sizes, .. } = &*self.workspace;
-        let call = call.constants(|constants| self.workspace.bake(constants, &params));
+        let page_rows = [self.workspace.capacity.block_page_rows, self.workspace.capacity.token_page_rows];
+        let addresses = [params.q.0, params.o.0];
+        let call = call.constants(|constants| bake(constants, config, size_of::<T>(), page_rows, addresses));
         let [cmp, win, slc] = sizes.splits;
         call.launch(&PROGRAM, "decode_scan", tiles.geometry(config, seqs, cmp + win, tiles.scan_bytes()), params)?;
         call.launch(&PROGRAM, "decode_attend", tiles.geometry(config, seqs, slc, tiles.attend_bytes(config)), params)
