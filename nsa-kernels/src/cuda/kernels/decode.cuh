@@ -178,7 +178,8 @@ __device__ __forceinline__ void attend(const DecodeParams& p, const Place& place
     for (int stage = 0; stage < STAGES - 1; ++stage) load(x + stage * STEP, stage);
     copy_wait<STAGES - 1>();
     __syncthreads();
-    const Queries<1, HELD> q(shared + warp_row() * Keys::PITCH);
+    Queries<1, HELD> q(shared + warp_row() * Keys::PITCH);
+    q.take();
     for (int stage = 0; x < end; x += STEP) {
         copy_wait<STAGES - 2>();
         team_sync();
@@ -274,9 +275,10 @@ __device__ __forceinline__ void write_part(const DecodeParams& p, const Place& p
 // as it was before the first of them.
 __device__ __forceinline__ bool comes_last(u32* arrived, int count) {
     __shared__ bool last;
-    __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) {
+        // Releases what all threads wrote before the barrier, and acquires what other blocks released.
+        __threadfence();
         last = atomicAdd(arrived, 1u) == u32(count) - 1;
         if (last) atomicExch(arrived, 0u);
         __threadfence();
