@@ -141,7 +141,7 @@ fn run<T: Kind>(op: Op, case: &Case, backend: &Backend, fault: Option<Fault>) ->
         Op::Dense => attention::<T>(case, Pattern::Dense, backend, fault),
         Op::Gate => gate::<T>(case, backend, fault),
         Op::Nsa => nsa::<T>(case, backend, fault),
-        Op::Decode => decode_step::<T>(case, backend, fault),
+        Op::Decode => decode_step::<T>(case, backend, decode::PAGE_ROWS, fault),
     }
 }
 
@@ -495,14 +495,29 @@ fn blocks_as<T: Element>(values: &[f64]) -> Vec<T> {
     values.iter().map(|&x| T::from_f64(x)).collect()
 }
 
-/// Steps from caches at several prefixes of each sequence, all in one call.
-fn decode_step<T: Kind>(case: &Case, backend: &Backend, fault: Option<Fault>) -> Verdict {
+/// Runs decoding steps from pages of `page_rows` rows against the reference.
+pub fn check_pages(case: &Case, dtype: DType, backend: &Backend, page_rows: usize) -> Report {
+    let verdict = match dtype {
+        DType::F32 => decode_step::<f32>(case, backend, page_rows, None),
+        DType::F64 => decode_step::<f64>(case, backend, page_rows, None),
+        DType::Bf16 => decode_step::<bf16>(case, backend, page_rows, None),
+        DType::F16 => decode_step::<f16>(case, backend, page_rows, None),
+    };
+    match verdict {
+        Ok(report) => report.unwrap_or_default(),
+        Err(failure) => Report { failure: Some(failure), ..Report::default() },
+    }
+}
+
+/// Steps from caches at several prefixes of each sequence, all in one call. Blocks are the CPU's: a step takes any.
+fn decode_step<T: Kind>(case: &Case, backend: &Backend, page_rows: usize, fault: Option<Fault>) -> Verdict {
     let whole = Inputs::<T>::generate(case);
-    let blocks = operator::blocks(backend, &whole)?;
+    let (cpu, _) = Backend::pick(Some("cpu")).map_err(|error| error.to_string())?;
+    let blocks = operator::blocks(&cpu, &whole)?;
     let mut inputs = decode::steps(case, &whole, &blocks)?;
     let mut planted = inputs.clone();
     let before = fault.is_none_or(|fault| fault.plant_operator(&mut planted));
-    let mut kernel = decode::step(backend, &planted)?;
+    let mut kernel = decode::step(backend, &planted, page_rows)?;
     let after = fault.is_some_and(|fault| fault.spoil_step(&inputs, &mut kernel));
     if !before && !after {
         return Ok(None);

@@ -9,7 +9,7 @@ use nsa_kernels::op::decode;
 use nsa_kernels::{Backend, Pages};
 
 /// Rows a page of the caches that tests build: no power of two, so that pages end inside blocks.
-const PAGE_ROWS: usize = 5;
+pub const PAGE_ROWS: usize = 5;
 
 /// Prefixes of the case's sequences at which a step is interesting: around the first block, inside, at the end.
 /// Pairs of sequence and context, the query included.
@@ -102,13 +102,13 @@ struct Memory<T> {
 }
 
 /// Rows in pages; rows beyond the last are NaN.
-fn pages<T: Kind>(data: &[T], width: usize) -> (Vec<Vec<T>>, usize, usize) {
+fn pages<T: Kind>(data: &[T], width: usize, page_rows: usize) -> (Vec<Vec<T>>, usize, usize) {
     let page = |rows: &[T]| {
         let mut page = rows.to_vec();
-        page.resize(PAGE_ROWS * width, <T as Poison>::FILL);
+        page.resize(page_rows * width, <T as Poison>::FILL);
         page
     };
-    (data.chunks(PAGE_ROWS * width).map(page).collect(), data.len() / width, width)
+    (data.chunks(page_rows * width).map(page).collect(), data.len() / width, width)
 }
 
 /// The last `window` rows, position s in row s mod w; rows that no position fills are NaN.
@@ -121,20 +121,48 @@ fn ring<T: Kind>(config: &NsaConfig, data: &[T], width: usize) -> Vec<T> {
     ring
 }
 
-/// Runs a decoding step on inputs whose sequences have one query each.
+/// Runs a decoding step on inputs whose sequences have one query each, from pages of `page_rows` rows.
 ///
 /// # Errors
 /// If the kernel refuses, or writes beside an output.
-pub fn step<T: Kind>(backend: &Backend, inputs: &Inputs<T>) -> Result<Step<T>, String> {
+pub fn step<T: Kind>(backend: &Backend, inputs: &Inputs<T>, page_rows: usize) -> Result<Step<T>, String> {
+    let (sizes, place) = (Sizes::new(&inputs.config, &inputs.packing), Place::new(backend));
+    let mut o = Guarded::<T>::unwritten(sizes.o().iter().product());
+    let mut block_indices = Guarded::<i32>::unwritten(sizes.indices().iter().product());
+    let rows_read = with_caches(backend, inputs, page_rows, |caches| {
+        let args = decode::Step {
+            config: &inputs.config,
+            caches,
+            q: place.input(&inputs.q, sizes.q())?,
+            gates: place.input(&inputs.gates, sizes.gates())?,
+            o: place.output(&mut o, sizes.o())?,
+            block_indices: place.output(&mut block_indices, sizes.indices())?,
+        };
+        decode::step(backend, args).map_err(text)
+    })?;
+    Ok(Step { o: o.finish("o")?, block_indices: block_indices.finish("block_indices")?, rows_read })
+}
+
+/// Calls `work` with caches in the backend's memory, of inputs whose sequences have one query each, in pages of `page_rows`
+/// rows.
+///
+/// # Errors
+/// If the inputs are not those of a step, or what `work` says.
+pub fn with_caches<T: Kind, R>(
+    backend: &Backend,
+    inputs: &Inputs<T>,
+    page_rows: usize,
+    work: impl FnOnce(&[decode::Cache<'_, T>]) -> Result<R, String>,
+) -> Result<R, String> {
     let config = &inputs.config;
     let (sizes, place) = (Sizes::new(config, &inputs.packing), Place::new(backend));
-    let memory = memory(inputs)?;
+    let memory = memory(inputs, page_rows)?;
     let shape = |side: Side| [sizes.g, side.dim(config)];
     let mut caches = Vec::new();
     for Memory { context, paged, rings } in &memory {
         let pages = |at: usize, side| Pages {
             pages: paged[at].0.iter().map(|page| place.mem(page)).collect(),
-            page_rows: PAGE_ROWS,
+            page_rows,
             len: paged[at].1,
             row_shape: shape(side),
         };
@@ -148,21 +176,10 @@ pub fn step<T: Kind>(backend: &Backend, inputs: &Inputs<T>) -> Result<Step<T>, S
             v_win: place.input(&rings[1], [config.window(), sizes.g, sizes.dv])?,
         });
     }
-    let mut o = Guarded::<T>::unwritten(sizes.o().iter().product());
-    let mut block_indices = Guarded::<i32>::unwritten(sizes.indices().iter().product());
-    let args = decode::Step {
-        config,
-        caches: &caches,
-        q: place.input(&inputs.q, sizes.q())?,
-        gates: place.input(&inputs.gates, sizes.gates())?,
-        o: place.output(&mut o, sizes.o())?,
-        block_indices: place.output(&mut block_indices, sizes.indices())?,
-    };
-    let rows_read = decode::step(backend, args).map_err(text)?;
-    Ok(Step { o: o.finish("o")?, block_indices: block_indices.finish("block_indices")?, rows_read })
+    work(&caches)
 }
 
-fn memory<T: Kind>(inputs: &Inputs<T>) -> Result<Vec<Memory<T>>, String> {
+fn memory<T: Kind>(inputs: &Inputs<T>, page_rows: usize) -> Result<Vec<Memory<T>>, String> {
     let (config, packing) = (&inputs.config, &inputs.packing);
     let cu_blocks = packing.cu_blocks(config).map_err(text)?;
     let cu_keys = packing.cu_keys().map_err(text)?;
@@ -178,10 +195,10 @@ fn memory<T: Kind>(inputs: &Inputs<T>) -> Result<Vec<Memory<T>>, String> {
         Memory {
             context: packing.seq(s).end(),
             paged: [
-                pages(&rows(k_blocks, blocks.clone(), widths[0]), widths[0]),
-                pages(&rows(v_blocks, blocks, widths[1]), widths[1]),
-                pages(&rows(&inputs.k.slc, keys.clone(), widths[0]), widths[0]),
-                pages(&rows(&inputs.v.slc, keys.clone(), widths[1]), widths[1]),
+                pages(&rows(k_blocks, blocks.clone(), widths[0]), widths[0], page_rows),
+                pages(&rows(v_blocks, blocks, widths[1]), widths[1], page_rows),
+                pages(&rows(&inputs.k.slc, keys.clone(), widths[0]), widths[0], page_rows),
+                pages(&rows(&inputs.v.slc, keys.clone(), widths[1]), widths[1], page_rows),
             ],
             rings: [
                 ring(config, &rows(&inputs.k.win, keys.clone(), widths[0]), widths[0]),

@@ -1,5 +1,7 @@
 //! Shapes of launches, as pure functions.
 
+pub(crate) mod decode;
+
 use nsa_core::NsaConfig;
 
 /// How a kernel is launched.

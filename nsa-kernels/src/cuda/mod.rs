@@ -22,6 +22,7 @@ pub(crate) mod params;
 pub(crate) mod blas;
 pub(crate) mod cmp;
 pub(crate) mod compress;
+pub mod decode;
 pub(crate) mod dense;
 pub(crate) mod gate;
 pub(crate) mod geometry;

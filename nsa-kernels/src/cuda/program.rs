@@ -9,8 +9,10 @@ use nsa_core::{DType, NsaConfig};
 use std::fmt::Write as _;
 
 /// The headers that kernels share.
-const HEADERS: [(&str, &str); 11] = [
+const HEADERS: [(&str, &str); 13] = [
     ("band.cuh", include_str!("kernels/band.cuh")),
+    ("decode.cuh", include_str!("kernels/decode.cuh")),
+    ("decode_select.cuh", include_str!("kernels/decode_select.cuh")),
     ("element.cuh", include_str!("kernels/element.cuh")),
     ("flash.cuh", include_str!("kernels/flash.cuh")),
     ("grad.cuh", include_str!("kernels/grad.cuh")),

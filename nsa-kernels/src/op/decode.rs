@@ -69,15 +69,15 @@ pub fn step<T: Element>(backend: &Backend, args: Step<'_, T>) -> Result<RowsRead
     }
     match backend {
         Backend::Cpu(cpu) => T::decode_step(cpu, args),
-        Backend::Cuda(cuda) => Err(cuda::missing(cuda, "decode::step")),
+        Backend::Cuda(cuda) => cuda::decode::step(cuda, args),
     }
 }
 
-const OP: &str = "decode::step";
+pub(crate) const OP: &str = "decode::step";
 
 impl<T> Cache<'_, T> {
     /// Checks that the cache of sequence `s` holds what its context asks for.
-    fn check(&self, config: &NsaConfig, s: usize) -> Result<()> {
+    pub(crate) fn check(&self, config: &NsaConfig, s: usize) -> Result<()> {
         if self.context == 0 || i32::try_from(self.context).is_err() {
             return Err(Error::Value {
                 op: OP,

@@ -1,5 +1,6 @@
 //! The CUDA backend on the simulator, against the error model; the simulator's checker must not report anything.
 
+mod decode;
 mod layer;
 
 use nsa_core::{CompressKind, DType};

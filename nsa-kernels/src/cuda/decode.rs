@@ -1,0 +1,419 @@
+//! One decoding step. A [`Workspace`] holds what a step needs on the device besides its tensors: tables of where the caches
+//! lie, and what blocks of threads hand to each other. It is made once; then a step allocates nothing and waits for
+//! nothing, and its launches can be captured into a CUDA graph, which serves every batch that the workspace holds:
+//!
+//! ```no_run
+//! # use nsa_kernels::{Result, cuda::{Cuda, decode::{Capacity, Workspace}}, op::decode::{Cache, Step}};
+//! # fn step(cuda: &Cuda, capacity: Capacity, config: &nsa_core::NsaConfig, caches: &[Cache<'_, f32>], args: Step<'_, f32>) -> Result<()> {
+//! let mut workspace = Workspace::<f32>::new(cuda, config, capacity)?;
+//! // Before each step: up to two copies to the device, see `Workspace::upload`.
+//! let ready = workspace.upload(caches)?;
+//! // Captured, or done now: two launches.
+//! ready.launch(args.q, args.gates, args.o, args.block_indices)?;
+//! # Ok(())
+//! # }
+//! ```
+
+use super::Cuda;
+use super::ahead::{Build, Launched};
+use super::attention::unsupported;
+use super::geometry::decode::{DecodeSizes, DecodeTiles};
+use super::geometry::{copy_bytes, vector};
+use super::launch::Call;
+use super::memory::DeviceBuffer;
+use super::params::{In, Out, Params, Stored, params};
+use super::program::{Constants, Program};
+use crate::op::decode::{Cache, OP, RowsRead, Step};
+use crate::{Element, Error, Pages, Result, Tensor, TensorMut};
+use nsa_core::{DType, NsaConfig, ShapeError, index};
+use std::marker::PhantomData;
+
+/// The kernels.
+pub(crate) static PROGRAM: Program =
+    Program { file: "decode.cu", text: include_str!("kernels/decode.cu"), params: &[Decode::declaration] };
+
+params! {
+    /// Arguments of `decode_scan` and `decode_attend`.
+    struct Decode {
+        /// `[S, 3]`: tokens of the context, 0 for none; addresses of the rings of k^win and v^win.
+        sequences: In<u64>,
+        /// Addresses of pages: k̃ `[S, cmp_pages]` of `[CMP_PAGE_ROWS, G, Dk]`.
+        k_cmp_pages: In<u64>,
+        /// ṽ.
+        v_cmp_pages: In<u64>,
+        /// k^slc `[S, slc_pages]` of `[SLC_PAGE_ROWS, G, Dk]`.
+        k_slc_pages: In<u64>,
+        /// v^slc.
+        v_slc_pages: In<u64>,
+        /// `[S, Hq, Dk]`.
+        q: In<Stored>,
+        /// `[S, Hq, 3]`.
+        gates: In<Stored>,
+        /// `[S, Hq, Dv]`.
+        o: Out<Stored>,
+        /// `[S, G, n]`.
+        block_indices: Out<i32>,
+        /// `[S, G, splits, R, Dv]`.
+        parts: Out<f32>,
+        /// `[S, G, splits, R, 2]`: m and l.
+        statistics: Out<f32>,
+        /// `[S, G, cmp_splits, R, COLUMNS]`.
+        folded: Out<f32>,
+        /// `[S, G, candidates]`.
+        importance: Out<f32>,
+        /// `[S, G, 2]`: blocks of threads that have come to an end, of either kernel; 0 between launches.
+        arrived: Out<u32>,
+        cmp_pages: i32,
+        slc_pages: i32,
+        cmp_splits: i32,
+        win_splits: i32,
+        slc_splits: i32,
+        candidates: i32,
+        /// scale · log2 e.
+        scale_log2: f32,
+    }
+}
+
+/// The batches that a workspace is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Capacity {
+    /// Sequences of a batch, at most.
+    pub sequences: usize,
+    /// Tokens of a context, at most.
+    pub context: usize,
+    /// Rows of a page of k̃ and ṽ.
+    pub block_page_rows: usize,
+    /// Rows of a page of k^slc and v^slc.
+    pub token_page_rows: usize,
+}
+
+impl Capacity {
+    /// Just for these caches.
+    pub fn of<T>(caches: &[Cache<'_, T>]) -> Self {
+        let rows = |pages: fn(&Cache<'_, T>) -> usize| caches.first().map_or(1, pages).max(1);
+        Self {
+            sequences: caches.len(),
+            context: caches.iter().map(|cache| cache.context).max().unwrap_or(0),
+            block_page_rows: rows(|cache| cache.k_cmp.page_rows),
+            token_page_rows: rows(|cache| cache.k_slc.page_rows),
+        }
+    }
+
+    /// Pages of blocks and of tokens that a sequence has at most.
+    fn pages(&self, config: &NsaConfig) -> [usize; 2] {
+        let blocks = index::num_blocks(config, self.context);
+        [blocks.div_ceil(self.block_page_rows), self.context.div_ceil(self.token_page_rows)]
+    }
+
+    /// Addresses in the tables.
+    fn table_len(&self, config: &NsaConfig) -> usize {
+        self.sequences * (HEADER + 2 * self.pages(config).iter().sum::<usize>())
+    }
+}
+
+/// Numbers of a sequence before its page tables.
+const HEADER: usize = 3;
+
+/// Bytes of device memory that a [`Workspace`] of elements `T` takes.
+pub fn workspace_bytes<T: Element>(config: &NsaConfig, capacity: Capacity) -> usize {
+    let tiles = DecodeTiles::new(config, size_of::<T>());
+    let sizes = DecodeSizes::new(config, &tiles, capacity.sequences, capacity.context);
+    sizes.bytes() + size_of::<u64>() * capacity.table_len(config)
+}
+
+/// Device memory of a decoding step, for batches up to a capacity.
+#[derive(Debug)]
+pub struct Workspace<T> {
+    cuda: Cuda,
+    config: NsaConfig,
+    capacity: Capacity,
+    tiles: DecodeTiles,
+    sizes: DecodeSizes,
+    floats: DeviceBuffer<f32>,
+    arrived: DeviceBuffer<u32>,
+    /// Headers of sequences `[S, HEADER]`, then pages of k̃, ṽ `[S, pages of blocks]`, k^slc, v^slc `[S, pages of tokens]`.
+    tables: DeviceBuffer<u64>,
+    /// What is in them.
+    uploaded: Vec<u64>,
+    of: PhantomData<T>,
+}
+
+/// A workspace that knows where the caches of a batch lie.
+#[derive(Debug)]
+pub struct Ready<'w, T> {
+    workspace: &'w mut Workspace<T>,
+    rows_read: RowsRead,
+}
+
+impl<T: Element> Workspace<T> {
+    /// Memory for batches up to `capacity`.
+    ///
+    /// # Errors
+    /// If there is no such memory, a page has no rows, or there are no kernels for these sizes.
+    pub fn new(cuda: &Cuda, config: &NsaConfig, capacity: Capacity) -> Result<Self> {
+        let Capacity { block_page_rows, token_page_rows, context, .. } = capacity;
+        if block_page_rows == 0 || token_page_rows == 0 || i32::try_from(context).is_err() {
+            return Err(Error::Value {
+                op: OP,
+                arg: "capacity",
+                value: format!("{capacity:?}"),
+                rule: "must have pages of at least one row and a context that fits an i32",
+            });
+        }
+        let tiles = DecodeTiles::new(config, size_of::<T>());
+        if tiles.scan_bytes().max(tiles.attend_bytes(config)) > cuda.device().shared_bytes {
+            let (k, v, n) = (config.head_dim_qk(), config.head_dim_v(), config.select_count());
+            let what = format!("head dims {k} and {v} with lists of {n} blocks");
+            return Err(unsupported(cuda, OP, &what, "use the backend `cpu`"));
+        }
+        let sizes = DecodeSizes::new(config, &tiles, capacity.sequences, capacity.context);
+        let table_len = capacity.table_len(config);
+        Ok(Self {
+            cuda: cuda.clone(),
+            config: config.clone(),
+            capacity,
+            tiles,
+            sizes,
+            floats: DeviceBuffer::unwritten(cuda, sizes.floats.iter().sum())?,
+            arrived: DeviceBuffer::zeros(cuda, sizes.counters)?,
+            tables: DeviceBuffer::zeros(cuda, table_len)?,
+            uploaded: vec![0; table_len],
+            of: PhantomData,
+        })
+    }
+
+    /// Tells the device where the caches are. Sequences beyond them count as absent: launches write nothing for them.
+    ///
+    /// Copied to the device, in the order of the stream: three numbers a sequence (its context and where its rings are), and
+    /// all page tables if a page is another one than at the last call. Nothing is waited for.
+    ///
+    /// # Errors
+    /// If a cache does not hold the rows that its context asks for, is not in this device's memory, or the batch is beyond
+    /// the capacity.
+    pub fn upload<'w>(&'w mut self, caches: &'w [Cache<'_, T>]) -> Result<Ready<'w, T>> {
+        let Capacity { sequences, context, .. } = self.capacity;
+        ShapeError::check(OP, "caches", &[caches.len().min(sequences)], &[caches.len()])?;
+        let mut tables = vec![0; self.uploaded.len()];
+        let (headers, mut pages) = tables.split_at_mut(sequences * HEADER);
+        for (s, (cache, header)) in caches.iter().zip(headers.chunks_exact_mut(HEADER)).enumerate() {
+            cache.check(&self.config, s)?;
+            if cache.context > context {
+                let arg = format!("context of sequence {s}");
+                ShapeError::check(OP, &arg, &[context], &[cache.context])?;
+            }
+            let ring = |arg, ring, dim| self.ring(arg, ring, dim);
+            let k = ring("k_win", &cache.k_win, self.config.head_dim_qk())?;
+            header.copy_from_slice(&[cache.context as u64, k, ring("v_win", &cache.v_win, self.config.head_dim_v())?]);
+        }
+        for table in self.page_tables() {
+            let (own, rest) = pages.split_at_mut(sequences * table.pages);
+            for (cache, own) in caches.iter().zip(own.chunks_mut(table.pages.max(1))) {
+                self.fill(&table, (table.of)(cache), own)?;
+            }
+            pages = rest;
+        }
+        self.send(tables)?;
+        let rows_read = caches.iter().map(|cache| rows_read(&self.config, cache.context)).collect();
+        Ok(Ready { workspace: self, rows_read })
+    }
+
+    /// The four page tables, in their order.
+    fn page_tables<'c>(&self) -> [PageTable<'c, T>; 4] {
+        let [blocks, tokens] = self.capacity.pages(&self.config);
+        let (dim_k, dim_v) = (self.config.head_dim_qk(), self.config.head_dim_v());
+        let (block_rows, token_rows) = (self.capacity.block_page_rows, self.capacity.token_page_rows);
+        [
+            PageTable { arg: "k_cmp", of: |cache| &cache.k_cmp, dim: dim_k, page_rows: block_rows, pages: blocks },
+            PageTable { arg: "v_cmp", of: |cache| &cache.v_cmp, dim: dim_v, page_rows: block_rows, pages: blocks },
+            PageTable { arg: "k_slc", of: |cache| &cache.k_slc, dim: dim_k, page_rows: token_rows, pages: tokens },
+            PageTable { arg: "v_slc", of: |cache| &cache.v_slc, dim: dim_v, page_rows: token_rows, pages: tokens },
+        ]
+    }
+
+    fn fill(&self, table: &PageTable<'_, T>, pages: &Pages<'_, T>, own: &mut [u64]) -> Result<()> {
+        if pages.len > 0 && pages.page_rows != table.page_rows {
+            let what = format!("`{}` in pages of {} rows beside ones of {}", table.arg, pages.page_rows, table.page_rows);
+            return Err(unsupported(&self.cuda, OP, &what, "use one number of rows a page"));
+        }
+        let used = pages.len.div_ceil(table.page_rows);
+        for (page, own) in pages.pages[..used].iter().zip(own) {
+            *own = self.aligned(table.arg, page.on_device(OP, table.arg, &self.cuda)?.address(), table.dim)?;
+        }
+        Ok(())
+    }
+
+    fn ring(&self, arg: &str, ring: &Tensor<'_, T, 3>, dim: usize) -> Result<u64> {
+        let address: In<Stored> = Call::new::<T>(&self.cuda, OP)?.input(arg, ring)?;
+        self.aligned(arg, address.0, dim)
+    }
+
+    /// The address, if rows of `dim` elements there can be copied as kernels do.
+    fn aligned(&self, arg: &str, address: u64, dim: usize) -> Result<u64> {
+        let bytes = copy_bytes(dim, size_of::<T>(), &[]) as u64;
+        if address.is_multiple_of(bytes) {
+            return Ok(address);
+        }
+        let what = format!("`{arg}` at an address that is no multiple of {bytes}");
+        Err(unsupported(&self.cuda, OP, &what, "let it begin where its memory does, or whole rows behind"))
+    }
+
+    /// Copies the tables to the device, where they are others than there.
+    fn send(&mut self, tables: Vec<u64>) -> Result<()> {
+        let header = self.capacity.sequences * HEADER;
+        let sent = if tables[header..] == self.uploaded[header..] { header } else { tables.len() };
+        if tables[..sent] != self.uploaded[..sent] {
+            self.tables.write(OP, &tables[..sent])?;
+            self.uploaded = tables;
+        }
+        Ok(())
+    }
+
+    fn params(&mut self) -> Decode {
+        let sequences = self.capacity.sequences;
+        let [blocks, tokens] = self.capacity.pages(&self.config);
+        let starts = |lens: [usize; 5]| {
+            let mut next = 0;
+            lens.map(|len| {
+                next += len;
+                next - len
+            })
+        };
+        let table = starts([HEADER, blocks, blocks, tokens, tokens].map(|len| len * sequences));
+        let table = table.map(|at| In(self.tables.mem(at..self.tables.len()).address(), PhantomData));
+        let [o, statistics, folded, importance] = self.sizes.floats;
+        let floats = starts([o, statistics, folded, importance, 0]);
+        let floats = floats.map(|at| Out(self.floats.mem_mut(at..self.floats.len()).address(), PhantomData));
+        let [cmp_splits, win_splits, slc_splits] = self.sizes.splits.map(|count| count as i32);
+        Decode {
+            sequences: table[0],
+            k_cmp_pages: table[1],
+            v_cmp_pages: table[2],
+            k_slc_pages: table[3],
+            v_slc_pages: table[4],
+            q: In(0, PhantomData),
+            gates: In(0, PhantomData),
+            o: Out(0, PhantomData),
+            block_indices: Out(0, PhantomData),
+            parts: floats[0],
+            statistics: floats[1],
+            folded: floats[2],
+            importance: floats[3],
+            arrived: Out(self.arrived.mem_mut(0..self.sizes.counters).address(), PhantomData),
+            cmp_pages: blocks as i32,
+            slc_pages: tokens as i32,
+            cmp_splits,
+            win_splits,
+            slc_splits,
+            candidates: self.sizes.candidates as i32,
+            scale_log2: (self.config.scale() * std::f64::consts::LOG2_E) as f32,
+        }
+    }
+}
+
+/// The constants of a call: pages of blocks and of tokens have so many rows, q and o these addresses.
+fn bake(constants: Constants, config: &NsaConfig, size: usize, page_rows: [usize; 2], [q, o]: [u64; 2]) -> Constants {
+    let tiles = DecodeTiles::new(config, size);
+    let (dim_k, dim_v) = (config.head_dim_qk(), config.head_dim_v());
+    constants
+        .config(config)
+        .with("PARTS", tiles.parts)
+        .with("TEAMS", tiles.teams)
+        .with("STAGES", DecodeTiles::STAGES)
+        .with("KEYS", DecodeTiles::KEYS)
+        .with("CHUNK", tiles.chunk)
+        .with("COLUMNS", tiles.columns(config))
+        .with("QUERIES_HELD", usize::from(tiles.held))
+        .with("CMP_PAGE_ROWS", page_rows[0])
+        .with("SLC_PAGE_ROWS", page_rows[1])
+        .with("QUERY_COPY_BYTES", copy_bytes(dim_k, size, &[q]))
+        .with("QK_COPY_BYTES", copy_bytes(dim_k, size, &[]))
+        .with("V_COPY_BYTES", copy_bytes(dim_v, size, &[]))
+        .with("OUTPUT_VECTOR", vector(dim_v, size, &[o]))
+}
+
+/// What a step runs, with pages as long as a selection block.
+pub(crate) fn builds(config: &NsaConfig, dtype: DType) -> Vec<Build> {
+    let tiles = DecodeTiles::new(config, dtype.size_bytes());
+    let page_rows = [config.select_block(); 2];
+    let constants = bake(Constants::new(dtype), config, dtype.size_bytes(), page_rows, [0, 0]);
+    let launched = |(name, bytes)| {
+        let geometry = tiles.geometry(config, 1, 1, bytes);
+        Launched { name, threads: geometry.threads, shared_bytes: geometry.shared_bytes }
+    };
+    let kernels = [("decode_scan", tiles.scan_bytes()), ("decode_attend", tiles.attend_bytes(config))];
+    vec![Build { program: &PROGRAM, constants, kernels: kernels.map(launched).to_vec() }]
+}
+
+/// A table of pages on the device.
+struct PageTable<'c, T> {
+    arg: &'static str,
+    of: for<'a> fn(&'a Cache<'c, T>) -> &'a Pages<'c, T>,
+    dim: usize,
+    page_rows: usize,
+    /// Of a sequence.
+    pages: usize,
+}
+
+/// Token-rows of K and V that a step reads of a context; the lists of all groups have the same number of tokens.
+fn rows_read(config: &NsaConfig, context: usize) -> usize {
+    let candidates = index::num_candidates(config, context - 1);
+    let own = index::select_tokens(config, candidates - 1, context - 1).len();
+    let selected = (candidates.min(config.select_count()) - 1) * config.select_block() + own;
+    index::num_blocks(config, context) + selected + config.window().min(context)
+}
+
+impl<T: Element> Ready<'_, T> {
+    /// Launches the step: [`op::decode::step`](crate::op::decode::step) on the caches that were uploaded. Two kernels, and
+    /// nothing else once they have been compiled.
+    ///
+    /// **Shapes**: `q` `[S, Hq, Dk]`, `gates` `[S, Hq, 3]`, `o` `[S, Hq, Dv]`, `block_indices` `[S, G, n]`, with S up to the
+    /// capacity: in a graph, the most sequences of any batch that it will serve.
+    ///
+    /// # Errors
+    /// If a shape does not fit, or the device refuses.
+    pub fn launch(
+        &mut self,
+        q: Tensor<'_, T, 3>,
+        gates: Tensor<'_, T, 3>,
+        mut o: TensorMut<'_, T, 3>,
+        mut block_indices: TensorMut<'_, i32, 3>,
+    ) -> Result<()> {
+        let Workspace { config, capacity, .. } = &*self.workspace;
+        let ([seqs, ..], heads) = (q.shape(), config.num_heads());
+        ShapeError::check(OP, "q", &[seqs.min(capacity.sequences)], &[seqs])?;
+        q.check(OP, "q", [seqs, heads, config.head_dim_qk()])?;
+        gates.check(OP, "gates", [seqs, heads, 3])?;
+        o.check(OP, "o", [seqs, heads, config.head_dim_v()])?;
+        block_indices.check(OP, "block_indices", [seqs, config.num_kv_heads(), config.select_count()])?;
+        let cuda = self.workspace.cuda.clone();
+        let call = Call::new::<T>(&cuda, OP)?;
+        let params = Decode {
+            q: call.input("q", &q)?,
+            gates: call.input("gates", &gates)?,
+            o: call.output("o", &mut o)?,
+            block_indices: call.output("block_indices", &mut block_indices)?,
+            ..self.workspace.params()
+        };
+        let Workspace { config, tiles, sizes, .. } = &*self.workspace;
+        let page_rows = [self.workspace.capacity.block_page_rows, self.workspace.capacity.token_page_rows];
+        let addresses = [params.q.0, params.o.0];
+        let call = call.constants(|constants| bake(constants, config, size_of::<T>(), page_rows, addresses));
+        let [cmp, win, slc] = sizes.splits;
+        call.launch(&PROGRAM, "decode_scan", tiles.geometry(config, seqs, cmp + win, tiles.scan_bytes()), params)?;
+        call.launch(&PROGRAM, "decode_attend", tiles.geometry(config, seqs, slc, tiles.attend_bytes(config)), params)
+    }
+
+    /// Token-rows of K and V that a launch reads, one entry a sequence.
+    pub fn rows_read(&self) -> &[usize] {
+        &self.rows_read
+    }
+}
+
+/// See `op::decode::step`: with a workspace for these caches alone.
+pub(crate) fn step<T: Element>(cuda: &Cuda, args: Step<'_, T>) -> Result<RowsRead> {
+    let Step { config, caches, q, gates, o, block_indices } = args;
+    let mut workspace = Workspace::new(cuda, config, Capacity::of(caches))?;
+    let mut ready = workspace.upload(caches)?;
+    ready.launch(q, gates, o, block_indices)?;
+    Ok(ready.rows_read)
+}

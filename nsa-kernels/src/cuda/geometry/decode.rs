@@ -1,0 +1,197 @@
+//! Sizes of a decoding step's launches and workspace (`kernels/decode.cu`), as pure functions.
+
+use super::{Geometry, SHARED_BYTES, pitch};
+use nsa_core::{NsaConfig, index};
+
+/// Keys of a team's step.
+const KEYS: usize = 16;
+/// Steps of a team in shared memory.
+const STAGES: usize = 2;
+/// Warps of a block, at most.
+const WARPS: usize = 4;
+/// Rows of a chunk, at least and at most.
+const CHUNKS: [usize; 2] = [64, 256];
+
+/// How a block works through a chunk of keys.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct DecodeTiles {
+    /// Warps of a team, with 16 query heads each.
+    pub(crate) parts: usize,
+    /// Teams of a block.
+    pub(crate) teams: usize,
+    /// Rows of keys of a block.
+    pub(crate) chunk: usize,
+    /// Whether queries stay in registers.
+    pub(crate) held: bool,
+    /// Bytes of shared memory of queries, stages and joined outputs.
+    body_bytes: usize,
+}
+
+impl DecodeTiles {
+    /// Keys of a team's step.
+    pub(crate) const KEYS: usize = KEYS;
+    /// Steps of a team in shared memory.
+    pub(crate) const STAGES: usize = STAGES;
+
+    /// For a configuration and elements of `size` bytes. What a block reads and writes besides its chunk's rows is at most a
+    /// tenth of them, unless scores would not fit in shared memory.
+    pub(crate) fn new(config: &NsaConfig, size: usize) -> Self {
+        let most = config.group_size().div_ceil(16).min(WARPS);
+        let shapes = (1..=most).rev().flat_map(|parts| (1..=WARPS / parts).rev().map(move |teams| (parts, teams)));
+        let mut all = shapes.map(|(parts, teams)| Self::of(config, size, parts, teams));
+        let fits = |tiles: &Self| tiles.body_bytes + tiles.score_bytes() <= SHARED_BYTES;
+        all.clone().find(fits).or_else(|| all.next_back()).expect("one part, one team")
+    }
+
+    fn of(config: &NsaConfig, size: usize, parts: usize, teams: usize) -> Self {
+        let (dim_k, dim_v) = (config.head_dim_qk(), config.head_dim_v());
+        let (k, v) = (pitch(dim_k, size), pitch(dim_v, size));
+        let rows = 16 * parts;
+        let stages = teams * STAGES * KEYS * (k + v);
+        let joined = teams * rows * (dim_v.next_multiple_of(16) + 8) * 4;
+        let body_bytes = rows * k + stages.max(joined);
+        let [least, most] = CHUNKS;
+        let beside = rows.min(config.group_size()) * (4 * dim_v + size * dim_k);
+        let wanted = (10 * beside).div_ceil((dim_k + dim_v) * size).next_multiple_of(least);
+        let left = SHARED_BYTES.saturating_sub(body_bytes) / (rows * 4);
+        let room = left.saturating_sub(8) / least * least;
+        let held = size == 2 && k <= 256;
+        Self { parts, teams, chunk: wanted.min(room).clamp(least, most), held, body_bytes }
+    }
+
+    fn score_bytes(&self) -> usize {
+        16 * self.parts * (self.chunk + 8) * 4
+    }
+
+    /// Bytes of shared memory of a block that keeps scores.
+    pub(crate) fn scan_bytes(&self) -> usize {
+        self.body_bytes + self.score_bytes()
+    }
+
+    /// Bytes of shared memory of a block that keeps a list of blocks.
+    pub(crate) fn attend_bytes(&self, config: &NsaConfig) -> usize {
+        self.body_bytes + config.select_count() * 4
+    }
+
+    /// Selection blocks that a chunk of compressed blocks touches, at most.
+    pub(crate) fn columns(&self, config: &NsaConfig) -> usize {
+        let chunks = config.select_block() / config.compress_stride();
+        let span = config.compress_block() / config.compress_stride();
+        let before = if self.chunk.is_multiple_of(chunks) { 0 } else { chunks - 1 };
+        (self.chunk - 1 + before + span - 1) / chunks + 1
+    }
+
+    /// A launch over `splits` chunks of each of `sequences` sequences.
+    pub(crate) fn geometry(&self, config: &NsaConfig, sequences: usize, splits: usize, shared_bytes: usize) -> Geometry {
+        let parts = config.group_size().div_ceil(16 * self.parts);
+        let blocks = [sequences, splits, parts, config.num_kv_heads()].map(|count| count as u64);
+        Geometry {
+            grid: [blocks.iter().product(), 1, 1],
+            threads: 32 * (self.parts * self.teams) as u32,
+            shared_bytes: shared_bytes as u32,
+        }
+    }
+}
+
+/// Elements of a workspace's parts, for so many sequences of so long contexts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct DecodeSizes {
+    /// Chunks of compressed blocks, the window, and selected blocks.
+    pub(crate) splits: [usize; 3],
+    /// Selection blocks.
+    pub(crate) candidates: usize,
+    /// f32 of outputs, of m and l, of scores of chunks, of importance, in this order.
+    pub(crate) floats: [usize; 4],
+    /// Counters.
+    pub(crate) counters: usize,
+}
+
+impl DecodeSizes {
+    /// For contexts of up to `context` tokens.
+    pub(crate) fn new(config: &NsaConfig, tiles: &DecodeTiles, sequences: usize, context: usize) -> Self {
+        let split = |rows: usize| rows.div_ceil(tiles.chunk);
+        let splits = [
+            split(index::num_blocks(config, context)).max(1),
+            split(config.window().min(context)),
+            split((config.select_count() * config.select_block()).min(context)),
+        ];
+        let candidates = context.div_ceil(config.select_block());
+        let (lists, heads) = (sequences * config.num_kv_heads(), config.group_size());
+        let parts = lists * splits.iter().sum::<usize>() * heads;
+        let floats = [
+            parts * config.head_dim_v(),
+            parts * 2,
+            lists * splits[0] * heads * tiles.columns(config),
+            lists * candidates,
+        ];
+        // Each begins on 16 bytes.
+        Self { splits, candidates, floats: floats.map(|count| count.next_multiple_of(4)), counters: lists * 2 }
+    }
+
+    /// Bytes of all of it.
+    pub(crate) fn bytes(&self) -> usize {
+        4 * (self.floats.iter().sum::<usize>() + self.counters)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nsa_core::NsaConfig;
+
+    fn tiles(heads: usize, kv_heads: usize, dim_k: usize, dim_v: usize, size: usize) -> DecodeTiles {
+        let config = NsaConfig::builder(heads, kv_heads, dim_k, dim_v).build().unwrap();
+        DecodeTiles::new(&config, size)
+    }
+
+    #[test]
+    fn chunks_are_as_long_as_their_own_reads_ask_for() {
+        let shape = |t: DecodeTiles| (t.parts, t.teams, t.chunk);
+        assert_eq!(shape(tiles(64, 4, 128, 128, 2)), (1, 4, 256));
+        assert_eq!(shape(tiles(64, 16, 128, 128, 2)), (1, 4, 64));
+        assert_eq!(shape(tiles(64, 4, 192, 128, 2)), (1, 4, 256));
+        assert_eq!(shape(tiles(64, 1, 128, 128, 2)), (4, 1, 128));
+        assert_eq!(shape(tiles(4, 4, 256, 256, 4)), (1, 1, 64));
+    }
+
+    #[test]
+    fn shared_memory_fits_every_device() {
+        for heads in [1, 2, 7, 16, 24, 32, 64, 128, 1000] {
+            for (dim_k, dim_v) in [(5, 3), (64, 64), (96, 96), (128, 128), (192, 128), (256, 256)] {
+                for size in [2, 4] {
+                    let tiles = tiles(heads, 1, dim_k, dim_v, size);
+                    assert!(tiles.scan_bytes() <= SHARED_BYTES, "{heads} {dim_k} {dim_v} {size}: {tiles:?}");
+                    assert!(tiles.chunk.is_multiple_of(KEYS * tiles.teams), "{tiles:?}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn columns_hold_every_block_that_a_chunk_counts_for() {
+        for (l, d, p) in [(32, 16, 64), (8, 4, 16), (6, 3, 9), (16, 2, 32), (1, 1, 1), (8, 8, 32), (16, 1, 1024)] {
+            let config = NsaConfig::builder(4, 2, 16, 16).compress_block(l).compress_stride(d).select_block(p);
+            let config = config.window(64).build().unwrap();
+            let tiles = DecodeTiles::new(&config, 2);
+            let mut most = 0;
+            for split in 0..50 {
+                let first = split * tiles.chunk * d / p;
+                let last = ((split + 1) * tiles.chunk * d - d + l - 1) / p;
+                most = most.max(last - first + 1);
+            }
+            assert_eq!(most, tiles.columns(&config), "{l} {d} {p}");
+        }
+    }
+
+    #[test]
+    fn a_workspace_grows_with_sequences_and_contexts() {
+        let config = NsaConfig::paper();
+        let tiles = DecodeTiles::new(&config, 2);
+        let sizes = |sequences, context| DecodeSizes::new(&config, &tiles, sequences, context);
+        assert_eq!(sizes(1, 8192).splits, [2, 2, 4]);
+        assert_eq!(sizes(1, 65536).splits, [16, 2, 4]);
+        assert_eq!(sizes(1, 1).splits, [1, 1, 1]);
+        assert_eq!(sizes(3, 8192).bytes(), 3 * sizes(1, 8192).bytes());
+        assert_eq!(sizes(0, 0).bytes(), 0);
+    }
+}

@@ -1,0 +1,288 @@
+// The core of a decoding step: a block's query heads meet a chunk of keys, and leave a part that is joined with others later.
+//
+// A block has TEAMS teams of PARTS warps; a warp has 16 query heads of a group as the rows of its products (rows beyond the
+// group are zeros: a step is bound by reading the caches, so that padding costs no time). A team takes KEYS keys a step, its
+// warps sharing them, steps team, team + TEAMS, … of the chunk, through STAGES stages of shared memory that are its own: no
+// team waits for another before the end.
+// Shared memory, bytes: queries ROWS x pitch of k; then teams x STAGES x KEYS x (pitches of k and v), where after the last step
+// the teams' o lie, TEAMS x ROWS x (Dv + 8) x 4; then what a kernel keeps besides.
+#pragma once
+#include "flash.cuh"
+
+constexpr int ROWS = 16 * PARTS;                      // query heads of a block
+constexpr int GROUP_PARTS = ceil_div(GROUP, ROWS);    // blocks that share a group
+constexpr int TEAM = 32 * PARTS;
+constexpr int THREADS = TEAMS * TEAM;
+constexpr bool HELD = QUERIES_HELD && TENSOR_CORES;
+constexpr int STAGE_BYTES = KEYS * (Keys::PITCH + Values::PITCH);
+constexpr int QUERY_BYTES = ROWS * Keys::PITCH;
+// Rows of o move by eight banks from one to the next.
+constexpr int JOIN_PITCH = Values::PADDED + 8;
+constexpr int JOIN_BYTES = TEAMS * ROWS * JOIN_PITCH * 4;
+constexpr int STAGES_BYTES = TEAMS * STAGES * STAGE_BYTES;
+constexpr int BODY_BYTES = STAGES_BYTES > JOIN_BYTES ? STAGES_BYTES : JOIN_BYTES;
+// Elements of a part that a thread moves at once.
+constexpr int PART_VECTOR = HEAD_DIM_V % 4 == 0 ? 4 : 1;
+static_assert(CHUNK % KEYS == 0, "steps do not cross chunks");
+
+extern __shared__ __align__(128) char shared[];
+
+using StepFlash = Flash<1, KEYS>;
+using StepScores = Scores<1, KEYS>;
+
+// What a block works on.
+struct Place {
+    int sequence;
+    int head;   // KV head
+    int part;   // of the group
+    int split;
+    int context;  // tokens of the sequence; 0 if there is none
+    int heads;    // query heads of the part
+
+    __device__ __forceinline__ Place(const DecodeParams& p, int splits) {
+        u32 work = blockIdx.x;
+        head = int(work % KV_HEADS), work /= KV_HEADS;
+        part = int(work % GROUP_PARTS), work /= GROUP_PARTS;
+        split = int(work % u32(splits));
+        sequence = int(work / u32(splits));
+        context = int(p.sequences[i64(sequence) * 3]);
+        heads = GROUP - part * ROWS < ROWS ? GROUP - part * ROWS : ROWS;
+    }
+    __device__ __forceinline__ i64 group() const { return i64(sequence) * KV_HEADS + head; }
+    // A query head among those of all sequences.
+    __device__ __forceinline__ i64 query_head(int row) const { return group() * GROUP + part * ROWS + row; }
+};
+
+// Where parts lie: those of all branches of a group, compressed blocks first, then the window, then selected blocks.
+struct Shares {
+    i64 first;  // split 0 of the group
+    __device__ __forceinline__ Shares(const DecodeParams& p, i64 group)
+        : first(group * (p.cmp_splits + p.win_splits + p.slc_splits)) {}
+    __device__ __forceinline__ float* o(const DecodeParams& p, int split, int head) const {
+        return p.parts + ((first + split) * GROUP + head) * HEAD_DIM_V;
+    }
+    // m and l.
+    __device__ __forceinline__ float* statistics(const DecodeParams& p, int split, int head) const {
+        return p.statistics + ((first + split) * GROUP + head) * 2;
+    }
+};
+
+constexpr __device__ int splits_of(int rows) { return (rows + CHUNK - 1) / CHUNK; }
+
+// Compressed blocks of so many tokens.
+__device__ __forceinline__ int num_blocks(int context) {
+    return context < COMPRESS_BLOCK ? 0 : (context - COMPRESS_BLOCK) / COMPRESS_STRIDE + 1;
+}
+// Splits of a sequence's compressed blocks; the first one is there without a block too.
+__device__ __forceinline__ int num_cmp_splits(int context) {
+    const int splits = splits_of(num_blocks(context));
+    return splits > 0 ? splits : 1;
+}
+__device__ __forceinline__ int num_candidates(int context) { return (context - 1) / SELECT_BLOCK + 1; }
+// Tokens of all selected blocks: they are whole but for the query's own, which is the last.
+__device__ __forceinline__ int num_selected(int context) {
+    const int candidates = num_candidates(context), used = candidates < SELECT_COUNT ? candidates : SELECT_COUNT;
+    return (used - 1) * SELECT_BLOCK + (context - 1) % SELECT_BLOCK + 1;
+}
+__device__ __forceinline__ int num_window(int context) { return context < WINDOW ? context : WINDOW; }
+
+// Rows of one KV head in pages of PAGE rows.
+template <int DIM, int PAGE>
+struct PagedRows {
+    static constexpr i64 STRIDE = i64(KV_HEADS) * DIM;
+    const u64* pages;
+    int head;
+
+    __device__ __forceinline__ const Element* operator()(int row) const {
+        return reinterpret_cast<const Element*>(pages[row / PAGE]) + row % PAGE * STRIDE + head * DIM;
+    }
+    // Whether the rows of a step have one distance from each other.
+    __device__ __forceinline__ bool even(int, int) const { return PAGE % KEYS == 0; }
+};
+
+// Tokens of the selected blocks, in pages.
+template <int DIM>
+struct SelectedRows {
+    static constexpr i64 STRIDE = i64(KV_HEADS) * DIM;
+    PagedRows<DIM, SLC_PAGE_ROWS> tokens;
+    const int* list;
+
+    __device__ __forceinline__ const Element* operator()(int x) const {
+        return tokens(list[x / SELECT_BLOCK] * SELECT_BLOCK + x % SELECT_BLOCK);
+    }
+    __device__ __forceinline__ bool even(int, int) const { return SLC_PAGE_ROWS % KEYS == 0 && SELECT_BLOCK % KEYS == 0; }
+};
+
+// Tokens of the window in their ring.
+template <int DIM>
+struct RingRows {
+    static constexpr i64 STRIDE = i64(KV_HEADS) * DIM;
+    const Element* base;  // of the head
+    u32 first;            // the row of the window's first token
+
+    __device__ __forceinline__ RingRows(u64 ring, int head, int context)
+        : base(reinterpret_cast<const Element*>(ring) + head * DIM),
+          first(u32(context - num_window(context)) % WINDOW) {}
+    __device__ __forceinline__ const Element* operator()(int x) const {
+        const u32 row = first + x;
+        return base + i64(row >= WINDOW ? row - WINDOW : row) * STRIDE;
+    }
+    __device__ __forceinline__ bool even(int x, int count) const {
+        return first + x >= WINDOW || first + x + count <= WINDOW;
+    }
+};
+
+// Starts to copy rows x .. x + count of a step; a team's work.
+template <int DIM, int BYTES, class Rows>
+__device__ __forceinline__ void load_step(u32 to, int thread, int x, int count, const Rows& rows) {
+    if (rows.even(x, count)) {
+        load_rows<DIM, KEYS, TEAM, BYTES>(to, thread, count, EvenRows<Rows::STRIDE>{rows(x)});
+    } else {
+        load_rows<DIM, KEYS, TEAM, BYTES>(to, thread, count, [&](int r) { return rows(x + r); });
+    }
+}
+
+// All warps of a team have come here.
+__device__ __forceinline__ void team_sync() {
+    if constexpr (PARTS == 1) {
+        __syncwarp();
+    } else {
+        asm volatile("bar.sync %0, %1;" ::"r"(1 + threadIdx.x / TEAM), "n"(TEAM) : "memory");
+    }
+}
+
+// The first row of this warp among the block's.
+__device__ __forceinline__ int warp_row() { return threadIdx.x / 32 % PARTS * 16; }
+
+// Attends to rows first .. end. `see(s, x)` is shown the scores of the step from row x on, minus infinity beyond the end.
+template <class KeyRows, class ValueRows, class See>
+__device__ __forceinline__ void attend(const DecodeParams& p, const Place& place, StepFlash& flash, const KeyRows& k, const ValueRows& v,
+                                       int first, int end, const See& see) {
+    constexpr int STEP = TEAMS * KEYS;
+    const int thread = threadIdx.x % TEAM, team = threadIdx.x / TEAM;
+    char* const stages = shared + QUERY_BYTES + team * STAGES * STAGE_BYTES;
+    const auto load = [&](int x, int stage) {
+        if (x < end) {
+            const u32 to = shared_address(stages) + stage * STAGE_BYTES;
+            load_step<HEAD_DIM_QK, QK_COPY_BYTES>(to, thread, x, end - x, k);
+            load_step<HEAD_DIM_V, V_COPY_BYTES>(to + KEYS * Keys::PITCH, thread, x, end - x, v);
+        }
+        copy_commit();
+    };
+    load_rows<HEAD_DIM_QK, ROWS, THREADS, QUERY_COPY_BYTES>(shared_address(shared), threadIdx.x, place.heads, [&](int row) {
+        return p.q + place.query_head(row) * HEAD_DIM_QK;
+    });
+    copy_commit();
+    int x = first + team * KEYS;
+#pragma unroll
+    for (int stage = 0; stage < STAGES - 1; ++stage) load(x + stage * STEP, stage);
+    copy_wait<STAGES - 1>();
+    __syncthreads();
+    Queries<1, HELD> q(shared + warp_row() * Keys::PITCH);
+    q.take();
+    for (int stage = 0; x < end; x += STEP) {
+        copy_wait<STAGES - 2>();
+        team_sync();
+        load(x + (STAGES - 1) * STEP, (stage + STAGES - 1) % STAGES);
+        const char* const at = stages + stage * STAGE_BYTES;
+        stage = (stage + 1) % STAGES;
+        StepScores s;
+        flash.multiply_keys(s, q, at);
+        if (x + KEYS > end) {
+            const int seen = end - x - threadIdx.x % 4 * 2;
+#pragma unroll
+            for (int n = 0; n < KEYS / 8; ++n) {
+#pragma unroll
+                for (int c = 0; c < 4; ++c) {
+                    if (n * 8 + c % 2 >= seen) s[0][n][c] = negative_infinity();
+                }
+            }
+        }
+        see(s, x);
+        float factor[1][2];
+        flash.exponentials(s, p.scale_log2, factor);
+        flash.multiply_values(s, at + KEYS * Keys::PITCH);
+    }
+    copy_wait<0>();
+}
+
+// Sums of several softmaxes over the same denominator: sum of p = 2^(score - base).
+struct Joined {
+    float base;
+    float sum;
+
+    // Of `count` pairs of m and l, `stride` floats from each other, in their order.
+    __device__ __forceinline__ Joined(const float* statistics, int count, i64 stride) {
+        float most = negative_infinity();
+        for (int i = 0; i < count; ++i) most = fmaxf(most, statistics[i * stride]);
+        base = most == negative_infinity() ? 0.0f : most;
+        sum = 0.0f;
+        for (int i = 0; i < count; ++i) sum = fmaf(statistics[i * stride + 1], weight(statistics[i * stride]), sum);
+    }
+    // What p relative to m counts.
+    __device__ __forceinline__ float weight(float m) const { return exp2_approx(m - base); }
+    // 1 / l, 0 without keys.
+    __device__ __forceinline__ float inverse() const { return sum == 0.0f ? 0.0f : 1.0f / sum; }
+};
+
+// Writes the part of all teams together, and returns m and l of row `threadIdx.x`.
+__device__ __forceinline__ void write_part(const DecodeParams& p, const Place& place, int split, StepFlash& flash, float (&teams)[TEAMS][ROWS][2]) {
+    const int lane = threadIdx.x % 32, team = threadIdx.x / TEAM, row = warp_row() + lane / 4;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+        const float l = quad_sum(flash.l[0][h]);
+        if (lane % 4 == 0) {
+            teams[team][row + h * 8][0] = flash.m[0][h];
+            teams[team][row + h * 8][1] = l;
+        }
+    }
+    // The last step has been read too.
+    __syncthreads();
+    float* const joined = reinterpret_cast<float*>(shared + QUERY_BYTES);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+        const float weight = Joined(teams[0][row + h * 8], TEAMS, ROWS * 2).weight(flash.m[0][h]);
+        float* const to = joined + (team * ROWS + row + h * 8) * JOIN_PITCH + lane % 4 * 2;
+#pragma unroll
+        for (int n = 0; n < PARTS_V; ++n) {
+            *reinterpret_cast<float2*>(to + n * 8) = make_float2(flash.o[0][n][2 * h] * weight, flash.o[0][n][2 * h + 1] * weight);
+        }
+    }
+    __syncthreads();
+    const Shares shares(p, place.group());
+    constexpr int PIECES = HEAD_DIM_V / PART_VECTOR;
+    for (int i = threadIdx.x; i < place.heads * PIECES; i += THREADS) {
+        const int r = i / PIECES, column = i % PIECES * PART_VECTOR;
+        float sum[PART_VECTOR] = {};
+#pragma unroll
+        for (int other = 0; other < TEAMS; ++other) {
+            float o[PART_VECTOR];
+            load<PART_VECTOR>(joined + (other * ROWS + r) * JOIN_PITCH + column, o);
+#pragma unroll
+            for (int c = 0; c < PART_VECTOR; ++c) sum[c] += o[c];
+        }
+        store<PART_VECTOR>(shares.o(p, split, place.part * ROWS + r) + column, sum);
+    }
+    for (int r = threadIdx.x; r < place.heads; r += THREADS) {
+        const Joined all(teams[0][r], TEAMS, ROWS * 2);
+        float* const to = shares.statistics(p, split, place.part * ROWS + r);
+        to[0] = all.sum == 0.0f ? negative_infinity() : all.base;
+        to[1] = all.sum;
+    }
+}
+
+// Whether this block is the last of `count` that come here. It sees then what the others have written, and the counter is
+// as it was before the first of them.
+__device__ __forceinline__ bool comes_last(u32* arrived, int count) {
+    __shared__ bool last;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        // Releases what all threads wrote before the barrier, and acquires what other blocks released.
+        __threadfence();
+        last = atomicAdd(arrived, 1u) == u32(count) - 1;
+        if (last) atomicExch(arrived, 0u);
+        __threadfence();
+    }
+    __syncthreads();
+    return last;
+}

@@ -1,0 +1,157 @@
+//! Decoding steps on the simulator.
+
+use super::assert_op;
+use cudarc::driver::CudaGraph;
+use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode as CaptureMode};
+use half::bf16;
+use nsa_core::{CompressKind, DType, NsaConfig, NsaConfigBuilder, index};
+use nsa_kernels::Backend;
+use nsa_kernels::cuda::decode::{Capacity, Workspace};
+use nsa_tests::check::{self, Op};
+use nsa_tests::operator::{self, Inputs};
+use nsa_tests::sim::{self, BITS, on_simulator};
+use nsa_tests::{Case, decode};
+
+#[test]
+fn cases() {
+    on_simulator("decode::cases", || assert_op(Op::Decode));
+}
+
+/// The paper's blocks.
+fn paper(heads: usize, kv_heads: usize, dim_k: usize, dim_v: usize) -> NsaConfigBuilder {
+    let builder = NsaConfig::builder(heads, kv_heads, dim_k, dim_v).compress_block(32).compress_stride(16);
+    builder.select_block(64).select_count(16).window(512).compress_kind(CompressKind::Mean)
+}
+
+/// Batches of contexts from one token to thousands, from pages as long as selection blocks and longer.
+#[test]
+fn long_contexts() {
+    on_simulator("decode::long_contexts", || {
+        let backend = Backend::cuda(0).expect("the simulator");
+        for (name, config, dtype, page_rows) in [
+            ("long-group-16", paper(16, 1, 128, 128), DType::Bf16, 64),
+            ("long-group-4", paper(8, 2, 64, 64), DType::F16, 128),
+            ("long-group-20", paper(20, 1, 64, 32), DType::Bf16, 64),
+            ("long-group-70", paper(70, 1, 16, 16), DType::Bf16, 64),
+            ("long-192-128", paper(2, 1, 192, 128), DType::Bf16, 192),
+            ("long-256", paper(3, 1, 256, 256), DType::F32, 64),
+        ] {
+            let case = Case::new(name, config, [4500, 1700]);
+            let report = check::check_pages(&case, dtype, &backend, page_rows);
+            println!("{BITS}{name}: {:016x}", report.bits());
+            assert!(report.failures().is_empty(), "{name} {dtype}: {:?}", report.failures());
+        }
+    });
+}
+
+/// One query a sequence, at `contexts`, of a case of that name.
+fn steps(name: &str, config: NsaConfigBuilder, contexts: &[usize]) -> Inputs<bf16> {
+    let case = Case::new(name, config, contexts);
+    let whole = Inputs::<bf16>::generate(&case);
+    let (cpu, _) = Backend::pick(Some("cpu")).expect("the CPU");
+    let blocks = operator::blocks(&cpu, &whole).expect("blocks");
+    let chunks: Vec<_> = contexts.iter().enumerate().map(|(s, &context)| (s, context - 1, context)).collect();
+    decode::take(&whole, &blocks, &chunks).expect("steps")
+}
+
+/// A graph of one step, captured once, serves batches of other caches, contexts and sizes.
+#[test]
+fn a_graph_serves_every_batch() {
+    on_simulator("decode::a_graph_serves_every_batch", || {
+        let backend = Backend::cuda(0).expect("the simulator");
+        let Backend::Cuda(cuda) = &backend else { panic!("a CUDA device") };
+        let config = || paper(8, 2, 32, 16).select_count(5).window(100);
+        let built = config().build().expect("a configuration");
+        let capacity = Capacity { sequences: 4, context: 3000, block_page_rows: 64, token_page_rows: 64 };
+        let mut workspace = Workspace::<bf16>::new(cuda, &built, capacity).expect("a workspace");
+        let mut q = backend.alloc::<bf16>(4 * 8 * 32);
+        let mut gates = backend.alloc::<bf16>(4 * 8 * 3);
+        let mut o = backend.alloc::<bf16>(4 * 8 * 16);
+        let mut lists = backend.alloc::<i32>(4 * 2 * 5);
+        let mut graph: Option<CudaGraph> = None;
+        for (name, contexts) in [
+            ("graph-first", vec![3000, 1, 700, 33]),
+            ("graph-second", vec![31, 2999, 640, 1025]),
+            ("graph-fewer", vec![64, 2100]),
+            ("graph-again", vec![65, 2101, 32]),
+        ] {
+            let inputs = steps(name, config(), &contexts);
+            q.write(&inputs.q).expect("q");
+            gates.write(&inputs.gates).expect("gates");
+            let outputs = decode::with_caches(&backend, &inputs, 64, |caches| {
+                let mut ready = workspace.upload(caches).expect("caches");
+                let mut launch = || {
+                    let (q, gates) = (q.tensor([4, 8, 32]).expect("q"), gates.tensor([4, 8, 3]).expect("gates"));
+                    let (o, lists) = (o.tensor_mut([4, 8, 16]).expect("o"), lists.tensor_mut([4, 2, 5]).expect("lists"));
+                    ready.launch(q, gates, o, lists).expect("a launch");
+                };
+                match &graph {
+                    Some(graph) => graph.launch().expect("the graph"),
+                    None => {
+                        // Kernels are compiled and loaded before a capture.
+                        launch();
+                        cuda.stream().begin_capture(CaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).expect("a capture");
+                        launch();
+                        let captured = cuda.stream().end_capture(CUgraphInstantiate_flags(0)).expect("a capture");
+                        graph = captured;
+                    }
+                }
+                let (mut values, mut blocks) = (vec![bf16::ZERO; o.len()], vec![0; lists.len()]);
+                o.read(&mut values).expect("o");
+                lists.read(&mut blocks).expect("lists");
+                Ok((values, blocks))
+            })
+            .expect("caches");
+            let expected = decode::step(&backend, &inputs, 64).expect("a step");
+            assert_eq!(outputs.0[..expected.o.len()], expected.o, "{name}");
+            assert_eq!(outputs.1[..expected.block_indices.len()], expected.block_indices, "{name}");
+        }
+        assert!(graph.is_some(), "captured");
+    });
+}
+
+/// Sums of a counter over lines of the simulator's JSON.
+fn total(lines: &[&str], name: &str) -> f64 {
+    let field = |line: &&str| -> f64 {
+        let (_, rest) = line.split_once(&format!("\"{name}\": ")).expect("the counter");
+        rest.split([',', '}']).next().expect("a number").parse().expect("a number")
+    };
+    lines.iter().map(field).sum()
+}
+
+/// What a step reads besides the rows that it must, of a context of 2,048 tokens in bf16: queries of each chunk, the parts
+/// of other chunks, page tables.
+#[test]
+fn bytes() {
+    const CONTEXT: usize = 2048;
+    let groups = [16, 4];
+    if sim::inside() {
+        let backend = Backend::cuda(0).expect("the simulator");
+        for group in groups {
+            let inputs = steps("bytes", paper(group, 1, 128, 128), &[context()]);
+            decode::step(&backend, &inputs, 64).expect("a step");
+        }
+        return;
+    }
+    fn context() -> usize {
+        std::env::var("NSA_DECODE_CONTEXT").ok().and_then(|text| text.parse().ok()).unwrap_or(CONTEXT)
+    }
+    let mut command = sim::this_program().unwrap_or_else(|error| panic!("{error}"));
+    command.args(["--exact", "decode::bytes", "--nocapture"]);
+    command.env("CUDA_SIM_DEVICE", "a100").env("CUDA_SIM_CHECK", "0").env("CUDA_SIM_COUNT", "json");
+    let output = command.output().unwrap_or_else(|error| panic!("{error}"));
+    let text = String::from_utf8_lossy(&output.stderr);
+    let lines: Vec<&str> = text.lines().filter(|line| line.contains("\"kernel\"")).collect();
+    assert_eq!(lines.len(), 2 * groups.len(), "{text}");
+    for (group, lines) in groups.into_iter().zip(lines.chunks(2)) {
+        let config = paper(group, 1, 128, 128).build().expect("a configuration");
+        let rows = index::decode_rows(&config, context()) as f64;
+        let least = rows * (128.0 + 128.0) * 2.0;
+        let unique = total(lines, "unique_bytes");
+        let sectors = 32.0 * total(lines, "global_sectors");
+        println!("R = {group}, context {}: {least} bytes of rows, {} of them touched, {} moved", context(), unique / least, sectors / least);
+        for line in lines {
+            println!("  {line}");
+        }
+    }
+}
