@@ -232,7 +232,8 @@ impl<T: Element> Workspace<T> {
 
     fn fill(&self, table: &PageTable<'_, T>, pages: &Pages<'_, T>, own: &mut [u64]) -> Result<()> {
         if pages.len > 0 && pages.page_rows != table.page_rows {
-            let what = format!("`{}` in pages of {} rows beside ones of {}", table.arg, pages.page_rows, table.page_rows);
+            let what =
+                format!("`{}` in pages of {} rows beside ones of {}", table.arg, pages.page_rows, table.page_rows);
             return Err(unsupported(&self.cuda, OP, &what, "use one number of rows a page"));
         }
         let used = pages.len.div_ceil(table.page_rows);

@@ -82,7 +82,8 @@ fn a_graph_serves_every_batch() {
                 let mut ready = workspace.upload(caches).expect("caches");
                 let mut launch = || {
                     let (q, gates) = (q.tensor([4, 8, 32]).expect("q"), gates.tensor([4, 8, 3]).expect("gates"));
-                    let (o, lists) = (o.tensor_mut([4, 8, 16]).expect("o"), lists.tensor_mut([4, 2, 5]).expect("lists"));
+                    let (o, lists) =
+                        (o.tensor_mut([4, 8, 16]).expect("o"), lists.tensor_mut([4, 2, 5]).expect("lists"));
                     ready.launch(q, gates, o, lists).expect("a launch");
                 };
                 match &graph {
@@ -90,7 +91,9 @@ fn a_graph_serves_every_batch() {
                     None => {
                         // Kernels are compiled and loaded before a capture.
                         launch();
-                        cuda.stream().begin_capture(CaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).expect("a capture");
+                        cuda.stream()
+                            .begin_capture(CaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)
+                            .expect("a capture");
                         launch();
                         let captured = cuda.stream().end_capture(CUgraphInstantiate_flags(0)).expect("a capture");
                         graph = captured;
@@ -149,7 +152,12 @@ fn bytes() {
         let least = rows * (128.0 + 128.0) * 2.0;
         let unique = total(lines, "unique_bytes");
         let sectors = 32.0 * total(lines, "global_sectors");
-        println!("R = {group}, context {}: {least} bytes of rows, {} of them touched, {} moved", context(), unique / least, sectors / least);
+        println!(
+            "R = {group}, context {}: {least} bytes of rows, {} of them touched, {} moved",
+            context(),
+            unique / least,
+            sectors / least
+        );
         for line in lines {
             println!("  {line}");
         }

@@ -82,7 +82,13 @@ impl DecodeTiles {
     }
 
     /// A launch over `splits` chunks of each of `sequences` sequences.
-    pub(crate) fn geometry(&self, config: &NsaConfig, sequences: usize, splits: usize, shared_bytes: usize) -> Geometry {
+    pub(crate) fn geometry(
+        &self,
+        config: &NsaConfig,
+        sequences: usize,
+        splits: usize,
+        shared_bytes: usize,
+    ) -> Geometry {
         let parts = config.group_size().div_ceil(16 * self.parts);
         let blocks = [sequences, splits, parts, config.num_kv_heads()].map(|count| count as u64);
         Geometry {
