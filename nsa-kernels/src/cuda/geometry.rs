@@ -1,5 +1,7 @@
 //! Shapes of launches, as pure functions.
 
+use nsa_core::NsaConfig;
+
 /// How a kernel is launched.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Geometry {
@@ -29,6 +31,244 @@ pub(crate) fn vector(dim: usize, size: usize, addresses: &[u64]) -> usize {
     let aligned = addresses.iter().all(|address| address % 16 == 0);
     let wide = if size == 2 { 8 } else { 4 };
     if aligned && dim.is_multiple_of(wide) { wide } else { 1 }
+}
+
+/// The most bytes of shared memory that a block takes by choice: what the smallest devices give.
+pub(crate) const SHARED_BYTES: usize = 99 << 10;
+
+/// Bytes that rows of `dim` elements of `size` bytes, at these addresses, are copied in: 16, 8, 4 or else 2.
+pub(crate) fn copy_bytes(dim: usize, size: usize, addresses: &[u64]) -> usize {
+    let fits = |&bytes: &usize| (dim * size).is_multiple_of(bytes) && addresses.iter().all(|a| a % bytes as u64 == 0);
+    [16, 8, 4].into_iter().find(fits).unwrap_or(2)
+}
+
+/// Bytes of a row in a tile of shared memory: filled up to 16 elements.
+fn pitch(dim: usize, size: usize) -> usize {
+    dim.next_multiple_of(16) * size
+}
+
+/// Tiles of the kernels in which a query sees one run of keys (`kernels/band.cuh`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct BandTiles {
+    /// Warps of a block.
+    pub(crate) warps: usize,
+    /// Parts of 16 rows of a warp.
+    pub(crate) tiles: usize,
+    /// Keys of a tile.
+    pub(crate) keys: usize,
+    /// Whether queries stay in registers.
+    pub(crate) held: bool,
+    /// Queries of a block; 0 if it cannot hold all heads of a group.
+    pub(crate) queries: usize,
+    /// Bytes of shared memory of a block.
+    pub(crate) shared_bytes: usize,
+}
+
+impl BandTiles {
+    /// For a configuration and elements of `size` bytes. Where registers allow it, a warp has 32 rows: each key that it
+    /// reads from shared memory then serves two products.
+    pub(crate) fn new(config: &NsaConfig, size: usize) -> Self {
+        let wide = config.head_dim_v().next_multiple_of(16) > 128;
+        let tiles = if size == 4 || wide { 1 } else { 2 };
+        let keys = if size == 4 { 16 } else { 32 };
+        let (k, v) = (pitch(config.head_dim_qk(), size), pitch(config.head_dim_v(), size));
+        let shared = |warps: usize| warps * tiles * 16 * k.max(v) + 2 * keys * (k + v);
+        let holds = |warps: usize| warps * tiles * 16 >= config.group_size();
+        let mut warps = 4;
+        while warps > 1 && shared(warps) > SHARED_BYTES && holds(warps / 2) {
+            warps /= 2;
+        }
+        while warps < 8 && !holds(warps) {
+            warps *= 2;
+        }
+        Self {
+            warps,
+            tiles,
+            keys,
+            held: size == 2 && tiles == 1 && k <= 256,
+            queries: warps * tiles * 16 / config.group_size(),
+            shared_bytes: shared(warps),
+        }
+    }
+
+    /// Rows of a block.
+    pub(crate) fn rows(&self) -> usize {
+        self.warps * self.tiles * 16
+    }
+
+    /// A launch over `tiles` tiles of queries with `heads` KV heads each.
+    pub(crate) fn geometry(&self, tiles: usize, heads: usize) -> Geometry {
+        Geometry {
+            grid: [tiles as u64 * heads as u64, 1, 1],
+            threads: 32 * self.warps as u32,
+            shared_bytes: self.shared_bytes as u32,
+        }
+    }
+}
+
+/// How `cmp_forward` keeps scores until the denominators of the softmax are known (`kernels/cmp_fwd.cu`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct KeptScores {
+    /// Numbers that a block keeps.
+    pub(crate) floats: usize,
+    /// Blocks that run at once, each with a slot in the workspace; 0 if scores are kept in shared memory.
+    pub(crate) slots: usize,
+    /// Bytes of shared memory of a block, those of its tiles included.
+    pub(crate) shared_bytes: usize,
+}
+
+impl KeptScores {
+    /// For sequences of at most `blocks` compression blocks, on a device with so many multiprocessors and bytes of shared
+    /// memory a block. Shared memory it is where two blocks still fit on a multiprocessor.
+    pub(crate) fn new(config: &NsaConfig, tiles: &BandTiles, blocks: usize, device: (usize, usize)) -> Self {
+        let chunks = config.select_block() / config.compress_stride();
+        let span = config.compress_block() / config.compress_stride();
+        let folded = matches!(chunks, 2 | 4 | 8) && span <= 2 && (tiles.keys / 8).is_multiple_of(chunks / 2);
+        let (columns, extra) = if folded { (tiles.keys / chunks, span - 1) } else { (tiles.keys, 0) };
+        let floats = (blocks + extra).div_ceil(tiles.keys) * tiles.rows() * (columns + 1);
+        // m and 1 / l of each row, and the tile in turn.
+        let own = tiles.shared_bytes + tiles.rows() * 8 + 16;
+        let (multiprocessors, shared) = device;
+        if own + 4 * floats <= (shared / 2).max(own) {
+            return Self { floats, slots: 0, shared_bytes: own + 4 * floats };
+        }
+        Self { floats, slots: 2 * multiprocessors, shared_bytes: own }
+    }
+}
+
+/// Tiles of the kernels of gradients in which a query sees one run of keys (`kernels/band_bwd.cu`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct GradientTiles {
+    /// Warps of a block, each with 16 rows of queries or of keys.
+    pub(crate) warps: usize,
+    /// Keys of a tile that queries meet.
+    pub(crate) keys: usize,
+    /// Rows of queries of a tile that keys meet.
+    pub(crate) query_rows: usize,
+    /// Queries of a block; 0 if it cannot hold all heads of a group.
+    pub(crate) queries: usize,
+    /// Bytes of a row of k and of one of v together.
+    row_bytes: usize,
+    /// Whether dk and dv are two blocks' work.
+    apart: bool,
+}
+
+impl GradientTiles {
+    /// For a configuration and elements of `size` bytes.
+    pub(crate) fn new(config: &NsaConfig, size: usize) -> Self {
+        let row_bytes = pitch(config.head_dim_qk(), size) + pitch(config.head_dim_v(), size);
+        // What dk and dv leave of the registers decides how many rows they meet at once.
+        let rows_below = |bytes| if size == 4 || row_bytes >= bytes { 16 } else { 32 };
+        let mut tiles = Self {
+            warps: 4,
+            keys: rows_below(1024),
+            query_rows: rows_below(640),
+            queries: 0,
+            row_bytes,
+            apart: row_bytes / size > 320,
+        };
+        let holds = |warps: usize| warps * 16 >= config.group_size();
+        while tiles.warps > 1 && tiles.shared_bytes() > SHARED_BYTES && holds(tiles.warps / 2) {
+            tiles.warps /= 2;
+        }
+        while tiles.warps < 8 && !holds(tiles.warps) {
+            tiles.warps *= 2;
+        }
+        tiles.queries = tiles.rows() / config.group_size();
+        tiles
+    }
+
+    /// Rows of a block.
+    pub(crate) fn rows(&self) -> usize {
+        16 * self.warps
+    }
+
+    /// Bytes of shared memory of a block of either kernel.
+    pub(crate) fn shared_bytes(&self) -> usize {
+        self.rows() * self.row_bytes + (2 * self.keys * self.row_bytes).max(self.query_stages())
+    }
+
+    fn query_stages(&self) -> usize {
+        2 * self.query_rows * (self.row_bytes + 16)
+    }
+
+    /// A launch over tiles of queries.
+    pub(crate) fn of_queries(&self, tiles: usize, heads: usize) -> Geometry {
+        let shared_bytes = self.rows() * self.row_bytes + 2 * self.keys * self.row_bytes;
+        self.geometry([tiles as u64 * heads as u64, 1, 1], shared_bytes)
+    }
+
+    /// A launch over tiles of keys.
+    pub(crate) fn of_keys(&self, tiles: usize, heads: usize) -> Geometry {
+        let grid = [tiles as u64 * heads as u64, if self.apart { 2 } else { 1 }, 1];
+        self.geometry(grid, self.rows() * self.row_bytes + self.query_stages())
+    }
+
+    fn geometry(&self, grid: [u64; 3], shared_bytes: usize) -> Geometry {
+        Geometry { grid, threads: 32 * self.warps as u32, shared_bytes: shared_bytes as u32 }
+    }
+}
+
+/// Warps that share the heads of a query, and queries of a warp's 16 rows. Queries that share a warp walk over the union of
+/// their blocks, which is never more work than each one's own with the other rows empty.
+fn select_rows(config: &NsaConfig) -> (usize, usize) {
+    let parts = config.group_size().div_ceil(16);
+    (parts, 16 / config.group_size().div_ceil(parts))
+}
+
+/// Tiles of `slc_forward` (`kernels/slc_fwd.cu`): a warp works alone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct SelectTiles {
+    /// Warps of a block.
+    pub(crate) warps: usize,
+    /// Keys of a step.
+    pub(crate) keys: usize,
+    /// Steps in shared memory.
+    pub(crate) stages: usize,
+    /// Queries of a warp.
+    pub(crate) queries: usize,
+    /// Warps that share a query's heads.
+    pub(crate) parts: usize,
+    /// Whether queries stay in registers.
+    pub(crate) held: bool,
+    /// Bytes of shared memory of a block.
+    pub(crate) shared_bytes: usize,
+}
+
+impl SelectTiles {
+    /// For a configuration and elements of `size` bytes.
+    pub(crate) fn new(config: &NsaConfig, size: usize) -> Self {
+        const STAGES: usize = 2;
+        let (k, v) = (pitch(config.head_dim_qk(), size), pitch(config.head_dim_v(), size));
+        let (parts, queries) = select_rows(config);
+        let keys = if config.select_block() >= 32 && k + v <= 256 { 32 } else { 16 };
+        let stages = STAGES * keys * (k + v);
+        let rows = 16 * k.max(v);
+        let held = size == 2 && k + v < 1024 && rows <= stages;
+        let warp = stages + if held { 0 } else { rows } + (queries * config.select_count() * 4).next_multiple_of(16);
+        let mut warps = 4;
+        while warps > 1 && warps * warp > SHARED_BYTES {
+            warps /= 2;
+        }
+        Self { warps, keys, stages: STAGES, queries, parts, held, shared_bytes: warps * warp }
+    }
+
+    /// For gradients of queries, in blocks of `warps` warps.
+    pub(crate) fn gradients(config: &NsaConfig, size: usize, warps: usize) -> Self {
+        let bytes = pitch(config.head_dim_qk(), size) + pitch(config.head_dim_v(), size);
+        let ((parts, queries), keys) = (select_rows(config), 16);
+        let warp = (2 * keys + 16) * bytes + (queries * config.select_count() * 4).next_multiple_of(16);
+        Self { warps, keys, stages: 2, queries, parts, held: false, shared_bytes: warps * warp }
+    }
+
+    /// A launch over `tiles` tiles of queries with `heads` KV heads each.
+    pub(crate) fn geometry(&self, tiles: usize, heads: usize) -> Geometry {
+        Geometry {
+            grid: [(tiles * self.parts).div_ceil(self.warps) as u64, heads as u64, 1],
+            threads: 32 * self.warps as u32,
+            shared_bytes: self.shared_bytes as u32,
+        }
+    }
 }
 
 #[cfg(test)]

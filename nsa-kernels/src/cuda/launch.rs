@@ -28,6 +28,7 @@ pub(super) struct Modules {
 type Kernel = (&'static str, Constants, &'static str);
 
 /// One call of an operation: checks its tensors, and launches kernels on them.
+#[derive(Clone)]
 pub(crate) struct Call<'c> {
     cuda: &'c Cuda,
     op: &'static str,
@@ -62,7 +63,7 @@ macro_rules! plain {
     };
 }
 
-plain!(f32, f64, i32, u32, i64);
+plain!(f32, f64, i32, u32, i64, u64);
 
 fn check_type<T: Element>(cuda: &Cuda, op: &'static str) -> Result<()> {
     if T::DTYPE != DType::F64 {
@@ -215,6 +216,14 @@ impl<'c> Call<'c> {
     /// If the device has too little.
     pub(crate) fn workspace<U: Pod>(&self, len: usize) -> Result<DeviceBuffer<U>> {
         DeviceBuffer::unwritten(self.cuda, len)
+    }
+
+    /// The same, of zeros.
+    ///
+    /// # Errors
+    /// If the device has too little.
+    pub(crate) fn zeros<U: Pod>(&self, len: usize) -> Result<DeviceBuffer<U>> {
+        DeviceBuffer::zeros(self.cuda, len)
     }
 
     /// A copy of the host's elements for the call alone.

@@ -20,11 +20,18 @@ pub(crate) mod params;
 
 #[expect(unsafe_code, reason = "cuBLAS takes addresses")]
 pub(crate) mod blas;
+pub(crate) mod cmp;
 pub(crate) mod compress;
+pub(crate) mod dense;
 pub(crate) mod gate;
 pub(crate) mod geometry;
 pub(crate) mod layer;
 pub(crate) mod reduce;
+pub(crate) mod slc;
+pub(crate) mod win;
+
+mod attention;
+mod gradients;
 
 mod cache;
 #[expect(unsafe_code, reason = "asks which libraries there are, and NVRTC what it knows")]

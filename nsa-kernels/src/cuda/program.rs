@@ -9,8 +9,19 @@ use nsa_core::{DType, NsaConfig};
 use std::fmt::Write as _;
 
 /// The headers that kernels share.
-const HEADERS: [(&str, &str); 2] =
-    [("element.cuh", include_str!("kernels/element.cuh")), ("reduce.cuh", include_str!("kernels/reduce.cuh"))];
+const HEADERS: [(&str, &str); 11] = [
+    ("band.cuh", include_str!("kernels/band.cuh")),
+    ("element.cuh", include_str!("kernels/element.cuh")),
+    ("flash.cuh", include_str!("kernels/flash.cuh")),
+    ("grad.cuh", include_str!("kernels/grad.cuh")),
+    ("mma.cuh", include_str!("kernels/mma.cuh")),
+    ("product.cuh", include_str!("kernels/product.cuh")),
+    ("reduce.cuh", include_str!("kernels/reduce.cuh")),
+    ("select.cuh", include_str!("kernels/select.cuh")),
+    ("sequence.cuh", include_str!("kernels/sequence.cuh")),
+    ("span.cuh", include_str!("kernels/span.cuh")),
+    ("tile.cuh", include_str!("kernels/tile.cuh")),
+];
 
 /// A source file of kernels.
 #[derive(Debug)]

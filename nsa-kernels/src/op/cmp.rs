@@ -82,7 +82,7 @@ pub fn forward<T: Element>(backend: &Backend, args: Forward<'_, T>) -> Result<()
     }
     match backend {
         Backend::Cpu(cpu) => T::cmp_forward(cpu, args),
-        Backend::Cuda(cuda) => Err(cuda::missing(cuda, OP)),
+        Backend::Cuda(cuda) => cuda::cmp::forward(cuda, args),
     }
 }
 
@@ -116,6 +116,6 @@ pub fn backward<T: Element>(backend: &Backend, args: Backward<'_, T>) -> Result<
     })?;
     match backend {
         Backend::Cpu(cpu) => T::cmp_backward(cpu, args),
-        Backend::Cuda(cuda) => Err(cuda::missing(cuda, OP)),
+        Backend::Cuda(cuda) => cuda::cmp::backward(cuda, args),
     }
 }

@@ -80,7 +80,7 @@ pub fn forward<T: Element>(backend: &Backend, args: Forward<'_, T>) -> Result<()
     args.block_indices.check(OP, "block_indices", shapes.selection())?;
     match backend {
         Backend::Cpu(cpu) => T::slc_forward(cpu, args),
-        Backend::Cuda(cuda) => Err(cuda::missing(cuda, OP)),
+        Backend::Cuda(cuda) => cuda::slc::forward(cuda, args),
     }
 }
 
@@ -116,6 +116,6 @@ pub fn backward<T: Element>(backend: &Backend, args: Backward<'_, T>) -> Result<
     args.block_indices.check(OP, "block_indices", shapes.selection())?;
     match backend {
         Backend::Cpu(cpu) => T::slc_backward(cpu, args),
-        Backend::Cuda(cuda) => Err(cuda::missing(cuda, OP)),
+        Backend::Cuda(cuda) => cuda::slc::backward(cuda, args),
     }
 }

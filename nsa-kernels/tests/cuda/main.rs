@@ -35,3 +35,23 @@ fn compress() {
 fn gate() {
     on_simulator("gate", || assert_op(Op::Gate, |_| true));
 }
+
+#[test]
+fn cmp() {
+    on_simulator("cmp", || assert_op(Op::Cmp, |_| true));
+}
+
+#[test]
+fn slc() {
+    on_simulator("slc", || assert_op(Op::Slc, |_| true));
+}
+
+#[test]
+fn win() {
+    on_simulator("win", || assert_op(Op::Win, |_| true));
+}
+
+#[test]
+fn dense() {
+    on_simulator("dense", || assert_op(Op::Dense, |_| true));
+}

@@ -1,0 +1,81 @@
+//! Compressed attention, importance and selection.
+
+use super::Cuda;
+use super::attention::{self, BandForward};
+use super::geometry::{BandTiles, KeptScores};
+use super::gradients;
+use super::params::{Out, Params, params};
+use super::program::Program;
+use crate::op::cmp::{Backward, Forward};
+use crate::{Element, Result};
+use nsa_core::index;
+
+/// The kernels.
+pub(crate) static PROGRAM: Program = Program {
+    file: "cmp_fwd.cu",
+    text: include_str!("kernels/cmp_fwd.cu"),
+    params: &[BandForward::declaration, CmpForward::declaration],
+};
+
+params! {
+    /// Arguments of `cmp_forward`.
+    struct CmpForward {
+        /// What every forward has.
+        common: BandForward,
+        /// `[N, G, n]`, or null.
+        block_indices: Out<i32>,
+        /// `[slots, slot_floats]`, if scores are not kept in shared memory.
+        scores: Out<f32>,
+        slot_floats: i64,
+        /// Whether scores are kept in shared memory.
+        in_shared: i32,
+    }
+}
+
+pub(crate) fn forward<T: Element>(cuda: &Cuda, args: Forward<'_, T>) -> Result<()> {
+    const OP: &str = "cmp::forward";
+    let Forward { config, packing, q, k_blocks, v_blocks, o, lse, mut block_indices } = args;
+    let tiles = BandTiles::checked::<T>(cuda, OP, config)?;
+    let args = attention::Forward { config, packing, q, k: ("k_blocks", k_blocks), v: ("v_blocks", v_blocks), o, lse };
+    let prepared = attention::prepare(cuda, OP, args, tiles.queries)?;
+    let call = prepared.call;
+    let most = packing.seqs().map(|seq| index::num_blocks(config, seq.end())).max().unwrap_or(0);
+    let device = cuda.device();
+    let kept = KeptScores::new(config, &tiles, most, (device.multiprocessors, device.shared_bytes));
+    let mut geometry = tiles.geometry(prepared.sequences.tiles, config.num_kv_heads());
+    geometry.shared_bytes = kept.shared_bytes as u32;
+    if kept.slots > 0 {
+        geometry.grid[0] = geometry.grid[0].min(kept.slots as u64);
+    }
+    let slots = if kept.slots > 0 { geometry.grid[0] as usize } else { 0 };
+    let mut scores = call.workspace::<f32>(slots * kept.floats)?;
+    let params = CmpForward {
+        common: prepared.params,
+        block_indices: call.optional_output("block_indices", block_indices.as_mut())?,
+        scores: scores.written_by(),
+        slot_floats: kept.floats as i64,
+        in_shared: i32::from(kept.slots == 0),
+    };
+    let call = call.constants(|constants| tiles.bake(constants));
+    call.launch(&PROGRAM, "cmp_forward", geometry, params)
+}
+
+pub(crate) fn backward<T: Element>(cuda: &Cuda, args: Backward<'_, T>) -> Result<()> {
+    let Backward { config, packing, q, k_blocks, v_blocks, o, lse, d_o, gates, dq, dk_blocks, dv_blocks } = args;
+    let args = gradients::Backward {
+        config,
+        packing,
+        q,
+        k: ("k_blocks", k_blocks),
+        v: ("v_blocks", v_blocks),
+        o,
+        lse,
+        d_o,
+        gates: gates.map(|gates| (gates, 0)),
+        dq,
+        dk: ("dk_blocks", dk_blocks),
+        dv: ("dv_blocks", dv_blocks),
+    };
+    let names = ["cmp_query_gradients", "cmp_key_gradients"];
+    gradients::backward(cuda, "cmp::backward", names, args, &packing.cu_blocks(config)?)
+}

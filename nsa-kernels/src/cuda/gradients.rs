@@ -1,0 +1,193 @@
+//! Gradients of the branches on the host: what they share, and those of `dense`, `win` and `cmp`.
+
+use super::Cuda;
+use super::ahead::{Build, Launched};
+use super::attention::{Sequences, copies, packed_sequences, unsupported};
+use super::geometry::{Geometry, GradientTiles};
+use super::launch::Call;
+use super::memory::DeviceBuffer;
+use super::params::{Field, In, Out, Params, Stored, params};
+use super::program::{Constants, Program};
+use crate::{Element, Result, Tensor, TensorMut};
+use nsa_core::{CuSeqlens, DType, NsaConfig, Packing};
+
+/// The kernels.
+pub(crate) static PROGRAM: Program =
+    Program { file: "band_bwd.cu", text: include_str!("kernels/band_bwd.cu"), params: &[BandBackward::declaration] };
+
+/// Threads of a block of `band_row_facts`.
+pub(super) const FACTS_THREADS: u32 = 256;
+
+/// What kernels know of a row of queries (`kernels/grad.cuh`).
+pub(super) type RowFacts = [f32; 4];
+
+params! {
+    /// Arguments of kernels of gradients.
+    struct BandBackward {
+        /// `[N, Hq, Dk]`.
+        q: In<Stored>,
+        /// `[rows, G, Dk]`.
+        k: In<Stored>,
+        /// `[rows, G, Dv]`.
+        v: In<Stored>,
+        /// `[N, Hq, Dv]`.
+        o: In<Stored>,
+        /// `[N, Hq, Dv]`.
+        d_o: In<Stored>,
+        /// `[N, Hq, 3]`, or null.
+        gates: In<Stored>,
+        /// `[N, Hq]`.
+        lse: In<f32>,
+        /// `[N, Hq, 4]`.
+        facts: Out<f32>,
+        /// `[N, Hq, Dk]`.
+        dq: Out<f32>,
+        /// `[rows, G, Dk]`.
+        dk: Out<f32>,
+        /// `[rows, G, Dv]`.
+        dv: Out<f32>,
+        /// With tiles of queries.
+        sequences: In<i32>,
+        /// With tiles of keys.
+        key_sequences: In<i32>,
+        /// N·Hq.
+        rows: i64,
+        /// Of all sequences.
+        query_tiles: i32,
+        num_sequences: i32,
+        /// The branch's column of the gates.
+        gate: i32,
+        scale: f32,
+    }
+}
+
+impl Field for BandBackward {
+    fn cpp() -> String {
+        "BandBackwardParams".to_owned()
+    }
+}
+
+/// The tensors that every backward has, as the faces check them.
+pub(super) struct Backward<'a, T: Element> {
+    pub(super) config: &'a NsaConfig,
+    pub(super) packing: &'a Packing,
+    pub(super) q: Tensor<'a, T, 3>,
+    pub(super) k: (&'static str, Tensor<'a, T, 3>),
+    pub(super) v: (&'static str, Tensor<'a, T, 3>),
+    pub(super) o: Tensor<'a, T, 3>,
+    pub(super) lse: Tensor<'a, T::Acc, 2>,
+    pub(super) d_o: Tensor<'a, T, 3>,
+    /// With the branch's column.
+    pub(super) gates: Option<(Tensor<'a, T, 3>, usize)>,
+    pub(super) dq: TensorMut<'a, T::Acc, 3>,
+    pub(super) dk: (&'static str, TensorMut<'a, T::Acc, 3>),
+    pub(super) dv: (&'static str, TensorMut<'a, T::Acc, 3>),
+}
+
+/// A backward that is ready for its kernels.
+pub(super) struct Prepared<'c> {
+    pub(super) call: Call<'c>,
+    pub(super) params: BandBackward,
+    pub(super) queries: Sequences,
+    pub(super) keys: Sequences,
+    /// Kept until the kernels are launched.
+    _facts: DeviceBuffer<RowFacts>,
+}
+
+/// Checks where the tensors are, and describes them to kernels with tiles of `queries` queries and of `keys` rows of keys,
+/// which lie as `offsets` says.
+pub(super) fn prepare<'c, T: Element>(
+    cuda: &'c Cuda,
+    op: &'static str,
+    args: Backward<'_, T>,
+    offsets: &CuSeqlens,
+    (queries, keys): (usize, usize),
+) -> Result<Prepared<'c>> {
+    let call = Call::new::<T>(cuda, op)?;
+    let Backward { config, packing, q, k, v, o, lse, d_o, gates, mut dq, mut dk, mut dv } = args;
+    let rows = packing.num_tokens() * config.num_heads();
+    let lies = packed_sequences(offsets);
+    let query_tiles = Sequences::new(&call, packing, &lies, |_, queries_of| queries_of.div_ceil(queries))?;
+    let key_tiles = Sequences::new(&call, packing, &lies, |keys_of, _| keys_of.div_ceil(keys))?;
+    let mut facts = call.workspace::<RowFacts>(rows)?;
+    let params = BandBackward {
+        q: call.input("q", &q)?,
+        k: call.input(k.0, &k.1)?,
+        v: call.input(v.0, &v.1)?,
+        o: call.input("o", &o)?,
+        d_o: call.input("d_o", &d_o)?,
+        gates: call.optional_input("gates", gates.as_ref().map(|(gates, _)| gates))?,
+        lse: call.input("lse", &lse)?,
+        facts: facts.written_by(),
+        dq: call.output("dq", &mut dq)?,
+        dk: call.output(dk.0, &mut dk.1)?,
+        dv: call.output(dv.0, &mut dv.1)?,
+        sequences: query_tiles.table(),
+        key_sequences: key_tiles.table(),
+        rows: rows as i64,
+        query_tiles: query_tiles.tiles as i32,
+        num_sequences: packing.num_seqs() as i32,
+        gate: gates.as_ref().map_or(0, |&(_, column)| column as i32),
+        scale: config.scale() as f32,
+    };
+    let addresses = [&[params.q.0, params.k.0][..], &[params.v.0, params.d_o.0]];
+    let call = call.constants(|constants| copies::<T>(constants.config(config), config, addresses, 0));
+    Ok(Prepared { call, params, queries: query_tiles, keys: key_tiles, _facts: facts })
+}
+
+impl Prepared<'_> {
+    /// A warp a row of queries.
+    pub(super) fn facts_geometry(&self) -> Geometry {
+        Geometry::linear(32 * self.params.rows as u64, FACTS_THREADS)
+    }
+}
+
+/// Gradients of an operation whose kernels are `names`: of queries, and of keys.
+pub(super) fn backward<T: Element>(
+    cuda: &Cuda,
+    op: &'static str,
+    names: [&'static str; 2],
+    args: Backward<'_, T>,
+    offsets: &CuSeqlens,
+) -> Result<()> {
+    let config = args.config;
+    let tiles = GradientTiles::new(config, size_of::<T>());
+    if tiles.queries == 0 || tiles.shared_bytes() > cuda.device().shared_bytes {
+        let what = format!("{} query heads a KV head with these dims", config.group_size());
+        return Err(unsupported(cuda, op, &what, "use the backend `cpu`"));
+    }
+    let prepared = prepare(cuda, op, args, offsets, (tiles.queries, tiles.rows()))?;
+    let (facts, heads) = (prepared.facts_geometry(), config.num_kv_heads());
+    let geometries = [tiles.of_queries(prepared.queries.tiles, heads), tiles.of_keys(prepared.keys.tiles, heads)];
+    let Prepared { call, params, .. } = &prepared;
+    let call = call.clone().constants(|constants| tiles.bake(constants));
+    call.launch(&PROGRAM, "band_row_facts", facts, *params)?;
+    for (name, geometry) in names.into_iter().zip(geometries) {
+        call.launch(&PROGRAM, name, geometry, *params)?;
+    }
+    Ok(())
+}
+
+impl GradientTiles {
+    /// With the sizes of tiles.
+    pub(super) fn bake(&self, constants: Constants) -> Constants {
+        constants.with("WARPS", self.warps).with("KEYS", self.keys).with("QUERY_ROWS", self.query_rows)
+    }
+}
+
+/// What the gradients run.
+pub(crate) fn builds(config: &NsaConfig, dtype: DType) -> Vec<Build> {
+    let size = dtype.size_bytes();
+    let tiles = GradientTiles::new(config, size);
+    let aligned = [&[0][..], &[0]];
+    let constants = super::attention::copies_of(Constants::new(dtype).config(config), config, size, aligned, 0);
+    let launched =
+        |name, geometry: Geometry| Launched { name, threads: geometry.threads, shared_bytes: geometry.shared_bytes };
+    let facts = Launched { name: "band_row_facts", threads: FACTS_THREADS, shared_bytes: 0 };
+    let of_queries = ["dense_query_gradients", "win_query_gradients", "cmp_query_gradients"];
+    let of_keys = ["dense_key_gradients", "win_key_gradients", "cmp_key_gradients"];
+    let of_queries = of_queries.map(|name| launched(name, tiles.of_queries(1, 1)));
+    let of_keys = of_keys.map(|name| launched(name, tiles.of_keys(1, 1)));
+    let kernels = [vec![facts], of_queries.to_vec(), of_keys.to_vec()].concat();
+    vec![Build { program: &PROGRAM, constants: tiles.bake(constants), kernels }]
+}

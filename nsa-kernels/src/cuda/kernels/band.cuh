@@ -1,0 +1,184 @@
+// Attention in which a query sees one run of keys that only grows at its end with the query: `dense`, `win`, `cmp`.
+//
+// A block of WARPS x TILES x 16 rows holds QUERIES queries with all R heads of a group, so that a key is read once for all of
+// them: row = query R + head. Keys and values come in tiles of KEYS rows through two stages of shared memory.
+// Shared memory, bytes: queries ROWS max(pitch of k, pitch of v); 2 stages x KEYS (pitch of k + pitch of v).
+#pragma once
+#include "flash.cuh"
+#include "span.cuh"
+
+constexpr int WARP_ROWS = 16 * TILES;
+constexpr int ROWS = WARPS * WARP_ROWS;
+constexpr int QUERIES = ROWS / GROUP;
+constexpr int THREADS = 32 * WARPS;
+constexpr int ROWS_BYTES = ROWS * (Keys::PITCH > Values::PITCH ? Keys::PITCH : Values::PITCH);
+constexpr int STAGE_BYTES = KEYS * (Keys::PITCH + Values::PITCH);
+constexpr bool HELD = QUERIES_HELD && TENSOR_CORES;
+static_assert(QUERIES > 0, "a block holds all heads of a query");
+
+using BandFlash = Flash<TILES, KEYS>;
+using BandScores = Scores<TILES, KEYS>;
+
+extern __shared__ __align__(128) char shared[];
+
+// What a block works on.
+struct BandTile {
+    Sequence sequence;
+    int head;   // KV head
+    int query;  // first, within the sequence
+    int rows;   // that hold a query
+
+    template <class P>
+    __device__ __forceinline__ BandTile(const P& p, u32 work) {
+        // The tiles with most keys come first.
+        const int tile = p.tiles - 1 - int(work / KV_HEADS);
+        head = int(work % KV_HEADS);
+        sequence = find_sequence<5>(p.sequences, p.num_sequences, tile);
+        query = (tile - sequence.tile) * QUERIES;
+        const int left = sequence.queries - query;
+        rows = (left < QUERIES ? left : QUERIES) * GROUP;
+    }
+    // Position of a row's query.
+    __device__ __forceinline__ int position(int row) const { return sequence.context + query + row / GROUP; }
+    // Token and head of a row in tensors of HEADS heads.
+    __device__ __forceinline__ i64 token(int row) const { return sequence.query + query + row / GROUP; }
+    __device__ __forceinline__ int query_head(int row) const { return head * GROUP + row % GROUP; }
+};
+
+// The rows of this warp that count, and the keys that they see.
+template <class Span>
+struct WarpSpan {
+    int base, rows;
+    int first, end;              // of all rows
+    int common_first, common_end;  // keys that every row sees
+
+    __device__ __forceinline__ WarpSpan(const BandTile& tile, const Span& span) {
+        base = anew(int(threadIdx.x)) / 32 * WARP_ROWS;
+        rows = tile.rows - base < WARP_ROWS ? tile.rows - base : WARP_ROWS;
+        const int before = tile.position(base), after = tile.position(base + (rows > 0 ? rows : 1) - 1);
+        first = span.first(before), common_first = span.first(after);
+        end = rows > 0 ? span.end(after) : 0, common_end = span.end(before);
+    }
+};
+
+template <class Span>
+__device__ __forceinline__ void mask(BandScores& s, const BandTile& tile, const WarpSpan<Span>& warp, const Span& span, int key) {
+    const int lane = anew(int(threadIdx.x % 32));
+#pragma unroll
+    for (int i = 0; i < TILES; ++i) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            const int t = tile.position(warp.base + i * 16 + h * 8 + lane / 4);
+            const int first = span.first(t) - key - lane % 4 * 2, end = span.end(t) - key - lane % 4 * 2;
+#pragma unroll
+            for (int n = 0; n < KEYS / 8; ++n) {
+#pragma unroll
+                for (int c = 0; c < 2; ++c) {
+                    const int at = n * 8 + c;
+                    if (at < first || at >= end) s[i][n][2 * h + c] = negative_infinity();
+                }
+            }
+        }
+    }
+}
+
+// Writes o and lse of a warp's rows; `put` at a place of shared memory that nobody else uses.
+template <class P>
+__device__ __forceinline__ void write_rows(const P& p, const BandTile& tile, const BandFlash& flash, int base, int rows) {
+    const int lane = anew(int(threadIdx.x % 32));
+    const float unscale[2] = {p.unscale_high, p.unscale_low};
+    char* own = shared + base * Values::PITCH;
+    flash.put(own);
+    if (lane % 4 == 0) {
+#pragma unroll
+        for (int i = 0; i < TILES; ++i) {
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                const int row = i * 16 + h * 8 + lane / 4;
+                if (row < rows) {
+                    p.lse[tile.token(base + row) * HEADS + tile.query_head(base + row)] = flash.lse(i, h, unscale);
+                }
+            }
+        }
+    }
+    __syncwarp();
+    store_rows<HEAD_DIM_V, 32, V_COPY_BYTES>(own, lane, rows, [&](int row) {
+        return p.o + (tile.token(base + row) * HEADS + tile.query_head(base + row)) * HEAD_DIM_V;
+    });
+}
+
+// Starts to copy KEYS rows from `key` on.
+template <int DIM, int BYTES>
+__device__ __forceinline__ void load_keys(u32 to, int count, const KeyRows<DIM>& rows, int key) {
+    const int thread = anew(int(threadIdx.x));
+    if constexpr (PAGE_ROWS == 0) {
+        load_rows<DIM, KEYS, THREADS, BYTES>(to, thread, count, rows.from(key));
+    } else {
+        load_rows<DIM, KEYS, THREADS, BYTES>(to, thread, count, [&](int r) { return rows(key + r); });
+    }
+}
+
+// Over a tile of queries' keys, from the first tile of keys on: `see(key, index, stage)` for each tile from `key` on that rows of the
+// warp see, k and behind it v in `stage`. EXTRA keys more are walked over, which are zeros. Other copies that are under way
+// are waited for first, and `ready()` is called when they are there.
+template <int EXTRA, class P, class Span, class Ready, class See>
+__device__ __forceinline__ void walk_keys(const P& p, const BandTile& tile, const Span& span, const WarpSpan<Span>& warp,
+                                          char* stages, const Ready& ready, See& see) {
+    const Sequence& seq = tile.sequence;
+    const int begin = span.first(tile.position(0)), last = span.end(tile.position(tile.rows - 1));
+    const int end = last > 0 ? last + EXTRA : 0;
+    const KeyRows<HEAD_DIM_QK> k(p.k, p.k_pages, seq.key, tile.head);
+    const KeyRows<HEAD_DIM_V> v(p.v, p.v_pages, seq.key, tile.head);
+    const auto load = [&](int key, int stage) {
+        const u32 to = shared_address(stages) + stage * STAGE_BYTES;
+        const int count = end - EXTRA - key;
+        load_keys<HEAD_DIM_QK, QK_COPY_BYTES>(to, count, k, key);
+        load_keys<HEAD_DIM_V, V_COPY_BYTES>(to + KEYS * Keys::PITCH, count, v, key);
+        copy_commit();
+    };
+    if (begin < end) load(begin, 0);
+    copy_commit();
+    copy_wait<0>();
+    __syncthreads();
+    ready();
+    for (int key = begin; key < end; key += KEYS) {
+        const int index = (key - begin) / KEYS;
+        if (index > 0) {
+            copy_wait<0>();
+            __syncthreads();
+        }
+        if (key + KEYS < end) load(key + KEYS, (index + 1) % 2);
+        if (warp.end == 0 || key >= warp.end + EXTRA || key + KEYS <= warp.first) continue;
+        see(key, index, stages + index % 2 * STAGE_BYTES);
+    }
+}
+
+// Starts to copy a tile's queries.
+template <class P>
+__device__ __forceinline__ void load_queries(const P& p, const BandTile& tile, char* to) {
+    load_rows<HEAD_DIM_QK, ROWS, THREADS, QK_COPY_BYTES>(shared_address(to), anew(int(threadIdx.x)), tile.rows, [&](int row) {
+        return p.q + (tile.token(row) * HEADS + tile.query_head(row)) * HEAD_DIM_QK;
+    });
+}
+
+// One tile of queries over its keys. `look(flash, s, index, rescaled, factor)` is shown each tile's p, and those of EXTRA keys
+// more, which are 0.
+template <int EXTRA, class P, class Span, class Look>
+__device__ __forceinline__ void attend(const P& p, const BandTile& tile, const Span& span, BandFlash& flash, Look& look) {
+    const WarpSpan<Span> warp(tile, span);
+    load_queries(p, tile, shared);
+    Queries<TILES, HELD> q(shared + warp.base * Keys::PITCH);
+    const auto see = [&](int key, int index, const char* stage) {
+        BandScores s;
+        flash.multiply_keys(s, q, stage);
+        if (key < warp.common_first || key + KEYS > warp.common_end) mask(s, tile, warp, span, key);
+        float factor[TILES][2];
+        const bool rescaled = flash.exponentials(s, p.scale_log2, factor);
+        look(flash, s, index, rescaled, factor);
+        flash.multiply_values(s, stage + KEYS * Keys::PITCH);
+    };
+    walk_keys<EXTRA>(p, tile, span, warp, shared + ROWS_BYTES, [&] { q.take(); }, see);
+    flash.finish();
+    // All have read the queries and the last tile.
+    __syncthreads();
+}

@@ -1,0 +1,205 @@
+// Gradients of attention over a run of keys: `dense`, `win`, `cmp` (SPEC 3; see grad.cuh).
+//
+// Three kernels an operation: what is known of each row of queries (lse, delta, gate, position); dq, a CTA a tile of ROWS / R
+// queries, over its keys; dk and dv, a CTA a tile of 16 WARPS keys, over the rows of the queries that see them. Each gradient
+// is one CTA's: no atomics, nothing of size T x T.
+// Shared memory, bytes at D = 128 in bf16: 64 rows of q and do (or of k and v) 32,768; 2 stages of 32 rows of k and v 32,768 (or
+// of q, do and facts 33,792).
+// Registers: dq 64, scores and their gradients 32; dk and dv 128, scores and their gradients 32. With Dk + Dv above 320 dk and
+// dv are two CTAs' work, which costs the scores a second time.
+// Roofline, a query row and key that it sees: dq 2 (2 Dk + Dv) FLOP, dk and dv 4 (Dk + Dv); from memory q, k, v, o, do once,
+// and dq twice, dk and dv once in f32.
+// Order of summation: dq: tiles of keys in order; dk, dv: rows in the order of tokens, then heads.
+// Edges: as in band_fwd.cu. Keys that no query sees have gradients of 0.
+//
+// budget: kernel=band_row_facts threads=256 registers=40 spills=0 shared=0
+// budget: kernel=dense_query_gradients threads=128 registers=255 spills=0 shared=65536
+// budget: kernel=dense_key_gradients threads=128 registers=255 spills=0 shared=66560
+// budget: kernel=win_query_gradients threads=128 registers=255 spills=0 shared=65536
+// budget: kernel=win_key_gradients threads=128 registers=255 spills=0 shared=66560
+// budget: kernel=cmp_query_gradients threads=128 registers=255 spills=0 shared=65536
+// budget: kernel=cmp_key_gradients threads=128 registers=255 spills=0 shared=66560
+#include "element.cuh"
+#include "config.cuh"
+#include "params.cuh"
+#include "grad.cuh"
+#include "span.cuh"
+
+constexpr int THREADS = 32 * WARPS;
+constexpr int ROWS = 16 * WARPS;
+constexpr int QUERIES = ROWS / GROUP;
+constexpr int STAGE_BYTES = KEYS * (Keys::PITCH + Values::PITCH);
+static_assert(QUERIES > 0, "a block holds all heads of a query");
+
+extern __shared__ __align__(128) char shared[];
+
+extern "C" __global__ void __launch_bounds__(256) band_row_facts(const __grid_constant__ BandBackwardParams p) { row_facts(p); }
+
+// Rows of queries in the order of tokens, R a token.
+struct QueryRun {
+    const Sequence& sequence;
+    int head;   // KV head
+    int query;  // first, within the sequence
+
+    __device__ __forceinline__ int position(int row) const { return sequence.context + query + row / GROUP; }
+    // In tensors [N, HEADS].
+    __device__ __forceinline__ i64 row(int at) const {
+        return i64(sequence.query + query + at / GROUP) * HEADS + head * GROUP + at % GROUP;
+    }
+};
+
+// dq of a tile of queries, over its keys.
+template <class Span>
+__device__ __forceinline__ void query_gradients(const BandBackwardParams& p) {
+    const int tile = p.query_tiles - 1 - int(blockIdx.x / KV_HEADS);
+    const Sequence seq = find_sequence<5>(p.sequences, p.num_sequences, tile);
+    const QueryRun run{seq, int(blockIdx.x % KV_HEADS), (tile - seq.tile) * QUERIES};
+    const int left = seq.queries - run.query, rows = (left < QUERIES ? left : QUERIES) * GROUP;
+    const Span span(seq);
+    char* const d_o = shared + ROWS * Keys::PITCH;
+    char* const stages = d_o + ROWS * Values::PITCH;
+    load_rows<HEAD_DIM_QK, ROWS, THREADS, QK_COPY_BYTES>(shared_address(shared), threadIdx.x, rows,
+                                                         [&](int r) { return p.q + run.row(r) * HEAD_DIM_QK; });
+    load_rows<HEAD_DIM_V, ROWS, THREADS, V_COPY_BYTES>(shared_address(d_o), threadIdx.x, rows,
+                                                       [&](int r) { return p.d_o + run.row(r) * HEAD_DIM_V; });
+    const int base = threadIdx.x / 32 * 16, own = rows - base < 16 ? rows - base : 16, lane = threadIdx.x % 32;
+    RowFacts facts[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+        const int row = h * 8 + lane / 4;
+        facts[h] = row < own ? p.facts[run.row(base + row)] : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    }
+    const int before = run.position(base), after = run.position(base + (own > 0 ? own : 1) - 1);
+    const int begin = span.first(run.position(0)), end = span.end(run.position(rows - 1));
+    const KeyRows<HEAD_DIM_QK> k(p.k, nullptr, seq.key, run.head);
+    const KeyRows<HEAD_DIM_V> v(p.v, nullptr, seq.key, run.head);
+    const auto load = [&](int key, int stage) {
+        const u32 to = shared_address(stages) + stage * STAGE_BYTES;
+        const int thread = anew(int(threadIdx.x));
+        load_rows<HEAD_DIM_QK, KEYS, THREADS, QK_COPY_BYTES>(to, thread, end - key, k.from(key));
+        load_rows<HEAD_DIM_V, KEYS, THREADS, V_COPY_BYTES>(to + KEYS * Keys::PITCH, thread, end - key, v.from(key));
+    };
+    float dq[1][Keys::PADDED / 8][4];
+    clear<1, Keys::PADDED>(dq);
+    if (begin < end) load(begin, 0);
+    copy_commit();
+    for (int key = begin, stage = 0; key < end; key += KEYS, stage ^= 1) {
+        copy_wait<0>();
+        __syncthreads();
+        if (key + KEYS < end) load(key + KEYS, stage ^ 1);
+        copy_commit();
+        if (own <= 0 || key >= span.end(after) || key + KEYS <= span.first(before)) continue;
+        const char* const keys = stages + stage * STAGE_BYTES;
+        const bool whole = key >= span.first(after) && key + KEYS <= span.end(before);
+        Parts<1, KEYS> s, ds;
+        dot_rows<HEAD_DIM_QK, 1, KEYS, false>(s, Rows<HEAD_DIM_QK, 1, false>(shared + base * Keys::PITCH), keys);
+        dot_rows<HEAD_DIM_V, 1, KEYS, false>(ds, Rows<HEAD_DIM_V, 1, false>(d_o + base * Values::PITCH), keys + KEYS * Keys::PITCH);
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            const int t = position_of(facts[h]), first = span.first(t) - key, last = t < 0 ? 0 : span.end(t) - key;
+#pragma unroll
+            for (int n = 0; n < KEYS / 8; ++n) {
+#pragma unroll
+                for (int c = 2 * h; c < 2 * h + 2; ++c) {
+                    const int at = n * 8 + threadIdx.x % 4 * 2 + c % 2;
+                    const bool seen = whole || (at >= first && at < last);
+                    const float probable = seen ? probability(s[0][n][c], p.scale, facts[h]) : 0.0f;
+                    ds[0][n][c] = probable * (facts[h].z * ds[0][n][c] - facts[h].y);
+                }
+            }
+        }
+        add_rows<HEAD_DIM_QK, 0, Keys::PADDED, 1, KEYS>(dq, ds, keys);
+    }
+    copy_wait<0>();
+    add_query_gradients(dq, p.scale, [&](int row) {
+        return row < own ? p.dq + run.row(base + row) * HEAD_DIM_QK : nullptr;
+    });
+}
+
+// dk or dv, or both, of a tile of keys, over the queries that see them.
+template <bool K, bool V, class Span>
+__device__ __forceinline__ void key_gradients(const BandBackwardParams& p) {
+    // The first keys are seen by most queries.
+    const int tile = int(blockIdx.x / KV_HEADS), head = int(blockIdx.x % KV_HEADS);
+    const Sequence seq = find_sequence<5>(p.key_sequences, p.num_sequences, tile);
+    const Span span(seq);
+    const int key = (tile - seq.tile) * KEY_ROWS, keys = seq.keys - key < KEY_ROWS ? seq.keys - key : KEY_ROWS;
+    char* const values = shared + KEY_ROWS * Keys::PITCH;
+    char* const stages = shared + OWN_BYTES;
+    const KeyRows<HEAD_DIM_QK> k(p.k, nullptr, seq.key, head);
+    const KeyRows<HEAD_DIM_V> v(p.v, nullptr, seq.key, head);
+    load_rows<HEAD_DIM_QK, KEY_ROWS, THREADS, QK_COPY_BYTES>(shared_address(shared), threadIdx.x, keys, k.from(key));
+    if constexpr (K) {
+        load_rows<HEAD_DIM_V, KEY_ROWS, THREADS, V_COPY_BYTES>(shared_address(values), threadIdx.x, keys, v.from(key));
+    }
+    const int from = span.from(key), until = span.until(key + keys - 1), stop = seq.context + seq.queries;
+    const QueryRun run{seq, head, (from > seq.context ? from : seq.context) - seq.context};
+    const int rows = ((until < stop ? until : stop) - seq.context - run.query) * GROUP;
+    const auto load = [&](int first, int stage) {
+        load_query_rows(p, shared_address(stages) + stage * QUERY_STAGE_BYTES, first, rows, [&](int row) { return run.row(row); });
+    };
+    KeyGradients<K, V> gradients;
+    if (rows > 0) load(0, 0);
+    copy_commit();
+    for (int first = 0, stage = 0; first < rows; first += QUERY_ROWS, stage ^= 1) {
+        copy_wait<0>();
+        __syncthreads();
+        if (first + QUERY_ROWS < rows) load(first + QUERY_ROWS, stage ^ 1);
+        copy_commit();
+        const int last = first + QUERY_ROWS < rows ? first + QUERY_ROWS : rows;
+        const int base = anew(int(threadIdx.x)) / 32 * 16, mine = key + base;
+        const int before = run.position(first), after = run.position(last - 1);
+        if (base >= keys || mine >= span.end(after) || mine + 16 <= span.first(before)) continue;
+        const bool whole = first + QUERY_ROWS <= rows && mine + 16 <= span.end(before) && mine >= span.first(after);
+        gradients.add(shared + base * Keys::PITCH, values + base * Values::PITCH, stages + stage * QUERY_STAGE_BYTES, p.scale,
+                      whole, [&](int t, int at) { return mine + at >= span.first(t) && mine + at < span.end(t); });
+    }
+    copy_wait<0>();
+    // Found anew: it took registers in the loop.
+    const int base = anew(int(threadIdx.x)) / 32 * 16, place = anew(int(blockIdx.x));
+    const Sequence own = find_sequence<5>(p.key_sequences, p.num_sequences, place / KV_HEADS);
+    const int row = (place / KV_HEADS - own.tile) * KEY_ROWS + base;
+    const i64 at = i64(own.key + row) * KV_HEADS + place % KV_HEADS;
+    gradients.template write<KV_HEADS>(p.dk + at * HEAD_DIM_QK, p.dv + at * HEAD_DIM_V, own.keys - row, p.scale);
+}
+
+template <class Span>
+__device__ __forceinline__ void key_gradients_of(const BandBackwardParams& p) {
+    if constexpr (!APART) {
+        key_gradients<true, true, Span>(p);
+    } else if (blockIdx.y == 0) {
+        key_gradients<true, false, Span>(p);
+    } else {
+        key_gradients<false, true, Span>(p);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+    dense_query_gradients(const __grid_constant__ BandBackwardParams p) {
+    query_gradients<Dense>(p);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+    dense_key_gradients(const __grid_constant__ BandBackwardParams p) {
+    key_gradients_of<Dense>(p);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+    win_query_gradients(const __grid_constant__ BandBackwardParams p) {
+    query_gradients<Window>(p);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+    win_key_gradients(const __grid_constant__ BandBackwardParams p) {
+    key_gradients_of<Window>(p);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+    cmp_query_gradients(const __grid_constant__ BandBackwardParams p) {
+    query_gradients<Visible>(p);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+    cmp_key_gradients(const __grid_constant__ BandBackwardParams p) {
+    key_gradients_of<Visible>(p);
+}

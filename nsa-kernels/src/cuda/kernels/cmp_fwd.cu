@@ -1,0 +1,304 @@
+// Attention over compressed blocks, the importance of selection blocks, and the choice of n of them (SPEC 2.1, 2.2).
+//
+// o and lse as in band_fwd.cu, keys being compressed blocks. The importance of a block is the sum over the R heads of
+// p = 2^(s - m) 2^m / l, whose m and l are known at the end only. Scores are not computed twice: each row's p is summed to
+// selection blocks in registers (weights 1 2 2 2 1 at 32/16/64; a fourth of the scores), relative to the m of its tile of
+// keys, and kept with that m. At the end a warp a query sums the heads with their factors, and takes the n best online.
+//
+// Grid: a CTA a tile of ROWS / R queries and KV head, the last tiles first; where scores are kept in the workspace, as many
+// CTAs as run at once, each of which takes every so manyth tile.
+// Shared memory, bytes at D = 128 in bf16: as band_fwd.cu, m and 1 / l of each row, 8 x 128, the tile in turn, 16; then, if two
+// CTAs still fit, the kept scores: 4 x 128 x 9 a tile of 32 compressed keys.
+// Registers: as band_fwd.cu, and the last p of each row, which counts for the next tile's first block.
+// Roofline, a KV head: 2 R (Dk + Dv) FLOP a query and visible block (T / 2d of them at the end of T tokens on average);
+// keeping scores instead of a second product with k saves a third of that, and costs 9/8 numbers of 4 bytes each way a
+// row and selection block, from the L2 cache as long as it holds them.
+// Counted at R = 16, D = 128: 1.53 of these FLOP at T = 1,024, 1.26 at 2,048 (62 and 126 blocks in tiles of 32; the excess
+// is half a tile a query), bytes from memory 1.00 of the least; 1.02 of the passes over shared memory without conflicts.
+// Order of summation: flash.cuh for o; importance: within a row strides of a block from left to right by lanes of the quad,
+// heads first + 4 i in order, then the tree over first. Kept numbers do not depend on the number of CTAs.
+// Selection: exact on these f32 sums: higher first, of equal ones the lower block, NaN as 0; forced blocks first. Equal keys
+// have equal p as long as m has not followed a greater score between them.
+// Edges: rows without a visible block: o = 0, lse = -infinity; queries with at most n candidates take them all, unscored.
+// Tried: a second pass over k with the final lse (1.5 times the FLOP); p kept a compressed block (4 times the memory), which
+// is what is done where blocks do not fold (strides of other shapes).
+//
+// budget: kernel=cmp_forward threads=128 registers=255 spills=0 shared=66576
+#include "element.cuh"
+#include "config.cuh"
+#include "params.cuh"
+#include "band.cuh"
+
+constexpr int CHUNKS = SELECT_BLOCK / COMPRESS_STRIDE;
+constexpr int SPAN = COMPRESS_BLOCK / COMPRESS_STRIDE;
+// Where selection blocks are 2, 4 or 8 strides and compression blocks overlap at most by half, p is summed to selection
+// blocks in registers before it is kept; else it is kept as it is.
+constexpr bool FOLDED = (CHUNKS == 2 || CHUNKS == 4 || CHUNKS == 8) && SPAN <= 2 && KEYS / 8 % (CHUNKS / 2) == 0;
+constexpr int COLUMNS = FOLDED ? KEYS / CHUNKS : KEYS;
+// Lanes of a quad that have the same folded sums, and sums of a row that each of them keeps.
+constexpr int SHARING = FOLDED ? CHUNKS / 2 : 1;
+constexpr int OWN = FOLDED ? KEYS / 8 / SHARING : 1;
+constexpr int BLOCKS_OF_PART = FOLDED ? 8 / CHUNKS : 1;
+// A compression block counts for the selection block behind it too, which may lie in the next tile.
+constexpr int EXTRA = FOLDED ? SPAN - 1 : 0;
+// What is kept of a tile of keys: [ROWS, COLUMNS], and m, [ROWS].
+constexpr int KEPT = ROWS * (COLUMNS + 1);
+constexpr int FREE = SELECT_COUNT - SELECT_INITIAL - SELECT_LOCAL;
+static_assert(COLUMNS <= 32, "a warp sums the columns of a tile");
+
+// Where a block keeps scores: in its shared memory, or in a slot of its own in the workspace.
+__device__ __forceinline__ float* factors_of_rows() {
+    return reinterpret_cast<float*>(shared + ROWS_BYTES + 2 * STAGE_BYTES);
+}
+// The block's tile in turn lies in shared memory too, for want of registers.
+__device__ __forceinline__ u32* work_in_turn() { return reinterpret_cast<u32*>(factors_of_rows() + 2 * ROWS); }
+__device__ __forceinline__ float* kept_scores(const CmpForwardParams& p) {
+    return p.in_shared != 0 ? factors_of_rows() + 2 * ROWS + 4 : p.scores + blockIdx.x * p.slot_floats;
+}
+
+// Sums p of the keys before and of the tile to selection blocks and keeps them.
+struct Keep {
+    const CmpForwardParams& params;
+    bool wanted;
+    float carry[TILES][2];  // p of the last key of the tile before, in the quad's last lane
+
+    __device__ __forceinline__ Keep(const CmpForwardParams& p, bool scores) : params(p), wanted(scores) {
+#pragma unroll
+        for (int i = 0; i < TILES; ++i) carry[i][0] = carry[i][1] = 0.0f;
+    }
+    __device__ __forceinline__ void operator()(const BandFlash& flash, const BandScores& p, int index, bool rescaled,
+                                               const float (&factor)[TILES][2]) {
+        if (!wanted) return;
+        const int thread = anew(int(threadIdx.x)), lane = thread % 32;
+        float* const tile = kept_scores(params) + i64(index) * KEPT;
+#pragma unroll
+        for (int i = 0; i < TILES; ++i) {
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                const int row = thread / 32 * WARP_ROWS + i * 16 + h * 8 + lane / 4;
+                if (lane % 4 == 0) tile[ROWS * COLUMNS + row] = flash.m[i][h];
+                float* const to = tile + row * COLUMNS;
+                if constexpr (FOLDED) {
+                    if (rescaled) carry[i][h] *= factor[i][h];
+                    fold(p[i], h, carry[i][h], to);
+                    carry[i][h] = p[i][KEYS / 8 - 1][2 * h + 1];
+                } else {
+#pragma unroll
+                    for (int n = 0; n < KEYS / 8; ++n) {
+                        *reinterpret_cast<float2*>(to + n * 8 + lane % 4 * 2) = make_float2(p[i][n][2 * h], p[i][n][2 * h + 1]);
+                    }
+                }
+            }
+        }
+    }
+
+    // One row's sums, in the order that `slot` undoes: lanes that have the same sums share the writing.
+    static __device__ __forceinline__ void fold(const float (&p)[KEYS / 8][4], int h, float before, float* to) {
+        const int lane = threadIdx.x % 4;
+        float sums[KEYS / 8];
+#pragma unroll
+        for (int n = 0; n < KEYS / 8; ++n) {
+            const float even = p[n][2 * h], odd = p[n][2 * h + 1];
+            sums[n] = even + odd;
+            if constexpr (SPAN == 2) {
+                // The key before a lane's first is its neighbour's last: of this part, or of the one before.
+                const float last = n == 0 ? before : p[n == 0 ? 0 : n - 1][2 * h + 1];
+                const float left = __shfl_sync(ALL_LANES, lane == 3 ? last : odd, (threadIdx.x & 28) + (lane + 3) % 4);
+                sums[n] += left + even;
+            }
+#pragma unroll
+            for (int step = 1; step < SHARING; step *= 2) sums[n] += __shfl_xor_sync(ALL_LANES, sums[n], step);
+        }
+        float own[OWN];
+#pragma unroll
+        for (int x = 0; x < OWN; ++x) {
+            own[x] = sums[x];
+#pragma unroll
+            for (int other = 1; other < SHARING; ++other) {
+                const float mine = own[x], theirs = sums[other * OWN + x];
+                own[x] = lane % SHARING == other ? theirs : mine;
+            }
+        }
+        if constexpr (OWN == 4) {
+            *reinterpret_cast<float4*>(to + lane * 4) = make_float4(own[0], own[1], own[2], own[3]);
+        } else if constexpr (OWN == 2) {
+            *reinterpret_cast<float2*>(to + lane * 2) = make_float2(own[0], own[1]);
+        } else {
+#pragma unroll
+            for (int x = 0; x < OWN; ++x) to[lane * OWN + x] = own[x];
+        }
+    }
+    // Where `fold` puts a tile's selection block.
+    static __device__ __forceinline__ int slot(int block) {
+        const int part = block / BLOCKS_OF_PART, lane = block % BLOCKS_OF_PART * SHARING + part / OWN;
+        return lane * OWN + part % OWN;
+    }
+};
+
+// Scores of a query's candidates, from what is kept of its rows.
+struct Importance {
+    float* rows;  // of the query's first row
+    int visible;
+    int tiles;
+
+    // Sums the heads: P, or S if folded, is then in the place of the first head. factors: [ROWS, 2], m and 1 / l at the end.
+    __device__ __forceinline__ void sum_heads(const float* maxima, const float* factors) const {
+        constexpr int APART = 32 / COLUMNS;
+        const int lane = anew(int(threadIdx.x % 32)), column = lane % COLUMNS, first = lane / COLUMNS;
+        for (int tile = 0; tile < tiles; ++tile) {
+            float* const kept = rows + i64(tile) * KEPT + column;
+            const float* const m = maxima + i64(tile) * KEPT;
+            float sum = 0.0f;
+#pragma unroll 4
+            for (int r = first; r < GROUP; r += APART) {
+                sum += kept[r * COLUMNS] * (exp2_approx(m[r] - factors[2 * r]) * factors[2 * r + 1]);
+            }
+#pragma unroll
+            for (int step = COLUMNS; step < 32; step *= 2) sum += __shfl_xor_sync(ALL_LANES, sum, step);
+            if (first == 0) kept[0] = sum;
+        }
+        __syncwarp();
+    }
+    __device__ __forceinline__ float score(int block) const {
+        float sum = 0.0f;
+        if constexpr (FOLDED) {
+            const int tile = block / COLUMNS;
+            if (tile < tiles) sum = rows[i64(tile) * KEPT + Keep::slot(block % COLUMNS)];
+        } else {
+            for (int m = 0; m < CHUNKS; ++m) {
+                for (int r = 0; r < SPAN; ++r) {
+                    const int i = block * CHUNKS + m - r;
+                    if (i >= 0 && i < visible) sum += rows[i64(i / KEYS) * KEPT + i % KEYS];
+                }
+            }
+        }
+        // NaN has no order.
+        return sum > 0.0f ? sum : 0.0f;
+    }
+};
+
+// The best blocks so far, unordered over a warp's lanes; as scores are not negative, their bits are in their order.
+struct Best {
+    static constexpr int SLOTS = FREE > 0 ? ceil_div(FREE, 32) : 1;
+    static constexpr u32 NEVER = 0xffffffffu;
+    u32 scores[SLOTS];
+    int blocks[SLOTS];
+    u32 worst;
+
+    __device__ __forceinline__ Best(const Importance& importance) {
+#pragma unroll
+        for (int x = 0; x < SLOTS; ++x) {
+            const int place = threadIdx.x % 32 + 32 * x;
+            blocks[x] = place < FREE ? SELECT_INITIAL + place : -1;
+            scores[x] = place < FREE ? __float_as_uint(importance.score(blocks[x])) : NEVER;
+        }
+        find_worst();
+    }
+    __device__ __forceinline__ void find_worst() {
+        u32 least = scores[0];
+#pragma unroll
+        for (int x = 1; x < SLOTS; ++x) least = scores[x] < least ? scores[x] : least;
+        worst = __reduce_min_sync(ALL_LANES, least);
+    }
+    // In the place of the worst one; of several, the last.
+    __device__ __forceinline__ void insert(u32 score, int block) {
+        int last = -1;
+#pragma unroll
+        for (int x = 0; x < SLOTS; ++x) last = scores[x] == worst && blocks[x] > last ? blocks[x] : last;
+        last = __reduce_max_sync(ALL_LANES, last);
+#pragma unroll
+        for (int x = 0; x < SLOTS; ++x) {
+            if (blocks[x] == last) {
+                blocks[x] = block;
+                scores[x] = score;
+            }
+        }
+        find_worst();
+    }
+    // Blocks `from` to `end`, which come after all before: only a higher score puts one in.
+    __device__ __forceinline__ void offer(const Importance& importance, int from, int end) {
+        for (int base = from; base < end; base += 32) {
+            const int block = base + threadIdx.x % 32;
+            const u32 score = block < end ? __float_as_uint(importance.score(block)) : 0;
+            u32 better = __ballot_sync(ALL_LANES, score > worst);
+            while (better != 0) {
+                const int lane = __ffs(better) - 1;
+                better &= better - 1;
+                const u32 next = __shfl_sync(ALL_LANES, score, lane);
+                if (next > worst) insert(next, base + lane);
+            }
+        }
+    }
+    // Ascending.
+    __device__ __forceinline__ void write(int* list) const {
+        int rank[SLOTS] = {};
+#pragma unroll 4
+        for (int other = 0; other < FREE; ++other) {
+            const int block = __shfl_sync(ALL_LANES, blocks[SLOTS == 1 ? 0 : other / 32], other % 32);
+#pragma unroll
+            for (int x = 0; x < SLOTS; ++x) rank[x] += block < blocks[x];
+        }
+#pragma unroll
+        for (int x = 0; x < SLOTS; ++x) {
+            if (blocks[x] >= 0) list[rank[x]] = blocks[x];
+        }
+    }
+};
+
+// Writes the list of one query; a warp's work.
+__device__ __forceinline__ void select(const CmpForwardParams& p, const BandTile& tile, int query, float* kept, const float* factors) {
+    const int row = query * GROUP, t = tile.position(row), candidates = t / SELECT_BLOCK + 1;
+    const int lane = anew(int(threadIdx.x % 32));
+    int* const list = p.block_indices + (tile.token(row) * KV_HEADS + tile.head) * SELECT_COUNT;
+    if (candidates <= SELECT_COUNT) {
+        for (int i = lane; i < SELECT_COUNT; i += 32) list[i] = i < candidates ? i : -1;
+        return;
+    }
+    for (int i = lane; i < SELECT_INITIAL; i += 32) list[i] = i;
+    for (int i = lane; i < SELECT_LOCAL; i += 32) list[SELECT_COUNT - SELECT_LOCAL + i] = candidates - SELECT_LOCAL + i;
+    if constexpr (FREE > 0) {
+        const int visible = Visible(tile.sequence).end(t);
+        const int tiles = visible > 0 ? ceil_div(visible + EXTRA, KEYS) : 0;
+        const Importance importance{kept + row * COLUMNS, visible, tiles};
+        importance.sum_heads(kept + ROWS * COLUMNS + row, factors + 2 * row);
+        Best best(importance);
+        best.offer(importance, SELECT_INITIAL + FREE, candidates - SELECT_LOCAL);
+        best.write(list + SELECT_INITIAL);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1) cmp_forward(const __grid_constant__ CmpForwardParams p) {
+    for (u32 work = blockIdx.x; work < u32(p.common.tiles * KV_HEADS); work += gridDim.x) {
+        if (threadIdx.x == 0) *work_in_turn() = work;
+        BandTile tile(p.common, work);
+        const bool selects = p.block_indices != nullptr;
+        const bool scores = selects && FREE > 0 && tile.position(tile.rows - 1) / SELECT_BLOCK + 1 > SELECT_COUNT;
+        Keep keep(p, scores);
+        BandFlash flash;
+        attend<EXTRA>(p.common, tile, Visible(tile.sequence), flash, keep);
+        work = *work_in_turn();
+        tile = BandTile(p.common, work);
+        const int thread = anew(int(threadIdx.x)), base = thread / 32 * WARP_ROWS, lane = thread % 32;
+        if (lane % 4 == 0) {
+#pragma unroll
+            for (int i = 0; i < TILES; ++i) {
+#pragma unroll
+                for (int h = 0; h < 2; ++h) {
+                    float* const to = factors_of_rows() + 2 * (base + i * 16 + h * 8 + lane / 4);
+                    to[0] = flash.m[i][h];
+                    to[1] = flash.inverse(i, h);
+                }
+            }
+        }
+        write_rows(p.common, tile, flash, base, tile.rows - base < WARP_ROWS ? tile.rows - base : WARP_ROWS);
+        __syncthreads();
+        if (selects) {
+            for (int query = thread / 32; query < tile.rows / GROUP; query += WARPS) {
+                select(p, tile, query, kept_scores(p), factors_of_rows());
+            }
+        }
+        __syncthreads();
+        work = *work_in_turn();
+        __syncthreads();
+    }
+}

@@ -1,0 +1,157 @@
+// The core that all forwards share: a warp's rows of queries meet a tile of keys and values.
+//
+// A warp has TILES x 16 rows. Scores of KEYS keys are a product in registers; their exponentials are the left side of the
+// product with the values, without leaving the registers. Softmax is online, in powers of two: with m near the greatest
+// score so far (in units of log2),
+//   p = 2^(scale log2(e) s - m),   l = sum of p,   o = sum of p v (p rounded to Element),   lse = (m + log2 l) / log2(e).
+// m follows the greatest score only when that has grown by more than SLACK: p is at most 2^SLACK then, o and l are seldom
+// scaled, and no lane asks the others for their maximum before one of them has to. Any m gives the same quotient o / l.
+//
+// Order of summation: keys in the order of tiles; within one, as in product.cuh; l: each lane its columns, then the quad's
+// four lanes.
+#pragma once
+#include "product.cuh"
+
+constexpr float SLACK = 8.0f;
+constexpr float LN_2 = 0.6931471805599453f;
+
+using Keys = Tile<HEAD_DIM_QK>;
+using Values = Tile<HEAD_DIM_V>;
+constexpr int PARTS_V = Values::PADDED / 8;
+
+template <int TILES, bool HELD>
+using Queries = Rows<HEAD_DIM_QK, TILES, HELD>;
+
+// Scores, then their exponentials.
+template <int TILES, int KEYS>
+using Scores = Parts<TILES, KEYS>;
+
+template <int TILES, int KEYS>
+struct Flash {
+    static constexpr int PARTS = KEYS / 8;
+    float o[TILES][PARTS_V][4];
+    float m[TILES][2];
+    float l[TILES][2];
+
+    __device__ __forceinline__ Flash() {
+        clear<TILES, Values::PADDED>(o);
+#pragma unroll
+        for (int i = 0; i < TILES; ++i) {
+            m[i][0] = m[i][1] = negative_infinity();
+            l[i][0] = l[i][1] = 0.0f;
+        }
+    }
+
+    // s = q k^T.
+    template <bool HELD>
+    __device__ __forceinline__ void multiply_keys(Scores<TILES, KEYS>& s, const Queries<TILES, HELD>& q, const char* keys) {
+        dot_rows<HEAD_DIM_QK, TILES, KEYS, HELD>(s, q, keys);
+    }
+
+    // o += p v.
+    __device__ __forceinline__ void multiply_values(const Scores<TILES, KEYS>& p, const char* values) {
+        add_rows<HEAD_DIM_V, 0, Values::PADDED, TILES, KEYS>(o, p, values);
+    }
+
+    // Scores, minus infinity where masked, become p; l grows. Returns whether m has changed, and the factor by which, for
+    // what else is kept relative to m.
+    __device__ __forceinline__ bool exponentials(Scores<TILES, KEYS>& s, float scale_log2, float (&factor)[TILES][2]) {
+        float top[TILES][2];
+        bool grown = false;
+#pragma unroll
+        for (int i = 0; i < TILES; ++i) {
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                float most = fmaxf(s[i][0][2 * h], s[i][0][2 * h + 1]);
+#pragma unroll
+                for (int n = 1; n < PARTS; ++n) most = fmaxf(most, fmaxf(s[i][n][2 * h], s[i][n][2 * h + 1]));
+                top[i][h] = most * scale_log2;
+                grown |= top[i][h] > m[i][h] + SLACK;
+            }
+        }
+        const bool changed = __any_sync(ALL_LANES, grown);
+        if (changed) follow(top, factor);
+#pragma unroll
+        for (int i = 0; i < TILES; ++i) {
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                const float base = m[i][h] == negative_infinity() ? 0.0f : m[i][h];
+                float sum = 0.0f;
+#pragma unroll
+                for (int n = 0; n < PARTS; ++n) {
+#pragma unroll
+                    for (int c = 2 * h; c < 2 * h + 2; ++c) {
+                        s[i][n][c] = exp2_approx(fmaf(s[i][n][c], scale_log2, -base));
+                        sum += s[i][n][c];
+                    }
+                }
+                l[i][h] += sum;
+            }
+        }
+        return changed;
+    }
+
+    // l over the quad; o is divided by it.
+    __device__ __forceinline__ void finish() {
+#pragma unroll
+        for (int i = 0; i < TILES; ++i) {
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                l[i][h] = quad_sum(l[i][h]);
+                const float factor = inverse(i, h);
+#pragma unroll
+                for (int n = 0; n < PARTS_V; ++n) {
+                    o[i][n][2 * h] *= factor;
+                    o[i][n][2 * h + 1] *= factor;
+                }
+            }
+        }
+    }
+
+    // 1 / l, 0 for a row without keys; a NaN goes on to the output.
+    __device__ __forceinline__ float inverse(int i, int h) const { return l[i][h] == 0.0f ? 0.0f : 1.0f / l[i][h]; }
+
+    // Natural logarithm of the softmax's denominator. m is a score times scale_log2, which is rounded: `unscale` is
+    // scale / scale_log2 in two parts, so that m becomes scale times the score again.
+    __device__ __forceinline__ float lse(int i, int h, const float (&unscale)[2]) const {
+        if (l[i][h] == 0.0f) return negative_infinity();
+        return fmaf(m[i][h], unscale[0], fmaf(m[i][h], unscale[1], log2_approx(l[i][h]) * LN_2));
+    }
+
+    // o of rows 0..16 TILES to a tile of shared memory.
+    __device__ __forceinline__ void put(char* tile) const {
+        const int lane = threadIdx.x % 32;
+#pragma unroll
+        for (int i = 0; i < TILES; ++i) {
+#pragma unroll
+            for (int n = 0; n < PARTS_V; ++n) {
+#pragma unroll
+                for (int h = 0; h < 2; ++h) {
+                    char* to = tile + Values::at(i * 16 + h * 8 + lane / 4, n * 8 + lane % 4 * 2);
+                    store_two<Element>(to, o[i][n][2 * h], o[i][n][2 * h + 1]);
+                }
+            }
+        }
+    }
+
+private:
+    // m becomes the greatest score of the rows that have grown; l and o follow.
+    __device__ __forceinline__ void follow(const float (&top)[TILES][2], float (&factor)[TILES][2]) {
+#pragma unroll
+        for (int i = 0; i < TILES; ++i) {
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                const float most = quad_max(top[i][h]);
+                const bool grown = most > m[i][h] + SLACK;
+                factor[i][h] = grown ? exp2_approx(m[i][h] - most) : 1.0f;
+                m[i][h] = grown ? most : m[i][h];
+                l[i][h] *= factor[i][h];
+#pragma unroll
+                for (int n = 0; n < PARTS_V; ++n) {
+                    o[i][n][2 * h] *= factor[i][h];
+                    o[i][n][2 * h + 1] *= factor[i][h];
+                }
+            }
+        }
+    }
+};

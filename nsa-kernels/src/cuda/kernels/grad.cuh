@@ -1,0 +1,168 @@
+// What all gradients of attention share (SPEC 3). With do^c = g do,
+//   delta = sum_d do^c o,   p = e^(scale q k - lse),   ds = p (g do v - delta),
+//   dq += scale sum ds k,   dk = scale sum ds q,   dv = sum (g p) do;   g p and ds are rounded to Element.
+#pragma once
+#include "product.cuh"
+#include "sequence.cuh"
+
+constexpr float LOG2_E = 1.4426950408889634f;
+
+using Keys = Tile<HEAD_DIM_QK>;
+using Values = Tile<HEAD_DIM_V>;
+
+// Of a row: lse (0 without keys), delta, g, and the query's position plus one, which is 0 of rows that are none.
+using RowFacts = float4;
+
+__device__ __forceinline__ int position_of(const RowFacts& facts) { return __float_as_int(facts.w) - 1; }
+
+// p of a score; a masked score is minus infinity.
+__device__ __forceinline__ float probability(float score, float scale, const RowFacts& facts) {
+    return exp2_approx(fmaf(score, scale, -facts.x) * LOG2_E);
+}
+
+// Facts of all rows; a warp takes one, lanes go along it.
+template <class P>
+__device__ __forceinline__ void row_facts(const P& p) {
+    const i64 row = (i64(blockIdx.x) * blockDim.x + threadIdx.x) / 32;
+    if (row >= p.rows) return;
+    const int lane = threadIdx.x % 32;
+    const float gate = p.gates == nullptr ? 1.0f : to_float(p.gates[row * 3 + p.gate]);
+    float sum = 0.0f;
+    for (int d = lane; d < HEAD_DIM_V; d += 32) {
+        const float d_o = to_float(p.d_o[row * HEAD_DIM_V + d]) * gate;
+        sum = fmaf(d_o, to_float(p.o[row * HEAD_DIM_V + d]), sum);
+    }
+    sum = warp_sum(sum);
+    if (lane == 0) {
+        const int token = int(row / HEADS);
+        const Sequence seq = find_sequence<0>(p.sequences, p.num_sequences, token);
+        const int position = seq.context + token - seq.query;
+        const float lse = p.lse[row];
+        p.facts[row] = make_float4(lse == negative_infinity() ? 0.0f : lse, sum, gate, __int_as_float(position + 1));
+    }
+}
+
+// Adds scale times a warp's rows to dq.
+template <class Place>
+__device__ __forceinline__ void add_query_gradients(const Parts<1, Keys::PADDED>& dq, float scale, const Place& place) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+        float* const to = place(h * 8 + lane / 4);
+        if (to == nullptr) continue;
+#pragma unroll
+        for (int n = 0; n < Keys::PADDED / 8; ++n) {
+#pragma unroll
+            for (int c = 0; c < 2; ++c) {
+                const int d = n * 8 + lane % 4 * 2 + c;
+                if (d < HEAD_DIM_QK) to[d] += scale * dq[0][n][2 * h + c];
+            }
+        }
+    }
+}
+
+// Rows of queries and of do through two stages, for a block that owns keys.
+constexpr int KEY_ROWS = 16 * WARPS;
+constexpr int QUERY_STAGE_BYTES = QUERY_ROWS * (Keys::PITCH + Values::PITCH + int(sizeof(RowFacts)));
+constexpr int OWN_BYTES = KEY_ROWS * (Keys::PITCH + Values::PITCH);
+// Where dk and dv do not fit into the registers of one warp, two blocks take one each.
+constexpr bool APART = Keys::PADDED + Values::PADDED > 320;
+
+// Starts to copy rows `first`.. of the queries to a stage: q, do, facts. `row(i)` is the place of row i in tensors [N, HEADS].
+template <class P, class Row>
+__device__ __forceinline__ void load_query_rows(const P& p, u32 to, int first, int rows, const Row& row) {
+    const int thread = anew(int(threadIdx.x)), count = rows - first;
+    const auto place = [&](int r) { return row(first + r); };
+    load_rows<HEAD_DIM_QK, QUERY_ROWS, 32 * WARPS, QK_COPY_BYTES>(to, thread, count,
+                                                                  [&](int r) { return p.q + place(r) * HEAD_DIM_QK; });
+    load_rows<HEAD_DIM_V, QUERY_ROWS, 32 * WARPS, V_COPY_BYTES>(to + QUERY_ROWS * Keys::PITCH, thread, count,
+                                                                [&](int r) { return p.d_o + place(r) * HEAD_DIM_V; });
+    for (int r = thread; r < QUERY_ROWS; r += 32 * WARPS) {
+        const bool there = r < count;
+        copy_async<16>(to + QUERY_ROWS * (Keys::PITCH + Values::PITCH) + r * 16, p.facts + place(there ? r : 0), there);
+    }
+}
+
+using QueryScores = Parts<1, QUERY_ROWS>;
+
+// Gradients of a warp's 16 keys.
+template <bool K, bool V>
+struct KeyGradients {
+    float dk[1][K ? Keys::PADDED / 8 : 1][4];
+    float dv[1][V ? Values::PADDED / 8 : 1][4];
+
+    __device__ __forceinline__ KeyGradients() {
+        if constexpr (K) clear<1, Keys::PADDED>(dk);
+        if constexpr (V) clear<1, Values::PADDED>(dv);
+    }
+
+    // Of QUERY_ROWS rows in a stage; `sees(position, key)` for keys from that of the warp's first row on.
+    template <class Sees>
+    __device__ __forceinline__ void add(const char* keys, const char* values, const char* stage, float scale, bool whole,
+                                        const Sees& sees) {
+        const char* const d_o = stage + QUERY_ROWS * Keys::PITCH;
+        const RowFacts* const facts = reinterpret_cast<const RowFacts*>(d_o + QUERY_ROWS * Values::PITCH);
+        const int lane = anew(int(threadIdx.x % 32));
+        QueryScores p;
+        dot_rows<HEAD_DIM_QK, 1, QUERY_ROWS, false>(p, Rows<HEAD_DIM_QK, 1, false>(keys), stage);
+#pragma unroll
+        for (int n = 0; n < QUERY_ROWS / 8; ++n) {
+#pragma unroll
+            for (int c = 0; c < 2; ++c) {
+                const RowFacts row = facts[n * 8 + lane % 4 * 2 + c];
+                const int t = position_of(row);
+#pragma unroll
+                for (int h = 0; h < 2; ++h) {
+                    float& score = p[0][n][2 * h + c];
+                    const bool seen = whole || (t >= 0 && sees(t, h * 8 + lane / 4));
+                    score = seen ? probability(score, scale, row) : 0.0f;
+                }
+            }
+        }
+        if constexpr (K) {
+            QueryScores ds;
+            dot_rows<HEAD_DIM_V, 1, QUERY_ROWS, false>(ds, Rows<HEAD_DIM_V, 1, false>(values), d_o);
+#pragma unroll
+            for (int n = 0; n < QUERY_ROWS / 8; ++n) {
+#pragma unroll
+                for (int x = 0; x < 4; ++x) {
+                    const RowFacts row = facts[n * 8 + lane % 4 * 2 + x % 2];
+                    ds[0][n][x] = p[0][n][x] * (row.z * ds[0][n][x] - row.y);
+                }
+            }
+            add_rows<HEAD_DIM_QK, 0, Keys::PADDED, 1, QUERY_ROWS>(dk, ds, stage);
+        }
+        if constexpr (V) {
+#pragma unroll
+            for (int n = 0; n < QUERY_ROWS / 8; ++n) {
+#pragma unroll
+                for (int x = 0; x < 4; ++x) p[0][n][x] *= facts[n * 8 + lane % 4 * 2 + x % 2].z;
+            }
+            add_rows<HEAD_DIM_V, 0, Values::PADDED, 1, QUERY_ROWS>(dv, p, d_o);
+        }
+    }
+
+    // Writes rows 0..rows, row r to dk + r APART_ROWS HEAD_DIM_QK and dv likewise.
+    template <int APART_ROWS>
+    __device__ __forceinline__ void write(float* to_k, float* to_v, int rows, float scale) const {
+        const int lane = threadIdx.x % 32;
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            const int row = h * 8 + lane / 4;
+            if (row >= rows) continue;
+            if constexpr (K) write_row<HEAD_DIM_QK>(to_k + i64(row) * APART_ROWS * HEAD_DIM_QK, dk[0], h, scale);
+            if constexpr (V) write_row<HEAD_DIM_V>(to_v + i64(row) * APART_ROWS * HEAD_DIM_V, dv[0], h, 1.0f);
+        }
+    }
+    template <int DIM, int N>
+    static __device__ __forceinline__ void write_row(float* to, const float (&from)[N][4], int h, float scale) {
+#pragma unroll
+        for (int n = 0; n < N; ++n) {
+#pragma unroll
+            for (int c = 0; c < 2; ++c) {
+                const int d = n * 8 + threadIdx.x % 4 * 2 + c;
+                if (d < DIM) to[d] = scale * from[n][2 * h + c];
+            }
+        }
+    }
+};

@@ -1,0 +1,122 @@
+// Instructions of tensor cores and of copies past registers (sm_80), and what a warp shares.
+#pragma once
+#include "element.cuh"
+
+constexpr u32 ALL_LANES = 0xffffffffu;
+
+__host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+__host__ __device__ constexpr int round_up(int a, int b) { return ceil_div(a, b) * b; }
+
+// The same value, of which the compiler knows nothing: what follows from it is computed anew where it is used, and takes no
+// registers across a loop.
+__device__ __forceinline__ int anew(int x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
+
+// The address that instructions for shared memory take.
+__device__ __forceinline__ u32 shared_address(const void* pointer) { return u32(__cvta_generic_to_shared(pointer)); }
+
+// Four 8x8 matrices of 16-bit elements; lane l names row l % 8 of matrix l / 8 and gets elements 2 (l % 4), + 1 of row l / 4.
+__device__ __forceinline__ void load_matrices(u32 (&to)[4], u32 address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(address)
+                 : "memory");
+}
+
+// The same, each matrix transposed.
+__device__ __forceinline__ void load_transposed(u32 (&to)[4], u32 address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(address)
+                 : "memory");
+}
+
+// c[16 x 8] += a[16 x 16] b[16 x 8]. Lane l has elements (l / 4 and 8 later, 2 (l % 4) and + 1) of c.
+template <class T>
+__device__ __forceinline__ void multiply(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1);
+template <>
+__device__ __forceinline__ void multiply<Bf16>(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+template <>
+__device__ __forceinline__ void multiply<F16>(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Two elements of an operand. Of float there are none: that path is compiled, as the condition does not depend on a template's
+// parameter, but not taken.
+template <class T>
+__device__ __forceinline__ u32 operand(float low, float high) {
+    if constexpr (sizeof(T) == 2) {
+        return pack<T>(low, high);
+    } else {
+        return 0;
+    }
+}
+
+// Writes two elements to shared memory.
+template <class T>
+__device__ __forceinline__ void store_two(char* to, float first, float second) {
+    if constexpr (sizeof(T) == 2) {
+        *reinterpret_cast<u32*>(to) = pack<T>(first, second);
+    } else {
+        *reinterpret_cast<float2*>(to) = make_float2(first, second);
+    }
+}
+
+// Starts to copy BYTES (4, 8, 16) to shared memory; zeros where `there` is false, and nothing is read then. Two bytes are
+// copied at once.
+template <int BYTES>
+__device__ __forceinline__ void copy_async(u32 to, const void* from, bool there) {
+    if constexpr (BYTES == 16) {
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(there ? 16 : 0) : "memory");
+    } else if constexpr (BYTES == 2) {
+        const u16 value = there ? *static_cast<const u16*>(from) : u16(0);
+        asm volatile("st.shared.u16 [%0], %1;" ::"r"(to), "h"(value) : "memory");
+    } else {
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(from), "n"(BYTES), "r"(there ? BYTES : 0)
+                     : "memory");
+    }
+}
+
+// Starts to copy 16 bytes to shared memory.
+__device__ __forceinline__ void copy_chunk(u32 to, const void* from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
+
+__device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits until at most PENDING of this thread's groups are under way.
+template <int PENDING>
+__device__ __forceinline__ void copy_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
+// 2^x, 0 for minus infinity.
+__device__ __forceinline__ float exp2_approx(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+__device__ __forceinline__ float log2_approx(float x) {
+    float y;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// Over the four lanes that share rows of a product.
+__device__ __forceinline__ float quad_max(float x) {
+    x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, 1));
+    return fmaxf(x, __shfl_xor_sync(ALL_LANES, x, 2));
+}
+__device__ __forceinline__ float quad_sum(float x) {
+    x += __shfl_xor_sync(ALL_LANES, x, 1);
+    return x + __shfl_xor_sync(ALL_LANES, x, 2);
+}

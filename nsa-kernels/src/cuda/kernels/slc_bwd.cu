@@ -1,0 +1,306 @@
+// Gradients of attention over selected blocks (SPEC 3; see grad.cuh).
+//
+// dq: a warp a query, as in slc_fwd.cu. dk and dv: the lists are inverted on the device first, to the queries of each block of keys,
+// in order: a counting sort of parts of the queries (count, sum over parts, sum over blocks, scatter), O(N n) memory and no
+// atomics but counts. A CTA then takes a block of keys (or a share of one of more than 16 WARPS keys) and up to WORK_QUERIES of
+// its queries, gathers their rows, and has dk and dv in registers. Blocks with more queries (a forced block has all) are
+// several works, whose gradients are added in order by a kernel at the end.
+// Shared memory, bytes at D = 128 in bf16: dq, a warp: 2 stages x 16 x 512, q and do 16 x 512, the list 64; dk and dv as in
+// band_bwd.cu.
+// Registers: as in band_bwd.cu.
+// Roofline, a query and KV head: dq 2 R (2 Dk + Dv) n l' FLOP, bound by the cache as the forward; dk and dv 4 R (Dk + Dv) n l'
+// FLOP, for 2 R (Dk + Dv) bytes a query and block.
+// Order of summation: dq: blocks in order; dk, dv: queries in order, then heads; works in order.
+// Edges: as in slc_fwd.cu. Blocks that no query has selected have gradients of 0.
+//
+// budget: kernel=slc_row_facts threads=256 registers=40 spills=0 shared=0
+// budget: kernel=slc_query_gradients threads=128 registers=255 spills=0 shared=98560
+// budget: kernel=slc_count threads=256 registers=40 spills=0 shared=0
+// budget: kernel=slc_sum_parts threads=256 registers=40 spills=0 shared=0
+// budget: kernel=slc_sum_blocks threads=1024 registers=64 spills=0 shared=256
+// budget: kernel=slc_scatter threads=32 registers=64 spills=0 shared=0
+// budget: kernel=slc_key_gradients threads=128 registers=255 spills=0 shared=66560
+// budget: kernel=slc_add_works threads=256 registers=64 spills=0 shared=0
+#include "element.cuh"
+#include "config.cuh"
+#include "params.cuh"
+#include "grad.cuh"
+#include "select.cuh"
+
+constexpr int STAGE_BYTES = KEYS * (Keys::PITCH + Values::PITCH);
+constexpr int WARP_BYTES = 2 * STAGE_BYTES + ROWS * (Keys::PITCH + Values::PITCH) + LIST_BYTES;
+constexpr int THREADS = 32 * WARPS;
+// Rows of a block of keys that one CTA takes, and CTAs a block.
+constexpr int SHARES = ceil_div(SELECT_BLOCK, KEY_ROWS);
+
+extern __shared__ __align__(128) char shared[];
+
+extern "C" __global__ void __launch_bounds__(256) slc_row_facts(const __grid_constant__ SlcBackwardParams p) {
+    row_facts(p.common);
+}
+
+// ds of a step: from scores s and do v.
+__device__ __forceinline__ void score_gradients(Parts<1, KEYS>& ds, const Parts<1, KEYS>& s, float scale, const RowFacts (&facts)[2],
+                                                const Blocks& blocks, const SelectTile& tile) {
+    const int lane = threadIdx.x % 32;
+    const bool whole = blocks.whole();
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+        const int row = h * 8 + lane / 4, end = tile.has(row) ? blocks.count_of(tile.query_of(row)) : 0;
+#pragma unroll
+        for (int n = 0; n < KEYS / 8; ++n) {
+#pragma unroll
+            for (int c = 2 * h; c < 2 * h + 2; ++c) {
+                const bool seen = whole || n * 8 + lane % 4 * 2 + c % 2 < end;
+                const float p = seen ? probability(s[0][n][c], scale, facts[h]) : 0.0f;
+                ds[0][n][c] = p * (facts[h].z * ds[0][n][c] - facts[h].y);
+            }
+        }
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1) slc_query_gradients(const __grid_constant__ SlcBackwardParams params) {
+    const BandBackwardParams& p = params.common;
+    const int lane = threadIdx.x % 32;
+    const SelectTile tile(p.sequences, p.num_sequences, p.query_tiles);
+    if (tile.queries == 0) return;
+    char* const own = shared + threadIdx.x / 32 * WARP_BYTES;
+    char* const rows = own + 2 * STAGE_BYTES;
+    char* const d_o = rows + ROWS * Keys::PITCH;
+    int* const lists = reinterpret_cast<int*>(d_o + ROWS * Values::PITCH);
+    const auto place = [&](int row) { return tile.token(row) * HEADS + tile.query_head(row); };
+    const auto there = [&](int row) { return place(tile.has(row) ? row : 0); };
+    const int count = tile.queries * HEADS_PER_TILE;
+    load_rows<HEAD_DIM_QK, ROWS, 32, QK_COPY_BYTES>(shared_address(rows), lane, count,
+                                                    [&](int row) { return p.q + there(row) * HEAD_DIM_QK; });
+    load_rows<HEAD_DIM_V, ROWS, 32, V_COPY_BYTES>(shared_address(d_o), lane, count,
+                                                  [&](int row) { return p.d_o + there(row) * HEAD_DIM_V; });
+    tile.load_lists(lists, params.block_indices);
+    RowFacts facts[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+        const int row = h * 8 + lane / 4;
+        facts[h] = tile.has(row) ? p.facts[place(row)] : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    }
+    __syncwarp();
+    const KeyRows<HEAD_DIM_QK> k(p.k, nullptr, tile.sequence.key, tile.head);
+    const KeyRows<HEAD_DIM_V> v(p.v, nullptr, tile.sequence.key, tile.head);
+    const auto load = [&](const Blocks& blocks, int stage) {
+        if (!blocks.done()) {
+            const u32 to = shared_address(own) + stage * STAGE_BYTES;
+            load_rows<HEAD_DIM_QK, KEYS, 32, QK_COPY_BYTES>(to, lane, blocks.count(), k.from(blocks.token()));
+            load_rows<HEAD_DIM_V, KEYS, 32, V_COPY_BYTES>(to + KEYS * Keys::PITCH, lane, blocks.count(), v.from(blocks.token()));
+        }
+        copy_commit();
+    };
+    Blocks now(lists, tile.queries, tile.position(0));
+    Blocks ahead = now;
+    load(ahead, 0);
+    if (!ahead.done()) ahead.next();
+    float dq[1][Keys::PADDED / 8][4];
+    clear<1, Keys::PADDED>(dq);
+    for (int stage = 0; !now.done(); now.next(), stage ^= 1) {
+        copy_wait<0>();
+        __syncwarp();
+        load(ahead, stage ^ 1);
+        if (!ahead.done()) ahead.next();
+        const char* const keys = own + stage * STAGE_BYTES;
+        Parts<1, KEYS> s, ds;
+        dot_rows<HEAD_DIM_QK, 1, KEYS, false>(s, Rows<HEAD_DIM_QK, 1, false>(rows), keys);
+        dot_rows<HEAD_DIM_V, 1, KEYS, false>(ds, Rows<HEAD_DIM_V, 1, false>(d_o), keys + KEYS * Keys::PITCH);
+        score_gradients(ds, s, p.scale, facts, now, tile);
+        add_rows<HEAD_DIM_QK, 0, Keys::PADDED, 1, KEYS>(dq, ds, keys);
+    }
+    copy_wait<0>();
+    add_query_gradients(dq, p.scale,
+                        [&](int row) { return tile.has(row) ? p.dq + place(row) * HEAD_DIM_QK : nullptr; });
+}
+
+// The inverse index: for every block of keys, KV heads outermost, the queries that have selected it, in order. Queries are
+// cut into parts; each part counts its queries a block, sums over parts and blocks say where each part's go.
+
+// Place of a block in `[KV_HEADS, blocks]`; -1 if the list names none there.
+__device__ __forceinline__ int block_of(const SlcBackwardParams& p, int token, int head, int place) {
+    const int block = p.block_indices[(i64(token) * KV_HEADS + head) * SELECT_COUNT + place];
+    const Sequence seq = find_sequence<0>(p.common.key_sequences, p.common.num_sequences, token);
+    if (block < 0 || block > (seq.context + token - seq.query) / SELECT_BLOCK) return -1;
+    return head * p.blocks + seq.tile + block;
+}
+
+// counts [parts, KV_HEADS blocks], zero before. A thread an entry of the lists.
+extern "C" __global__ void __launch_bounds__(256) slc_count(const __grid_constant__ SlcBackwardParams p) {
+    const i64 entry = i64(blockIdx.x) * blockDim.x + threadIdx.x;
+    const int token = int(entry / (KV_HEADS * SELECT_COUNT)), rest = int(entry % (KV_HEADS * SELECT_COUNT));
+    if (token >= p.tokens) return;
+    const int block = block_of(p, token, rest / SELECT_COUNT, rest % SELECT_COUNT);
+    if (block >= 0) atomicAdd(p.counts + i64(token / p.part_tokens) * KV_HEADS * p.blocks + block, 1);
+}
+
+// Per block the sum over its parts, and in each part's place the sum before it. A thread a block.
+extern "C" __global__ void __launch_bounds__(256) slc_sum_parts(const __grid_constant__ SlcBackwardParams p) {
+    const int block = blockIdx.x * blockDim.x + threadIdx.x;
+    if (block >= KV_HEADS * p.blocks) return;
+    int sum = 0;
+    for (int part = 0; part < p.parts; ++part) {
+        int& count = p.counts[i64(part) * KV_HEADS * p.blocks + block];
+        const int own = count;
+        count = sum;
+        sum += own;
+    }
+    p.totals[block] = sum;
+}
+
+// Sums over the blocks before each: of queries, and of the works that its queries are cut into. One CTA.
+extern "C" __global__ void __launch_bounds__(1024) slc_sum_blocks(const __grid_constant__ SlcBackwardParams p) {
+    __shared__ int2 sums[32];
+    const int thread = threadIdx.x, lane = thread % 32, all = KV_HEADS * p.blocks;
+    int2 before = make_int2(0, 0);
+    for (int first = 0; first < all; first += 1024) {
+        const int block = first + thread, total = block < all ? p.totals[block] : 0;
+        const int works = block < all ? (total > WORK_QUERIES ? ceil_div(total, WORK_QUERIES) : 1) : 0;
+        int2 sum = make_int2(total, works);
+#pragma unroll
+        for (int step = 1; step < 32; step *= 2) {
+            const int queries = __shfl_up_sync(ALL_LANES, sum.x, step), other = __shfl_up_sync(ALL_LANES, sum.y, step);
+            if (lane >= step) sum.x += queries, sum.y += other;
+        }
+        if (lane == 31) sums[thread / 32] = sum;
+        __syncthreads();
+        int2 chunk = make_int2(0, 0), mine = before;
+        for (int warp = 0; warp < 32; ++warp) {
+            if (warp == thread / 32) mine.x += chunk.x, mine.y += chunk.y;
+            chunk.x += sums[warp].x, chunk.y += sums[warp].y;
+        }
+        before.x += chunk.x, before.y += chunk.y;
+        __syncthreads();
+        if (block < all) {
+            p.starts[block] = mine.x + sum.x - total;
+            const int start = mine.y + sum.y - works;
+            p.work_starts[block] = start;
+            for (int i = 0; i < works; ++i) p.works[start + i] = block;
+        }
+    }
+    if (thread == 0) p.work_starts[all] = before.y;
+}
+
+// Writes the queries to their places; a warp a part and KV head goes through its queries in order.
+extern "C" __global__ void __launch_bounds__(32) slc_scatter(const __grid_constant__ SlcBackwardParams p) {
+    const int part = blockIdx.x, head = blockIdx.y;
+    int* const counts = p.counts + i64(part) * KV_HEADS * p.blocks;
+    const int end = (part + 1) * p.part_tokens < p.tokens ? (part + 1) * p.part_tokens : p.tokens;
+    for (int token = part * p.part_tokens; token < end; ++token) {
+        for (int place = threadIdx.x; place < SELECT_COUNT; place += 32) {
+            const int block = block_of(p, token, head, place);
+            if (block >= 0) p.lists[p.starts[block] + counts[block]++] = token;
+        }
+        __syncwarp();
+    }
+}
+
+// What a CTA of `slc_key_gradients` does: a share of a block's keys, some of the block's queries.
+struct KeyWork {
+    int block, head, index;  // the block in [KV_HEADS, blocks], its KV head, which of its works
+    int works;               // of the block
+    Sequence sequence;
+    int key, end;            // rows of the sequence's keys
+    const int* queries;
+    int count;
+
+    __device__ __forceinline__ KeyWork(const SlcBackwardParams& p, int work, int share) {
+        block = p.works[work];
+        head = block / p.blocks;
+        index = work - p.work_starts[block];
+        works = p.work_starts[block + 1] - p.work_starts[block];
+        sequence = find_sequence<5>(p.common.key_sequences, p.common.num_sequences, block % p.blocks);
+        const int first = (block % p.blocks - sequence.tile) * SELECT_BLOCK;
+        key = first + share * KEY_ROWS;
+        const int last = first + SELECT_BLOCK < key + KEY_ROWS ? first + SELECT_BLOCK : key + KEY_ROWS;
+        end = last < sequence.keys ? last : sequence.keys;
+        const int total = p.totals[block], from = index * WORK_QUERIES;
+        queries = p.lists + p.starts[block] + from;
+        count = total - from < WORK_QUERIES ? total - from : WORK_QUERIES;
+    }
+    // Place of row i of the queries in tensors [N, HEADS].
+    __device__ __forceinline__ i64 row(int at) const {
+        return i64(queries[at / GROUP]) * HEADS + head * GROUP + at % GROUP;
+    }
+};
+
+// Floats of a work's gradients that are summed later, [KEY_ROWS, Dk + Dv] a share.
+constexpr i64 PARTIAL = i64(SHARES) * KEY_ROWS * (HEAD_DIM_QK + HEAD_DIM_V);
+
+template <bool K, bool V>
+__device__ __forceinline__ void key_gradients(const SlcBackwardParams& params, const KeyWork& work, int share) {
+    const BandBackwardParams& p = params.common;
+    const int keys = work.end - work.key, rows = work.count * GROUP, base = threadIdx.x / 32 * 16, own = keys - base;
+    char* const values = shared + KEY_ROWS * Keys::PITCH;
+    char* const stages = shared + OWN_BYTES;
+    const KeyRows<HEAD_DIM_QK> k(p.k, nullptr, work.sequence.key, work.head);
+    const KeyRows<HEAD_DIM_V> v(p.v, nullptr, work.sequence.key, work.head);
+    load_rows<HEAD_DIM_QK, KEY_ROWS, THREADS, QK_COPY_BYTES>(shared_address(shared), threadIdx.x, keys, k.from(work.key));
+    if constexpr (K) {
+        load_rows<HEAD_DIM_V, KEY_ROWS, THREADS, V_COPY_BYTES>(shared_address(values), threadIdx.x, keys, v.from(work.key));
+    }
+    const auto load = [&](int first, int stage) {
+        load_query_rows(p, shared_address(stages) + stage * QUERY_STAGE_BYTES, first, rows, [&](int row) { return work.row(row); });
+    };
+    KeyGradients<K, V> gradients;
+    if (rows > 0) load(0, 0);
+    copy_commit();
+    const int mine = work.key + base;
+    for (int first = 0, stage = 0; first < rows; first += QUERY_ROWS, stage ^= 1) {
+        copy_wait<0>();
+        __syncthreads();
+        if (first + QUERY_ROWS < rows) load(first + QUERY_ROWS, stage ^ 1);
+        copy_commit();
+        if (own <= 0) continue;
+        // The first query of the stage is the one that sees least.
+        const int t = work.sequence.context + work.queries[first / GROUP] - work.sequence.query;
+        const bool whole = first + QUERY_ROWS <= rows && mine + 16 <= t + 1;
+        gradients.add(shared + base * Keys::PITCH, values + base * Values::PITCH, stages + stage * QUERY_STAGE_BYTES, p.scale,
+                      whole, [&](int t, int at) { return mine + at <= t; });
+    }
+    copy_wait<0>();
+    if (work.index == 0) {
+        const i64 at = i64(work.sequence.key + mine) * KV_HEADS + work.head;
+        gradients.template write<KV_HEADS>(p.dk + at * HEAD_DIM_QK, p.dv + at * HEAD_DIM_V, own, p.scale);
+    } else {
+        // Works after the first of their blocks come in order: this is the place among them.
+        const i64 slot = i64(params.work_starts[work.block]) - work.block + work.index - 1;
+        float* const partial = params.partial + slot * PARTIAL + share * KEY_ROWS * (HEAD_DIM_QK + HEAD_DIM_V);
+        gradients.template write<1>(partial + base * HEAD_DIM_QK, partial + KEY_ROWS * HEAD_DIM_QK + base * HEAD_DIM_V, own, p.scale);
+    }
+}
+
+// Grid: works, shares of the block, (with dk and dv apart) which of them. There may be fewer works than CTAs.
+extern "C" __global__ void __launch_bounds__(THREADS, 1) slc_key_gradients(const __grid_constant__ SlcBackwardParams p) {
+    if (int(blockIdx.x) >= p.work_starts[KV_HEADS * p.blocks]) return;
+    const KeyWork work(p, blockIdx.x, blockIdx.y);
+    if (work.key >= work.end) return;
+    if constexpr (!APART) {
+        key_gradients<true, true>(p, work, blockIdx.y);
+    } else if (blockIdx.z == 0) {
+        key_gradients<true, false>(p, work, blockIdx.y);
+    } else {
+        key_gradients<false, true>(p, work, blockIdx.y);
+    }
+}
+
+// Adds what the other works of a block have to its first one's, in order. A CTA a share of a block.
+extern "C" __global__ void __launch_bounds__(256) slc_add_works(const __grid_constant__ SlcBackwardParams p) {
+    const int first = p.work_starts[blockIdx.x], works = p.work_starts[blockIdx.x + 1] - first;
+    if (works == 1) return;
+    const KeyWork work(p, first, blockIdx.y);
+    const float* const partial = p.partial + i64(first - int(blockIdx.x)) * PARTIAL + blockIdx.y * KEY_ROWS * (HEAD_DIM_QK + HEAD_DIM_V);
+    const i64 at = i64(work.sequence.key + work.key) * KV_HEADS + work.head;
+    for (int i = threadIdx.x; i < (work.end - work.key) * (HEAD_DIM_QK + HEAD_DIM_V); i += 256) {
+        const bool of_k = i < (work.end - work.key) * HEAD_DIM_QK;
+        const int dim = of_k ? HEAD_DIM_QK : HEAD_DIM_V, rest = of_k ? i : i - (work.end - work.key) * HEAD_DIM_QK;
+        const int row = rest / dim, d = rest % dim;
+        const float* from = partial + (of_k ? 0 : KEY_ROWS * HEAD_DIM_QK) + rest;
+        float* const to = (of_k ? p.common.dk : p.common.dv) + (at + i64(row) * KV_HEADS) * dim + d;
+        float sum = *to;
+        for (int other = 1; other < works; ++other, from += PARTIAL) sum += *from;
+        *to = sum;
+    }
+}

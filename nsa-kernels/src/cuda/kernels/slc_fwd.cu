@@ -1,0 +1,122 @@
+// Attention over selected blocks (SPEC 2.2).
+//
+// A warp works alone: the R heads of a query are its 16 rows (or QUERIES queries with R heads each: it then walks over the union
+// of their blocks, and masks rows that have not selected one). Blocks come in steps of KEYS tokens through STAGES stages of
+// the warp's own shared memory; no barrier between warps.
+//
+// Grid: x: WARPS tiles of queries, y: KV heads; neighbouring queries share blocks in the caches.
+// Shared memory, bytes at D = 128 in bf16, a warp: 2 stages x 16 x 512 (queries come and outputs go through them), the lists 64;
+// four warps 65,792.
+// Registers: o 64, queries 32, scores 8, the rest addresses.
+// Roofline, a query and KV head: 4 R D n l' FLOP, 2 (Dk + Dv) n l' bytes of k and v from the L2 cache: R FLOP a byte. Bound
+// by the cache: 16 FLOP a byte where an A100 computes 43 in that time. From memory q, o, k, v once.
+// Counted at R = 16, D = 128, T = 2,048: 1.01 of these FLOP (the step that holds the query's own token), bytes from memory 1.00
+// of the least, no bank conflict.
+// Order of summation: flash.cuh, blocks in order.
+// Edges: a list ends at its first -1, and at a block that is no candidate; a query without blocks: o = 0, lse = -infinity.
+//
+// budget: kernel=slc_forward threads=128 registers=200 spills=0 shared=65792
+#include "element.cuh"
+#include "config.cuh"
+#include "params.cuh"
+#include "flash.cuh"
+#include "select.cuh"
+
+constexpr int STAGE_BYTES = KEYS * (Keys::PITCH + Values::PITCH);
+constexpr int HEAD_BYTES = ROWS * (Keys::PITCH > Values::PITCH ? Keys::PITCH : Values::PITCH);
+// Queries that are held in registers come through the stages, and outputs leave through them.
+constexpr bool HELD = QUERIES_HELD && TENSOR_CORES && HEAD_BYTES <= STAGES * STAGE_BYTES;
+constexpr int WARP_BYTES = STAGES * STAGE_BYTES + (HELD ? 0 : HEAD_BYTES) + LIST_BYTES;
+
+extern __shared__ __align__(128) char shared[];
+
+__device__ __forceinline__ void mask(Scores<1, KEYS>& s, const Blocks& blocks, const SelectTile& tile) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+        const int end = blocks.count_of(tile.query_of(h * 8 + lane / 4)) - lane % 4 * 2;
+#pragma unroll
+        for (int n = 0; n < KEYS / 8; ++n) {
+#pragma unroll
+            for (int c = 0; c < 2; ++c) {
+                if (n * 8 + c >= end) s[0][n][2 * h + c] = negative_infinity();
+            }
+        }
+    }
+}
+
+__device__ __forceinline__ void write_rows(const BandForwardParams& p, const SelectTile& tile, const Flash<1, KEYS>& flash, char* own) {
+    const int lane = threadIdx.x % 32;
+    const float unscale[2] = {p.unscale_high, p.unscale_low};
+    flash.put(own);
+    __syncwarp();
+    if (lane % 4 == 0) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            const int row = h * 8 + lane / 4;
+            if (tile.has(row)) p.lse[tile.token(row) * HEADS + tile.query_head(row)] = flash.lse(0, h, unscale);
+        }
+    }
+    store_rows<HEAD_DIM_V, 32, V_COPY_BYTES>(own, lane, tile.queries * tile.heads, [&](int row) {
+        return p.o + (tile.token(row) * HEADS + tile.query_head(row)) * HEAD_DIM_V;
+    });
+}
+
+extern "C" __global__ void __launch_bounds__(32 * WARPS) slc_forward(const __grid_constant__ SlcForwardParams params) {
+    const BandForwardParams& p = params.common;
+    const int lane = threadIdx.x % 32;
+    const SelectTile tile(p.sequences, p.num_sequences, p.tiles);
+    if (tile.queries == 0) return;
+    char* const own = shared + threadIdx.x / 32 * WARP_BYTES;
+    char* const rows = own + (HELD ? 0 : STAGES * STAGE_BYTES);
+    int* const lists = reinterpret_cast<int*>(own + WARP_BYTES - LIST_BYTES);
+    load_rows<HEAD_DIM_QK, ROWS, 32, QK_COPY_BYTES>(shared_address(rows), lane, tile.queries * HEADS_PER_TILE, [&](int row) {
+        const int at = tile.has(row) ? row : 0;
+        return p.q + (tile.token(at) * HEADS + tile.query_head(at)) * HEAD_DIM_QK;
+    });
+    copy_commit();
+    tile.load_lists(lists, params.block_indices);
+    copy_wait<0>();
+    __syncwarp();
+    Queries<1, HELD> q(rows);
+    q.take();
+    __syncwarp();
+
+    const KeyRows<HEAD_DIM_QK> k(p.k, p.k_pages, tile.sequence.key, tile.head);
+    const KeyRows<HEAD_DIM_V> v(p.v, p.v_pages, tile.sequence.key, tile.head);
+    const auto load = [&](const Blocks& blocks, int stage) {
+        if (!blocks.done()) {
+            const int token = blocks.token(), count = blocks.count();
+            const u32 to = shared_address(own) + stage * STAGE_BYTES;
+            load_rows<HEAD_DIM_QK, KEYS, 32, QK_COPY_BYTES>(to, lane, count, k.from(token));
+            load_rows<HEAD_DIM_V, KEYS, 32, V_COPY_BYTES>(to + KEYS * Keys::PITCH, lane, count, v.from(token));
+        }
+        copy_commit();
+    };
+    Blocks now(lists, tile.queries, tile.position(0));
+    Blocks ahead = now;
+#pragma unroll
+    for (int stage = 0; stage < STAGES - 1; ++stage) {
+        load(ahead, stage);
+        if (!ahead.done()) ahead.next();
+    }
+    Flash<1, KEYS> flash;
+    for (int stage = 0; !now.done(); now.next()) {
+        copy_wait<STAGES - 2>();
+        __syncwarp();
+        load(ahead, (stage + STAGES - 1) % STAGES);
+        if (!ahead.done()) ahead.next();
+        const char* const at = own + stage * STAGE_BYTES;
+        stage = (stage + 1) % STAGES;
+        Scores<1, KEYS> s;
+        flash.multiply_keys(s, q, at);
+        if (!now.whole()) mask(s, now, tile);
+        float factor[1][2];
+        flash.exponentials(s, p.scale_log2, factor);
+        flash.multiply_values(s, at + KEYS * Keys::PITCH);
+    }
+    copy_wait<0>();
+    __syncwarp();
+    flash.finish();
+    write_rows(p, tile, flash, own);
+}

@@ -1,0 +1,221 @@
+//! Attention over selected blocks.
+
+use super::Cuda;
+use super::ahead::{Build, Launched};
+use super::attention::{self, BandForward};
+use super::geometry::{Geometry, GradientTiles, SHARED_BYTES, SelectTiles};
+use super::gradients::{self, BandBackward, FACTS_THREADS};
+use super::params::{In, Out, Params, params};
+use super::program::{Constants, Program};
+use crate::op::slc::{Backward, Forward};
+use crate::{Element, Result};
+use nsa_core::{DType, NsaConfig};
+
+/// The kernels.
+pub(crate) static PROGRAM: Program = Program {
+    file: "slc_fwd.cu",
+    text: include_str!("kernels/slc_fwd.cu"),
+    params: &[BandForward::declaration, SlcForward::declaration],
+};
+
+/// The kernels of the backward.
+pub(crate) static BACKWARD: Program = Program {
+    file: "slc_bwd.cu",
+    text: include_str!("kernels/slc_bwd.cu"),
+    params: &[BandBackward::declaration, SlcBackward::declaration],
+};
+
+/// Queries of a block of keys that one work of `slc_key_gradients` takes; those of more are summed later.
+const WORK_QUERIES: usize = 4096;
+
+/// The most parts that queries are cut into for the inverse index, and the fewest queries of a part.
+const PARTS: (usize, usize) = (512, 128);
+
+/// Threads of the blocks that make the inverse index.
+const INDEX_THREADS: u32 = 256;
+
+params! {
+    /// Arguments of the kernels of the backward.
+    struct SlcBackward {
+        /// What every backward has.
+        common: BandBackward,
+        /// `[N, G, n]`.
+        block_indices: In<i32>,
+        /// `[parts, G, blocks]`, zeros before.
+        counts: Out<i32>,
+        /// `[G, blocks]`: queries of each block.
+        totals: Out<i32>,
+        /// `[G, blocks]`: where they start in `lists`.
+        starts: Out<i32>,
+        /// `[N·G·n]`: queries.
+        lists: Out<i32>,
+        /// Of each work, its place in `[G, blocks]`.
+        works: Out<i32>,
+        /// `[G·blocks + 1]`: where each block's works start.
+        work_starts: Out<i32>,
+        /// Gradients of works after the first of their blocks.
+        partial: Out<f32>,
+        /// Of all sequences, a KV head.
+        blocks: i32,
+        parts: i32,
+        /// Queries of a part.
+        part_tokens: i32,
+        /// N.
+        tokens: i32,
+    }
+
+    /// Arguments of `slc_forward`.
+    struct SlcForward {
+        /// What every forward has.
+        common: BandForward,
+        /// `[N, G, n]`.
+        block_indices: In<i32>,
+    }
+}
+
+pub(crate) fn forward<T: Element>(cuda: &Cuda, args: Forward<'_, T>) -> Result<()> {
+    const OP: &str = "slc::forward";
+    let Forward { config, packing, q, k, v, block_indices, o, lse } = args;
+    let tiles = SelectTiles::new(config, size_of::<T>());
+    let args = attention::Forward { config, packing, q, k: ("k", k), v: ("v", v), o, lse };
+    let prepared = attention::prepare(cuda, OP, args, tiles.queries)?;
+    let call = prepared.call;
+    if !prepared.page_rows.is_multiple_of(config.select_block()) {
+        let what = format!("pages of {} rows", prepared.page_rows);
+        return Err(attention::unsupported(cuda, OP, &what, "use pages of a multiple of select_block"));
+    }
+    let params = SlcForward { common: prepared.params, block_indices: call.input("block_indices", &block_indices)? };
+    let geometry = tiles.geometry(prepared.sequences.tiles, config.num_kv_heads());
+    let call = call.constants(|constants| tiles.bake(constants));
+    call.launch(&PROGRAM, "slc_forward", geometry, params)
+}
+
+pub(crate) fn backward<T: Element>(cuda: &Cuda, args: Backward<'_, T>) -> Result<()> {
+    const OP: &str = "slc::backward";
+    let Backward { config, packing, q, k, v, block_indices, o, lse, d_o, gates, dq, dk, dv } = args;
+    let (tokens, heads, count) = (packing.num_tokens(), config.num_kv_heads(), config.select_count());
+    let tiles = BackwardTiles::new(config, size_of::<T>());
+    let args = gradients::Backward {
+        config,
+        packing,
+        q,
+        k: ("k", k),
+        v: ("v", v),
+        o,
+        lse,
+        d_o,
+        gates: gates.map(|gates| (gates, 1)),
+        dq,
+        dk: ("dk", dk),
+        dv: ("dv", dv),
+    };
+    let sizes = (tiles.select.queries, config.select_block());
+    let prepared = gradients::prepare(cuda, OP, args, packing.cu_seqlens(), sizes)?;
+    let call = prepared.call.clone().constants(|constants| tiles.bake(constants));
+    let blocks = prepared.keys.tiles;
+    let part_tokens = tokens.div_ceil(PARTS.0).max(PARTS.1);
+    let parts = tokens.div_ceil(part_tokens);
+    let entries = tokens * heads * count;
+    // Works after the first of their blocks are whole but for the last.
+    let more_works = entries / WORK_QUERIES;
+    let mut counts = call.zeros::<i32>(parts * heads * blocks)?;
+    let mut totals = call.workspace::<i32>(heads * blocks)?;
+    let (mut starts, mut lists) = (call.workspace::<i32>(heads * blocks)?, call.workspace::<i32>(entries)?);
+    let mut works = call.workspace::<i32>(heads * blocks + more_works)?;
+    let mut work_starts = call.workspace::<i32>(heads * blocks + 1)?;
+    let mut partial = call.workspace::<f32>(more_works * tiles.partial_floats(config))?;
+    let params = SlcBackward {
+        common: prepared.params,
+        block_indices: call.input("block_indices", &block_indices)?,
+        counts: counts.written_by(),
+        totals: totals.written_by(),
+        starts: starts.written_by(),
+        lists: lists.written_by(),
+        works: works.written_by(),
+        work_starts: work_starts.written_by(),
+        partial: partial.written_by(),
+        blocks: blocks as i32,
+        parts: parts as i32,
+        part_tokens: part_tokens as i32,
+        tokens: tokens as i32,
+    };
+    if blocks == 0 {
+        return Ok(());
+    }
+    let linear = |count: usize| Geometry::linear(count as u64, INDEX_THREADS);
+    let scatter = Geometry { grid: [parts as u64, heads as u64, 1], threads: 32, shared_bytes: 0 };
+    let launch = |kernel, geometry| call.launch(&BACKWARD, kernel, geometry, params);
+    launch("slc_row_facts", prepared.facts_geometry())?;
+    launch("slc_query_gradients", tiles.of_queries(prepared.queries.tiles, heads))?;
+    launch("slc_count", linear(entries))?;
+    launch("slc_sum_parts", linear(heads * blocks))?;
+    launch("slc_sum_blocks", Geometry { grid: [1, 1, 1], threads: 1024, shared_bytes: 0 })?;
+    launch("slc_scatter", scatter)?;
+    launch("slc_key_gradients", tiles.of_keys(heads * blocks + more_works))?;
+    if more_works == 0 {
+        return Ok(());
+    }
+    let grid = [(heads * blocks) as u64, tiles.shares as u64, 1];
+    launch("slc_add_works", Geometry { grid, threads: INDEX_THREADS, shared_bytes: 0 })
+}
+
+/// Tiles of the kernels of the backward.
+struct BackwardTiles {
+    select: SelectTiles,
+    keys: GradientTiles,
+    /// CTAs that share the keys of a block.
+    shares: usize,
+}
+
+impl BackwardTiles {
+    fn new(config: &NsaConfig, size: usize) -> Self {
+        let mut keys = GradientTiles::new(config, size);
+        let of_queries = |warps| SelectTiles::gradients(config, size, warps);
+        while keys.warps > 1 && of_queries(keys.warps).shared_bytes > SHARED_BYTES {
+            keys.warps /= 2;
+        }
+        let select = of_queries(keys.warps);
+        Self { shares: config.select_block().div_ceil(keys.rows()), select, keys }
+    }
+
+    fn bake(&self, constants: Constants) -> Constants {
+        let constants = constants.with("WARPS", self.select.warps).with("KEYS", self.select.keys);
+        let constants = constants.with("QUERIES", self.select.queries).with("QUERY_ROWS", self.keys.query_rows);
+        constants.with("WORK_QUERIES", WORK_QUERIES)
+    }
+
+    /// Numbers of a work's gradients.
+    fn partial_floats(&self, config: &NsaConfig) -> usize {
+        self.shares * self.keys.rows() * (config.head_dim_qk() + config.head_dim_v())
+    }
+
+    fn of_queries(&self, tiles: usize, heads: usize) -> Geometry {
+        self.select.geometry(tiles, heads)
+    }
+
+    fn of_keys(&self, works: usize) -> Geometry {
+        let mut geometry = self.keys.of_keys(works, 1);
+        geometry.grid = [works as u64, self.shares as u64, geometry.grid[1]];
+        geometry
+    }
+}
+
+/// What the backward runs.
+pub(crate) fn builds(config: &NsaConfig, dtype: DType) -> Vec<Build> {
+    let size = dtype.size_bytes();
+    let tiles = BackwardTiles::new(config, size);
+    let constants = attention::copies_of(Constants::new(dtype).config(config), config, size, [&[0], &[0]], 0);
+    let kernels = [
+        ("slc_row_facts", FACTS_THREADS, 0),
+        ("slc_query_gradients", tiles.of_queries(1, 1).threads, tiles.of_queries(1, 1).shared_bytes),
+        ("slc_count", INDEX_THREADS, 0),
+        ("slc_sum_parts", INDEX_THREADS, 0),
+        ("slc_sum_blocks", 1024, 0),
+        ("slc_scatter", 32, 0),
+        ("slc_key_gradients", tiles.of_keys(1).threads, tiles.of_keys(1).shared_bytes),
+        ("slc_add_works", INDEX_THREADS, 0),
+    ];
+    let launched = |(name, threads, shared_bytes)| Launched { name, threads, shared_bytes };
+    let kernels = kernels.map(launched).to_vec();
+    vec![Build { program: &BACKWARD, constants: tiles.bake(constants), kernels }]
+}
