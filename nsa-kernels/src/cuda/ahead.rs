@@ -75,10 +75,17 @@ fn budget(line: &str) -> Option<Budget> {
 
 /// The programs that operations on tensors of a type run for a configuration; layers as wide as all heads.
 pub fn builds(config: &NsaConfig, dtype: DType) -> Vec<Build> {
-    let gradients = [gradients::builds(config, dtype), slc::builds(config, dtype)].concat();
-    let attention = [attention::builds(config, dtype), decode::builds(config, dtype), gradients].concat();
-    let parts = [compress::builds(config, dtype), gate::builds(config, dtype), layer::builds(config, dtype)].concat();
-    [attention, parts, reduce::builds(dtype)].concat()
+    [
+        attention::builds(config, dtype),
+        compress::builds(config, dtype),
+        decode::builds(config, dtype),
+        gate::builds(config, dtype),
+        gradients::builds(config, dtype),
+        layer::builds(config, dtype),
+        reduce::builds(dtype),
+        slc::builds(config, dtype),
+    ]
+    .concat()
 }
 
 #[cfg(test)]

@@ -39,20 +39,20 @@ fn gate() {
 
 #[test]
 fn cmp() {
-    on_simulator("cmp", || assert_op(Op::Cmp));
+    on_simulator("cmp", || assert_op(Op::Cmp, |_| true));
 }
 
 #[test]
 fn slc() {
-    on_simulator("slc", || assert_op(Op::Slc));
+    on_simulator("slc", || assert_op(Op::Slc, |_| true));
 }
 
 #[test]
 fn win() {
-    on_simulator("win", || assert_op(Op::Win));
+    on_simulator("win", || assert_op(Op::Win, |_| true));
 }
 
 #[test]
 fn dense() {
-    on_simulator("dense", || assert_op(Op::Dense));
+    on_simulator("dense", || assert_op(Op::Dense, |_| true));
 }
