@@ -294,4 +294,59 @@ mod tests {
         assert_eq!(vector(128, 2, &[2]), 1);
         assert_eq!(vector(0, 2, &[0]), 8);
     }
+
+    fn config(heads: usize, dims: (usize, usize)) -> NsaConfig {
+        let builder = NsaConfig::builder(heads, 1, dims.0, dims.1);
+        builder.compress_kind(nsa_core::CompressKind::Mean).build().unwrap()
+    }
+
+    #[test]
+    fn rows_are_copied_as_wide_as_they_lie() {
+        assert_eq!(copy_bytes(128, 2, &[0, 256]), 16);
+        assert_eq!(copy_bytes(12, 2, &[0]), 8);
+        assert_eq!(copy_bytes(10, 2, &[0]), 4);
+        assert_eq!(copy_bytes(5, 2, &[0]), 2);
+        assert_eq!(copy_bytes(128, 2, &[4]), 4);
+    }
+
+    #[test]
+    fn a_block_holds_all_heads_of_its_queries_within_its_memory() {
+        for heads in [1, 4, 7, 16, 64, 128] {
+            for dims in [(5, 3), (64, 64), (96, 96), (128, 128), (192, 128), (256, 256)] {
+                for size in [2, 4] {
+                    let config = config(heads, dims);
+                    let band = BandTiles::new(&config, size);
+                    let gradients = GradientTiles::new(&config, size);
+                    let select = SelectTiles::new(&config, size);
+                    assert!(band.queries > 0 && band.queries * heads <= band.rows(), "{heads} {dims:?} {band:?}");
+                    assert!(gradients.queries * heads <= gradients.rows(), "{heads} {dims:?} {gradients:?}");
+                    assert!(select.queries * heads.div_ceil(select.parts) <= 16, "{heads} {dims:?} {select:?}");
+                    assert!(select.shared_bytes <= SHARED_BYTES, "{heads} {dims:?} {select:?}");
+                    if heads <= 16 {
+                        assert!(band.shared_bytes <= SHARED_BYTES, "{dims:?} {band:?}");
+                        assert!(gradients.shared_bytes() <= SHARED_BYTES, "{dims:?} {gradients:?}");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn queries_of_small_groups_share_a_warp() {
+        let rows = |heads| select_rows(&config(heads, (64, 64)));
+        assert_eq!([1, 4, 5, 16, 17, 64].map(rows), [(1, 16), (1, 4), (1, 3), (1, 1), (2, 1), (4, 1)]);
+    }
+
+    #[test]
+    fn scores_are_kept_in_shared_memory_while_two_blocks_fit() {
+        let config = config(16, (128, 128));
+        let tiles = BandTiles::new(&config, 2);
+        let kept = |blocks, shared| KeptScores::new(&config, &tiles, blocks, (108, shared));
+        // 32 compressed keys are 8 selection blocks; one more key is looked at.
+        assert_eq!(kept(31, 163 << 10).floats, 128 * 9);
+        assert_eq!(kept(32, 163 << 10).floats, 2 * 128 * 9);
+        assert_eq!((kept(62, 163 << 10).slots, kept(4095, 163 << 10).slots), (0, 216));
+        assert_eq!(kept(4095, 163 << 10).floats, 128 * 128 * 9);
+        assert!(kept(62, 163 << 10).shared_bytes <= 163 << 9);
+    }
 }

@@ -68,7 +68,8 @@ pub struct Backward<'a, T: Element> {
 /// **Source**: SPEC 2.2; reference twin `nsa_ref::slc`.
 ///
 /// # Errors
-/// If a shape does not fit, or a block list is not strictly ascending candidates (0..=⌊t/l'⌋) followed by −1.
+/// If a shape does not fit, or a block list is not strictly ascending candidates (0..=⌊t/l'⌋) followed by −1. Lists in a
+/// device's memory are not read for that: a list ends at what is no candidate.
 pub fn forward<T: Element>(backend: &Backend, args: Forward<'_, T>) -> Result<()> {
     const OP: &str = "slc::forward";
     let shapes = Shapes::new(OP, args.config, args.packing);

@@ -67,7 +67,7 @@ __device__ __forceinline__ void query_gradients(const BandBackwardParams& p) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
         const int row = h * 8 + lane / 4;
-        facts[h] = row < own ? p.facts[run.row(base + row)] : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        facts[h] = row < own ? facts_of(p)[run.row(base + row)] : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     }
     const int before = run.position(base), after = run.position(base + (own > 0 ? own : 1) - 1);
     const int begin = span.first(run.position(0)), end = span.end(run.position(rows - 1));

@@ -13,6 +13,12 @@ using Values = Tile<HEAD_DIM_V>;
 // Of a row: lse (0 without keys), delta, g, and the query's position plus one, which is 0 of rows that are none.
 using RowFacts = float4;
 
+// Those of all rows, [N, HEADS].
+template <class P>
+__device__ __forceinline__ RowFacts* facts_of(const P& p) {
+    return reinterpret_cast<RowFacts*>(p.facts);
+}
+
 __device__ __forceinline__ int position_of(const RowFacts& facts) { return __float_as_int(facts.w) - 1; }
 
 // p of a score; a masked score is minus infinity.
@@ -38,7 +44,7 @@ __device__ __forceinline__ void row_facts(const P& p) {
         const Sequence seq = find_sequence<0>(p.sequences, p.num_sequences, token);
         const int position = seq.context + token - seq.query;
         const float lse = p.lse[row];
-        p.facts[row] = make_float4(lse == negative_infinity() ? 0.0f : lse, sum, gate, __int_as_float(position + 1));
+        facts_of(p)[row] = make_float4(lse == negative_infinity() ? 0.0f : lse, sum, gate, __int_as_float(position + 1));
     }
 }
 
@@ -79,7 +85,7 @@ __device__ __forceinline__ void load_query_rows(const P& p, u32 to, int first, i
                                                                 [&](int r) { return p.d_o + place(r) * HEAD_DIM_V; });
     for (int r = thread; r < QUERY_ROWS; r += 32 * WARPS) {
         const bool there = r < count;
-        copy_async<16>(to + QUERY_ROWS * (Keys::PITCH + Values::PITCH) + r * 16, p.facts + place(there ? r : 0), there);
+        copy_async<16>(to + QUERY_ROWS * (Keys::PITCH + Values::PITCH) + r * 16, facts_of(p) + place(there ? r : 0), there);
     }
 }
 

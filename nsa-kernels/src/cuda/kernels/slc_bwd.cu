@@ -80,7 +80,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) slc_query_gradients(con
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
         const int row = h * 8 + lane / 4;
-        facts[h] = tile.has(row) ? p.facts[place(row)] : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        facts[h] = tile.has(row) ? facts_of(p)[place(row)] : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     }
     __syncwarp();
     const KeyRows<HEAD_DIM_QK> k(p.k, nullptr, tile.sequence.key, tile.head);
