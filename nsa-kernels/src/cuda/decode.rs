@@ -17,8 +17,8 @@
 use super::Cuda;
 use super::ahead::{Build, Launched};
 use super::attention::unsupported;
+use super::geometry::copy_bytes;
 use super::geometry::decode::{DecodeSizes, DecodeTiles};
-use super::geometry::{copy_bytes, vector};
 use super::launch::Call;
 use super::memory::DeviceBuffer;
 use super::params::{In, Out, Params, Stored, params};
@@ -232,7 +232,8 @@ impl<T: Element> Workspace<T> {
 
     fn fill(&self, table: &PageTable<'_, T>, pages: &Pages<'_, T>, own: &mut [u64]) -> Result<()> {
         if pages.len > 0 && pages.page_rows != table.page_rows {
-            let what = format!("`{}` in pages of {} rows beside ones of {}", table.arg, pages.page_rows, table.page_rows);
+            let what =
+                format!("`{}` in pages of {} rows beside ones of {}", table.arg, pages.page_rows, table.page_rows);
             return Err(unsupported(&self.cuda, OP, &what, "use one number of rows a page"));
         }
         let used = pages.len.div_ceil(table.page_rows);
@@ -328,7 +329,7 @@ fn bake(constants: Constants, config: &NsaConfig, size: usize, page_rows: [usize
         .with("QUERY_COPY_BYTES", copy_bytes(dim_k, size, &[q]))
         .with("QK_COPY_BYTES", copy_bytes(dim_k, size, &[]))
         .with("V_COPY_BYTES", copy_bytes(dim_v, size, &[]))
-        .with("OUTPUT_VECTOR", vector(dim_v, size, &[o]))
+        .with("OUTPUT_VECTOR", if dim_v.is_multiple_of(4) && o.is_multiple_of(4 * size as u64) { 4 } else { 1 })
 }
 
 /// What a step runs, with pages as long as a selection block.

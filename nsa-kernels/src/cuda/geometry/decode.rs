@@ -38,9 +38,9 @@ impl DecodeTiles {
     pub(crate) fn new(config: &NsaConfig, size: usize) -> Self {
         let most = config.group_size().div_ceil(16).min(WARPS);
         let shapes = (1..=most).rev().flat_map(|parts| (1..=WARPS / parts).rev().map(move |teams| (parts, teams)));
-        let all = shapes.map(|(parts, teams)| Self::of(config, size, parts, teams));
+        let mut all = shapes.map(|(parts, teams)| Self::of(config, size, parts, teams));
         let fits = |tiles: &Self| tiles.body_bytes + tiles.score_bytes() <= SHARED_BYTES;
-        all.clone().find(fits).or_else(|| all.last()).expect("one part, one team")
+        all.clone().find(fits).or_else(|| all.next_back()).expect("one part, one team")
     }
 
     fn of(config: &NsaConfig, size: usize, parts: usize, teams: usize) -> Self {
@@ -82,7 +82,13 @@ impl DecodeTiles {
     }
 
     /// A launch over `splits` chunks of each of `sequences` sequences.
-    pub(crate) fn geometry(&self, config: &NsaConfig, sequences: usize, splits: usize, shared_bytes: usize) -> Geometry {
+    pub(crate) fn geometry(
+        &self,
+        config: &NsaConfig,
+        sequences: usize,
+        splits: usize,
+        shared_bytes: usize,
+    ) -> Geometry {
         let parts = config.group_size().div_ceil(16 * self.parts);
         let blocks = [sequences, splits, parts, config.num_kv_heads()].map(|count| count as u64);
         Geometry {

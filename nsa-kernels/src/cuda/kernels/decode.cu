@@ -58,7 +58,7 @@ __device__ __forceinline__ void fold(const DecodeParams& p, const Place& place, 
 }
 
 __device__ __forceinline__ void scan_blocks(const DecodeParams& p, const Place& place) {
-    __shared__ float teams[TEAMS][ROWS][2];
+    __shared__ __align__(8) float teams[TEAMS][ROWS][2];
     const int splits = num_cmp_splits(place.context);
     if (place.split >= splits) return;
     const int blocks = num_blocks(place.context), first = place.split * CHUNK;
@@ -86,7 +86,7 @@ __device__ __forceinline__ void scan_blocks(const DecodeParams& p, const Place& 
 }
 
 __device__ __forceinline__ void scan_window(const DecodeParams& p, const Place& place, int split) {
-    __shared__ float teams[TEAMS][ROWS][2];
+    __shared__ __align__(8) float teams[TEAMS][ROWS][2];
     const int rows = num_window(place.context), first = split * CHUNK;
     if (first >= rows) return;
     const u64* const sequence = p.sequences + i64(place.sequence) * 3;
@@ -110,19 +110,14 @@ extern "C" __global__ void __launch_bounds__(THREADS) decode_scan(const __grid_c
 // Adds gate times the join of `count` parts from `split` on to sum: OUTPUT_VECTOR elements from `column` on.
 __device__ __forceinline__ void add_branch(const DecodeParams& p, const Shares& shares, int split, int count, int head, int column,
                                            float gate, float (&sum)[OUTPUT_VECTOR]) {
-    constexpr int PIECE = OUTPUT_VECTOR < PART_VECTOR ? OUTPUT_VECTOR : PART_VECTOR;
     const Joined all(shares.statistics(p, split, head), count, GROUP * 2);
     float o[OUTPUT_VECTOR] = {};
     for (int i = 0; i < count; ++i) {
         const float weight = all.weight(shares.statistics(p, split + i, head)[0]);
-        const float* const from = shares.o(p, split + i, head) + column;
+        float part[OUTPUT_VECTOR];
+        load<OUTPUT_VECTOR>(shares.o(p, split + i, head) + column, part);
 #pragma unroll
-        for (int piece = 0; piece < OUTPUT_VECTOR; piece += PIECE) {
-            float part[PIECE];
-            load<PIECE>(from + piece, part);
-#pragma unroll
-            for (int c = 0; c < PIECE; ++c) o[piece + c] = fmaf(part[c], weight, o[piece + c]);
-        }
+        for (int c = 0; c < OUTPUT_VECTOR; ++c) o[c] = fmaf(part[c], weight, o[c]);
     }
     const float inverse = all.inverse();
 #pragma unroll
@@ -148,7 +143,7 @@ __device__ __forceinline__ void merge(const DecodeParams& p, const Place& place)
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) decode_attend(const __grid_constant__ DecodeParams p) {
-    __shared__ float teams[TEAMS][ROWS][2];
+    __shared__ __align__(8) float teams[TEAMS][ROWS][2];
     const Place place(p, p.slc_splits);
     if (place.context == 0) return;
     const int rows = num_selected(place.context), first = place.split * CHUNK;
