@@ -146,6 +146,8 @@ __device__ __forceinline__ void load_step(u32 to, int thread, int x, int count, 
 __device__ __forceinline__ void team_sync() {
     if constexpr (PARTS == 1) {
         __syncwarp();
+    } else if constexpr (TEAMS == 1) {
+        __syncthreads();
     } else {
         asm volatile("bar.sync %0, %1;" ::"r"(1 + threadIdx.x / TEAM), "n"(TEAM) : "memory");
     }
