@@ -197,6 +197,19 @@ mod tests {
     }
 
     #[test]
+    fn a_gpu_is_there_or_the_error_says_what_to_do() {
+        match Backend::pick(Some("cuda")) {
+            Ok((backend, _)) => assert_eq!(backend.name(), "cuda:0"),
+            Err(error) => {
+                let text = error.to_string();
+                assert!(text.starts_with("backend `cuda:0` is not available: ") && text.contains("; "), "{text}");
+            }
+        }
+        let error = Backend::pick(Some("cuda:first")).unwrap_err().to_string();
+        assert!(error.contains("`cuda:N`"), "{error}");
+    }
+
+    #[test]
     fn probabilities_are_rounded_where_pairs_are_multiplied() {
         for isa in Isa::available() {
             let backend = Backend::with_isa(isa).unwrap();

@@ -10,7 +10,7 @@ use comfy_table::{Table, presets};
 use nsa_core::DType;
 use nsa_kernels::Backend;
 use nsa_tests::check::{self, Op, Report};
-use nsa_tests::{Case, case};
+use nsa_tests::{Case, case, sim};
 use std::collections::BTreeSet;
 
 /// Options of `cargo xtask check`.
@@ -28,6 +28,9 @@ pub struct Options {
     /// A line for every output, not only the worst of each operation and dtype
     #[arg(long)]
     all: bool,
+    /// On the simulator, the cases of many tokens too
+    #[arg(long)]
+    full: bool,
     /// Only the memory beside inputs and outputs at 65,536 tokens, forward and backward (Linux; some minutes)
     #[arg(long, conflicts_with_all = ["op", "case", "dtype", "all"])]
     memory: bool,
@@ -59,6 +62,9 @@ impl From<Dtype> for DType {
     }
 }
 
+/// Tokens of the cases that the simulator runs unless it is asked for all.
+const SIM_TOKENS: usize = 200;
+
 fn parse_op(name: &str) -> Result<Op, String> {
     Op::ALL.into_iter().find(|op| op.name() == name).ok_or_else(|| {
         let names: Vec<&str> = Op::ALL.iter().map(|op| op.name()).collect();
@@ -79,6 +85,12 @@ pub fn run(options: &Options) -> Result<()> {
         return memory::run(|| Ok(self::backend(&options.choice)?.0), &why);
     }
     let cases: Vec<Case> = case::cases().into_iter().filter(|case| chosen(&options.case, &case.name)).collect();
+    let all = cases.len();
+    let short = |case: &Case| !sim::inside() || options.full || !options.case.is_empty() || case.tokens() <= SIM_TOKENS;
+    let cases: Vec<Case> = cases.into_iter().filter(short).collect();
+    if cases.len() < all {
+        println!("{} cases of more than {SIM_TOKENS} tokens are left out; --full runs them", all - cases.len());
+    }
     let ops = if options.op.is_empty() { Op::ALL.to_vec() } else { options.op.clone() };
     let dtypes: Vec<DType> = match (options.dtype.as_slice(), &backend) {
         ([], Backend::Cuda(_)) => vec![DType::F32, DType::Bf16, DType::F16],

@@ -247,6 +247,7 @@ mod tests {
     use super::*;
     use nsa_core::CompressKind;
     use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::time::Duration;
 
     #[test]
     fn segments_see_about_as_many_tiles_each() {
@@ -280,6 +281,8 @@ mod tests {
             let row = |mut row: Row<'_, '_, f64>| {
                 calls.fetch_add(1, Ordering::Relaxed);
                 row.dq.fill(row.tile as f64);
+                // Who comes first is slow: whoever does not wait for it is too early.
+                std::thread::sleep(Duration::from_millis(2 * (5 - row.tile as u64)));
                 // The second tile of queries leaves out what it comes to first.
                 for j in cuts[row.seq].seen[row.tile].clone().rev().skip(usize::from(row.tile == 1)) {
                     let mut sums = row.turns.take(j);

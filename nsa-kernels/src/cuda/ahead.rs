@@ -2,7 +2,7 @@
 //! constants, how they are launched, and what their header comments allow them.
 
 use super::program::{Constants, Program};
-use super::{attention, decode, gate, gradients, layer, reduce, slc};
+use super::{attention, compress, decode, gate, gradients, layer, reduce, slc};
 use nsa_core::{DType, NsaConfig};
 
 /// A program with its constants, and kernels of it.
@@ -75,9 +75,17 @@ fn budget(line: &str) -> Option<Budget> {
 
 /// The programs that operations on tensors of a type run for a configuration; layers as wide as all heads.
 pub fn builds(config: &NsaConfig, dtype: DType) -> Vec<Build> {
-    let gradients = [gradients::builds(config, dtype), slc::builds(config, dtype)].concat();
-    let attention = [attention::builds(config, dtype), decode::builds(config, dtype), gradients].concat();
-    [attention, gate::builds(config, dtype), layer::builds(config, dtype), reduce::builds(dtype)].concat()
+    [
+        attention::builds(config, dtype),
+        compress::builds(config, dtype),
+        decode::builds(config, dtype),
+        gate::builds(config, dtype),
+        gradients::builds(config, dtype),
+        layer::builds(config, dtype),
+        reduce::builds(dtype),
+        slc::builds(config, dtype),
+    ]
+    .concat()
 }
 
 #[cfg(test)]

@@ -123,11 +123,7 @@ impl Keys {
         }
     }
 
-    fn paged<T: Element>(
-        call: &Call<'_>,
-        k: (&str, &[Pages<'_, T>]),
-        v: (&str, &[Pages<'_, T>]),
-    ) -> Result<Self> {
+    fn paged<T: Element>(call: &Call<'_>, k: (&str, &[Pages<'_, T>]), v: (&str, &[Pages<'_, T>])) -> Result<Self> {
         let page_rows = k.1.first().map_or(1, |pages| pages.page_rows);
         if k.1.iter().chain(v.1).any(|pages| pages.page_rows != page_rows) {
             return Err(unsupported(call.cuda(), call.op(), "pages of several sizes", "use one number of rows a page"));
@@ -235,11 +231,8 @@ pub(crate) fn builds(config: &NsaConfig, dtype: DType) -> Vec<Build> {
     let (band, select) = (BandTiles::new(config, size), SelectTiles::new(config, size));
     let constants = copies_of(Constants::new(dtype).config(config), config, size, [&[0], &[0]], 0);
     let build = |program: &'static Program, constants: &Constants, names: &[&'static str], geometry: Geometry| {
-        let launched = |&name: &&'static str| Launched {
-            name,
-            threads: geometry.threads,
-            shared_bytes: geometry.shared_bytes,
-        };
+        let launched =
+            |&name: &&'static str| Launched { name, threads: geometry.threads, shared_bytes: geometry.shared_bytes };
         Build { program, constants: constants.clone(), kernels: names.iter().map(launched).collect() }
     };
     let banded = band.bake(constants.clone());

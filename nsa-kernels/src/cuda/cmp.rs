@@ -3,9 +3,9 @@
 use super::Cuda;
 use super::attention::{self, BandForward};
 use super::geometry::{BandTiles, KeptScores};
+use super::gradients;
 use super::params::{Out, Params, params};
 use super::program::Program;
-use super::gradients;
 use crate::op::cmp::{Backward, Forward};
 use crate::{Element, Result};
 use nsa_core::index;

@@ -3,18 +3,15 @@
 use super::Cuda;
 use super::attention::{self, BandForward};
 use super::geometry::BandTiles;
+use super::gradients;
 use super::params::Params;
 use super::program::Program;
-use super::gradients;
 use crate::op::dense::{Backward, Forward};
 use crate::{Element, Result};
 
 /// The kernels of `dense` and `win`.
-pub(crate) static PROGRAM: Program = Program {
-    file: "band_fwd.cu",
-    text: include_str!("kernels/band_fwd.cu"),
-    params: &[BandForward::declaration],
-};
+pub(crate) static PROGRAM: Program =
+    Program { file: "band_fwd.cu", text: include_str!("kernels/band_fwd.cu"), params: &[BandForward::declaration] };
 
 pub(crate) fn forward<T: Element>(cuda: &Cuda, args: Forward<'_, T>) -> Result<()> {
     let Forward { config, packing, q, k, v, o, lse } = args;

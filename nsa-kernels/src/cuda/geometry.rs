@@ -159,11 +159,12 @@ impl GradientTiles {
     /// For a configuration and elements of `size` bytes.
     pub(crate) fn new(config: &NsaConfig, size: usize) -> Self {
         let row_bytes = pitch(config.head_dim_qk(), size) + pitch(config.head_dim_v(), size);
-        let rows = if size == 4 || row_bytes >= 1024 { 16 } else { 32 };
+        // What dk and dv leave of the registers decides how many rows they meet at once.
+        let rows_below = |bytes| if size == 4 || row_bytes >= bytes { 16 } else { 32 };
         let mut tiles = Self {
             warps: 4,
-            keys: rows,
-            query_rows: rows,
+            keys: rows_below(1024),
+            query_rows: rows_below(640),
             queries: 0,
             row_bytes,
             apart: row_bytes / size > 320,
@@ -210,6 +211,13 @@ impl GradientTiles {
     }
 }
 
+/// Warps that share the heads of a query, and queries of a warp's 16 rows. Queries that share a warp walk over the union of
+/// their blocks, which is never more work than each one's own with the other rows empty.
+fn select_rows(config: &NsaConfig) -> (usize, usize) {
+    let parts = config.group_size().div_ceil(16);
+    (parts, 16 / config.group_size().div_ceil(parts))
+}
+
 /// Tiles of `slc_forward` (`kernels/slc_fwd.cu`): a warp works alone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct SelectTiles {
@@ -234,8 +242,7 @@ impl SelectTiles {
     pub(crate) fn new(config: &NsaConfig, size: usize) -> Self {
         const STAGES: usize = 2;
         let (k, v) = (pitch(config.head_dim_qk(), size), pitch(config.head_dim_v(), size));
-        let parts = config.group_size().div_ceil(16);
-        let queries = 1;
+        let (parts, queries) = select_rows(config);
         let keys = if config.select_block() >= 32 && k + v <= 256 { 32 } else { 16 };
         let stages = STAGES * keys * (k + v);
         let rows = 16 * k.max(v);
@@ -251,7 +258,7 @@ impl SelectTiles {
     /// For gradients of queries, in blocks of `warps` warps.
     pub(crate) fn gradients(config: &NsaConfig, size: usize, warps: usize) -> Self {
         let bytes = pitch(config.head_dim_qk(), size) + pitch(config.head_dim_v(), size);
-        let (parts, queries, keys) = (config.group_size().div_ceil(16), 1, 16);
+        let ((parts, queries), keys) = (select_rows(config), 16);
         let warp = (2 * keys + 16) * bytes + (queries * config.select_count() * 4).next_multiple_of(16);
         Self { warps, keys, stages: 2, queries, parts, held: false, shared_bytes: warps * warp }
     }

@@ -1,22 +1,19 @@
 //! Gradients of the branches on the host: what they share, and those of `dense`, `win` and `cmp`.
 
+use super::Cuda;
 use super::ahead::{Build, Launched};
 use super::attention::{Sequences, copies, packed_sequences, unsupported};
-use super::geometry::{GradientTiles, Geometry};
+use super::geometry::{Geometry, GradientTiles};
 use super::launch::Call;
 use super::memory::DeviceBuffer;
 use super::params::{Field, In, Out, Params, Stored, params};
 use super::program::{Constants, Program};
-use super::Cuda;
 use crate::{Element, Result, Tensor, TensorMut};
 use nsa_core::{CuSeqlens, DType, NsaConfig, Packing};
 
 /// The kernels.
-pub(crate) static PROGRAM: Program = Program {
-    file: "band_bwd.cu",
-    text: include_str!("kernels/band_bwd.cu"),
-    params: &[BandBackward::declaration],
-};
+pub(crate) static PROGRAM: Program =
+    Program { file: "band_bwd.cu", text: include_str!("kernels/band_bwd.cu"), params: &[BandBackward::declaration] };
 
 /// Threads of a block of `band_row_facts`.
 pub(super) const FACTS_THREADS: u32 = 256;
@@ -184,11 +181,8 @@ pub(crate) fn builds(config: &NsaConfig, dtype: DType) -> Vec<Build> {
     let tiles = GradientTiles::new(config, size);
     let aligned = [&[0][..], &[0]];
     let constants = super::attention::copies_of(Constants::new(dtype).config(config), config, size, aligned, 0);
-    let launched = |name, geometry: Geometry| Launched {
-        name,
-        threads: geometry.threads,
-        shared_bytes: geometry.shared_bytes,
-    };
+    let launched =
+        |name, geometry: Geometry| Launched { name, threads: geometry.threads, shared_bytes: geometry.shared_bytes };
     let facts = Launched { name: "band_row_facts", threads: FACTS_THREADS, shared_bytes: 0 };
     let of_queries = ["dense_query_gradients", "win_query_gradients", "cmp_query_gradients"];
     let of_keys = ["dense_key_gradients", "win_key_gradients", "cmp_key_gradients"];

@@ -101,6 +101,11 @@ impl<'c> Call<'c> {
         Ok(self.constants(|constants| constants.with_type(K::NAME, T::DTYPE)))
     }
 
+    /// The same call with more constants, beside this one.
+    pub(crate) fn again(&self, more: impl FnOnce(Constants) -> Constants) -> Self {
+        Self { cuda: self.cuda, op: self.op, constants: more(self.constants.clone()) }
+    }
+
     /// A call of the same operation on tensors of another type.
     pub(crate) fn of_type(&self, dtype: DType) -> Self {
         Self { cuda: self.cuda, op: self.op, constants: Constants::new(dtype) }
@@ -185,7 +190,7 @@ impl<'c> Call<'c> {
         U: 'static,
         K: Names,
     {
-        tensor.map_or(Ok(In(0, PhantomData)), |tensor| self.input(arg, tensor))
+        tensor.map_or(Ok(In::none()), |tensor| self.input(arg, tensor))
     }
 
     /// The address of an output that may be absent: 0 then.

@@ -21,6 +21,7 @@ pub(crate) mod params;
 #[expect(unsafe_code, reason = "cuBLAS takes addresses")]
 pub(crate) mod blas;
 pub(crate) mod cmp;
+pub(crate) mod compress;
 pub mod decode;
 pub(crate) mod dense;
 pub(crate) mod gate;

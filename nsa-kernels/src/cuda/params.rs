@@ -42,6 +42,13 @@ pub(crate) struct In<K>(pub(crate) u64, pub(crate) PhantomData<K>);
 #[repr(transparent)]
 pub(crate) struct Out<K>(pub(crate) u64, pub(crate) PhantomData<K>);
 
+impl<K> In<K> {
+    /// No elements: null in kernels.
+    pub(crate) fn none() -> Self {
+        In(0, PhantomData)
+    }
+}
+
 impl<K> Out<K> {
     /// The same elements, which the kernel also reads.
     pub(crate) fn as_input(self) -> In<K> {

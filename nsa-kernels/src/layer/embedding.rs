@@ -34,7 +34,8 @@ pub struct Backward<'a, A: Real> {
 /// **Source**: reference twin: a plain loop in `tests/layer/embedding.rs`.
 ///
 /// # Errors
-/// If a shape does not fit or a token is not in the vocabulary.
+/// If a shape does not fit or a token is not in the vocabulary. (A CUDA device's tokens are not looked at before: the row of
+/// such a token becomes NaN.)
 pub fn forward<T, W>(backend: &Backend, args: Forward<'_, T, W>) -> Result<()>
 where
     T: Element,
@@ -58,7 +59,7 @@ where
 /// **Source**: derivative of [`forward`].
 ///
 /// # Errors
-/// If a shape does not fit or a token is not in the vocabulary.
+/// If a shape does not fit or a token is not in the vocabulary. (On a CUDA device, such a token is passed over.)
 pub fn backward<A: Real>(backend: &Backend, args: Backward<'_, A>) -> Result<()> {
     const OP: &str = "embedding::backward";
     let ([n], [_, c]) = (args.tokens.shape(), args.dw.shape());

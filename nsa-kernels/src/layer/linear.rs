@@ -76,8 +76,8 @@ where
 ///
 /// **Shapes**: on the fields of [`BackwardInput`].
 ///
-/// **Numerics**: sums in A, rounded to `D` once. With a weight in bf16, `dy` in A is rounded to bf16 first where the backend
-/// multiplies that type in pairs ([`Backend::operand_type`]).
+/// **Numerics**: sums in A, rounded to `D` once. `dy` is rounded to the backend's [operand type](Backend::operand_type) of
+/// the weight first.
 ///
 /// **Source**: derivative of [`forward`].
 ///
@@ -103,8 +103,8 @@ where
 ///
 /// **Shapes**: on the fields of [`BackwardWeight`].
 ///
-/// **Numerics**: sums in A, in an order that depends on the shape alone; dw of the rounded `dy`, as in
-/// [`backward_input`], if `x` is in bf16.
+/// **Numerics**: sums in A, in an order that depends on the shape alone; dw of `dy` rounded to the backend's
+/// [operand type](Backend::operand_type) of `x`.
 ///
 /// **Source**: derivative of [`forward`].
 ///

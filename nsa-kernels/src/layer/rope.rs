@@ -86,7 +86,8 @@ pub(crate) enum Direction {
 /// **Source**: arXiv 2104.09864, pairs as in Llama; reference twin: a plain loop in `tests/layer/rope.rs`.
 ///
 /// # Errors
-/// If a shape does not fit or a position is not in the cache.
+/// If a shape does not fit or a position is not in the cache. (A CUDA device's positions are not looked at before: the row
+/// of such a position becomes NaN.)
 pub fn forward<T: Element>(backend: &Backend, args: Rotate<'_, T>) -> Result<()> {
     rotate("rope::forward", backend, args, Direction::Forward)
 }
@@ -101,7 +102,8 @@ pub fn forward<T: Element>(backend: &Backend, args: Rotate<'_, T>) -> Result<()>
 /// **Source**: derivative of [`forward`].
 ///
 /// # Errors
-/// If a shape does not fit or a position is not in the cache.
+/// If a shape does not fit or a position is not in the cache. (A CUDA device's positions are not looked at before: the row
+/// of such a position becomes NaN.)
 pub fn backward<T: Element>(backend: &Backend, args: Rotate<'_, T>) -> Result<()> {
     rotate("rope::backward", backend, args, Direction::Backward)
 }
@@ -113,7 +115,8 @@ pub fn backward<T: Element>(backend: &Backend, args: Rotate<'_, T>) -> Result<()
 /// **Numerics**, **Source**: those of [`forward`].
 ///
 /// # Errors
-/// If a shape does not fit or a position is not in the cache.
+/// If a shape does not fit or a position is not in the cache. (A CUDA device's positions are not looked at before: the row
+/// of such a position becomes NaN.)
 pub fn forward_in_place<T: Element>(backend: &Backend, args: RotateInPlace<'_, T>) -> Result<()> {
     rotate_in_place("rope::forward_in_place", backend, args, Direction::Forward)
 }
@@ -125,7 +128,8 @@ pub fn forward_in_place<T: Element>(backend: &Backend, args: RotateInPlace<'_, T
 /// **Numerics**, **Source**: those of [`backward`].
 ///
 /// # Errors
-/// If a shape does not fit or a position is not in the cache.
+/// If a shape does not fit or a position is not in the cache. (A CUDA device's positions are not looked at before: the row
+/// of such a position becomes NaN.)
 pub fn backward_in_place<T: Element>(backend: &Backend, args: RotateInPlace<'_, T>) -> Result<()> {
     rotate_in_place("rope::backward_in_place", backend, args, Direction::Backward)
 }

@@ -130,7 +130,7 @@ pub fn forward<T: Element>(backend: &Backend, args: Forward<'_, T>) -> Result<()
     args.blocks.check(OP, "blocks", [args.packing.cu_blocks(args.config)?.total(), heads, dim])?;
     match backend {
         Backend::Cpu(cpu) => T::compress_forward(cpu, args),
-        Backend::Cuda(cuda) => Err(cuda::missing(cuda, OP)),
+        Backend::Cuda(cuda) => cuda::compress::forward(cuda, OP, args),
     }
 }
 
@@ -169,7 +169,7 @@ pub fn backward<T: Element>(backend: &Backend, args: Backward<'_, T>) -> Result<
     args.d_phi.check(OP, &args.phi)?;
     match backend {
         Backend::Cpu(cpu) => T::compress_backward(cpu, args),
-        Backend::Cuda(cuda) => Err(cuda::missing(cuda, OP)),
+        Backend::Cuda(cuda) => cuda::compress::backward(cuda, OP, args),
     }
 }
 

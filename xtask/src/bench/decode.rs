@@ -98,7 +98,13 @@ impl<T: Element> Decoding<T> {
         self.rounds(Self::dense_step)
     }
 
+    /// Runs where a model's steps run, so that no step waits for a thread to be told of it.
     fn rounds(&mut self, step: fn(&mut Self, usize) -> Result<()>) -> Result<f64> {
+        let backend = self.backend.clone();
+        backend.run(|| self.rounds_here(step))
+    }
+
+    fn rounds_here(&mut self, step: fn(&mut Self, usize) -> Result<()>) -> Result<f64> {
         let start = Instant::now();
         let mut steps = 0;
         loop {

@@ -75,7 +75,7 @@ __device__ __forceinline__ void mask(BandScores& s, const BandTile& tile, const 
 #pragma unroll
                 for (int c = 0; c < 2; ++c) {
                     const int at = n * 8 + c;
-                    if (at < first || at >= end) s[i][n][2 * h + c] = NEGATIVE_INFINITY;
+                    if (at < first || at >= end) s[i][n][2 * h + c] = negative_infinity();
                 }
             }
         }

@@ -1,4 +1,25 @@
-// Gradients of attention over a run of keys: `dense`, `win`, `cmp` (SPEC 3).
+// Gradients of attention over a run of keys: `dense`, `win`, `cmp` (SPEC 3; see grad.cuh).
+//
+// Three kernels an operation: what is known of each row of queries (lse, delta, gate, position); dq, a CTA a tile of ROWS / R
+// queries, over its keys; dk and dv, a CTA a tile of 16 WARPS keys, over the rows of the queries that see them. Each gradient
+// is one CTA's: no atomics, nothing of size T x T.
+// Shared memory, bytes at D = 128 in bf16: 64 rows of q and do (or of k and v) 32,768; 2 stages of 32 rows of k and v 32,768 (or
+// of q, do and facts 33,792).
+// Registers: dq 64, scores and their gradients 32; dk and dv 128, scores and their gradients 32. With Dk + Dv above 320 dk and
+// dv are two CTAs' work, which costs the scores a second time.
+// Roofline, a query row and key that it sees: dq 2 (2 Dk + Dv) FLOP, dk and dv 4 (Dk + Dv); from memory q, k, v, o, do once,
+// and dq twice, dk and dv once in f32.
+// Order of summation: dq: tiles of keys in order; dk, dv: rows in the order of tokens, then heads.
+// Edges: as in band_fwd.cu. Keys that no query sees have gradients of 0.
+//
+// budget: kernel=band_row_facts threads=256 registers=40 spills=0 shared=0
+// budget: kernel=dense_query_gradients threads=128 registers=255 spills=0 shared=65536
+// budget: kernel=dense_key_gradients threads=128 registers=255 spills=0 shared=66560
+// budget: kernel=win_query_gradients threads=128 registers=255 spills=0 shared=65536
+// budget: kernel=win_key_gradients threads=128 registers=255 spills=0 shared=66560
+// budget: kernel=cmp_query_gradients threads=128 registers=255 spills=0 shared=65536
+// budget: kernel=cmp_key_gradients threads=128 registers=255 spills=0 shared=66560
+#include "element.cuh"
 #include "config.cuh"
 #include "params.cuh"
 #include "grad.cuh"
@@ -117,7 +138,6 @@ __device__ __forceinline__ void key_gradients(const BandBackwardParams& p) {
     const auto load = [&](int first, int stage) {
         load_query_rows(p, shared_address(stages) + stage * QUERY_STAGE_BYTES, first, rows, [&](int row) { return run.row(row); });
     };
-    const int base = threadIdx.x / 32 * 16, own = keys - base;
     KeyGradients<K, V> gradients;
     if (rows > 0) load(0, 0);
     copy_commit();
@@ -127,15 +147,20 @@ __device__ __forceinline__ void key_gradients(const BandBackwardParams& p) {
         if (first + QUERY_ROWS < rows) load(first + QUERY_ROWS, stage ^ 1);
         copy_commit();
         const int last = first + QUERY_ROWS < rows ? first + QUERY_ROWS : rows;
-        const int before = run.position(first), after = run.position(last - 1), mine = key + base;
-        if (own <= 0 || mine >= span.end(after) || mine + 16 <= span.first(before)) continue;
+        const int base = anew(int(threadIdx.x)) / 32 * 16, mine = key + base;
+        const int before = run.position(first), after = run.position(last - 1);
+        if (base >= keys || mine >= span.end(after) || mine + 16 <= span.first(before)) continue;
         const bool whole = first + QUERY_ROWS <= rows && mine + 16 <= span.end(before) && mine >= span.first(after);
         gradients.add(shared + base * Keys::PITCH, values + base * Values::PITCH, stages + stage * QUERY_STAGE_BYTES, p.scale,
                       whole, [&](int t, int at) { return mine + at >= span.first(t) && mine + at < span.end(t); });
     }
     copy_wait<0>();
-    const i64 at = i64(seq.key + key + base) * KV_HEADS + head;
-    gradients.template write<KV_HEADS>(p.dk + at * HEAD_DIM_QK, p.dv + at * HEAD_DIM_V, own, p.scale);
+    // Found anew: it took registers in the loop.
+    const int base = anew(int(threadIdx.x)) / 32 * 16, place = anew(int(blockIdx.x));
+    const Sequence own = find_sequence<5>(p.key_sequences, p.num_sequences, place / KV_HEADS);
+    const int row = (place / KV_HEADS - own.tile) * KEY_ROWS + base;
+    const i64 at = i64(own.key + row) * KV_HEADS + place % KV_HEADS;
+    gradients.template write<KV_HEADS>(p.dk + at * HEAD_DIM_QK, p.dv + at * HEAD_DIM_V, own.keys - row, p.scale);
 }
 
 template <class Span>

@@ -1,4 +1,30 @@
 // Attention over compressed blocks, the importance of selection blocks, and the choice of n of them (SPEC 2.1, 2.2).
+//
+// o and lse as in band_fwd.cu, keys being compressed blocks. The importance of a block is the sum over the R heads of
+// p = 2^(s - m) 2^m / l, whose m and l are known at the end only. Scores are not computed twice: each row's p is summed to
+// selection blocks in registers (weights 1 2 2 2 1 at 32/16/64; a fourth of the scores), relative to the m of its tile of
+// keys, and kept with that m. At the end a warp a query sums the heads with their factors, and takes the n best online.
+//
+// Grid: a CTA a tile of ROWS / R queries and KV head, the last tiles first; where scores are kept in the workspace, as many
+// CTAs as run at once, each of which takes every so manyth tile.
+// Shared memory, bytes at D = 128 in bf16: as band_fwd.cu, m and 1 / l of each row, 8 x 128, the tile in turn, 16; then, if two
+// CTAs still fit, the kept scores: 4 x 128 x 9 a tile of 32 compressed keys.
+// Registers: as band_fwd.cu, and the last p of each row, which counts for the next tile's first block.
+// Roofline, a KV head: 2 R (Dk + Dv) FLOP a query and visible block (T / 2d of them at the end of T tokens on average);
+// keeping scores instead of a second product with k saves a third of that, and costs 9/8 numbers of 4 bytes each way a
+// row and selection block, from the L2 cache as long as it holds them.
+// Counted at R = 16, D = 128: 1.53 of these FLOP at T = 1,024, 1.26 at 2,048 (62 and 126 blocks in tiles of 32; the excess
+// is half a tile a query), bytes from memory 1.00 of the least; 1.02 of the passes over shared memory without conflicts.
+// Order of summation: flash.cuh for o; importance: within a row strides of a block from left to right by lanes of the quad,
+// heads first + 4 i in order, then the tree over first. Kept numbers do not depend on the number of CTAs.
+// Selection: exact on these f32 sums: higher first, of equal ones the lower block, NaN as 0; forced blocks first. Equal keys
+// have equal p as long as m has not followed a greater score between them.
+// Edges: rows without a visible block: o = 0, lse = -infinity; queries with at most n candidates take them all, unscored.
+// Tried: a second pass over k with the final lse (1.5 times the FLOP); p kept a compressed block (4 times the memory), which
+// is what is done where blocks do not fold (strides of other shapes).
+//
+// budget: kernel=cmp_forward threads=128 registers=255 spills=0 shared=66576
+#include "element.cuh"
 #include "config.cuh"
 #include "params.cuh"
 #include "band.cuh"

@@ -37,7 +37,7 @@ struct Flash {
         clear<TILES, Values::PADDED>(o);
 #pragma unroll
         for (int i = 0; i < TILES; ++i) {
-            m[i][0] = m[i][1] = NEGATIVE_INFINITY;
+            m[i][0] = m[i][1] = negative_infinity();
             l[i][0] = l[i][1] = 0.0f;
         }
     }
@@ -75,7 +75,7 @@ struct Flash {
         for (int i = 0; i < TILES; ++i) {
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
-                const float base = m[i][h] == NEGATIVE_INFINITY ? 0.0f : m[i][h];
+                const float base = m[i][h] == negative_infinity() ? 0.0f : m[i][h];
                 float sum = 0.0f;
 #pragma unroll
                 for (int n = 0; n < PARTS; ++n) {
@@ -114,7 +114,7 @@ struct Flash {
     // Natural logarithm of the softmax's denominator. m is a score times scale_log2, which is rounded: `unscale` is
     // scale / scale_log2 in two parts, so that m becomes scale times the score again.
     __device__ __forceinline__ float lse(int i, int h, const float (&unscale)[2]) const {
-        if (l[i][h] == 0.0f) return NEGATIVE_INFINITY;
+        if (l[i][h] == 0.0f) return negative_infinity();
         return fmaf(m[i][h], unscale[0], fmaf(m[i][h], unscale[1], log2_approx(l[i][h]) * LN_2));
     }
 
@@ -128,11 +128,7 @@ struct Flash {
 #pragma unroll
                 for (int h = 0; h < 2; ++h) {
                     char* to = tile + Values::at(i * 16 + h * 8 + lane / 4, n * 8 + lane % 4 * 2);
-                    if constexpr (TENSOR_CORES) {
-                        *reinterpret_cast<u32*>(to) = pack<Element>(o[i][n][2 * h], o[i][n][2 * h + 1]);
-                    } else {
-                        *reinterpret_cast<float2*>(to) = make_float2(o[i][n][2 * h], o[i][n][2 * h + 1]);
-                    }
+                    store_two<Element>(to, o[i][n][2 * h], o[i][n][2 * h + 1]);
                 }
             }
         }

@@ -38,7 +38,7 @@ __device__ __forceinline__ void row_facts(const P& p) {
         const Sequence seq = find_sequence<0>(p.sequences, p.num_sequences, token);
         const int position = seq.context + token - seq.query;
         const float lse = p.lse[row];
-        p.facts[row] = make_float4(lse == NEGATIVE_INFINITY ? 0.0f : lse, sum, gate, __int_as_float(position + 1));
+        p.facts[row] = make_float4(lse == negative_infinity() ? 0.0f : lse, sum, gate, __int_as_float(position + 1));
     }
 }
 

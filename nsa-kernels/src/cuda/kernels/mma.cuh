@@ -3,7 +3,6 @@
 #include "element.cuh"
 
 constexpr u32 ALL_LANES = 0xffffffffu;
-constexpr float NEGATIVE_INFINITY = __builtin_bit_cast(float, 0xff800000u);
 
 __host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 __host__ __device__ constexpr int round_up(int a, int b) { return ceil_div(a, b) * b; }
@@ -48,6 +47,27 @@ __device__ __forceinline__ void multiply<F16>(float (&c)[4], const u32 (&a)[4], 
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Two elements of an operand. Of float there are none: that path is compiled, as the condition does not depend on a template's
+// parameter, but not taken.
+template <class T>
+__device__ __forceinline__ u32 operand(float low, float high) {
+    if constexpr (sizeof(T) == 2) {
+        return pack<T>(low, high);
+    } else {
+        return 0;
+    }
+}
+
+// Writes two elements to shared memory.
+template <class T>
+__device__ __forceinline__ void store_two(char* to, float first, float second) {
+    if constexpr (sizeof(T) == 2) {
+        *reinterpret_cast<u32*>(to) = pack<T>(first, second);
+    } else {
+        *reinterpret_cast<float2*>(to) = make_float2(first, second);
+    }
 }
 
 // Starts to copy BYTES (4, 8, 16) to shared memory; zeros where `there` is false, and nothing is read then. Two bytes are

@@ -177,7 +177,7 @@ __device__ __forceinline__ void add_rows(Parts<TILES, COLUMNS>& o, const Parts<T
 #pragma unroll
                 for (int x = 0; x < 4; ++x) {
                     const float* two = &p[i][k + x / 2][x % 2 * 2];
-                    a[i][x] = pack<Element>(two[0], two[1]);
+                    a[i][x] = operand<Element>(two[0], two[1]);
                 }
             }
 #pragma unroll

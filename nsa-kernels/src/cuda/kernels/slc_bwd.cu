@@ -1,4 +1,27 @@
-// Gradients of attention over selected blocks (SPEC 3).
+// Gradients of attention over selected blocks (SPEC 3; see grad.cuh).
+//
+// dq: a warp a query, as in slc_fwd.cu. dk and dv: the lists are inverted on the device first, to the queries of each block of keys,
+// in order: a counting sort of parts of the queries (count, sum over parts, sum over blocks, scatter), O(N n) memory and no
+// atomics but counts. A CTA then takes a block of keys (or a share of one of more than 16 WARPS keys) and up to WORK_QUERIES of
+// its queries, gathers their rows, and has dk and dv in registers. Blocks with more queries (a forced block has all) are
+// several works, whose gradients are added in order by a kernel at the end.
+// Shared memory, bytes at D = 128 in bf16: dq, a warp: 2 stages x 16 x 512, q and do 16 x 512, the list 64; dk and dv as in
+// band_bwd.cu.
+// Registers: as in band_bwd.cu.
+// Roofline, a query and KV head: dq 2 R (2 Dk + Dv) n l' FLOP, bound by the cache as the forward; dk and dv 4 R (Dk + Dv) n l'
+// FLOP, for 2 R (Dk + Dv) bytes a query and block.
+// Order of summation: dq: blocks in order; dk, dv: queries in order, then heads; works in order.
+// Edges: as in slc_fwd.cu. Blocks that no query has selected have gradients of 0.
+//
+// budget: kernel=slc_row_facts threads=256 registers=40 spills=0 shared=0
+// budget: kernel=slc_query_gradients threads=128 registers=255 spills=0 shared=98560
+// budget: kernel=slc_count threads=256 registers=40 spills=0 shared=0
+// budget: kernel=slc_sum_parts threads=256 registers=40 spills=0 shared=0
+// budget: kernel=slc_sum_blocks threads=1024 registers=64 spills=0 shared=256
+// budget: kernel=slc_scatter threads=32 registers=64 spills=0 shared=0
+// budget: kernel=slc_key_gradients threads=128 registers=255 spills=0 shared=66560
+// budget: kernel=slc_add_works threads=256 registers=64 spills=0 shared=0
+#include "element.cuh"
 #include "config.cuh"
 #include "params.cuh"
 #include "grad.cuh"

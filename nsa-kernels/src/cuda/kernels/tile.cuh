@@ -36,6 +36,8 @@ __device__ __forceinline__ void load_rows(u32 tile, int thread, int count, const
     using Layout = Tile<DIM>;
     constexpr int PIECES = Layout::PITCH / BYTES;
     constexpr int USED = DIM * int(sizeof(Element)) / BYTES;
+    // Not unrolled: addresses in flight cost registers that products need.
+#pragma unroll 1
     for (int i = thread; i < ROWS * PIECES; i += THREADS) {
         const int r = i / PIECES, byte = i % PIECES * BYTES;
         const bool there = r < count && i % PIECES < USED;
