@@ -17,8 +17,8 @@
 use super::Cuda;
 use super::ahead::{Build, Launched};
 use super::attention::unsupported;
+use super::geometry::copy_bytes;
 use super::geometry::decode::{DecodeSizes, DecodeTiles};
-use super::geometry::{copy_bytes, vector};
 use super::launch::Call;
 use super::memory::DeviceBuffer;
 use super::params::{In, Out, Params, Stored, params};
@@ -329,7 +329,7 @@ fn bake(constants: Constants, config: &NsaConfig, size: usize, page_rows: [usize
         .with("QUERY_COPY_BYTES", copy_bytes(dim_k, size, &[q]))
         .with("QK_COPY_BYTES", copy_bytes(dim_k, size, &[]))
         .with("V_COPY_BYTES", copy_bytes(dim_v, size, &[]))
-        .with("OUTPUT_VECTOR", vector(dim_v, size, &[o]))
+        .with("OUTPUT_VECTOR", if dim_v.is_multiple_of(4) && o.is_multiple_of(4 * size as u64) { 4 } else { 1 })
 }
 
 /// What a step runs, with pages as long as a selection block.

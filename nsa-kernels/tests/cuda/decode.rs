@@ -122,22 +122,18 @@ fn total(lines: &[&str], name: &str) -> f64 {
     lines.iter().map(field).sum()
 }
 
-/// What a step reads besides the rows that it must, of a context of 2,048 tokens in bf16: queries of each chunk, the parts
-/// of other chunks, page tables.
+/// What a step moves besides the rows of k and v that it must read, in bf16: of the memory that it touches at most 15 %;
+/// with what blocks of threads read anew (queries, parts) and write for each other at most 25 %.
 #[test]
 fn bytes() {
-    const CONTEXT: usize = 2048;
-    let groups = [16, 4];
+    const SIZES: [(usize, usize); 3] = [(16, 2048), (4, 2048), (16, 8192)];
+    let config = |group| paper(group, 1, 128, 128);
     if sim::inside() {
         let backend = Backend::cuda(0).expect("the simulator");
-        for group in groups {
-            let inputs = steps("bytes", paper(group, 1, 128, 128), &[context()]);
-            decode::step(&backend, &inputs, 64).expect("a step");
+        for (group, context) in SIZES {
+            decode::step(&backend, &steps("bytes", config(group), &[context]), 64).expect("a step");
         }
         return;
-    }
-    fn context() -> usize {
-        std::env::var("NSA_DECODE_CONTEXT").ok().and_then(|text| text.parse().ok()).unwrap_or(CONTEXT)
     }
     let mut command = sim::this_program().unwrap_or_else(|error| panic!("{error}"));
     command.args(["--exact", "decode::bytes", "--nocapture"]);
@@ -145,21 +141,16 @@ fn bytes() {
     let output = command.output().unwrap_or_else(|error| panic!("{error}"));
     let text = String::from_utf8_lossy(&output.stderr);
     let lines: Vec<&str> = text.lines().filter(|line| line.contains("\"kernel\"")).collect();
-    assert_eq!(lines.len(), 2 * groups.len(), "{text}");
-    for (group, lines) in groups.into_iter().zip(lines.chunks(2)) {
-        let config = paper(group, 1, 128, 128).build().expect("a configuration");
-        let rows = index::decode_rows(&config, context()) as f64;
-        let least = rows * (128.0 + 128.0) * 2.0;
-        let unique = total(lines, "unique_bytes");
-        let sectors = 32.0 * total(lines, "global_sectors");
+    assert_eq!(lines.len(), 2 * SIZES.len(), "{text}");
+    for ((group, context), lines) in SIZES.into_iter().zip(lines.chunks(2)) {
+        let built = config(group).build().expect("a configuration");
+        let least = index::decode_rows(&built, context) as f64 * (128.0 + 128.0) * 2.0;
+        let touched = total(lines, "unique_bytes") / least;
+        let moved = 32.0 * total(lines, "global_sectors") / least;
+        let passes = total(lines, "shared_wavefronts") / total(lines, "shared_ideal");
         println!(
-            "R = {group}, context {}: {least} bytes of rows, {} of them touched, {} moved",
-            context(),
-            unique / least,
-            sectors / least
+            "R = {group}, {context} tokens: touched {touched:.3}, moved {moved:.3}, passes over banks {passes:.3}"
         );
-        for line in lines {
-            println!("  {line}");
-        }
+        assert!(touched <= 1.15 && moved <= 1.25 && passes <= 1.1, "{lines:?}");
     }
 }

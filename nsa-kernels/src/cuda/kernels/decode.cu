@@ -11,16 +11,22 @@
 // at once, so that one graph serves all contexts. Shared memory and teams: decode.cuh; scan also keeps the chunk's
 // scores, ROWS x (CHUNK + 8) x 4, attend the list of blocks.
 // Bytes, a sequence and KV head: (M + n l' + w) rows of k and v must be read, size (Dk + Dv) each. A chunk also reads q,
-// R Dk size, writes and reads again o, 4 R Dv: CHUNK is such that this is at most a tenth of the chunk's own rows (256 rows for
-// R = 16 in bf16, 64 for R = 4), where scores of ROWS heads fit. FLOP: 2 x 16 PARTS (Dk + Dv) a row: with R = 16 16 FLOP
-// a byte, of 156 that an A100 has: bound by memory.
+// R Dk size, and writes o, 4 R Dv, which is read once more: CHUNK is such that q and o are at most a tenth of the chunk's own
+// rows (256 rows for R = 16 in bf16, 64 for R = 4), as far as scores of ROWS heads fit. FLOP: 2 x 16 PARTS (Dk + Dv) a row, in
+// bf16 16 PARTS a byte, of 156 that an A100 has: bound by memory.
 // Order of summation: a team's steps in order; teams; chunks in order; heads, then chunks for the importance. It depends on
 // the configuration and the sequence's own context alone. Which block comes last changes no sum.
 // Edges: a context without a compressed block has one chunk without rows, m = -inf, l = 0, whose part counts nothing; a
 // sequence of context 0 is none. Rows beyond the context are never read.
+// Measured on the simulator, bf16, D = 128, one KV head, of the rows' bytes (touched: each sector once a launch; read: sectors
+// of all loads; passes: over the banks of shared memory, of those without conflicts):
+//   R = 16: 2k tokens touched 1.12, read 1.13; 8k 1.12, 1.13; 16k 1.13, 1.14; 64k 1.15, 1.16; passes 1.02
+//   R = 4:  2k 1.09, 1.12; 8k 1.10, 1.13; 16k 1.11, 1.13; 64k 1.13, 1.14; passes 1.01
+// Tried: chunks of 128 rows for R = 16, touched 1.21 at 8k, and of 64, 1.40. Sums of p begun at the first of a selection
+// block's compressed blocks in all lanes: 1.08 passes at 16k. A launch for the list alone: the last chunk makes it without.
 //
-// budget: kernel=decode_scan threads=128 registers=168 spills=0 shared=104448
-// budget: kernel=decode_attend threads=128 registers=168 spills=0 shared=104448
+// budget: kernel=decode_scan threads=128 registers=168 spills=0 shared=90112
+// budget: kernel=decode_attend threads=128 registers=168 spills=0 shared=73728
 #include "element.cuh"
 #include "config.cuh"
 #include "params.cuh"
@@ -49,7 +55,8 @@ __device__ __forceinline__ void fold(const DecodeParams& p, const Place& place, 
         const int begin = (first_column(place.split) + column) * CHUNKS - first, end = begin + CHUNKS;
         const int from = begin - (SPAN - 1) > 0 ? begin - (SPAN - 1) : 0, to = end < count ? end : count;
         float sum = 0.0f;
-        for (int x = from; x < to; ++x) {
+        // Neighbours begin at other places, so that they meet other banks.
+        for (int left = to - from, x = left > 0 ? from + column % left : 0; left > 0; --left, x = x + 1 < to ? x + 1 : from) {
             const int covered = (x + SPAN < end ? x + SPAN : end) - (x > begin ? x : begin);
             sum = fmaf(float(covered), scores[row * SCORE_PITCH + x], sum);
         }
@@ -58,7 +65,7 @@ __device__ __forceinline__ void fold(const DecodeParams& p, const Place& place, 
 }
 
 __device__ __forceinline__ void scan_blocks(const DecodeParams& p, const Place& place) {
-    __shared__ float teams[TEAMS][ROWS][2];
+    __shared__ __align__(8) float teams[TEAMS][ROWS][2];
     const int splits = num_cmp_splits(place.context);
     if (place.split >= splits) return;
     const int blocks = num_blocks(place.context), first = place.split * CHUNK;
@@ -86,7 +93,7 @@ __device__ __forceinline__ void scan_blocks(const DecodeParams& p, const Place& 
 }
 
 __device__ __forceinline__ void scan_window(const DecodeParams& p, const Place& place, int split) {
-    __shared__ float teams[TEAMS][ROWS][2];
+    __shared__ __align__(8) float teams[TEAMS][ROWS][2];
     const int rows = num_window(place.context), first = split * CHUNK;
     if (first >= rows) return;
     const u64* const sequence = p.sequences + i64(place.sequence) * 3;
@@ -110,19 +117,14 @@ extern "C" __global__ void __launch_bounds__(THREADS) decode_scan(const __grid_c
 // Adds gate times the join of `count` parts from `split` on to sum: OUTPUT_VECTOR elements from `column` on.
 __device__ __forceinline__ void add_branch(const DecodeParams& p, const Shares& shares, int split, int count, int head, int column,
                                            float gate, float (&sum)[OUTPUT_VECTOR]) {
-    constexpr int PIECE = OUTPUT_VECTOR < PART_VECTOR ? OUTPUT_VECTOR : PART_VECTOR;
     const Joined all(shares.statistics(p, split, head), count, GROUP * 2);
     float o[OUTPUT_VECTOR] = {};
     for (int i = 0; i < count; ++i) {
         const float weight = all.weight(shares.statistics(p, split + i, head)[0]);
-        const float* const from = shares.o(p, split + i, head) + column;
+        float part[OUTPUT_VECTOR];
+        load<OUTPUT_VECTOR>(shares.o(p, split + i, head) + column, part);
 #pragma unroll
-        for (int piece = 0; piece < OUTPUT_VECTOR; piece += PIECE) {
-            float part[PIECE];
-            load<PIECE>(from + piece, part);
-#pragma unroll
-            for (int c = 0; c < PIECE; ++c) o[piece + c] = fmaf(part[c], weight, o[piece + c]);
-        }
+        for (int c = 0; c < OUTPUT_VECTOR; ++c) o[c] = fmaf(part[c], weight, o[c]);
     }
     const float inverse = all.inverse();
 #pragma unroll
@@ -148,7 +150,7 @@ __device__ __forceinline__ void merge(const DecodeParams& p, const Place& place)
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) decode_attend(const __grid_constant__ DecodeParams p) {
-    __shared__ float teams[TEAMS][ROWS][2];
+    __shared__ __align__(8) float teams[TEAMS][ROWS][2];
     const Place place(p, p.slc_splits);
     if (place.context == 0) return;
     const int rows = num_selected(place.context), first = place.split * CHUNK;

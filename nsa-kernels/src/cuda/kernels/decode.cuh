@@ -146,6 +146,8 @@ __device__ __forceinline__ void load_step(u32 to, int thread, int x, int count, 
 __device__ __forceinline__ void team_sync() {
     if constexpr (PARTS == 1) {
         __syncwarp();
+    } else if constexpr (TEAMS == 1) {
+        __syncthreads();
     } else {
         asm volatile("bar.sync %0, %1;" ::"r"(1 + threadIdx.x / TEAM), "n"(TEAM) : "memory");
     }
@@ -212,12 +214,15 @@ struct Joined {
     float sum;
 
     // Of `count` pairs of m and l, `stride` floats from each other, in their order.
-    __device__ __forceinline__ Joined(const float* statistics, int count, i64 stride) {
+    __device__ __forceinline__ Joined(const float* statistics, int count, i64 stride) : base(0.0f), sum(0.0f) {
         float most = negative_infinity();
-        for (int i = 0; i < count; ++i) most = fmaxf(most, statistics[i * stride]);
-        base = most == negative_infinity() ? 0.0f : most;
-        sum = 0.0f;
-        for (int i = 0; i < count; ++i) sum = fmaf(statistics[i * stride + 1], weight(statistics[i * stride]), sum);
+        for (int i = 0; i < count; ++i) {
+            const float2 next = *reinterpret_cast<const float2*>(statistics + i * stride);
+            const float before = most;
+            most = fmaxf(most, next.x);
+            base = most == negative_infinity() ? 0.0f : most;
+            sum = fmaf(next.y, weight(next.x), sum * weight(before));
+        }
     }
     // What p relative to m counts.
     __device__ __forceinline__ float weight(float m) const { return exp2_approx(m - base); }
@@ -225,7 +230,18 @@ struct Joined {
     __device__ __forceinline__ float inverse() const { return sum == 0.0f ? 0.0f : 1.0f / sum; }
 };
 
-// Writes the part of all teams together, and returns m and l of row `threadIdx.x`.
+// Writes numbers of a part past the nearest cache: another multiprocessor reads them.
+template <int N>
+__device__ __forceinline__ void put(float* to, const float (&from)[N]) {
+    if constexpr (N == 4) {
+        __stcg(reinterpret_cast<float4*>(to), make_float4(from[0], from[1], from[2], from[3]));
+    } else {
+        static_assert(N == 1, "elements");
+        __stcg(to, from[0]);
+    }
+}
+
+// Writes the part of all teams together.
 __device__ __forceinline__ void write_part(const DecodeParams& p, const Place& place, int split, StepFlash& flash, float (&teams)[TEAMS][ROWS][2]) {
     const int lane = threadIdx.x % 32, team = threadIdx.x / TEAM, row = warp_row() + lane / 4;
 #pragma unroll
@@ -261,13 +277,12 @@ __device__ __forceinline__ void write_part(const DecodeParams& p, const Place& p
 #pragma unroll
             for (int c = 0; c < PART_VECTOR; ++c) sum[c] += o[c];
         }
-        store<PART_VECTOR>(shares.o(p, split, place.part * ROWS + r) + column, sum);
+        put(shares.o(p, split, place.part * ROWS + r) + column, sum);
     }
     for (int r = threadIdx.x; r < place.heads; r += THREADS) {
         const Joined all(teams[0][r], TEAMS, ROWS * 2);
-        float* const to = shares.statistics(p, split, place.part * ROWS + r);
-        to[0] = all.sum == 0.0f ? negative_infinity() : all.base;
-        to[1] = all.sum;
+        const float m = all.sum == 0.0f ? negative_infinity() : all.base;
+        __stcg(reinterpret_cast<float2*>(shares.statistics(p, split, place.part * ROWS + r)), make_float2(m, all.sum));
     }
 }
 
