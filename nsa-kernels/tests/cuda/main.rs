@@ -56,3 +56,8 @@ fn win() {
 fn dense() {
     on_simulator("dense", || assert_op(Op::Dense, |_| true));
 }
+
+#[test]
+fn nsa() {
+    on_simulator("nsa", || assert_op(Op::Nsa, |_| true));
+}
