@@ -196,7 +196,7 @@ __device__ __forceinline__ void attend(const DecodeParams& p, const Place& place
             for (int n = 0; n < KEYS / 8; ++n) {
 #pragma unroll
                 for (int c = 0; c < 4; ++c) {
-                    if (n * 8 + c % 2 >= seen) s[0][n][c] = NEGATIVE_INFINITY;
+                    if (n * 8 + c % 2 >= seen) s[0][n][c] = negative_infinity();
                 }
             }
         }
@@ -215,12 +215,12 @@ struct Joined {
 
     // Of `count` pairs of m and l, `stride` floats from each other, in their order.
     __device__ __forceinline__ Joined(const float* statistics, int count, i64 stride) : base(0.0f), sum(0.0f) {
-        float most = NEGATIVE_INFINITY;
+        float most = negative_infinity();
         for (int i = 0; i < count; ++i) {
             const float2 next = *reinterpret_cast<const float2*>(statistics + i * stride);
             const float before = most;
             most = fmaxf(most, next.x);
-            base = most == NEGATIVE_INFINITY ? 0.0f : most;
+            base = most == negative_infinity() ? 0.0f : most;
             sum = fmaf(next.y, weight(next.x), sum * weight(before));
         }
     }
@@ -281,7 +281,7 @@ __device__ __forceinline__ void write_part(const DecodeParams& p, const Place& p
     }
     for (int r = threadIdx.x; r < place.heads; r += THREADS) {
         const Joined all(teams[0][r], TEAMS, ROWS * 2);
-        const float m = all.sum == 0.0f ? NEGATIVE_INFINITY : all.base;
+        const float m = all.sum == 0.0f ? negative_infinity() : all.base;
         __stcg(reinterpret_cast<float2*>(shares.statistics(p, split, place.part * ROWS + r)), make_float2(m, all.sum));
     }
 }
