@@ -54,11 +54,6 @@ __device__ __forceinline__ u32 pack<Bf16>(float low, float high) {
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
     return y;
 }
-// Never called: code for halves names it where Element = float leaves that code out.
-template <>
-__device__ __forceinline__ u32 pack<float>(float low, float) {
-    return __float_as_uint(low);
-}
 template <>
 __device__ __forceinline__ u32 pack<F16>(float low, float high) {
     u32 y;
