@@ -21,6 +21,8 @@ struct Products {
     written: Vec<u32>,
     /// Operands: nobody may write them.
     read: Vec<u32>,
+    /// Copies of accumulators: nobody may use them, but they may be written.
+    copied: Vec<u32>,
     /// Groups that were closed.
     closed: u32,
     /// There are some.
@@ -54,36 +56,42 @@ impl Defined {
         let (rows, products) = (self.files[Class::Word as usize].len(), &mut self.products);
         products.written.resize(rows, 0);
         products.read.resize(rows, 0);
+        products.copied.resize(rows, 0);
         let group = products.closed + 1;
         let operands = match &wgmma.a {
             Left::Registers(regs) => &regs[..],
             Left::Descriptor(_) => &[],
         };
-        let used = operands.iter().any(|reg| products.written[reg.row as usize] != 0);
+        let busy = |reg: &Reg| products.written[reg.row as usize].max(products.copied[reg.row as usize]) != 0;
+        let used = operands.iter().any(busy);
         if used || wgmma.d.iter().any(|reg| products.read[reg.row as usize] != 0) {
             return Err((FaultKind::PendingProduct, active.trailing_zeros()));
         }
         operands.iter().for_each(|reg| products.read[reg.row as usize] = group);
-        wgmma.d.iter().for_each(|reg| products.written[reg.row as usize] = group);
+        for reg in &wgmma.d {
+            (products.written[reg.row as usize], products.copied[reg.row as usize]) = (group, 0);
+        }
         products.any = true;
         Ok(())
     }
 
-    /// No other operation may use accumulators, but copy them: so do compilers before a wait, and the assembler leaves
-    /// nothing of it.
+    /// No other operation may use accumulators, but copy them: so do compilers before a wait and around loops, and the
+    /// assembler leaves nothing of it.
     fn keep_off(&mut self, site: &Site, active: u32) -> Result<(), Finding> {
-        let Products { written, read, .. } = &mut self.products;
+        let Products { written, read, copied, .. } = &mut self.products;
         let rows = |regs: &[Reg]| -> Vec<usize> {
             regs.iter().filter(|reg| reg.class == Class::Word).map(|reg| reg.row as usize).collect()
         };
         let (from, to) = (rows(&site.reads), rows(&site.writes));
-        let copies = site.opcode.starts_with("mov");
-        let reads = !copies && from.iter().any(|row| written[*row] != 0);
-        if reads || to.iter().any(|row| written[*row] != 0 || read[*row] != 0) {
+        let group = from.iter().map(|row| written[*row].max(copied[*row])).max().unwrap_or(0);
+        let copies = group != 0 && site.opcode.starts_with("mov");
+        let changes = to.iter().any(|row| read[*row] != 0 || !copies && written[*row] != 0);
+        if changes || group != 0 && !copies {
             return Err((FaultKind::PendingProduct, active.trailing_zeros() & 31));
         }
-        let group = from.iter().map(|row| written[*row]).max().unwrap_or(0);
-        to.iter().for_each(|row| written[*row] = group);
+        for row in to {
+            (written[row], copied[row]) = (0, group);
+        }
         Ok(())
     }
 
@@ -94,9 +102,9 @@ impl Defined {
 
     /// Groups up to this one are over.
     pub fn end_products(&mut self, group: u32) {
-        let Products { written, read, any, .. } = &mut self.products;
+        let Products { written, read, copied, any, .. } = &mut self.products;
         *any = false;
-        for number in written.iter_mut().chain(read) {
+        for number in written.iter_mut().chain(read).chain(copied) {
             *number = if *number <= group { 0 } else { *number };
             *any |= *number != 0;
         }

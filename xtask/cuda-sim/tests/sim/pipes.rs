@@ -138,7 +138,10 @@ fn products() {
             "accumulators are stored after a copy before the wait",
             "pending product",
             concat!(product!(), "mov.f32 f5, f2;\nst.global.f32 [out], f5;\nwgmma.wait_group.sync.aligned 0;"),
-            concat!(product!(), "mov.f32 f5, f2;\nwgmma.wait_group.sync.aligned 0;\n@first st.global.f32 [out], f5;"),
+            concat!(
+                product!(),
+                "mov.f32 f5, f2;\nmov.f32 f2, f5;\nmov.f32 f5, f3;\nmov.f32 f5, 0f00000000;\nmov.f32 f5, f2;\nwgmma.wait_group.sync.aligned 0;\n@first st.global.f32 [out], f5;"
+            ),
         ),
         defect(
             "a wait that leaves the group open",
