@@ -105,7 +105,7 @@ __device__ __forceinline__ void scan_window(const DecodeParams& p, const Place& 
     write_share(p, place, p.cmp_splits + split, flash, teams);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) decode_scan(const __grid_constant__ DecodeParams p) {
+extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_scan(const __grid_constant__ DecodeParams p) {
     const Place place(p, p.cmp_splits + p.win_splits);
     if (place.context == 0) return;
     if (place.split < p.cmp_splits) {
@@ -150,7 +150,7 @@ __device__ __forceinline__ void merge(const DecodeParams& p, const Place& place)
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) decode_attend(const __grid_constant__ DecodeParams p) {
+extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attend(const __grid_constant__ DecodeParams p) {
     __shared__ __align__(8) float teams[TEAMS][ROWS][2];
     const Place place(p, p.slc_splits);
     if (place.context == 0) return;
