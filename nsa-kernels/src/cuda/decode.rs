@@ -54,7 +54,7 @@ params! {
         /// `[S, G, n]`.
         block_indices: Out<i32>,
         /// `[S, G, splits, R, Dv]`.
-        parts: Out<f32>,
+        shares: Out<f32>,
         /// `[S, G, splits, R, 2]`: m and l.
         statistics: Out<f32>,
         /// `[S, G, cmp_splits, R, COLUMNS]`.
@@ -295,7 +295,7 @@ impl<T: Element> Workspace<T> {
             gates: In(0, PhantomData),
             o: Out(0, PhantomData),
             block_indices: Out(0, PhantomData),
-            parts: floats[0],
+            shares: floats[0],
             statistics: floats[1],
             folded: floats[2],
             importance: floats[3],

@@ -123,7 +123,7 @@ fn total(lines: &[&str], name: &str) -> f64 {
 }
 
 /// What a step moves besides the rows of k and v that it must read, in bf16: of the memory that it touches at most 15 %;
-/// with what blocks of threads read anew (queries, parts) and write for each other at most 25 %.
+/// with what blocks of threads read anew (queries, shares of outputs) and write for each other at most 25 %.
 #[test]
 fn bytes() {
     const SIZES: [(usize, usize); 3] = [(16, 2048), (4, 2048), (16, 8192)];

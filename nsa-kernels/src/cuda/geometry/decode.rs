@@ -99,7 +99,7 @@ impl DecodeTiles {
     }
 }
 
-/// Elements of a workspace's parts, for so many sequences of so long contexts.
+/// Elements of a workspace, for so many sequences of so long contexts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct DecodeSizes {
     /// Chunks of compressed blocks, the window, and selected blocks.
@@ -123,10 +123,10 @@ impl DecodeSizes {
         ];
         let candidates = context.div_ceil(config.select_block());
         let (lists, heads) = (sequences * config.num_kv_heads(), config.group_size());
-        let parts = lists * splits.iter().sum::<usize>() * heads;
+        let shares = lists * splits.iter().sum::<usize>() * heads;
         let floats = [
-            parts * config.head_dim_v(),
-            parts * 2,
+            shares * config.head_dim_v(),
+            shares * 2,
             lists * splits[0] * heads * tiles.columns(config),
             lists * candidates,
         ];

@@ -1,9 +1,9 @@
 // One decoding step for a batch of sequences, from their caches (SPEC 4): two launches.
 //
-// decode_scan: chunks of CHUNK compressed blocks, and chunks of the window, which waits for no selection. A chunk leaves a part:
+// decode_scan: chunks of CHUNK compressed blocks, and chunks of the window, which waits for no selection. A chunk leaves a share:
 //   for each query head m, l = sum of 2^(s - m) and o = sum of 2^(s - m) v. Of compressed blocks it also leaves p summed to
 //   selection blocks, of each head, relative to m. The last of a sequence's and KV head's chunks makes the list of blocks.
-// decode_attend: chunks of CHUNK tokens of the selected blocks, parts likewise; the last one joins the parts of all
+// decode_attend: chunks of CHUNK tokens of the selected blocks, shares likewise; the last one joins the shares of all
 //   branches, o_c = sum_i 2^(m_i - m) o_i / sum_i 2^(m_i - m) l_i, rounds them to Element, and adds them up with their gates.
 //
 // Grid: KV heads x parts of the group x chunks x sequences along x, the KV heads of one chunk beside each other: their rows lie
@@ -16,7 +16,7 @@
 // bf16 16 PARTS a byte, of 156 that an A100 has: bound by memory.
 // Order of summation: a team's steps in order; teams; chunks in order; heads, then chunks for the importance. It depends on
 // the configuration and the sequence's own context alone. Which block comes last changes no sum.
-// Edges: a context without a compressed block has one chunk without rows, m = -inf, l = 0, whose part counts nothing; a
+// Edges: a context without a compressed block has one chunk without rows, m = -inf, l = 0, whose share counts nothing; a
 // sequence of context 0 is none. Rows beyond the context are never read.
 // Measured on the simulator, bf16, D = 128, one KV head, of the rows' bytes (touched: each sector once a launch; read: sectors
 // of all loads; passes: over the banks of shared memory, of those without conflicts):
@@ -38,7 +38,8 @@ constexpr int SCORE_PITCH = CHUNK + 8;
 __device__ __forceinline__ float* kept_scores() { return reinterpret_cast<float*>(shared + QUERY_BYTES + BODY_BYTES); }
 
 // Makes p of a chunk's scores, relative to the block's m, and sums it to selection blocks.
-__device__ __forceinline__ void fold(const DecodeParams& p, const Place& place, int blocks, const float (&teams)[TEAMS][ROWS][2]) {
+__device__ __forceinline__ void fold(const DecodeParams& p, const Place& place, int blocks,
+                                     const float (&teams)[TEAMS][ROWS][2]) {
     const int first = place.split * CHUNK, count = blocks - first < CHUNK ? blocks - first : CHUNK;
     float* const scores = kept_scores();
     for (int row = threadIdx.x / 32; row < place.heads; row += THREADS / 32) {
@@ -87,7 +88,7 @@ __device__ __forceinline__ void scan_blocks(const DecodeParams& p, const Place& 
             }
         }
     });
-    write_part(p, place, place.split, flash, teams);
+    write_share(p, place, place.split, flash, teams);
     if (scored) fold(p, place, blocks, teams);
     if (comes_last(p.arrived + place.group() * 2, splits * GROUP_PARTS)) select(p, place);
 }
@@ -101,10 +102,10 @@ __device__ __forceinline__ void scan_window(const DecodeParams& p, const Place& 
     const RingRows<HEAD_DIM_V> v(sequence[2], place.head, place.context);
     StepFlash flash;
     attend(p, place, flash, k, v, first, first + CHUNK < rows ? first + CHUNK : rows, [](const StepScores&, int) {});
-    write_part(p, place, p.cmp_splits + split, flash, teams);
+    write_share(p, place, p.cmp_splits + split, flash, teams);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) decode_scan(const __grid_constant__ DecodeParams p) {
+extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_scan(const __grid_constant__ DecodeParams p) {
     const Place place(p, p.cmp_splits + p.win_splits);
     if (place.context == 0) return;
     if (place.split < p.cmp_splits) {
@@ -114,17 +115,17 @@ extern "C" __global__ void __launch_bounds__(THREADS) decode_scan(const __grid_c
     }
 }
 
-// Adds gate times the join of `count` parts from `split` on to sum: OUTPUT_VECTOR elements from `column` on.
-__device__ __forceinline__ void add_branch(const DecodeParams& p, const Shares& shares, int split, int count, int head, int column,
-                                           float gate, float (&sum)[OUTPUT_VECTOR]) {
+// Adds gate times the join of `count` shares from `split` on to sum: OUTPUT_VECTOR elements from `column` on.
+__device__ __forceinline__ void add_branch(const DecodeParams& p, const Shares& shares, int split, int count, int head,
+                                           int column, float gate, float (&sum)[OUTPUT_VECTOR]) {
     const Joined all(shares.statistics(p, split, head), count, GROUP * 2);
     float o[OUTPUT_VECTOR] = {};
     for (int i = 0; i < count; ++i) {
         const float weight = all.weight(shares.statistics(p, split + i, head)[0]);
-        float part[OUTPUT_VECTOR];
-        load<OUTPUT_VECTOR>(shares.o(p, split + i, head) + column, part);
+        float share[OUTPUT_VECTOR];
+        load<OUTPUT_VECTOR>(shares.o(p, split + i, head) + column, share);
 #pragma unroll
-        for (int c = 0; c < OUTPUT_VECTOR; ++c) o[c] = fmaf(part[c], weight, o[c]);
+        for (int c = 0; c < OUTPUT_VECTOR; ++c) o[c] = fmaf(share[c], weight, o[c]);
     }
     const float inverse = all.inverse();
 #pragma unroll
@@ -149,7 +150,7 @@ __device__ __forceinline__ void merge(const DecodeParams& p, const Place& place)
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) decode_attend(const __grid_constant__ DecodeParams p) {
+extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attend(const __grid_constant__ DecodeParams p) {
     __shared__ __align__(8) float teams[TEAMS][ROWS][2];
     const Place place(p, p.slc_splits);
     if (place.context == 0) return;
@@ -163,6 +164,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) decode_attend(const __grid
     const SelectedRows<HEAD_DIM_V> v{{p.v_slc_pages + pages, place.head}, list};
     StepFlash flash;
     attend(p, place, flash, k, v, first, first + CHUNK < rows ? first + CHUNK : rows, [](const StepScores&, int) {});
-    write_part(p, place, p.cmp_splits + p.win_splits + place.split, flash, teams);
+    write_share(p, place, p.cmp_splits + p.win_splits + place.split, flash, teams);
     if (comes_last(p.arrived + place.group() * 2 + 1, splits_of(rows) * GROUP_PARTS)) merge(p, place);
 }

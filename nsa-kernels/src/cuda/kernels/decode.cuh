@@ -1,4 +1,4 @@
-// The core of a decoding step: a block's query heads meet a chunk of keys, and leave a part that is joined with others later.
+// The core of a decoding step: a block's query heads meet a chunk of keys, and leave a share that is joined with others later.
 //
 // A block has TEAMS teams of PARTS warps; a warp has 16 query heads of a group as the rows of its products (rows beyond the
 // group are zeros: a step is bound by reading the caches, so that padding costs no time). A team takes KEYS keys a step, its
@@ -21,8 +21,8 @@ constexpr int JOIN_PITCH = Values::PADDED + 8;
 constexpr int JOIN_BYTES = TEAMS * ROWS * JOIN_PITCH * 4;
 constexpr int STAGES_BYTES = TEAMS * STAGES * STAGE_BYTES;
 constexpr int BODY_BYTES = STAGES_BYTES > JOIN_BYTES ? STAGES_BYTES : JOIN_BYTES;
-// Elements of a part that a thread moves at once.
-constexpr int PART_VECTOR = HEAD_DIM_V % 4 == 0 ? 4 : 1;
+// Elements of a share that a thread moves at once.
+constexpr int SHARE_VECTOR = HEAD_DIM_V % 4 == 0 ? 4 : 1;
 static_assert(CHUNK % KEYS == 0, "steps do not cross chunks");
 
 extern __shared__ __align__(128) char shared[];
@@ -53,13 +53,13 @@ struct Place {
     __device__ __forceinline__ i64 query_head(int row) const { return group() * GROUP + part * ROWS + row; }
 };
 
-// Where parts lie: those of all branches of a group, compressed blocks first, then the window, then selected blocks.
+// Where shares of the outputs lie: those of all branches of a group, compressed blocks first, then the window, then selected blocks.
 struct Shares {
     i64 first;  // split 0 of the group
     __device__ __forceinline__ Shares(const DecodeParams& p, i64 group)
         : first(group * (p.cmp_splits + p.win_splits + p.slc_splits)) {}
     __device__ __forceinline__ float* o(const DecodeParams& p, int split, int head) const {
-        return p.parts + ((first + split) * GROUP + head) * HEAD_DIM_V;
+        return p.shares + ((first + split) * GROUP + head) * HEAD_DIM_V;
     }
     // m and l.
     __device__ __forceinline__ float* statistics(const DecodeParams& p, int split, int head) const {
@@ -158,8 +158,8 @@ __device__ __forceinline__ int warp_row() { return threadIdx.x / 32 % PARTS * 16
 
 // Attends to rows first .. end. `see(s, x)` is shown the scores of the step from row x on, minus infinity beyond the end.
 template <class KeyRows, class ValueRows, class See>
-__device__ __forceinline__ void attend(const DecodeParams& p, const Place& place, StepFlash& flash, const KeyRows& k, const ValueRows& v,
-                                       int first, int end, const See& see) {
+__device__ __forceinline__ void attend(const DecodeParams& p, const Place& place, StepFlash& flash, const KeyRows& k,
+                                       const ValueRows& v, int first, int end, const See& see) {
     constexpr int STEP = TEAMS * KEYS;
     const int thread = threadIdx.x % TEAM, team = threadIdx.x / TEAM;
     char* const stages = shared + QUERY_BYTES + team * STAGES * STAGE_BYTES;
@@ -230,7 +230,7 @@ struct Joined {
     __device__ __forceinline__ float inverse() const { return sum == 0.0f ? 0.0f : 1.0f / sum; }
 };
 
-// Writes numbers of a part past the nearest cache: another multiprocessor reads them.
+// Writes numbers of a share past the nearest cache: another multiprocessor reads them.
 template <int N>
 __device__ __forceinline__ void put(float* to, const float (&from)[N]) {
     if constexpr (N == 4) {
@@ -241,8 +241,9 @@ __device__ __forceinline__ void put(float* to, const float (&from)[N]) {
     }
 }
 
-// Writes the part of all teams together.
-__device__ __forceinline__ void write_part(const DecodeParams& p, const Place& place, int split, StepFlash& flash, float (&teams)[TEAMS][ROWS][2]) {
+// Writes the share of all teams together.
+__device__ __forceinline__ void write_share(const DecodeParams& p, const Place& place, int split, StepFlash& flash,
+                                           float (&teams)[TEAMS][ROWS][2]) {
     const int lane = threadIdx.x % 32, team = threadIdx.x / TEAM, row = warp_row() + lane / 4;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -261,21 +262,22 @@ __device__ __forceinline__ void write_part(const DecodeParams& p, const Place& p
         float* const to = joined + (team * ROWS + row + h * 8) * JOIN_PITCH + lane % 4 * 2;
 #pragma unroll
         for (int n = 0; n < PARTS_V; ++n) {
-            *reinterpret_cast<float2*>(to + n * 8) = make_float2(flash.o[0][n][2 * h] * weight, flash.o[0][n][2 * h + 1] * weight);
+            const float* const o = &flash.o[0][n][2 * h];
+            *reinterpret_cast<float2*>(to + n * 8) = make_float2(o[0] * weight, o[1] * weight);
         }
     }
     __syncthreads();
     const Shares shares(p, place.group());
-    constexpr int PIECES = HEAD_DIM_V / PART_VECTOR;
+    constexpr int PIECES = HEAD_DIM_V / SHARE_VECTOR;
     for (int i = threadIdx.x; i < place.heads * PIECES; i += THREADS) {
-        const int r = i / PIECES, column = i % PIECES * PART_VECTOR;
-        float sum[PART_VECTOR] = {};
+        const int r = i / PIECES, column = i % PIECES * SHARE_VECTOR;
+        float sum[SHARE_VECTOR] = {};
 #pragma unroll
         for (int other = 0; other < TEAMS; ++other) {
-            float o[PART_VECTOR];
-            load<PART_VECTOR>(joined + (other * ROWS + r) * JOIN_PITCH + column, o);
+            float o[SHARE_VECTOR];
+            load<SHARE_VECTOR>(joined + (other * ROWS + r) * JOIN_PITCH + column, o);
 #pragma unroll
-            for (int c = 0; c < PART_VECTOR; ++c) sum[c] += o[c];
+            for (int c = 0; c < SHARE_VECTOR; ++c) sum[c] += o[c];
         }
         put(shares.o(p, split, place.part * ROWS + r) + column, sum);
     }
