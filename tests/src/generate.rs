@@ -256,7 +256,7 @@ impl Poison for i32 {
 pub struct Guarded<T> {
     memory: Vec<T>,
     /// Where a backend computes, if not in `memory`.
-    device: Option<Buffer<T>>,
+    device: Option<Box<Buffer<T>>>,
 }
 
 impl<T: Poison> Guarded<T> {
@@ -284,7 +284,7 @@ impl<T: Poison> Guarded<T> {
         if let Backend::Cpu(_) = backend {
             return TensorMut::host(self.get_mut(), shape);
         }
-        self.device.insert(backend.upload(&self.memory)).tensor_mut_at(GUARD, shape)
+        self.device.insert(Box::new(backend.upload(&self.memory))).tensor_mut_at(GUARD, shape)
     }
 
     /// Brings what a device computed to `get`.

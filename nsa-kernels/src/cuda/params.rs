@@ -51,7 +51,7 @@ impl<K> In<K> {
 
 impl<K> Out<K> {
     /// The same elements, which the kernel also reads.
-    pub(crate) fn into_input(self) -> In<K> {
+    pub(crate) fn to_input(&self) -> In<K> {
         In(self.0, PhantomData)
     }
 }

@@ -35,7 +35,7 @@ pub(crate) fn accumulate<T: Element>(cuda: &Cuda, op: &'static str, args: Accumu
     let Accumulate { x, mut y } = args;
     let count = y.shape().iter().product::<usize>();
     let y: Out<Stored> = call.output("y", &mut y)?;
-    launch::<T>(call, |call| Ok(Add { a: y.into_input(), b: call.input("x", &x)?, y, count: count as i64 }))
+    launch::<T>(call, |call| Ok(Add { a: y.to_input(), b: call.input("x", &x)?, y, count: count as i64 }))
 }
 
 fn launch<T: Element>(call: Call<'_>, params: impl FnOnce(&Call<'_>) -> Result<Add>) -> Result<()> {

@@ -69,7 +69,7 @@ pub(crate) fn rotate_in_place<T: Element>(
     let call = Call::new::<T>(cuda, op)?;
     let RotateInPlace { cache, positions, mut x } = args;
     let (shape, y) = (x.shape(), call.output::<_, Stored, 3>("x", &mut x)?);
-    launch::<T>(call, (y.into_input(), y, shape), cache, &positions, direction)
+    launch::<T>(call, (y.to_input(), y, shape), cache, &positions, direction)
 }
 
 fn launch<T: Element>(
