@@ -72,7 +72,8 @@ impl BandTiles {
     pub(crate) fn new(config: &NsaConfig, size: usize) -> Self {
         let wide = config.head_dim_v().next_multiple_of(16) > 128;
         let tiles = if size == 4 || wide { 1 } else { 2 };
-        let keys = if size == 4 { 16 } else { 32 };
+        // Above 128 dims scores are two sums at first.
+        let keys = if size == 4 || config.head_dim_qk().next_multiple_of(16) > 128 { 16 } else { 32 };
         let (k, v) = (pitch(config.head_dim_qk(), size), pitch(config.head_dim_v(), size));
         let shared = |warps: usize| warps * tiles * 16 * k.max(v) + 2 * keys * (k + v);
         let holds = |warps: usize| warps * tiles * 16 >= config.group_size();

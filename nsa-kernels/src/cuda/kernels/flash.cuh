@@ -4,15 +4,15 @@
 // product with the values, without leaving the registers. Softmax is online, in powers of two: with m near the greatest
 // score so far (in units of log2),
 //   p = 2^(scale log2(e) s - m),   l = sum of p,   o = sum of p v (p rounded to Element),   lse = (m + log2 l) / log2(e).
-// m follows the greatest score only when that has grown by more than SLACK: p is at most 2^SLACK then, o and l are seldom
-// scaled, and no lane asks the others for their maximum before one of them has to. Any m gives the same quotient o / l.
+// m is the greatest score so far, so that the key that outweighs all others has p = 1, which needs no rounding. No lane asks the
+// others for their maximum before one of them has a greater one, and o and l are scaled then only.
+// Tried: m that follows once scores have grown by 8 (in log2): seldom scaled, but rows that one key dominates err twice as much.
 //
 // Order of summation: keys in the order of tiles; within one, as in product.cuh; l: each lane its columns, then the quad's
 // four lanes.
 #pragma once
 #include "product.cuh"
 
-constexpr float SLACK = 8.0f;
 constexpr float LN_2 = 0.6931471805599453f;
 
 using Keys = Tile<HEAD_DIM_QK>;
@@ -45,7 +45,7 @@ struct Flash {
     // s = q k^T.
     template <bool HELD>
     __device__ __forceinline__ void multiply_keys(Scores<TILES, KEYS>& s, const Queries<TILES, HELD>& q, const char* keys) {
-        dot_rows<HEAD_DIM_QK, TILES, KEYS, HELD>(s, q, keys);
+        dot_rows<HEAD_DIM_QK, TILES, KEYS, HELD, true>(s, q, keys);
     }
 
     // o += p v.
@@ -66,7 +66,7 @@ struct Flash {
 #pragma unroll
                 for (int n = 1; n < PARTS; ++n) most = fmaxf(most, fmaxf(s[i][n][2 * h], s[i][n][2 * h + 1]));
                 top[i][h] = most * scale_log2;
-                grown |= top[i][h] > m[i][h] + SLACK;
+                grown |= top[i][h] > m[i][h];
             }
         }
         const bool changed = __any_sync(ALL_LANES, grown);
@@ -142,7 +142,7 @@ private:
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
                 const float most = quad_max(top[i][h]);
-                const bool grown = most > m[i][h] + SLACK;
+                const bool grown = most > m[i][h];
                 factor[i][h] = grown ? exp2_approx(m[i][h] - most) : 1.0f;
                 m[i][h] = grown ? most : m[i][h];
                 l[i][h] *= factor[i][h];

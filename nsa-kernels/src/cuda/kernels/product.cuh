@@ -90,33 +90,54 @@ __device__ __forceinline__ void fused_dot_rows(Parts<TILES, KEYS>& s, const Rows
     }
 }
 
-// s = rows keys^T: each of the warp's rows with each of KEYS rows of a tile.
-template <int DIM, int TILES, int KEYS, bool HELD>
-__device__ __forceinline__ void dot_rows(Parts<TILES, KEYS>& s, const Rows<DIM, TILES, HELD>& rows, const char* keys) {
+// Adds dims 16 FROM.. 16 TO of rows keys^T to s, on tensor cores.
+template <int DIM, int FROM, int TO, int TILES, int KEYS, bool HELD>
+__device__ __forceinline__ void add_dots(Parts<TILES, KEYS>& s, const Rows<DIM, TILES, HELD>& rows, const char* keys) {
     using Layout = Tile<DIM>;
-    clear<TILES, KEYS>(s);
-    if constexpr (TENSOR_CORES) {
-        const int lane = anew(int(threadIdx.x % 32)), row = lane % 8 + lane / 16 * 8, half = lane / 8 % 2;
-        const u32 base = shared_address(keys);
+    const int lane = anew(int(threadIdx.x % 32)), row = lane % 8 + lane / 16 * 8, half = lane / 8 % 2;
+    const u32 base = shared_address(keys);
 #pragma unroll
-        for (int k = 0; k < Layout::PADDED / 16; ++k) {
-            u32 a[TILES][4];
+    for (int k = FROM; k < TO; ++k) {
+        u32 a[TILES][4];
 #pragma unroll
-            for (int i = 0; i < TILES; ++i) rows.part(a[i], lane, i, k);
-            const u32 from = base + Layout::chunk(row, 2 * k + half);
+        for (int i = 0; i < TILES; ++i) rows.part(a[i], lane, i, k);
+        const u32 from = base + Layout::chunk(row, 2 * k + half);
 #pragma unroll
-            for (int n = 0; n < KEYS / 8; n += 2) {
-                u32 b[4];
-                load_matrices(b, from + n * 8 * Layout::PITCH);
+        for (int n = 0; n < KEYS / 8; n += 2) {
+            u32 b[4];
+            load_matrices(b, from + n * 8 * Layout::PITCH);
 #pragma unroll
-                for (int i = 0; i < TILES; ++i) {
-                    multiply<Element>(s[i][n], a[i], b[0], b[1]);
-                    multiply<Element>(s[i][n + 1], a[i], b[2], b[3]);
-                }
+            for (int i = 0; i < TILES; ++i) {
+                multiply<Element>(s[i][n], a[i], b[0], b[1]);
+                multiply<Element>(s[i][n + 1], a[i], b[2], b[3]);
             }
         }
+    }
+}
+
+// s = rows keys^T: each of the warp's rows with each of KEYS rows of a tile. Tensor cores cut sums towards zero each time that
+// they add to them; with HALVES, sums over more than 128 dims are two, which are added as IEEE 754 asks.
+template <int DIM, int TILES, int KEYS, bool HELD, bool HALVES = false>
+__device__ __forceinline__ void dot_rows(Parts<TILES, KEYS>& s, const Rows<DIM, TILES, HELD>& rows, const char* keys) {
+    constexpr int STEPS = Tile<DIM>::PADDED / 16, FIRST = HALVES && STEPS > 8 ? STEPS / 2 : STEPS;
+    clear<TILES, KEYS>(s);
+    if constexpr (TENSOR_CORES) {
+        add_dots<DIM, 0, FIRST, TILES, KEYS, HELD>(s, rows, keys);
     } else {
         fused_dot_rows<DIM, TILES, KEYS, HELD>(s, rows, keys);
+    }
+    if constexpr (TENSOR_CORES && FIRST < STEPS) {
+        Parts<TILES, KEYS> rest;
+        clear<TILES, KEYS>(rest);
+        add_dots<DIM, FIRST, STEPS, TILES, KEYS, HELD>(rest, rows, keys);
+#pragma unroll
+        for (int i = 0; i < TILES; ++i) {
+#pragma unroll
+            for (int n = 0; n < KEYS / 8; ++n) {
+#pragma unroll
+                for (int c = 0; c < 4; ++c) s[i][n][c] += rest[i][n][c];
+            }
+        }
     }
 }
 
