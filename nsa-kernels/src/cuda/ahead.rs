@@ -91,10 +91,11 @@ pub fn builds(config: &NsaConfig, dtype: DType) -> Vec<Build> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use nsa_core::CompressKind;
 
     #[test]
     fn every_kernel_has_a_budget_and_every_budget_a_kernel() {
-        let config = NsaConfig::builder(16, 1, 128, 128).build().unwrap();
+        let config = NsaConfig::builder(16, 1, 128, 128).compress_kind(CompressKind::Mean).build().unwrap();
         let mut allowed = Vec::new();
         let mut launched = Vec::new();
         for build in builds(&config, DType::Bf16) {

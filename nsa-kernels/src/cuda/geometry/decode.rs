@@ -143,10 +143,11 @@ impl DecodeSizes {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use nsa_core::NsaConfig;
+    use nsa_core::{CompressKind, NsaConfig};
 
     fn tiles(heads: usize, kv_heads: usize, dim_k: usize, dim_v: usize, size: usize) -> DecodeTiles {
-        let config = NsaConfig::builder(heads, kv_heads, dim_k, dim_v).build().unwrap();
+        let config =
+            NsaConfig::builder(heads, kv_heads, dim_k, dim_v).compress_kind(CompressKind::Mean).build().unwrap();
         DecodeTiles::new(&config, size)
     }
 
@@ -177,7 +178,7 @@ mod tests {
     fn columns_hold_every_block_that_a_chunk_counts_for() {
         for (l, d, p) in [(32, 16, 64), (8, 4, 16), (6, 3, 9), (16, 2, 32), (1, 1, 1), (8, 8, 32), (16, 1, 1024)] {
             let config = NsaConfig::builder(4, 2, 16, 16).compress_block(l).compress_stride(d).select_block(p);
-            let config = config.window(64).build().unwrap();
+            let config = config.window(64).compress_kind(CompressKind::Mean).build().unwrap();
             let tiles = DecodeTiles::new(&config, 2);
             let mut most = 0;
             for split in 0..50 {
