@@ -3,13 +3,14 @@
 use std::path::{Path, PathBuf};
 
 /// Files with unsafe code; ARCHITECTURE.md says why.
-const UNSAFE: [&str; 17] = [
+const UNSAFE: [&str; 18] = [
     "nsa-decode/src/weights.rs",
     "nsa-kernels/src/cpu/gemm.rs",
     "nsa-kernels/src/cpu/inner.rs",
     "nsa-kernels/src/cpu/simd/avx2.rs",
     "nsa-kernels/src/cpu/simd/avx512.rs",
     "nsa-kernels/src/cpu/simd/mod.rs",
+    "nsa-kernels/src/cpu/simd/neon.rs",
     "nsa-kernels/src/cpu/simd/portable.rs",
     "nsa-kernels/src/cuda/blas.rs",
     "nsa-kernels/src/cuda/launch.rs",
