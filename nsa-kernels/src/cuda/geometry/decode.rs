@@ -37,7 +37,10 @@ impl DecodeTiles {
     /// tenth of them, unless scores would not fit in shared memory.
     pub(crate) fn new(config: &NsaConfig, size: usize) -> Self {
         let most = config.group_size().div_ceil(16).min(WARPS);
+        // All teams of a block have as many steps.
+        let even = |&(_, teams): &(usize, usize)| CHUNKS[0].is_multiple_of(KEYS * teams);
         let shapes = (1..=most).rev().flat_map(|parts| (1..=WARPS / parts).rev().map(move |teams| (parts, teams)));
+        let shapes = shapes.filter(even);
         let mut all = shapes.map(|(parts, teams)| Self::of(config, size, parts, teams));
         let fits = |tiles: &Self| tiles.body_bytes + tiles.score_bytes() <= SHARED_BYTES;
         all.clone().find(fits).or_else(|| all.next_back()).expect("one part, one team")
@@ -156,7 +159,7 @@ mod tests {
         let shape = |t: DecodeTiles| (t.parts, t.teams, t.chunk);
         assert_eq!(shape(tiles(64, 4, 128, 128, 2)), (1, 4, 256));
         assert_eq!(shape(tiles(64, 16, 128, 128, 2)), (1, 4, 64));
-        assert_eq!(shape(tiles(64, 4, 192, 128, 2)), (1, 4, 256));
+        assert_eq!(shape(tiles(64, 4, 192, 128, 2)), (1, 4, 192));
         assert_eq!(shape(tiles(64, 1, 128, 128, 2)), (4, 1, 128));
         assert_eq!(shape(tiles(4, 4, 256, 256, 4)), (1, 1, 64));
     }
@@ -195,8 +198,8 @@ mod tests {
         let config = NsaConfig::paper();
         let tiles = DecodeTiles::new(&config, 2);
         let sizes = |sequences, context| DecodeSizes::new(&config, &tiles, sequences, context);
-        assert_eq!(sizes(1, 8192).splits, [2, 2, 4]);
-        assert_eq!(sizes(1, 65536).splits, [16, 2, 4]);
+        assert_eq!(sizes(1, 8192).splits, [3, 3, 6]);
+        assert_eq!(sizes(1, 65536).splits, [22, 3, 6]);
         assert_eq!(sizes(1, 1).splits, [1, 1, 1]);
         assert_eq!(sizes(3, 8192).bytes(), 3 * sizes(1, 8192).bytes());
         assert_eq!(sizes(0, 0).bytes(), 0);

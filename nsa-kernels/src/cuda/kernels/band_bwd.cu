@@ -104,14 +104,14 @@ __device__ __forceinline__ void query_gradients(const BandBackwardParams& p) {
                     const int at = n * 8 + threadIdx.x % 4 * 2 + c % 2;
                     const bool seen = whole || (at >= first && at < last);
                     const float probable = seen ? probability(s[0][n][c], p.scale, facts[h]) : 0.0f;
-                    ds[0][n][c] = probable * (facts[h].z * ds[0][n][c] - facts[h].y);
+                    ds[0][n][c] = p.scale * (probable * (facts[h].z * ds[0][n][c] - facts[h].y));
                 }
             }
         }
         add_rows<HEAD_DIM_QK, 0, Keys::PADDED, 1, KEYS>(dq, ds, keys);
     }
     copy_wait<0>();
-    add_query_gradients(dq, p.scale, [&](int row) {
+    add_query_gradients(dq, [&](int row) {
         return row < own ? p.dq + run.row(base + row) * HEAD_DIM_QK : nullptr;
     });
 }
@@ -160,7 +160,7 @@ __device__ __forceinline__ void key_gradients(const BandBackwardParams& p) {
     const Sequence own = find_sequence<5>(p.key_sequences, p.num_sequences, place / KV_HEADS);
     const int row = (place / KV_HEADS - own.tile) * KEY_ROWS + base;
     const i64 at = i64(own.key + row) * KV_HEADS + place % KV_HEADS;
-    gradients.template write<KV_HEADS>(p.dk + at * HEAD_DIM_QK, p.dv + at * HEAD_DIM_V, own.keys - row, p.scale);
+    gradients.template write<KV_HEADS>(p.dk + at * HEAD_DIM_QK, p.dv + at * HEAD_DIM_V, own.keys - row);
 }
 
 template <class Span>

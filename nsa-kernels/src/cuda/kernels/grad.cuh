@@ -1,6 +1,6 @@
 // What all gradients of attention share (SPEC 3). With do^c = g do,
-//   delta = sum_d do^c o,   p = e^(scale q k - lse),   ds = p (g do v - delta),
-//   dq += scale sum ds k,   dk = scale sum ds q,   dv = sum (g p) do;   g p and ds are rounded to Element.
+//   delta = sum_d do^c o,   p = e^(scale q k - lse),   ds = scale p (g do v - delta),
+//   dq += sum ds k,   dk = sum ds q,   dv = sum (g p) do;   g p and ds are rounded to Element.
 #pragma once
 #include "product.cuh"
 #include "sequence.cuh"
@@ -48,9 +48,9 @@ __device__ __forceinline__ void row_facts(const P& p) {
     }
 }
 
-// Adds scale times a warp's rows to dq.
+// Adds a warp's rows to dq.
 template <class Place>
-__device__ __forceinline__ void add_query_gradients(const Parts<1, Keys::PADDED>& dq, float scale, const Place& place) {
+__device__ __forceinline__ void add_query_gradients(const Parts<1, Keys::PADDED>& dq, const Place& place) {
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -61,7 +61,7 @@ __device__ __forceinline__ void add_query_gradients(const Parts<1, Keys::PADDED>
 #pragma unroll
             for (int c = 0; c < 2; ++c) {
                 const int d = n * 8 + lane % 4 * 2 + c;
-                if (d < HEAD_DIM_QK) to[d] += scale * dq[0][n][2 * h + c];
+                if (d < HEAD_DIM_QK) to[d] += dq[0][n][2 * h + c];
             }
         }
     }
@@ -133,7 +133,7 @@ struct KeyGradients {
 #pragma unroll
                 for (int x = 0; x < 4; ++x) {
                     const RowFacts row = facts[n * 8 + lane % 4 * 2 + x % 2];
-                    ds[0][n][x] = p[0][n][x] * (row.z * ds[0][n][x] - row.y);
+                    ds[0][n][x] = scale * (p[0][n][x] * (row.z * ds[0][n][x] - row.y));
                 }
             }
             add_rows<HEAD_DIM_QK, 0, Keys::PADDED, 1, QUERY_ROWS>(dk, ds, stage);
@@ -150,24 +150,24 @@ struct KeyGradients {
 
     // Writes rows 0..rows, row r to dk + r APART_ROWS HEAD_DIM_QK and dv likewise.
     template <int APART_ROWS>
-    __device__ __forceinline__ void write(float* to_k, float* to_v, int rows, float scale) const {
+    __device__ __forceinline__ void write(float* to_k, float* to_v, int rows) const {
         const int lane = threadIdx.x % 32;
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
             const int row = h * 8 + lane / 4;
             if (row >= rows) continue;
-            if constexpr (K) write_row<HEAD_DIM_QK>(to_k + i64(row) * APART_ROWS * HEAD_DIM_QK, dk[0], h, scale);
-            if constexpr (V) write_row<HEAD_DIM_V>(to_v + i64(row) * APART_ROWS * HEAD_DIM_V, dv[0], h, 1.0f);
+            if constexpr (K) write_row<HEAD_DIM_QK>(to_k + i64(row) * APART_ROWS * HEAD_DIM_QK, dk[0], h);
+            if constexpr (V) write_row<HEAD_DIM_V>(to_v + i64(row) * APART_ROWS * HEAD_DIM_V, dv[0], h);
         }
     }
     template <int DIM, int N>
-    static __device__ __forceinline__ void write_row(float* to, const float (&from)[N][4], int h, float scale) {
+    static __device__ __forceinline__ void write_row(float* to, const float (&from)[N][4], int h) {
 #pragma unroll
         for (int n = 0; n < N; ++n) {
 #pragma unroll
             for (int c = 0; c < 2; ++c) {
                 const int d = n * 8 + threadIdx.x % 4 * 2 + c;
-                if (d < DIM) to[d] = scale * from[n][2 * h + c];
+                if (d < DIM) to[d] = from[n][2 * h + c];
             }
         }
     }

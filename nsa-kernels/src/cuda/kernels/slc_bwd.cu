@@ -53,7 +53,7 @@ __device__ __forceinline__ void score_gradients(Parts<1, KEYS>& ds, const Parts<
             for (int c = 2 * h; c < 2 * h + 2; ++c) {
                 const bool seen = whole || n * 8 + lane % 4 * 2 + c % 2 < end;
                 const float p = seen ? probability(s[0][n][c], scale, facts[h]) : 0.0f;
-                ds[0][n][c] = p * (facts[h].z * ds[0][n][c] - facts[h].y);
+                ds[0][n][c] = scale * (p * (facts[h].z * ds[0][n][c] - facts[h].y));
             }
         }
     }
@@ -112,7 +112,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) slc_query_gradients(con
         add_rows<HEAD_DIM_QK, 0, Keys::PADDED, 1, KEYS>(dq, ds, keys);
     }
     copy_wait<0>();
-    add_query_gradients(dq, p.scale,
+    add_query_gradients(dq,
                         [&](int row) { return tile.has(row) ? p.dq + place(row) * HEAD_DIM_QK : nullptr; });
 }
 
@@ -263,12 +263,12 @@ __device__ __forceinline__ void key_gradients(const SlcBackwardParams& params, c
     copy_wait<0>();
     if (work.index == 0) {
         const i64 at = i64(work.sequence.key + mine) * KV_HEADS + work.head;
-        gradients.template write<KV_HEADS>(p.dk + at * HEAD_DIM_QK, p.dv + at * HEAD_DIM_V, own, p.scale);
+        gradients.template write<KV_HEADS>(p.dk + at * HEAD_DIM_QK, p.dv + at * HEAD_DIM_V, own);
     } else {
         // Works after the first of their blocks come in order: this is the place among them.
         const i64 slot = i64(params.work_starts[work.block]) - work.block + work.index - 1;
         float* const partial = params.partial + slot * PARTIAL + share * KEY_ROWS * (HEAD_DIM_QK + HEAD_DIM_V);
-        gradients.template write<1>(partial + base * HEAD_DIM_QK, partial + KEY_ROWS * HEAD_DIM_QK + base * HEAD_DIM_V, own, p.scale);
+        gradients.template write<1>(partial + base * HEAD_DIM_QK, partial + KEY_ROWS * HEAD_DIM_QK + base * HEAD_DIM_V, own);
     }
 }
 
