@@ -343,7 +343,6 @@ fn phi<'a, T: Kind>(
 }
 
 /// Memory of the gradients of φ's weights: zero, between guards.
-#[expect(clippy::large_enum_variant, reason = "there is one at a time")]
 enum WeightGrads<A> {
     Mean,
     Weighted(Guarded<A>),
