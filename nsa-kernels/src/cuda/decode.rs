@@ -7,7 +7,7 @@
 //! # fn step(cuda: &Cuda, capacity: Capacity, config: &nsa_core::NsaConfig, caches: &[Cache<'_, f32>], args: Step<'_, f32>) -> Result<()> {
 //! let mut workspace = Workspace::<f32>::new(cuda, config, capacity)?;
 //! // Before each step: up to two copies to the device, see `Workspace::upload`.
-//! let ready = workspace.upload(caches)?;
+//! let mut ready = workspace.upload(caches)?;
 //! // Captured, or done now: two launches.
 //! ready.launch(args.q, args.gates, args.o, args.block_indices)?;
 //! # Ok(())

@@ -11,6 +11,10 @@ const STAGES: usize = 2;
 const WARPS: usize = 4;
 /// Rows of a chunk, at least and at most.
 const CHUNKS: [usize; 2] = [64, 256];
+/// Bytes of shared memory that kernels have besides: statistics of teams, a histogram.
+const STATIC_BYTES: usize = 4 << 10;
+/// The most bytes of shared memory that a block asks for.
+const MOST_BYTES: usize = SHARED_BYTES - STATIC_BYTES;
 
 /// How a block works through a chunk of keys.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,17 +37,17 @@ impl DecodeTiles {
     /// Steps of a team in shared memory.
     pub(crate) const STAGES: usize = STAGES;
 
-    /// For a configuration and elements of `size` bytes. What a block reads and writes besides its chunk's rows is at most a
-    /// tenth of them, unless scores would not fit in shared memory.
+    /// For a configuration and elements of `size` bytes. As many heads as fit share a block's reads. What it reads and writes
+    /// besides its chunk's rows is at most a tenth of them, if scores of so long a chunk fit in shared memory; for that fewer
+    /// teams are taken.
     pub(crate) fn new(config: &NsaConfig, size: usize) -> Self {
         let most = config.group_size().div_ceil(16).min(WARPS);
-        // All teams of a block have as many steps.
-        let even = |&(_, teams): &(usize, usize)| CHUNKS[0].is_multiple_of(KEYS * teams);
-        let shapes = (1..=most).rev().flat_map(|parts| (1..=WARPS / parts).rev().map(move |teams| (parts, teams)));
-        let shapes = shapes.filter(even);
-        let mut all = shapes.map(|(parts, teams)| Self::of(config, size, parts, teams));
-        let fits = |tiles: &Self| tiles.body_bytes + tiles.score_bytes() <= SHARED_BYTES;
-        all.clone().find(fits).or_else(|| all.next_back()).expect("one part, one team")
+        let of = |parts: usize| {
+            let mut all = (1..=WARPS / parts).rev().map(|teams| Self::of(config, size, parts, teams));
+            let wanted = |tiles: &Self| tiles.chunk == tiles.wanted(config, size) && tiles.fits();
+            all.clone().find(wanted).or_else(|| all.find(Self::fits))
+        };
+        (1..=most).rev().find_map(of).unwrap_or_else(|| Self::of(config, size, 1, 1))
     }
 
     fn of(config: &NsaConfig, size: usize, parts: usize, teams: usize) -> Self {
@@ -53,13 +57,22 @@ impl DecodeTiles {
         let stages = teams * STAGES * KEYS * (k + v);
         let joined = teams * rows * (dim_v.next_multiple_of(16) + 8) * 4;
         let body_bytes = rows * k + stages.max(joined);
-        let [least, most] = CHUNKS;
-        let beside = rows.min(config.group_size()) * (4 * dim_v + size * dim_k);
-        let wanted = (10 * beside).div_ceil((dim_k + dim_v) * size).next_multiple_of(least);
-        let left = SHARED_BYTES.saturating_sub(body_bytes) / (rows * 4);
-        let room = left.saturating_sub(8) / least * least;
-        let held = size == 2 && k <= 256;
-        Self { parts, teams, chunk: wanted.min(room).clamp(least, most), held, body_bytes }
+        let left = MOST_BYTES.saturating_sub(body_bytes) / (rows * 4);
+        let room = left.saturating_sub(8) / CHUNKS[0] * CHUNKS[0];
+        let tiles = Self { parts, teams, chunk: CHUNKS[0], held: size == 2 && k <= 256, body_bytes };
+        Self { chunk: tiles.wanted(config, size).min(room).max(CHUNKS[0]), ..tiles }
+    }
+
+    /// Rows of which queries and outputs are a tenth.
+    fn wanted(&self, config: &NsaConfig, size: usize) -> usize {
+        let (dim_k, dim_v) = (config.head_dim_qk(), config.head_dim_v());
+        let beside = (16 * self.parts).min(config.group_size()) * (4 * dim_v + size * dim_k);
+        let rows = (10 * beside).div_ceil((dim_k + dim_v) * size);
+        rows.next_multiple_of(CHUNKS[0]).min(CHUNKS[1])
+    }
+
+    fn fits(&self) -> bool {
+        self.scan_bytes() <= MOST_BYTES
     }
 
     fn score_bytes(&self) -> usize {
@@ -146,7 +159,7 @@ impl DecodeSizes {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use nsa_core::{CompressKind, NsaConfig};
+    use nsa_core::CompressKind;
 
     fn tiles(heads: usize, kv_heads: usize, dim_k: usize, dim_v: usize, size: usize) -> DecodeTiles {
         let config =
@@ -159,7 +172,7 @@ mod tests {
         let shape = |t: DecodeTiles| (t.parts, t.teams, t.chunk);
         assert_eq!(shape(tiles(64, 4, 128, 128, 2)), (1, 4, 256));
         assert_eq!(shape(tiles(64, 16, 128, 128, 2)), (1, 4, 64));
-        assert_eq!(shape(tiles(64, 4, 192, 128, 2)), (1, 4, 192));
+        assert_eq!(shape(tiles(64, 4, 192, 128, 2)), (1, 3, 256));
         assert_eq!(shape(tiles(64, 1, 128, 128, 2)), (4, 1, 128));
         assert_eq!(shape(tiles(4, 4, 256, 256, 4)), (1, 1, 64));
     }
@@ -170,8 +183,8 @@ mod tests {
             for (dim_k, dim_v) in [(5, 3), (64, 64), (96, 96), (128, 128), (192, 128), (256, 256)] {
                 for size in [2, 4] {
                     let tiles = tiles(heads, 1, dim_k, dim_v, size);
-                    assert!(tiles.scan_bytes() <= SHARED_BYTES, "{heads} {dim_k} {dim_v} {size}: {tiles:?}");
-                    assert!(tiles.chunk.is_multiple_of(KEYS * tiles.teams), "{tiles:?}");
+                    assert!(tiles.scan_bytes() <= MOST_BYTES, "{heads} {dim_k} {dim_v} {size}: {tiles:?}");
+                    assert!(tiles.chunk.is_multiple_of(KEYS), "{tiles:?}");
                 }
             }
         }
@@ -180,8 +193,8 @@ mod tests {
     #[test]
     fn columns_hold_every_block_that_a_chunk_counts_for() {
         for (l, d, p) in [(32, 16, 64), (8, 4, 16), (6, 3, 9), (16, 2, 32), (1, 1, 1), (8, 8, 32), (16, 1, 1024)] {
-            let config = NsaConfig::builder(4, 2, 16, 16).compress_block(l).compress_stride(d).select_block(p);
-            let config = config.window(64).compress_kind(CompressKind::Mean).build().unwrap();
+            let config = NsaConfig::builder(4, 2, 16, 16).compress_kind(CompressKind::Mean);
+            let config = config.compress_block(l).compress_stride(d).select_block(p).build().unwrap();
             let tiles = DecodeTiles::new(&config, 2);
             let mut most = 0;
             for split in 0..50 {
@@ -198,8 +211,8 @@ mod tests {
         let config = NsaConfig::paper();
         let tiles = DecodeTiles::new(&config, 2);
         let sizes = |sequences, context| DecodeSizes::new(&config, &tiles, sequences, context);
-        assert_eq!(sizes(1, 8192).splits, [3, 3, 6]);
-        assert_eq!(sizes(1, 65536).splits, [22, 3, 6]);
+        assert_eq!(sizes(1, 8192).splits, [2, 2, 4]);
+        assert_eq!(sizes(1, 65536).splits, [16, 2, 4]);
         assert_eq!(sizes(1, 1).splits, [1, 1, 1]);
         assert_eq!(sizes(3, 8192).bytes(), 3 * sizes(1, 8192).bytes());
         assert_eq!(sizes(0, 0).bytes(), 0);
