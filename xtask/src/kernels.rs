@@ -8,7 +8,7 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use clap::Args;
 use comfy_table::{Table, presets};
 use cuda_sim::toolchain::{Resources, Toolchain};
-use nsa_core::{DType, NsaConfig};
+use nsa_core::{CompressKind, DType, NsaConfig};
 use nsa_kernels::cuda::ahead::{Budget, Build, Launched, builds};
 use nsa_kernels::cuda::compile::Compiler;
 use nsa_tests::sim;
@@ -132,7 +132,7 @@ pub fn run(options: &Options) -> Result<()> {
     }
     let config = match &options.config {
         Some(file) => nsa_core::read_json(file)?,
-        None => NsaConfig::builder(16, 1, 128, 128).build()?,
+        None => NsaConfig::builder(16, 1, 128, 128).compress_kind(CompressKind::Mean).build()?,
     };
     let own = tempfile::tempdir()?;
     let folder = options.keep.as_deref().unwrap_or(own.path());
