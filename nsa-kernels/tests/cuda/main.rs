@@ -2,6 +2,7 @@
 
 mod decode;
 mod layer;
+mod pages;
 
 use nsa_core::{CompressKind, DType};
 use nsa_kernels::Backend;

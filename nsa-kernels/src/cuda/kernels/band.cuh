@@ -114,7 +114,9 @@ __device__ __forceinline__ void load_keys(u32 to, int count, const KeyRows<DIM>&
     if constexpr (PAGE_ROWS == 0) {
         load_rows<DIM, KEYS, THREADS, BYTES>(to, thread, count, rows.from(key));
     } else {
-        load_rows<DIM, KEYS, THREADS, BYTES>(to, thread, count, [&](int r) { return rows(key + r); });
+        // Tiles behind the last row are zeros, but an address is looked up all the same: that of the first row.
+        const int first = count > 0 ? key : 0;
+        load_rows<DIM, KEYS, THREADS, BYTES>(to, thread, count, [&](int r) { return rows(first + r); });
     }
 }
 
