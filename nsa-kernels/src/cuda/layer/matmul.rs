@@ -108,9 +108,10 @@ pub(super) fn add_outer(call: &Call<'_>, [dy, x, dw]: [Matrix; 3]) -> Result<()>
     product(call, dy.factor(true), Factor { matrix: x, transposed: false }, dw, (None, true))
 }
 
-/// y = \[y +\] a·b + bias. Where the library does not round as asked, it writes sums, which are rounded then.
+/// y = \[y +\] a·b + bias. Where the library does not round as asked, it writes sums, which are rounded then: of bf16 and f16 it
+/// rounds a product before it adds it (seen on an H100).
 fn product(call: &Call<'_>, a: Factor, b: Factor, y: Matrix, (bias, accumulate): (Option<Bias>, bool)) -> Result<()> {
-    if bias.is_none() && (y.dtype == DType::F32 || y.dtype == a.matrix.dtype) {
+    if bias.is_none() && (y.dtype == DType::F32 || (y.dtype == a.matrix.dtype && !accumulate)) {
         return multiply(call, a, b, y, accumulate);
     }
     let [rows, columns] = y.shape;
