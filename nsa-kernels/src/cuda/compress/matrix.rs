@@ -4,7 +4,11 @@
 //! and weights in their own type. Hidden units and gradients are f32 and stay so, since nothing may round them before the
 //! result: what they are multiplied with is widened.
 
-use super::starts;
+mod backward;
+
+pub(super) use backward::backward;
+
+use super::chunks::Chunks;
 use crate::cuda::Cuda;
 use crate::cuda::ahead::Build;
 use crate::cuda::blas::{Matrix, multiply_batch};
@@ -14,11 +18,10 @@ use crate::cuda::layer::matmul::Operand;
 use crate::cuda::memory::DeviceBuffer;
 use crate::cuda::params::{In, Out, Params, Stored, params};
 use crate::cuda::program::{Constants, Program};
-use crate::cuda::reduce::{column_totals, totals_of_parts};
-use crate::op::compress::{Backward, Forward, Phi, PhiGrad};
+use crate::cuda::reduce::totals_of_parts;
+use crate::op::compress::{Forward, Phi};
 use crate::{Element, Result, Tensor};
 use nsa_core::{DType, NsaConfig, Packing};
-use std::marker::PhantomData;
 
 /// The kernels.
 pub(crate) static PROGRAM: Program = Program {
@@ -224,39 +227,6 @@ impl Sizes {
     }
 }
 
-/// The chunks of d tokens that blocks consist of, all sequences in one list.
-#[derive(Debug, PartialEq, Eq)]
-struct Chunks {
-    /// The first token of each, `[C]`.
-    tokens: Vec<i32>,
-    /// The block that begins with it, −1 where none does; up to the last block, `[rows]`.
-    blocks: Vec<i32>,
-}
-
-impl Chunks {
-    fn new(config: &NsaConfig, packing: &Packing) -> Self {
-        let stride = config.compress_stride();
-        let mut chunks = Self { tokens: Vec::new(), blocks: Vec::new() };
-        let mut count = 0;
-        for starts in starts(config, packing) {
-            let before = chunks.tokens.len();
-            chunks.tokens.extend(starts);
-            let Some(&last) = chunks.tokens[before..].last() else { continue };
-            let first = count;
-            count += (chunks.tokens.len() - before) as i32;
-            chunks.blocks.resize(before, -1);
-            chunks.blocks.extend(first..count);
-            chunks.tokens.extend((stride..config.compress_block()).step_by(stride).map(|offset| last + offset as i32));
-        }
-        chunks
-    }
-
-    /// Whether each begins where the one before ends.
-    fn have_no_gaps(&self, stride: usize) -> bool {
-        self.tokens.windows(2).all(|pair| pair[1] - pair[0] == stride as i32)
-    }
-}
-
 /// The network as a call has it, and where the chunks are. Rows are the chunks up to the last block.
 struct Network<'c> {
     call: Call<'c>,
@@ -287,10 +257,7 @@ struct Second {
     added: Option<DeviceBuffer<f32>>,
 }
 
-fn address_or_none<K>(buffer: Option<&DeviceBuffer<f32>>) -> In<K>
-where
-    K: crate::cuda::launch::Names,
-{
+fn address_or_none(buffer: Option<&DeviceBuffer<f32>>) -> In<f32> {
     buffer.map_or(In::none(), DeviceBuffer::read_by)
 }
 
@@ -468,191 +435,4 @@ pub(super) fn forward<T: Element>(cuda: &Cuda, op: &'static str, args: Forward<'
     let (sums, added, blocks) = (sums.read_by(), address_or_none(added), network.blocks.read_by());
     let params = CompressFinish { sums, added, blocks, y, rows: rows as i64 };
     network.launch("compress_finish", rows * heads * dim, params)
-}
-
-/// Where gradients go.
-struct Grads {
-    weight1: Out<f32>,
-    bias1: Option<Out<f32>>,
-    weight2: Option<Out<f32>>,
-    bias2: Option<Out<f32>>,
-    /// `[l, G, D]`.
-    position: Option<Out<f32>>,
-    /// `[N, G, D]`, of zeros.
-    dx: Out<f32>,
-}
-
-pub(super) fn backward<T: Element>(cuda: &Cuda, op: &'static str, args: Backward<'_, T>) -> Result<()> {
-    let Backward { config, packing, x, position, phi, d_blocks, mut dx, mut d_position, d_phi } = args;
-    let ([_, heads, dim], call) = (x.shape(), Call::new::<T>(cuda, op)?);
-    let (x, d_blocks) = (call.input("x", &x)?, call.input("d_blocks", &d_blocks)?);
-    let grads = Grads::new(&call, &mut dx, d_position.as_mut(), d_phi)?;
-    dx.fill(T::Acc::default())?;
-    let width = vector(dim, size_of::<f32>(), &[x.0, grads.dx.0]);
-    let network = Network::new(&call, (config, packing), (&phi, position.as_ref()), (dim, width))?;
-    if network.rows == 0 {
-        return Ok(());
-    }
-    let rows = network.rows;
-    let gathered = network.gathered(x)?;
-    let mut dy = call.workspace::<f32>(rows * heads * dim)?;
-    let params = CompressSpread { d_blocks, blocks: network.blocks.read_by(), dy: dy.written_by(), rows: rows as i64 };
-    network.launch("compress_spread", rows * heads * dim, params)?;
-    let dz = match &network.second {
-        None => dy,
-        Some(second) => network.second_backward(second, &gathered, &dy, &grads)?,
-    };
-    network.first_backward(&gathered, &dz, &grads)?;
-    network.added_backward(&dz, &grads)
-}
-
-impl Grads {
-    fn new<A: nsa_core::Element>(
-        call: &Call<'_>,
-        dx: &mut crate::TensorMut<'_, A, 3>,
-        d_position: Option<&mut crate::TensorMut<'_, A, 3>>,
-        d_phi: PhiGrad<'_, A>,
-    ) -> Result<Self> {
-        let dx = call.output("dx", dx)?;
-        let position = d_position.map(|d| call.output("d_position", d)).transpose()?;
-        match d_phi {
-            PhiGrad::Linear { mut weight } => {
-                let weight1 = call.output("d_phi.weight", &mut weight)?;
-                Ok(Self { weight1, bias1: None, weight2: None, bias2: None, position, dx })
-            }
-            PhiGrad::Mlp { mut weight1, bias1, mut weight2, bias2 } => Ok(Self {
-                weight1: call.output("d_phi.weight1", &mut weight1)?,
-                bias1: bias1.map(|mut bias| call.output("d_phi.bias1", &mut bias)).transpose()?,
-                weight2: Some(call.output("d_phi.weight2", &mut weight2)?),
-                bias2: bias2.map(|mut bias| call.output("d_phi.bias2", &mut bias)).transpose()?,
-                position,
-                dx,
-            }),
-            PhiGrad::Mean | PhiGrad::Weighted { .. } => unreachable!("the face has checked the kind"),
-        }
-    }
-}
-
-impl Network<'_> {
-    /// Adds to the gradients of the second layer; returns that of the first one's result, `[rows, G, H]`.
-    fn second_backward(
-        &self,
-        second: &Second,
-        gathered: &Operand,
-        dy: &DeviceBuffer<f32>,
-        grads: &Grads,
-    ) -> Result<DeviceBuffer<f32>> {
-        let (Sizes { heads, dim, hidden, .. }, call, rows) = (self.sizes, &self.call, self.rows);
-        if let Some(bias) = grads.bias2 {
-            self.add_bias(&column_totals(call, dy.read_by(), [rows, heads * dim])?, bias, heads * dim)?;
-        }
-        let dy: In<f32> = dy.read_by();
-        let dy = self.units(dy.0, dim);
-        let mut gradient = call.workspace::<f32>(rows * heads * hidden)?;
-        let d_units: Out<f32> = gradient.written_by();
-        let weight = self.weight2(second.weight.matrix().address);
-        multiply_batch(call, heads, [dy.plain(), weight.transposed()], self.units(d_units.0, hidden), false)?;
-        let mut z = self.first(gathered)?;
-        let units: Out<f32> = z.written_by();
-        let params = CompressGeluBackward {
-            z: units,
-            gradient: d_units,
-            added: address_or_none(self.added1.as_ref()),
-            blocks: self.blocks.read_by(),
-            rows: rows as i64,
-        };
-        self.launch("compress_gelu_backward", rows * heads * hidden, params)?;
-        if let Some(d_weight) = grads.weight2 {
-            let units = self.units(units.0, hidden).transposed();
-            multiply_batch(call, heads, [units, dy.plain()], self.weight2(d_weight.0), true)?;
-        }
-        Ok(gradient)
-    }
-
-    /// Gradients of tokens and of the first weight, given that of the first product, `[rows, G, H]`.
-    fn first_backward(&self, gathered: &Operand, dz: &DeviceBuffer<f32>, grads: &Grads) -> Result<()> {
-        let (Sizes { heads, dim, hidden, .. }, call) = (self.sizes, &self.call);
-        let dz: In<f32> = dz.read_by();
-        let dz = self.units(dz.0, hidden);
-        let x = Operand::of_type(call, gathered.matrix(), DType::F32)?;
-        let d_weight = Matrix { address: grads.weight1.0, dtype: DType::F32, ..self.weight1() };
-        for slice in self.slices() {
-            let x = self.chunks_from(x.matrix(), slice).transposed();
-            multiply_batch(call, heads, [x, dz.plain()], self.slice_of(d_weight, slice), true)?;
-        }
-        let weight = Operand::of_type(call, self.weight1(), DType::F32)?;
-        let shape = [self.chunks, heads * self.sizes.chunk()];
-        let d_chunks = match self.in_place {
-            Some(_) => None,
-            None => Some(call.zeros::<f32>(shape[0] * shape[1])?),
-        };
-        let target = match (&d_chunks, self.in_place) {
-            (Some(d_chunks), _) => d_chunks.read_by::<f32>().0,
-            (None, first) => Matrix::packed(grads.dx.0, DType::F32, shape).after(first.unwrap_or(0) * dim).address,
-        };
-        let target = Matrix::packed(target, DType::F32, shape);
-        for slice in self.slices() {
-            let weight = self.slice_of(weight.matrix(), slice).transposed();
-            multiply_batch(call, heads, [dz.plain(), weight], self.chunks_from(target, slice), true)?;
-        }
-        let Some(d_chunks) = d_chunks else { return Ok(()) };
-        let (gathered, tokens, dx) = (d_chunks.read_by(), self.tokens.read_by(), grads.dx);
-        let params = CompressScatter { gathered, tokens, dx, chunks: self.chunks as i64 };
-        self.launch("compress_scatter", shape[0] * shape[1], params)
-    }
-
-    /// Gradients of what the first layer adds to every row.
-    fn added_backward(&self, dz: &DeviceBuffer<f32>, grads: &Grads) -> Result<()> {
-        let Sizes { heads, dim, hidden, block, .. } = self.sizes;
-        if grads.bias1.is_none() && self.position.0 == 0 {
-            return Ok(());
-        }
-        let totals = column_totals(&self.call, dz.read_by(), [self.rows, heads * hidden])?;
-        if let Some(bias) = grads.bias1 {
-            self.add_bias(&totals, bias, heads * hidden)?;
-        }
-        if self.position.0 == 0 {
-            return Ok(());
-        }
-        let params = CompressEmbeddingBackward {
-            position: self.position,
-            weight: self.weight1,
-            totals: totals.read_by(),
-            d_position: grads.position.unwrap_or(Out(0, PhantomData)),
-            d_weight: grads.weight1,
-        };
-        self.launch("compress_embedding_backward", 32 * block * heads * dim, params)
-    }
-
-    fn add_bias(&self, totals: &DeviceBuffer<f64>, d_bias: Out<f32>, columns: usize) -> Result<()> {
-        let params = CompressBias { totals: totals.read_by(), d_bias, columns: columns as i64 };
-        self.launch("compress_bias", columns, params)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::Chunks;
-    use nsa_core::{CompressKind, CuSeqlens, NsaConfig, Packing};
-
-    fn chunks(lengths: &[usize]) -> Chunks {
-        let config = NsaConfig::builder(1, 1, 8, 8).compress_kind(CompressKind::Linear);
-        let config = config.compress_block(12).compress_stride(4).select_block(12).build().unwrap();
-        Chunks::new(&config, &Packing::new(CuSeqlens::from_lengths(lengths.iter().copied()).unwrap()))
-    }
-
-    #[test]
-    fn chunks_of_a_sequence_but_its_last_begin_its_blocks() {
-        let found = chunks(&[11, 17, 0, 12, 3]);
-        assert_eq!(found.tokens, [11, 15, 19, 23, 28, 32, 36]);
-        assert_eq!(found.blocks, [0, 1, -1, -1, 2]);
-        assert!(!found.have_no_gaps(4));
-        assert_eq!(chunks(&[11, 3]), Chunks { tokens: vec![], blocks: vec![] });
-    }
-
-    #[test]
-    fn whole_chunks_have_no_gaps() {
-        assert!(chunks(&[16, 12, 14]).have_no_gaps(4));
-        assert!(!chunks(&[13, 12]).have_no_gaps(4));
-    }
 }

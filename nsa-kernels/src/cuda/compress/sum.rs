@@ -1,6 +1,6 @@
 //! φ of the kinds `mean` and `weighted`.
 
-use super::starts;
+use super::chunks::starts;
 use crate::cuda::Cuda;
 use crate::cuda::ahead::Build;
 use crate::cuda::geometry::{Geometry, vector};

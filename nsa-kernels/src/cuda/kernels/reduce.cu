@@ -7,7 +7,7 @@
 //
 // budget: kernel=column_sums threads=256 registers=40 spills=0 shared=0
 // budget: kernel=add_partials threads=256 registers=32 spills=0 shared=0
-// budget: kernel=column_sums_double threads=256 registers=40 spills=0 shared=0
+// budget: kernel=column_sums_double threads=256 registers=48 spills=0 shared=0
 // budget: kernel=part_totals threads=256 registers=40 spills=0 shared=0
 #include "element.cuh"
 #include "config.cuh"
