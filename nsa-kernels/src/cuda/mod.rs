@@ -201,11 +201,6 @@ fn unavailable(name: &str, error: &DriverError) -> Error {
     }
 }
 
-/// The error for an operation that has no kernel here.
-pub(crate) fn missing(cuda: &Cuda, op: &'static str) -> crate::Error {
-    Error::Unsupported { op, backend: cuda.name(), what: "this operation".to_owned(), advice: "use the backend `cpu`" }
-}
-
 /// The error for something that the driver or the device refused in operation `op`.
 pub(crate) fn failed(op: &str, error: &DriverError) -> Error {
     Error::Device { op: op.to_owned(), message: words(error) }
