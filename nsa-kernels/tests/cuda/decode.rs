@@ -62,7 +62,7 @@ fn a_graph_serves_every_batch() {
         let Backend::Cuda(cuda) = &backend else { panic!("a CUDA device") };
         let config = || paper(8, 2, 32, 16).select_count(5).window(100);
         let built = config().build().expect("a configuration");
-        let capacity = Capacity { sequences: 4, context: 3000, block_page_rows: 64, token_page_rows: 64 };
+        let capacity = Capacity { layers: 1, sequences: 4, context: 3000, block_page_rows: 64, token_page_rows: 64 };
         let mut workspace = Workspace::<bf16>::new(cuda, &built, capacity).expect("a workspace");
         let mut q = backend.alloc::<bf16>(4 * 8 * 32);
         let mut gates = backend.alloc::<bf16>(4 * 8 * 3);
@@ -79,7 +79,7 @@ fn a_graph_serves_every_batch() {
             q.write(&inputs.q).expect("q");
             gates.write(&inputs.gates).expect("gates");
             let outputs = decode::with_caches(&backend, &inputs, 64, |caches| {
-                let mut ready = workspace.upload(caches).expect("caches");
+                let mut ready = workspace.upload(0, caches).expect("caches");
                 let mut launch = || {
                     let (q, gates) = (q.tensor([4, 8, 32]).expect("q"), gates.tensor([4, 8, 3]).expect("gates"));
                     let (o, lists) =
