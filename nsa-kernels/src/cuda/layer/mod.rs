@@ -52,6 +52,7 @@ pub(crate) fn builds(config: &NsaConfig, dtype: DType) -> Vec<Build> {
         copy::build(),
         cross_entropy::build(),
         embedding::build(with_vector),
+        linear::build(constants.clone(), vector),
         matmul::build(constants.clone()),
         rmsnorm::build(constants.clone(), channels, vector),
         rope::build(constants, config.head_dim_qk() / 2, vector),
