@@ -90,6 +90,17 @@ impl Backend {
         }
     }
 
+    /// Waits until all work given to it is done. Operations on the CPU are when they return.
+    ///
+    /// # Errors
+    /// What went wrong in work on a device.
+    pub fn synchronize(&self) -> Result<()> {
+        match self {
+            Self::Cpu(_) => Ok(()),
+            Self::Cuda(cuda) => cuda.synchronize(),
+        }
+    }
+
     fn named(name: &str) -> Result<Self> {
         let unknown = || {
             let isas: Vec<String> = Isa::ALL.iter().map(|isa| format!("`cpu:{isa}`")).collect();

@@ -337,11 +337,14 @@ impl<T: Pod> Buffer<T> {
 
     /// The memory; no element if the device had none for it.
     pub fn mem(&self) -> Mem<'_, T> {
-        self.mem_from(0).unwrap_or(Mem::Host(&[]))
+        self.mem_at(0).unwrap_or(Mem::Host(&[]))
     }
 
-    /// The memory from element `offset` on; none if that is beyond the end.
-    fn mem_from(&self, offset: usize) -> Result<Mem<'_, T>> {
+    /// The memory from element `offset` on; no element if that is beyond the end.
+    ///
+    /// # Errors
+    /// If a device had no memory for the buffer.
+    pub fn mem_at(&self, offset: usize) -> Result<Mem<'_, T>> {
         let range = offset.min(self.len())..self.len();
         match &self.0 {
             Owned::Host(data) => Ok(Mem::Host(&data[range])),
@@ -363,7 +366,7 @@ impl<T: Pod> Buffer<T> {
     /// # Errors
     /// If the buffer is shorter than offset and shape ask for.
     pub fn tensor_at<const N: usize>(&self, offset: usize, shape: [usize; N]) -> Result<Tensor<'_, T, N>> {
-        Tensor::packed(self.mem_from(offset)?, shape)
+        Tensor::packed(self.mem_at(offset)?, shape)
     }
 
     /// The first elements as a writable row-major tensor.

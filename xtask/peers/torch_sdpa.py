@@ -4,23 +4,20 @@ Several ways to write it are tried, and the fastest stands for PyTorch. Tensors 
 the layout that its CPU kernels like best.
 """
 
-import time
-
+import device
 import torch
 import wire
+from device import DTYPES, random
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import pad
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 # The ways are compared at the length itself or at this one; beyond it none that keeps a score for every pair takes part.
 TRIAL_TOKENS = 4096
+CUDA_TRIAL_TOKENS = 16384
 TRIALS = 3
 # Seconds of steps in one sample of decoding.
 SAMPLE_S = 0.05
-
-
-def random(dtype, *shape):
-    return torch.randn(*shape).to(dtype)
 
 
 # The heads of a group share keys and values: a view without a copy when there is one group.
@@ -66,6 +63,11 @@ def products(q, k, v):
     return (scores.softmax(-1).view(groups, -1, tokens) @ v[0]).view(1, q.shape[1], tokens, -1)
 
 
+def cudnn(q, k, v):
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return grouped(q, k, v)
+
+
 FUSED = {"enable_gqa": grouped, "expanded heads": expanded, "repeated heads": repeated}
 PADDED = {f"{name}, padded": padded(attend) for name, attend in FUSED.items()}
 
@@ -85,16 +87,7 @@ class Attention:
 
     def turn(self, attend, backward):
         """Seconds of a forward pass, and of the backward pass after it."""
-        with torch.set_grad_enabled(backward):
-            inputs = [x.detach().requires_grad_(backward) for x in self.inputs]
-            start = time.perf_counter()
-            out = attend(*inputs)
-            seconds = [time.perf_counter() - start]
-        if backward:
-            start = time.perf_counter()
-            torch.autograd.grad(out, inputs, self.grad)
-            seconds.append(time.perf_counter() - start)
-        return seconds
+        return device.turn(attend, self.inputs, self.grad, backward)
 
 
 def fastest(names, seconds):
@@ -117,18 +110,18 @@ class Peer:
         self.known = {}
 
     def hello(self, request):
-        torch.set_num_threads(request["threads"])
-        torch.manual_seed(1)
-        wire.limit_memory(request["memory_bytes"])
+        device.prepare(request)
         return {"version": torch.__version__}
 
     def attention(self, job):
         """Makes the inputs and chooses the ways; the reply names them."""
         self.current = None
-        trial = dict(job, tokens=min(job["tokens"], TRIAL_TOKENS))
+        trial = dict(job, tokens=min(job["tokens"], CUDA_TRIAL_TOKENS if device.is_cuda() else TRIAL_TOKENS))
         ways = dict(FUSED if job["dim_qk"] == job["dim_v"] else {**FUSED, **PADDED})
         if job["tokens"] <= TRIAL_TOKENS:
             ways["matrix products"] = products
+        if device.is_cuda():
+            ways["cuDNN"] = cudnn
         key = tuple(sorted(trial.items())) + tuple(ways)
         if key not in self.known:
             self.known[key] = self.choose(trial, ways)
@@ -186,6 +179,7 @@ class Decode:
         # Keys may as well be kept transposed.
         self.kt = [k[0].transpose(1, 2).contiguous() for k in self.k]
         scale = job["dim_qk"] ** -0.5
+        self.graphs = {}
 
         def rows(i):
             # The query heads of a group as the rows of one matrix: no mask is needed.
@@ -204,6 +198,7 @@ class Decode:
 
     def keep(self, way):
         """Frees the form of the keys that `way` does not use."""
+        self.graphs = {name: graph for name, graph in self.graphs.items() if name == way}
         if way.endswith("transposed"):
             self.k = None
         else:
@@ -212,15 +207,30 @@ class Decode:
     def step(self, way, at_least_s):
         """Seconds of one step, the mean over rounds through all layers."""
         run, steps = self.ways[way], 0
+
+        def eager():
+            for i in range(len(self.q)):
+                run(i)
+
         with torch.inference_mode():
-            start = time.perf_counter()
+            steps_of_all = self.recorded(way, eager) if device.is_cuda() else eager
+            start = device.now()
             while True:
-                for i in range(len(self.q)):
-                    run(i)
+                steps_of_all()
                 steps += len(self.q)
-                seconds = time.perf_counter() - start
+                seconds = device.now() - start
                 if seconds >= at_least_s:
                     return seconds / steps
+
+    def recorded(self, way, steps):
+        """The steps as one CUDA graph."""
+        if way not in self.graphs:
+            steps()
+            torch.cuda.synchronize()
+            self.graphs[way] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graphs[way]):
+                steps()
+        return self.graphs[way].replay
 
 
 peer = Peer()

@@ -6,8 +6,7 @@ AdamW. Several ways to write the step are tried, and the fastest stands for PyTo
 or with bf16 weights beside f32 ones, AdamW fused or by lists of tensors.
 """
 
-import time
-
+import device
 import torch
 import wire
 from torch import nn
@@ -75,8 +74,8 @@ class Model(nn.Module):
 
     def forward(self, tokens, targets):
         x = embedding(tokens, self.embedding)
-        if torch.is_autocast_enabled("cpu"):
-            x = x.to(torch.get_autocast_dtype("cpu"))
+        if torch.is_autocast_enabled(device.kind()):
+            x = x.to(torch.get_autocast_dtype(device.kind()))
         for layer in self.layers:
             x = x + self.attention(layer, self.normed(x, layer.norm1))
             h = self.normed(x, layer.norm2)
@@ -107,8 +106,8 @@ class Training:
 
     def step(self):
         """Seconds of a step."""
-        start = time.perf_counter()
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.way["bf16"] == "autocast"):
+        start = device.now()
+        with torch.autocast(device.kind(), torch.bfloat16, enabled=self.way["bf16"] == "autocast"):
             loss = self.run(self.tokens, self.targets)
         loss.backward()
         if self.copies is not None:
@@ -121,7 +120,7 @@ class Training:
             with torch.no_grad():
                 torch._foreach_copy_(self.copies, self.trained)
         loss.item()
-        return time.perf_counter() - start
+        return device.now() - start
 
 
 def described(way):
@@ -135,9 +134,7 @@ class Peer:
         self.trainings = {}
 
     def hello(self, request):
-        torch.set_num_threads(request["threads"])
-        torch.manual_seed(1)
-        wire.limit_memory(request["memory_bytes"])
+        device.prepare(request)
         return {"version": torch.__version__}
 
     def train(self, job):

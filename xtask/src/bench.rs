@@ -185,8 +185,21 @@ impl Options {
             })
     }
 
+    /// Peers run where our backend does, if they can.
+    fn check_peers(&self, backend: &Backend) -> Result<()> {
+        for peer in &self.peer {
+            ensure!(
+                peer.runs_on(backend),
+                "--peer {}: does not run where --backend {} does",
+                peer.name(),
+                backend.name()
+            );
+        }
+        Ok(())
+    }
+
     /// Bytes that the largest length needs.
-    fn check_memory(&self, config: &NsaConfig, available: Option<u64>) -> Result<()> {
+    fn check_memory(&self, backend: &Backend, config: &NsaConfig, available: Option<u64>) -> Result<()> {
         let Some(available) = available else { return Ok(()) };
         let needs = |dtype: Dtype, tokens: usize| {
             let (problem, element) = match dtype {
@@ -194,7 +207,7 @@ impl Options {
                 Dtype::Bf16 | Dtype::F16 => (problem::bytes::<bf16>(config, tokens), 2),
             };
             let attention = if self.has(Pass::Forward) { problem } else { 0 };
-            let decoding = if self.has(Pass::Decode) { decode::bytes(config, tokens, element) } else { 0 };
+            let decoding = if self.has(Pass::Decode) { decode::bytes(backend, config, tokens, element) } else { 0 };
             attention.max(decoding)
         };
         for (&dtype, &tokens) in self.dtype.iter().flat_map(|dtype| self.tokens.iter().map(move |t| (dtype, t))) {
@@ -228,13 +241,21 @@ pub fn run(options: &Options) -> Result<()> {
     options.validate()?;
     let config = options.config()?;
     let machine = Machine::here();
-    options.check_memory(&config, machine.available_bytes)?;
     let (backend, why) = Backend::pick(options.backend.as_deref())?;
+    let available = match &backend {
+        Backend::Cuda(cuda) => Some(cuda.device().memory_bytes as u64),
+        _ => machine.available_bytes,
+    };
+    options.check_memory(&backend, &config, available)?;
+    options.check_peers(&backend)?;
     crate::check::quick(&backend)?;
     let load = load_note(&std::fs::read_to_string("/proc/loadavg").unwrap_or_default(), machine.threads);
     println!("{}{load}\nbackend {}: {why}", machine.line(), backend.name());
+    if let Backend::Cuda(cuda) = &backend {
+        println!("{}", crate::info::device_line(cuda.device()));
+    }
     let memory_bytes = machine.available_bytes.map_or(u64::MAX >> 1, |bytes| (bytes as f64 * MEMORY_SHARE) as u64);
-    let prepare = |&peer| Ready::prepare(peer, Work::Attention, options.peer_python.as_deref(), memory_bytes);
+    let prepare = |&peer| Ready::prepare(peer, Work::Attention, &backend, options.peer_python.as_deref(), memory_bytes);
     let peers = options.peer.iter().map(prepare).collect::<Result<Vec<Ready>, PeerError>>()?;
     let mut run = Run { options, config: &config, backend: &backend, peers, progress: Progress::new() };
     let mut rows = Vec::new();
@@ -351,9 +372,12 @@ impl Run<'_> {
     }
 
     /// Why a contender does not run at this length, if it does not.
-    fn beyond(&self, contender: Contender, tokens: usize) -> Option<String> {
+    fn beyond(&self, contender: Contender, pass: Pass, tokens: usize) -> Option<String> {
         let (flag, limit) = match contender {
             Contender::Nsa => return None,
+            Contender::Dense if pass == Pass::Decode && matches!(self.backend, Backend::Cuda(_)) => {
+                return Some("no kernel of full attention divides one query's keys among multiprocessors".to_owned());
+            }
             Contender::Dense => ("--dense-limit", self.options.dense_limit),
             Contender::Peer(_) => ("--peer-limit", self.options.peer_limit.unwrap_or(PEER_LIMIT)),
         };
@@ -364,7 +388,9 @@ impl Run<'_> {
     fn attention<T: Element>(&mut self, length: Length) -> Result<Vec<Row>> {
         let backward = self.options.has(Pass::Backward);
         let job = Job::new(self.config, length.tokens, length.dtype, backward, 0);
-        let mut problem = Problem::<T>::new(self.backend, self.config, length.tokens)?;
+        let backend = self.backend;
+        let mut problem = Problem::<T>::new(backend, self.config, length.tokens)?;
+        backend.synchronize()?;
         let turn = |contender: Contender, run: &mut Self| -> Result<Result<Seconds, PeerError>> {
             type Step<T> = fn(&mut Problem<T>) -> Result<()>;
             let steps: [Step<T>; 2] = match contender {
@@ -376,6 +402,7 @@ impl Run<'_> {
             let timed = |(pass, step): (Pass, Step<T>)| {
                 let start = std::time::Instant::now();
                 step(&mut problem)?;
+                backend.synchronize()?;
                 Ok((pass, start.elapsed().as_secs_f64()))
             };
             Ok(Ok(passes.map(timed).collect::<Result<Seconds>>()?))
@@ -386,12 +413,13 @@ impl Run<'_> {
 
     /// The decoding step.
     fn decoding<T: Element>(&mut self, length: Length) -> Result<Vec<Row>> {
-        let copies = decode::layers(self.config, length.tokens, length.element_bytes);
+        let copies = decode::layers(self.backend, self.config, length.tokens, length.element_bytes);
         let job = Job::new(self.config, length.tokens, length.dtype, false, copies);
         let mut decoding = Decoding::<T>::new(self.backend, self.config, length.tokens)?;
+        let mut recorded = None;
         let turn = |contender: Contender, run: &mut Self| -> Result<Result<Seconds, PeerError>> {
             let seconds = match contender {
-                Contender::Nsa => decoding.nsa()?,
+                Contender::Nsa => decoding.nsa(&mut recorded)?,
                 Contender::Dense => decoding.dense()?,
                 Contender::Peer(at) => return Ok(run.peers[at].step().map(|s| vec![(Pass::Decode, s)])),
             };
@@ -411,7 +439,7 @@ impl Run<'_> {
         let contenders = self.contenders();
         let mut ways: Vec<Result<Vec<(Pass, String)>, String>> = Vec::new();
         for &contender in &contenders {
-            let made = match (self.beyond(contender, length.tokens), contender) {
+            let made = match (self.beyond(contender, passes[0], length.tokens), contender) {
                 (Some(reason), _) => Err(reason),
                 (None, Contender::Peer(at)) if self.peers[at].peer.has(passes[0]) => {
                     self.progress.show(format!("{length}: {} prepares", self.peers[at].title));
@@ -464,7 +492,7 @@ impl Run<'_> {
             Contender::Dense => Who::Dense,
             Contender::Peer(at) => match self.peers[at].peer {
                 peer::Peer::Torch => Who::PeerDense(self.peers[at].title.clone()),
-                peer::Peer::Lucidrains => Who::PeerSparse(self.peers[at].title.clone()),
+                peer::Peer::Fla | peer::Peer::Lucidrains => Who::PeerSparse(self.peers[at].title.clone()),
             },
         }
     }
@@ -536,9 +564,10 @@ mod tests {
     fn lengths_that_do_not_fit_memory_are_named() {
         let options = parse("--tokens 1024,1048576").expect("legal");
         let config = options.config().expect("valid");
-        let error = options.check_memory(&config, Some(16 << 30)).expect_err("too long").to_string();
+        let backend = Backend::pick(None).expect("a backend").0;
+        let error = options.check_memory(&backend, &config, Some(16 << 30)).expect_err("too long").to_string();
         assert!(error.contains("--tokens 1048576 --dtype f32") && error.contains("14.4 GiB"), "{error}");
-        assert!(options.check_memory(&config, Some(1 << 40)).is_ok());
-        assert!(options.check_memory(&config, None).is_ok());
+        assert!(options.check_memory(&backend, &config, Some(1 << 40)).is_ok());
+        assert!(options.check_memory(&backend, &config, None).is_ok());
     }
 }

@@ -2,6 +2,7 @@
 
 use crate::machine::{self, Machine};
 use anyhow::Result;
+use nsa_kernels::cuda::Device;
 use nsa_kernels::cuda::compile::CACHE_VARIABLE;
 use nsa_kernels::{Backend, Cuda, Isa};
 
@@ -37,6 +38,17 @@ pub fn run() -> Result<()> {
     Ok(())
 }
 
+/// A GPU in one line.
+pub fn device_line(device: &Device) -> String {
+    let ((major, minor), (driver, minor_driver)) = (device.capability, device.driver);
+    format!(
+        "{}, compute capability {major}.{minor}, {} multiprocessors, {} MiB; driver for CUDA {driver}.{minor_driver}",
+        device.name,
+        device.multiprocessors,
+        device.memory_bytes >> 20
+    )
+}
+
 /// What there is of CUDA, or what is missing and what to do.
 fn cuda() {
     let cuda = match Cuda::new(0) {
@@ -45,14 +57,7 @@ fn cuda() {
             return;
         }
         Ok(cuda) => {
-            let device = cuda.device();
-            let ((major, minor), (driver, minor_driver)) = (device.capability, device.driver);
-            println!(
-                "path        cuda:0: {}, compute capability {major}.{minor}, {} multiprocessors, {} MiB; driver for CUDA {driver}.{minor_driver}",
-                device.name,
-                device.multiprocessors,
-                device.memory_bytes >> 20
-            );
+            println!("path        cuda:0: {}", device_line(cuda.device()));
             cuda
         }
     };

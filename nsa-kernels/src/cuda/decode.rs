@@ -8,7 +8,7 @@
 //! let mut workspace = Workspace::<f32>::new(cuda, config, capacity)?;
 //! // Before each step: up to two copies to the device, see `Workspace::upload`.
 //! let mut ready = workspace.upload(0, caches)?;
-//! // Captured, or done now: two launches.
+//! // Done now, or recorded (`Cuda::record`): two launches.
 //! ready.launch(args.q, args.gates, args.o, args.block_indices)?;
 //! # Ok(())
 //! # }

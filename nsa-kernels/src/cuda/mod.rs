@@ -10,6 +10,7 @@
 
 pub mod ahead;
 pub mod compile;
+pub mod graph;
 pub mod program;
 
 #[expect(unsafe_code, reason = "kernels get addresses and write to them")]

@@ -1,12 +1,11 @@
 //! Decoding steps on the simulator.
 
 use super::assert_op;
-use cudarc::driver::CudaGraph;
-use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode as CaptureMode};
 use half::bf16;
 use nsa_core::{CompressKind, DType, NsaConfig, NsaConfigBuilder, index};
 use nsa_kernels::Backend;
 use nsa_kernels::cuda::decode::{Capacity, Workspace};
+use nsa_kernels::cuda::graph::Graph;
 use nsa_tests::check::{self, Op};
 use nsa_tests::operator::{self, Inputs};
 use nsa_tests::sim::{self, BITS, on_simulator};
@@ -68,7 +67,7 @@ fn a_graph_serves_every_batch() {
         let mut gates = backend.alloc::<bf16>(4 * 8 * 3);
         let mut o = backend.alloc::<bf16>(4 * 8 * 16);
         let mut lists = backend.alloc::<i32>(4 * 2 * 5);
-        let mut graph: Option<CudaGraph> = None;
+        let mut graph: Option<Graph> = None;
         for (name, contexts) in [
             ("graph-first", vec![3000, 1, 700, 33]),
             ("graph-second", vec![31, 2999, 640, 1025]),
@@ -84,19 +83,14 @@ fn a_graph_serves_every_batch() {
                     let (q, gates) = (q.tensor([4, 8, 32]).expect("q"), gates.tensor([4, 8, 3]).expect("gates"));
                     let (o, lists) =
                         (o.tensor_mut([4, 8, 16]).expect("o"), lists.tensor_mut([4, 2, 5]).expect("lists"));
-                    ready.launch(q, gates, o, lists).expect("a launch");
+                    ready.launch(q, gates, o, lists)
                 };
                 match &graph {
                     Some(graph) => graph.launch().expect("the graph"),
                     None => {
-                        // Kernels are compiled and loaded before a capture.
-                        launch();
-                        cuda.stream()
-                            .begin_capture(CaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)
-                            .expect("a capture");
-                        launch();
-                        let captured = cuda.stream().end_capture(CUgraphInstantiate_flags(0)).expect("a capture");
-                        graph = captured;
+                        launch().expect("a launch");
+                        let recorded = graph.insert(cuda.record(launch).expect("a graph"));
+                        recorded.launch().expect("the graph");
                     }
                 }
                 let (mut values, mut blocks) = (vec![bf16::ZERO; o.len()], vec![0; lists.len()]);

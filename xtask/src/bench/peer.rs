@@ -5,6 +5,7 @@ mod install;
 use super::work::Pass;
 use clap::ValueEnum;
 use nsa_core::NsaConfig;
+use nsa_kernels::Backend;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
@@ -17,8 +18,10 @@ use thiserror::Error;
 /// Names of `--peer`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Peer {
-    /// PyTorch's full attention on the CPU, the fastest of several ways to write it
+    /// PyTorch's full attention, the fastest of several ways to write it
     Torch,
+    /// Sparse attention of flash-linear-attention, on NVIDIA GPUs
+    Fla,
     /// Forward pass of the sparse attention of native-sparse-attention-pytorch
     Lucidrains,
 }
@@ -37,7 +40,26 @@ impl Peer {
         match (self, work) {
             (Self::Torch, Work::Attention) => "torch_sdpa.py",
             (Self::Torch, Work::Training) => "torch_train.py",
+            (Self::Fla, _) => "fla_nsa.py",
             (Self::Lucidrains, _) => "lucidrains_nsa.py",
+        }
+    }
+
+    /// As `--peer` names it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Torch => "torch",
+            Self::Fla => "fla",
+            Self::Lucidrains => "lucidrains",
+        }
+    }
+
+    /// Whether it runs where a backend does.
+    pub const fn runs_on(self, backend: &Backend) -> bool {
+        match self {
+            Self::Torch => true,
+            Self::Fla => matches!(backend, Backend::Cuda(_)),
+            Self::Lucidrains => matches!(backend, Backend::Cpu(_)),
         }
     }
 
@@ -45,13 +67,18 @@ impl Peer {
     pub fn title(self, version: &str) -> String {
         match self {
             Self::Torch => format!("PyTorch {}", version.split('+').next().unwrap_or_default()),
+            Self::Fla => format!("fla {version}"),
             Self::Lucidrains => format!("lucidrains {version}"),
         }
     }
 
     /// Whether it runs this pass at all.
     pub const fn has(self, pass: Pass) -> bool {
-        matches!((self, pass), (Self::Torch, _) | (_, Pass::Forward))
+        match self {
+            Self::Torch => true,
+            Self::Fla => matches!(pass, Pass::Forward | Pass::Backward),
+            Self::Lucidrains => matches!(pass, Pass::Forward),
+        }
     }
 }
 
@@ -205,6 +232,8 @@ pub struct Ready {
     python: PathBuf,
     /// Folder of packages beside the interpreter's own.
     packages: Option<PathBuf>,
+    /// As PyTorch names it.
+    device: String,
     threads: usize,
     memory_bytes: u64,
     process: Option<Process>,
@@ -215,10 +244,17 @@ impl Ready {
     ///
     /// # Errors
     /// If it cannot be installed or started.
-    pub fn prepare(peer: Peer, work: Work, python: Option<&Path>, memory_bytes: u64) -> Result<Self, PeerError> {
+    pub fn prepare(
+        peer: Peer,
+        work: Work,
+        backend: &Backend,
+        python: Option<&Path>,
+        memory_bytes: u64,
+    ) -> Result<Self, PeerError> {
         let (python, packages) = install::prepare(peer, python)?;
         let (threads, title) = (rayon::current_num_threads(), String::new());
-        let mut ready = Self { peer, work, title, python, packages, threads, memory_bytes, process: None };
+        let device = if let Backend::Cuda(cuda) = backend { cuda.name() } else { "cpu".to_owned() };
+        let mut ready = Self { peer, work, title, python, packages, device, threads, memory_bytes, process: None };
         ready.process = Some(ready.start()?);
         Ok(ready)
     }
@@ -226,7 +262,12 @@ impl Ready {
     fn start(&mut self) -> Result<Process, PeerError> {
         let script = install::scripts().join(self.peer.script(self.work));
         let mut process = Process::start(&self.python, &script, self.packages.as_deref())?;
-        let hello = json!({"call": "hello", "threads": self.threads, "memory_bytes": self.memory_bytes});
+        let hello = json!({
+            "call": "hello",
+            "device": self.device,
+            "threads": self.threads,
+            "memory_bytes": self.memory_bytes
+        });
         let version: String = field(&process.ask(&hello)?, "version")?;
         self.title = self.peer.title(&version);
         Ok(process)

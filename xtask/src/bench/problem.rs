@@ -3,7 +3,7 @@
 use anyhow::Result;
 use nsa_core::{CuSeqlens, NsaConfig, Packing};
 use nsa_kernels::op::{compress, dense, nsa};
-use nsa_kernels::{Backend, Element, Rows, Tensor, TensorMut};
+use nsa_kernels::{Backend, Buffer, Element, Rows};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -13,30 +13,30 @@ pub struct Problem<T: Element> {
     config: NsaConfig,
     packing: Packing,
     cu_blocks: CuSeqlens,
-    q: Vec<T>,
+    q: Buffer<T>,
     /// Keys and values of cmp (raw), slc, win.
-    k: [Vec<T>; 3],
-    v: [Vec<T>; 3],
-    gates: Vec<T>,
-    d_o: Vec<T>,
-    k_blocks: Vec<T>,
-    v_blocks: Vec<T>,
-    block_indices: Vec<i32>,
-    branches: [Vec<T>; 3],
-    lse: [Vec<T::Acc>; 3],
-    o: Vec<T>,
+    k: [Buffer<T>; 3],
+    v: [Buffer<T>; 3],
+    gates: Buffer<T>,
+    d_o: Buffer<T>,
+    k_blocks: Buffer<T>,
+    v_blocks: Buffer<T>,
+    block_indices: Buffer<i32>,
+    branches: [Buffer<T>; 3],
+    lse: [Buffer<T::Acc>; 3],
+    o: Buffer<T>,
     grads: Grads<T::Acc>,
 }
 
 /// Room for gradients.
 struct Grads<A> {
-    q: Vec<A>,
-    gates: Vec<A>,
+    q: Buffer<A>,
+    gates: Buffer<A>,
     /// Of k̃, k^slc, k^win.
-    k: [Vec<A>; 3],
-    v: [Vec<A>; 3],
+    k: [Buffer<A>; 3],
+    v: [Buffer<A>; 3],
     /// Of the raw keys and values of the compressed branch.
-    x: [Vec<A>; 2],
+    x: [Buffer<A>; 2],
 }
 
 impl<T: Element> Problem<T> {
@@ -51,26 +51,27 @@ impl<T: Element> Problem<T> {
         let mut rng = ChaCha8Rng::seed_from_u64(1);
         let mut random =
             |len: usize| -> Vec<T> { (0..len).map(|_| T::from_f64(rng.random_range(-1.7..1.7))).collect() };
-        let three = |len: usize| [(); 3].map(|()| vec![T::default(); len]);
-        let zeros = |rows: [usize; 3], len: usize| rows.map(|rows| vec![T::Acc::default(); rows * len]);
+        let mut uploaded = |len: usize| backend.upload(&random(len));
+        let three = |len: usize| [(); 3].map(|()| backend.alloc(len));
+        let grads = |rows: [usize; 3], len: usize| rows.map(|rows| backend.alloc(rows * len));
         Ok(Self {
-            q: random(tokens * heads * dim_qk),
-            k: [(); 3].map(|()| random(tokens * k_len)),
-            v: [(); 3].map(|()| random(tokens * v_len)),
-            d_o: random(tokens * heads * dim_v),
-            gates: vec![T::from_f64(1.0 / 3.0); tokens * heads * 3],
-            k_blocks: vec![T::default(); blocks * k_len],
-            v_blocks: vec![T::default(); blocks * v_len],
-            block_indices: vec![0; tokens * groups * config.select_count()],
+            q: uploaded(tokens * heads * dim_qk),
+            k: [(); 3].map(|()| uploaded(tokens * k_len)),
+            v: [(); 3].map(|()| uploaded(tokens * v_len)),
+            d_o: uploaded(tokens * heads * dim_v),
+            gates: backend.upload(&vec![T::from_f64(1.0 / 3.0); tokens * heads * 3]),
+            k_blocks: backend.alloc(blocks * k_len),
+            v_blocks: backend.alloc(blocks * v_len),
+            block_indices: backend.alloc(tokens * groups * config.select_count()),
             branches: three(tokens * heads * dim_v),
-            lse: [(); 3].map(|()| vec![T::Acc::default(); tokens * heads]),
-            o: vec![T::default(); tokens * heads * dim_v],
+            lse: [(); 3].map(|()| backend.alloc(tokens * heads)),
+            o: backend.alloc(tokens * heads * dim_v),
             grads: Grads {
-                q: vec![T::Acc::default(); tokens * heads * dim_qk],
-                gates: vec![T::Acc::default(); tokens * heads * 3],
-                k: zeros([blocks, tokens, tokens], k_len),
-                v: zeros([blocks, tokens, tokens], v_len),
-                x: [vec![T::Acc::default(); tokens * k_len], vec![T::Acc::default(); tokens * v_len]],
+                q: backend.alloc(tokens * heads * dim_qk),
+                gates: backend.alloc(tokens * heads * 3),
+                k: grads([blocks, tokens, tokens], k_len),
+                v: grads([blocks, tokens, tokens], v_len),
+                x: [backend.alloc(tokens * k_len), backend.alloc(tokens * v_len)],
             },
             backend: backend.clone(),
             config: config.clone(),
@@ -103,34 +104,34 @@ impl<T: Element> Problem<T> {
             let args = compress::Forward {
                 config: &self.config,
                 packing: &self.packing,
-                x: Tensor::host(x, tokens)?,
+                x: x.tensor(tokens)?,
                 position: None,
                 phi: compress::Phi::Mean,
-                blocks: TensorMut::host(blocks, out)?,
+                blocks: blocks.tensor_mut(out)?,
             };
             compress::forward(&self.backend, args)?;
         }
         let tokens = self.packing.cu_seqlens();
-        let [o_cmp, o_slc, o_win] = self.branches.each_mut().map(|o| TensorMut::host(o, s.o));
-        let [lse_cmp, lse_slc, lse_win] = self.lse.each_mut().map(|l| TensorMut::host(l, s.lse));
+        let [o_cmp, o_slc, o_win] = self.branches.each_mut().map(|o| o.tensor_mut(s.o));
+        let [lse_cmp, lse_slc, lse_win] = self.lse.each_mut().map(|l| l.tensor_mut(s.lse));
         let args = nsa::Forward {
             config: &self.config,
             packing: &self.packing,
-            q: Tensor::host(&self.q, s.q)?,
+            q: self.q.tensor(s.q)?,
             k: [
-                Rows::packed(Tensor::host(&self.k_blocks, s.k[0])?, &self.cu_blocks),
-                Rows::packed(Tensor::host(&self.k[1], s.k[1])?, tokens),
-                Rows::packed(Tensor::host(&self.k[2], s.k[2])?, tokens),
+                Rows::packed(self.k_blocks.tensor(s.k[0])?, &self.cu_blocks),
+                Rows::packed(self.k[1].tensor(s.k[1])?, tokens),
+                Rows::packed(self.k[2].tensor(s.k[2])?, tokens),
             ],
             v: [
-                Rows::packed(Tensor::host(&self.v_blocks, s.v[0])?, &self.cu_blocks),
-                Rows::packed(Tensor::host(&self.v[1], s.v[1])?, tokens),
-                Rows::packed(Tensor::host(&self.v[2], s.v[2])?, tokens),
+                Rows::packed(self.v_blocks.tensor(s.v[0])?, &self.cu_blocks),
+                Rows::packed(self.v[1].tensor(s.v[1])?, tokens),
+                Rows::packed(self.v[2].tensor(s.v[2])?, tokens),
             ],
-            gates: Tensor::host(&self.gates, s.gates)?,
-            selection: nsa::Selection::Compute(TensorMut::host(&mut self.block_indices, s.indices)?),
+            gates: self.gates.tensor(s.gates)?,
+            selection: nsa::Selection::Compute(self.block_indices.tensor_mut(s.indices)?),
             saved: nsa::Saved { o: [o_cmp?, o_slc?, o_win?], lse: [lse_cmp?, lse_slc?, lse_win?] },
-            o: TensorMut::host(&mut self.o, s.o)?,
+            o: self.o.tensor_mut(s.o)?,
         };
         Ok(nsa::forward(&self.backend, args)?)
     }
@@ -143,34 +144,18 @@ impl<T: Element> Problem<T> {
         let args = nsa::Backward {
             config: &self.config,
             packing: &self.packing,
-            q: Tensor::host(&self.q, s.q)?,
-            k: [
-                Tensor::host(&self.k_blocks, s.k[0])?,
-                Tensor::host(&self.k[1], s.k[1])?,
-                Tensor::host(&self.k[2], s.k[2])?,
-            ],
-            v: [
-                Tensor::host(&self.v_blocks, s.v[0])?,
-                Tensor::host(&self.v[1], s.v[1])?,
-                Tensor::host(&self.v[2], s.v[2])?,
-            ],
-            gates: Tensor::host(&self.gates, s.gates)?,
-            block_indices: Tensor::host(&self.block_indices, s.indices)?,
-            branches: [
-                Tensor::host(&self.branches[0], s.o)?,
-                Tensor::host(&self.branches[1], s.o)?,
-                Tensor::host(&self.branches[2], s.o)?,
-            ],
-            lse: [
-                Tensor::host(&self.lse[0], s.lse)?,
-                Tensor::host(&self.lse[1], s.lse)?,
-                Tensor::host(&self.lse[2], s.lse)?,
-            ],
-            d_o: Tensor::host(&self.d_o, s.o)?,
-            dq: TensorMut::host(&mut self.grads.q, s.q)?,
-            dk: [TensorMut::host(dk_cmp, s.k[0])?, TensorMut::host(dk_slc, s.k[1])?, TensorMut::host(dk_win, s.k[2])?],
-            dv: [TensorMut::host(dv_cmp, s.v[0])?, TensorMut::host(dv_slc, s.v[1])?, TensorMut::host(dv_win, s.v[2])?],
-            d_gates: TensorMut::host(&mut self.grads.gates, s.gates)?,
+            q: self.q.tensor(s.q)?,
+            k: [self.k_blocks.tensor(s.k[0])?, self.k[1].tensor(s.k[1])?, self.k[2].tensor(s.k[2])?],
+            v: [self.v_blocks.tensor(s.v[0])?, self.v[1].tensor(s.v[1])?, self.v[2].tensor(s.v[2])?],
+            gates: self.gates.tensor(s.gates)?,
+            block_indices: self.block_indices.tensor(s.indices)?,
+            branches: [self.branches[0].tensor(s.o)?, self.branches[1].tensor(s.o)?, self.branches[2].tensor(s.o)?],
+            lse: [self.lse[0].tensor(s.lse)?, self.lse[1].tensor(s.lse)?, self.lse[2].tensor(s.lse)?],
+            d_o: self.d_o.tensor(s.o)?,
+            dq: self.grads.q.tensor_mut(s.q)?,
+            dk: [dk_cmp.tensor_mut(s.k[0])?, dk_slc.tensor_mut(s.k[1])?, dk_win.tensor_mut(s.k[2])?],
+            dv: [dv_cmp.tensor_mut(s.v[0])?, dv_slc.tensor_mut(s.v[1])?, dv_win.tensor_mut(s.v[2])?],
+            d_gates: self.grads.gates.tensor_mut(s.gates)?,
         };
         nsa::backward(&self.backend, args)?;
         let sides = [(&self.k[0], &self.grads.k[0], s.k[1], s.k[0]), (&self.v[0], &self.grads.v[0], s.v[1], s.v[0])];
@@ -178,11 +163,11 @@ impl<T: Element> Problem<T> {
             let args = compress::Backward {
                 config: &self.config,
                 packing: &self.packing,
-                x: Tensor::host(x, tokens)?,
+                x: x.tensor(tokens)?,
                 position: None,
                 phi: compress::Phi::Mean,
-                d_blocks: Tensor::host(d_blocks, blocks)?,
-                dx: TensorMut::host(dx, tokens)?,
+                d_blocks: d_blocks.tensor(blocks)?,
+                dx: dx.tensor_mut(tokens)?,
                 d_position: None,
                 d_phi: compress::PhiGrad::Mean,
             };
@@ -198,11 +183,11 @@ impl<T: Element> Problem<T> {
         let args = dense::Forward {
             config: &self.config,
             packing: &self.packing,
-            q: Tensor::host(&self.q, s.q)?,
-            k: Rows::packed(Tensor::host(&self.k[1], s.k[1])?, tokens),
-            v: Rows::packed(Tensor::host(&self.v[1], s.v[1])?, tokens),
-            o: TensorMut::host(&mut self.branches[1], s.o)?,
-            lse: TensorMut::host(&mut self.lse[1], s.lse)?,
+            q: self.q.tensor(s.q)?,
+            k: Rows::packed(self.k[1].tensor(s.k[1])?, tokens),
+            v: Rows::packed(self.v[1].tensor(s.v[1])?, tokens),
+            o: self.branches[1].tensor_mut(s.o)?,
+            lse: self.lse[1].tensor_mut(s.lse)?,
         };
         Ok(dense::forward(&self.backend, args)?)
     }
@@ -213,15 +198,15 @@ impl<T: Element> Problem<T> {
         let args = dense::Backward {
             config: &self.config,
             packing: &self.packing,
-            q: Tensor::host(&self.q, s.q)?,
-            k: Tensor::host(&self.k[1], s.k[1])?,
-            v: Tensor::host(&self.v[1], s.v[1])?,
-            o: Tensor::host(&self.branches[1], s.o)?,
-            lse: Tensor::host(&self.lse[1], s.lse)?,
-            d_o: Tensor::host(&self.d_o, s.o)?,
-            dq: TensorMut::host(&mut self.grads.q, s.q)?,
-            dk: TensorMut::host(&mut self.grads.k[1], s.k[1])?,
-            dv: TensorMut::host(&mut self.grads.v[1], s.v[1])?,
+            q: self.q.tensor(s.q)?,
+            k: self.k[1].tensor(s.k[1])?,
+            v: self.v[1].tensor(s.v[1])?,
+            o: self.branches[1].tensor(s.o)?,
+            lse: self.lse[1].tensor(s.lse)?,
+            d_o: self.d_o.tensor(s.o)?,
+            dq: self.grads.q.tensor_mut(s.q)?,
+            dk: self.grads.k[1].tensor_mut(s.k[1])?,
+            dv: self.grads.v[1].tensor_mut(s.v[1])?,
         };
         Ok(dense::backward(&self.backend, args)?)
     }

@@ -265,7 +265,7 @@ pub fn run(options: &Options) -> Result<()> {
     let load = super::load_note(&std::fs::read_to_string("/proc/loadavg").unwrap_or_default(), machine.threads);
     println!("{}{load}\nbackend {}: {why}", machine.line(), backend.name());
     let memory_bytes = machine.available_bytes.map_or(u64::MAX >> 1, |bytes| (bytes as f64 * MEMORY_SHARE) as u64);
-    let prepare = |peer| Ready::prepare(peer, Work::Training, options.peer_python.as_deref(), memory_bytes);
+    let prepare = |peer| Ready::prepare(peer, Work::Training, &backend, options.peer_python.as_deref(), memory_bytes);
     let mut peer = options.peer.map(prepare).transpose()?;
     let mut rows = Vec::new();
     for &shape in &options.shape {

@@ -22,6 +22,7 @@ struct Packages {
 }
 
 const TORCH: Packages = Packages { list: "torch.txt", module: "torch" };
+const FLA: Packages = Packages { list: "fla.txt", module: "fla" };
 const LUCIDRAINS: Packages = Packages { list: "lucidrains.txt", module: "native_sparse_attention_pytorch" };
 
 impl Packages {
@@ -38,6 +39,7 @@ impl Packages {
 pub fn prepare(peer: Peer, given: Option<&Path>) -> Result<(PathBuf, Option<PathBuf>), PeerError> {
     let needed = match peer {
         Peer::Torch => &TORCH,
+        Peer::Fla => &FLA,
         Peer::Lucidrains => &LUCIDRAINS,
     };
     if let Some(python) = given {
@@ -54,8 +56,8 @@ pub fn prepare(peer: Peer, given: Option<&Path>) -> Result<(PathBuf, Option<Path
         import(&python, TORCH.module, None)?;
         return Ok((python, None));
     }
-    let packages = once(&peers, &LUCIDRAINS, |folder, packages| add(&python, folder, packages))?;
-    import(&python, LUCIDRAINS.module, Some(&packages))?;
+    let packages = once(&peers, needed, |folder, packages| add(&python, folder, packages))?;
+    import(&python, needed.module, Some(&packages))?;
     Ok((python, Some(packages)))
 }
 
