@@ -223,8 +223,7 @@ impl<T: Pod> DeviceMem<'_, T> {
         self.stream.context().bind_to_thread().map_err(|error| failed(op, &error))?;
         let target = bytemuck::cast_slice_mut::<T, u8>(target);
         // SAFETY: the memory is borrowed and holds as many bytes; the target is borrowed until the copy is complete.
-        let copied =
-            unsafe { result::memcpy_dtoh_async(target, self.address, self.stream.cu_stream()) };
+        let copied = unsafe { result::memcpy_dtoh_async(target, self.address, self.stream.cu_stream()) };
         copied.map_err(|error| failed(op, &error))?;
         self.stream.synchronize().map_err(|error| failed(op, &error))
     }
@@ -291,8 +290,7 @@ impl<T: Pod> DeviceMemMut<'_, T> {
         let source = bytemuck::cast_slice::<T, u8>(source);
         // SAFETY: the memory is borrowed mutably and as long as the source; the driver has taken the host's bytes, which
         // are not pinned, when the call returns.
-        let copied =
-            unsafe { result::memcpy_htod_async(self.address, source, self.stream.cu_stream()) };
+        let copied = unsafe { result::memcpy_htod_async(self.address, source, self.stream.cu_stream()) };
         copied.map_err(|error| failed(op, &error))
     }
 

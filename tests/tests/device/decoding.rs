@@ -84,7 +84,8 @@ fn sessions_fork_and_go_back() {
     on_simulator("decoding::sessions_fork_and_go_back", || {
         let folder = tempfile::tempdir().expect("a folder");
         let checkpoint = folder.path();
-        let trainer = kit::trainer(&kit::cpu(), checkpoint, kit::config(Nsa, CompressKind::Mean, false), kit::options());
+        let trainer =
+            kit::trainer(&kit::cpu(), checkpoint, kit::config(Nsa, CompressKind::Mean, false), kit::options());
         let checkpoint = trainer.save(&checkpoint.join("run")).expect("a checkpoint");
         let model = open(&checkpoint, kit::cuda());
         let mut first = session(&model, &TEXT[..50]);

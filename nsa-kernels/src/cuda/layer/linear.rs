@@ -25,7 +25,7 @@ const FEW_ROWS: usize = 16;
 /// Rows that share a read of the weight, at most.
 const SHARED_ROWS: usize = 8;
 /// Outputs of a warp, at most.
-const OUTPUTS: usize = 4;
+const OUTPUTS: usize = 2;
 
 params! {
     /// Arguments of `linear_few_rows`.
@@ -50,11 +50,7 @@ pub(super) fn build(given: Constants, width: usize) -> Build {
 }
 
 fn constants(given: Constants, [rows, outputs, width]: [usize; 3], accumulate: bool) -> Constants {
-    given
-        .with("ROWS", rows)
-        .with("OUTPUTS", outputs)
-        .with("VECTOR", width)
-        .with("ACCUMULATE", usize::from(accumulate))
+    given.with("ROWS", rows).with("OUTPUTS", outputs).with("VECTOR", width).with("ACCUMULATE", usize::from(accumulate))
 }
 
 pub(crate) fn forward<T, W>(cuda: &Cuda, op: &'static str, args: Forward<'_, T, W>) -> Result<()>
