@@ -38,7 +38,7 @@ pub struct Weight {
 #[derive(Clone, Debug)]
 enum Storage {
     /// In the file, which aligns it.
-    Mapped(Stored),
+    Mapped(Arc<Stored>),
     F32(Arc<Buffer<f32>>),
     Bf16(Arc<Buffer<bf16>>),
     F16(Arc<Buffer<f16>>),
@@ -234,7 +234,7 @@ impl Weights {
     fn place(&self, stored: Stored) -> nsa_kernels::Result<Weight> {
         let shape = stored.shape.clone();
         let storage = match stored.dtype {
-            _ if self.is_in_place(&stored) => Storage::Mapped(stored),
+            _ if self.is_in_place(&stored) => Storage::Mapped(Arc::new(stored)),
             DType::Bf16 => Storage::Bf16(self.copy(&stored.read())?),
             DType::F16 => Storage::F16(self.copy(&stored.read())?),
             DType::F32 | DType::F64 => Storage::F32(self.copy(&stored.read())?),

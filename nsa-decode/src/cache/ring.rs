@@ -2,7 +2,7 @@
 
 use crate::Result;
 use nsa_core::index::ring_row;
-use nsa_kernels::layer::copy::Copy;
+use nsa_kernels::layer::copy::{self, Copy};
 use nsa_kernels::{Backend, Buffer, Tensor};
 use std::ops::Range;
 use std::sync::Arc;
@@ -72,13 +72,9 @@ impl Lane {
 
     /// Writes positions `positions`, at most `rows` of them, from row `from` of `source` on.
     fn write(&mut self, backend: &Backend, positions: Range<usize>, source: &Buffer<f32>, from: usize) -> Result<()> {
-        let (rows, row_len) = (self.rows, self.row_len());
-        let target = self.writable(backend)?;
-        for (row, run, done) in runs(rows, positions) {
-            let start = (from + done) * row_len;
-            target.copy_from(row * row_len, source, start..start + run * row_len)?;
-        }
-        Ok(())
+        let mut copies = Vec::new();
+        self.write_later(backend, positions, (source, from), &mut copies)?;
+        Ok(copy::all(backend, copies)?)
     }
 
     /// Copies positions `positions` to row `to` of `target` on.
@@ -193,7 +189,6 @@ impl Ring {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use nsa_kernels::layer::copy;
 
     fn backend() -> Backend {
         Backend::pick(Some("cpu")).unwrap().0
