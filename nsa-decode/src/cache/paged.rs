@@ -1,7 +1,7 @@
 //! Rows in pages that forks share.
 
 use crate::Result;
-use nsa_kernels::layer::copy::Copy;
+use nsa_kernels::layer::copy::Piece;
 use nsa_kernels::{Backend, Buffer, Pages};
 use std::ops::Range;
 use std::sync::Arc;
@@ -36,7 +36,7 @@ impl Paged {
         backend: &Backend,
         source: &'a Buffer<f32>,
         rows: Range<usize>,
-        copies: &mut Vec<Copy<'a, f32>>,
+        copies: &mut Vec<Piece<'a, f32>>,
     ) -> Result<()> {
         if rows.is_empty() {
             return Ok(());
@@ -49,7 +49,7 @@ impl Paged {
         for page in self.pages[first..].iter_mut() {
             let page = Arc::get_mut(page).expect("`make_room` left it one owner");
             let count = (page_rows - at).min(rows.end - next);
-            copies.push(Copy {
+            copies.push(Piece {
                 source: source.tensor_at(next * row_len, [count * row_len])?,
                 target: page.tensor_mut_at(at * row_len, [count * row_len])?,
             });

@@ -2,7 +2,7 @@
 
 use crate::Result;
 use nsa_core::index::ring_row;
-use nsa_kernels::layer::copy::{self, Copy};
+use nsa_kernels::layer::copy::{self, Piece};
 use nsa_kernels::{Backend, Buffer, Tensor};
 use std::ops::Range;
 use std::sync::Arc;
@@ -50,7 +50,7 @@ impl Lane {
         backend: &Backend,
         positions: Range<usize>,
         (source, from): (&'a Buffer<f32>, usize),
-        copies: &mut Vec<Copy<'a, f32>>,
+        copies: &mut Vec<Piece<'a, f32>>,
     ) -> Result<()> {
         if positions.is_empty() {
             return Ok(());
@@ -64,7 +64,7 @@ impl Lane {
         for (part, run, from) in [(back, after, from), (front, positions.len() - after, from + after)] {
             let (target, _) = part.split_at(run * row_len)?;
             if run > 0 {
-                copies.push(Copy { source: source.tensor_at(from * row_len, [run * row_len])?, target });
+                copies.push(Piece { source: source.tensor_at(from * row_len, [run * row_len])?, target });
             }
         }
         Ok(())
@@ -134,7 +134,7 @@ impl Ring {
         backend: &Backend,
         source: &'a Buffer<f32>,
         rows: Range<usize>,
-        copies: &mut Vec<Copy<'a, f32>>,
+        copies: &mut Vec<Piece<'a, f32>>,
     ) -> Result<()> {
         let (old, new) = (self.len, self.len + rows.len());
         self.save(backend, source, &rows)?;

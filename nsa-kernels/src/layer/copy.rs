@@ -5,7 +5,7 @@ use nsa_core::Element;
 
 /// One of the copies of [`all`].
 #[derive(Debug)]
-pub struct Copy<'a, T: Element> {
+pub struct Piece<'a, T: Element> {
     /// `[P]`, another number in each copy.
     pub source: Tensor<'a, T, 1>,
     /// Written: `[P]`.
@@ -14,7 +14,7 @@ pub struct Copy<'a, T: Element> {
 
 /// Copies each source to its target. On a device, up to 32 copies are one launch.
 ///
-/// **Shapes**: on the fields of [`Copy`].
+/// **Shapes**: on the fields of [`Piece`].
 ///
 /// **Numerics**: the same bits.
 ///
@@ -22,7 +22,7 @@ pub struct Copy<'a, T: Element> {
 ///
 /// # Errors
 /// If a target is not as long as its source, or not in the backend's memory.
-pub fn all<T: Element>(backend: &Backend, copies: Vec<Copy<'_, T>>) -> Result<()> {
+pub fn all<T: Element>(backend: &Backend, copies: Vec<Piece<'_, T>>) -> Result<()> {
     const OP: &str = "copy::all";
     for copy in &copies {
         copy.target.check(OP, "target", copy.source.shape())?;

@@ -399,7 +399,7 @@ fn check_copies<T: Element>() {
         let (_, after) = rest.split_at(gap).unwrap();
         let (target, after) = after.split_at(count).unwrap();
         let from = 8 * i + i % 5 / 3;
-        copies.push(copy::Copy { source: source.tensor_at(from, [count]).unwrap(), target });
+        copies.push(copy::Piece { source: source.tensor_at(from, [count]).unwrap(), target });
         expected[at + gap..][..count].copy_from_slice(&values[from..][..count]);
         (at, rest) = (at + gap + count, after);
     }

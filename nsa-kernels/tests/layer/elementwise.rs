@@ -65,10 +65,10 @@ fn copies_go_each_to_its_place() {
     let (first, rest) = rest.split_at(20).unwrap();
     let (second, third) = rest.split_at(0).unwrap();
     let copies = [(40, first), (7, second), (1, third)];
-    let copies = copies.map(|(at, target)| copy::Copy { source: tensor(&source[at..], target.shape()), target });
+    let copies = copies.map(|(at, target)| copy::Piece { source: tensor(&source[at..], target.shape()), target });
     copy::all(&backend(), copies.into()).unwrap();
     assert_eq!(target, [&[0.5; 3], &source[40..60], &source[1..78]].concat());
-    let short = copy::Copy { source: tensor(&source, [4]), target: tensor_mut(&mut target, [5]) };
+    let short = copy::Piece { source: tensor(&source, [4]), target: tensor_mut(&mut target, [5]) };
     let error = copy::all(&backend(), vec![short]).unwrap_err().to_string();
     assert!(error.contains("copy::all") && error.contains("target"), "{error}");
 }

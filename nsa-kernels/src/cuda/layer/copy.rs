@@ -7,7 +7,7 @@ use crate::cuda::geometry::Geometry;
 use crate::cuda::launch::Call;
 use crate::cuda::params::{Field, Params, params};
 use crate::cuda::program::{Constants, Program};
-use crate::layer::copy::Copy;
+use crate::layer::copy::Piece;
 use nsa_core::{DType, Element};
 
 /// The kernel.
@@ -55,9 +55,9 @@ pub(super) fn build() -> Build {
     Build::new(&PROGRAM, Constants::new(DType::F32), &[("copy_segments", THREADS)])
 }
 
-pub(crate) fn all<T: Element>(cuda: &Cuda, op: &'static str, copies: Vec<Copy<'_, T>>) -> Result<()> {
+pub(crate) fn all<T: Element>(cuda: &Cuda, op: &'static str, copies: Vec<Piece<'_, T>>) -> Result<()> {
     let call = Call::new::<T>(cuda, op)?;
-    let segment = |copy: &mut Copy<'_, T>| -> Result<CopySegment> {
+    let segment = |copy: &mut Piece<'_, T>| -> Result<CopySegment> {
         Ok(CopySegment {
             from: call.address("source", &copy.source)?,
             to: call.address_mut("target", &mut copy.target)?,
