@@ -138,10 +138,10 @@ impl<T: Element> Decoding<T> {
     fn record(&mut self, cuda: &Cuda) -> Result<Recorded<T>> {
         let Self { config, layers, gates, o, block_indices, .. } = self;
         let caches: Vec<_> = layers.iter().map(|layer| layer.cache(config, self.context)).collect::<Result<_>>()?;
-        let capacity = Capacity::of(&caches[..1]);
+        let capacity = Capacity::of(1, &caches[..1]);
         let made = caches.iter().map(|_| Workspace::new(cuda, config, capacity));
         let mut workspaces: Vec<Workspace<T>> = made.collect::<nsa_kernels::Result<_>>()?;
-        let readied = workspaces.iter_mut().zip(caches.chunks(1)).map(|(workspace, cache)| workspace.upload(cache));
+        let readied = workspaces.iter_mut().zip(caches.chunks(1)).map(|(workspace, cache)| workspace.upload(0, cache));
         let mut ready = readied.collect::<nsa_kernels::Result<Vec<_>>>()?;
         let (heads, groups) = (config.num_heads(), config.num_kv_heads());
         let (dim_qk, dim_v, count) = (config.head_dim_qk(), config.head_dim_v(), config.select_count());
