@@ -1,13 +1,14 @@
-//! The tensors of a checkpoint, used where they lie in the mapped file.
+//! The tensors of a checkpoint: used where they lie in the mapped file, or copied to the device that computes.
 
 use crate::error::WeightsError;
 use half::{bf16, f16};
 use memmap2::Mmap;
 use nsa_core::model::ParamSpec;
 use nsa_core::{DType, Element};
-use nsa_kernels::Tensor;
+use nsa_kernels::{Backend, Buffer, Mem, Tensor};
 use safetensors::tensor::TensorInfo;
 use safetensors::{Dtype, SafeTensors};
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::ops::Range;
@@ -27,7 +28,7 @@ compile_error!("safetensors files are little-endian and used in place");
 
 type Result<T> = std::result::Result<T, WeightsError>;
 
-/// One tensor: in the mapped file, or copied where that was not possible.
+/// One tensor in the memory that its backend computes on: in the mapped file, or a copy where that is not possible.
 #[derive(Clone, Debug)]
 pub struct Weight {
     shape: Vec<usize>,
@@ -36,21 +37,22 @@ pub struct Weight {
 
 #[derive(Clone, Debug)]
 enum Storage {
-    Mapped { map: Arc<Mmap>, range: Range<usize>, dtype: DType },
-    F32(Arc<[f32]>),
-    Bf16(Arc<[bf16]>),
-    F16(Arc<[f16]>),
+    /// In the file, which aligns it.
+    Mapped(Arc<Stored>),
+    F32(Arc<Buffer<f32>>),
+    Bf16(Arc<Buffer<bf16>>),
+    F16(Arc<Buffer<f16>>),
 }
 
 /// The elements of a [`Weight`].
 #[derive(Clone, Copy, Debug)]
 pub enum Values<'a> {
     /// IEEE single.
-    F32(&'a [f32]),
+    F32(Mem<'a, f32>),
     /// bfloat16.
-    Bf16(&'a [bf16]),
+    Bf16(Mem<'a, bf16>),
     /// IEEE half.
-    F16(&'a [f16]),
+    F16(Mem<'a, f16>),
 }
 
 impl Weight {
@@ -59,65 +61,18 @@ impl Weight {
         &self.shape
     }
 
-    /// Element type.
-    pub fn dtype(&self) -> DType {
-        match &self.storage {
-            Storage::Mapped { dtype, .. } => *dtype,
-            Storage::F32(_) => DType::F32,
-            Storage::Bf16(_) => DType::Bf16,
-            Storage::F16(_) => DType::F16,
-        }
-    }
-
-    /// Whether the elements are those of the file, not a copy.
-    pub fn is_mapped(&self) -> bool {
-        matches!(self.storage, Storage::Mapped { .. })
-    }
-
     /// The elements.
     pub fn values(&self) -> Values<'_> {
         match &self.storage {
-            // The casts cannot fail: alignment and size were checked when the tensor was mapped.
-            Storage::Mapped { map, range, dtype } => match dtype {
-                DType::Bf16 => Values::Bf16(bytemuck::cast_slice(&map[range.clone()])),
-                DType::F16 => Values::F16(bytemuck::cast_slice(&map[range.clone()])),
-                DType::F32 | DType::F64 => Values::F32(bytemuck::cast_slice(&map[range.clone()])),
+            Storage::Mapped(stored) => match stored.dtype {
+                DType::Bf16 => Values::Bf16(Mem::Host(stored.in_place())),
+                DType::F16 => Values::F16(Mem::Host(stored.in_place())),
+                DType::F32 | DType::F64 => Values::F32(Mem::Host(stored.in_place())),
             },
-            Storage::F32(data) => Values::F32(data),
-            Storage::Bf16(data) => Values::Bf16(data),
-            Storage::F16(data) => Values::F16(data),
+            Storage::F32(data) => Values::F32(data.mem()),
+            Storage::Bf16(data) => Values::Bf16(data.mem()),
+            Storage::F16(data) => Values::F16(data.mem()),
         }
-    }
-
-    /// The same numbers in f32; no copy if they are in f32 already.
-    pub fn to_f32(&self) -> F32Weight {
-        fn widen<T: Element<Acc = f32>>(data: &[T]) -> Storage {
-            Storage::F32(data.iter().map(|x| x.to_acc()).collect())
-        }
-        let storage = match self.values() {
-            Values::F32(_) => self.storage.clone(),
-            Values::Bf16(data) => widen(data),
-            Values::F16(data) => widen(data),
-        };
-        F32Weight(Self { shape: self.shape.clone(), storage })
-    }
-
-    /// Maps a tensor of element type `T`, or copies it if it does not lie on a multiple of the element's size.
-    fn map<T: Element>(
-        name: &str,
-        map: &Arc<Mmap>,
-        range: Range<usize>,
-        shape: Vec<usize>,
-        own: fn(Arc<[T]>) -> Storage,
-    ) -> Self {
-        let bytes = &map[range.clone()];
-        if bytemuck::try_cast_slice::<u8, T>(bytes).is_ok() {
-            return Self { shape, storage: Storage::Mapped { map: Arc::clone(map), range, dtype: T::DTYPE } };
-        }
-        tracing::warn!(tensor = name, bytes = bytes.len(), "tensor is not aligned in the file: copied");
-        let mut data = vec![T::default(); bytes.len() / size_of::<T>()];
-        bytemuck::cast_slice_mut(&mut data).copy_from_slice(bytes);
-        Self { shape, storage: own(data.into()) }
     }
 }
 
@@ -126,17 +81,21 @@ impl Weight {
 pub struct F32Weight(Weight);
 
 impl F32Weight {
-    /// The elements.
-    pub fn values(&self) -> &[f32] {
-        match self.0.values() {
-            Values::F32(data) => data,
-            Values::Bf16(_) | Values::F16(_) => unreachable!("made by `Weight::to_f32` only"),
-        }
+    /// Number of elements.
+    pub fn len(&self) -> usize {
+        self.values().len()
     }
 
-    /// The weight, as one of any type.
-    pub fn into_weight(self) -> Weight {
-        self.0
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    fn values(&self) -> Mem<'_, f32> {
+        match self.0.values() {
+            Values::F32(data) => data,
+            Values::Bf16(_) | Values::F16(_) => unreachable!("made by `Weights::take_f32` only"),
+        }
     }
 
     /// The elements as a tensor of the weight's own shape, which has `N` dimensions.
@@ -148,15 +107,63 @@ impl F32Weight {
         let mut dims = [0; N];
         nsa_core::ShapeError::check("F32Weight::tensor", "dimensions", &[N], &[shape.len()])?;
         dims.copy_from_slice(shape);
-        Tensor::host(self.values(), dims)
+        Tensor::packed(self.values(), dims)
     }
 }
 
-/// The tensors of a checkpoint, checked against what the configuration asks for.
+/// A tensor in a mapped file.
+#[derive(Clone, Debug)]
+pub struct Stored {
+    map: Arc<Mmap>,
+    range: Range<usize>,
+    dtype: DType,
+    shape: Vec<usize>,
+}
+
+impl Stored {
+    /// Sizes, outermost first.
+    pub fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    /// Element type.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// Bytes in the file.
+    pub fn bytes(&self) -> usize {
+        self.range.len()
+    }
+
+    /// Whether it lies on a multiple of its elements' size.
+    fn is_aligned(&self) -> bool {
+        let address = self.map[self.range.clone()].as_ptr() as usize;
+        address.is_multiple_of(self.dtype.size_bytes())
+    }
+
+    /// The elements in the file, which aligns them and has them in type `T`.
+    fn in_place<T: Element>(&self) -> &[T] {
+        bytemuck::cast_slice(&self.map[self.range.clone()])
+    }
+
+    /// The elements, in place if the file aligns them, else copied.
+    fn read<T: Element>(&self) -> Cow<'_, [T]> {
+        if self.is_aligned() {
+            return Cow::Borrowed(self.in_place());
+        }
+        let mut data = vec![T::default(); self.bytes() / size_of::<T>()];
+        bytemuck::cast_slice_mut(&mut data).copy_from_slice(&self.map[self.range.clone()]);
+        Cow::Owned(data)
+    }
+}
+
+/// The tensors of a checkpoint, checked against what the configuration asks for, and the backend that is to compute with them.
 #[derive(Debug)]
 pub struct Weights {
-    tensors: BTreeMap<String, Weight>,
+    tensors: BTreeMap<String, Stored>,
     file_bytes: u64,
+    backend: Backend,
 }
 
 impl Weights {
@@ -167,7 +174,7 @@ impl Weights {
     /// # Errors
     /// If a file cannot be read, is cut off or no safetensors file; if a tensor of `manifest` is missing or has another
     /// shape or an element type other than F32, BF16 and F16; if there is a tensor that `manifest` does not have.
-    pub fn open(folder: &Path, manifest: &[ParamSpec]) -> Result<Self> {
+    pub fn open(folder: &Path, manifest: &[ParamSpec], backend: &Backend) -> Result<Self> {
         let mut found = BTreeMap::new();
         let mut file_bytes = 0;
         for path in weight_files(folder)? {
@@ -184,17 +191,69 @@ impl Weights {
             tensors.insert(spec.name.clone(), tensor.check(spec)?);
         }
         match found.pop_first() {
-            None => Ok(Self { tensors, file_bytes }),
+            None => Ok(Self { tensors, file_bytes, backend: backend.clone() }),
             Some((name, tensor)) => Err(WeightsError::Unknown { path: tensor.path, name, count: found.len() + 1 }),
         }
     }
 
-    /// Takes a tensor of the manifest out.
+    /// Takes a tensor of the manifest out, to where the backend computes.
+    ///
+    /// # Errors
+    /// If a device has no memory for it.
     ///
     /// # Panics
     /// If the manifest has no such tensor, or it was taken before.
-    pub fn take(&mut self, name: &str) -> Weight {
+    pub fn take(&mut self, name: &str) -> nsa_kernels::Result<Weight> {
+        let stored = self.remove(name);
+        if self.backend.computes_in_host_memory() && !stored.is_aligned() {
+            tracing::warn!(tensor = name, bytes = stored.bytes(), "tensor is not aligned in the file: copied");
+        }
+        self.place(stored)
+    }
+
+    /// Takes a tensor of the manifest out with its numbers in f32; if they are that already, as [`Weights::take`] does.
+    ///
+    /// # Errors
+    /// If a device has no memory for it.
+    ///
+    /// # Panics
+    /// If the manifest has no such tensor, or it was taken before.
+    pub fn take_f32(&mut self, name: &str) -> nsa_kernels::Result<F32Weight> {
+        fn widened<T: Element<Acc = f32>>(stored: &Stored) -> Vec<f32> {
+            stored.read::<T>().iter().map(|x| x.to_acc()).collect()
+        }
+        let stored = self.remove(name);
+        let data = match stored.dtype {
+            DType::Bf16 => widened::<bf16>(&stored),
+            DType::F16 => widened::<f16>(&stored),
+            DType::F32 | DType::F64 => return self.place(stored).map(F32Weight),
+        };
+        Ok(F32Weight(Weight { shape: stored.shape, storage: Storage::F32(self.copy(&data)?) }))
+    }
+
+    fn place(&self, stored: Stored) -> nsa_kernels::Result<Weight> {
+        let shape = stored.shape.clone();
+        let storage = match stored.dtype {
+            _ if self.is_in_place(&stored) => Storage::Mapped(Arc::new(stored)),
+            DType::Bf16 => Storage::Bf16(self.copy(&stored.read())?),
+            DType::F16 => Storage::F16(self.copy(&stored.read())?),
+            DType::F32 | DType::F64 => Storage::F32(self.copy(&stored.read())?),
+        };
+        Ok(Weight { shape, storage })
+    }
+
+    fn remove(&mut self, name: &str) -> Stored {
         self.tensors.remove(name).unwrap_or_else(|| panic!("the manifest has no `{name}`, or it was taken before"))
+    }
+
+    /// A copy in the backend's memory.
+    fn copy<T: Element>(&self, data: &[T]) -> nsa_kernels::Result<Arc<Buffer<T>>> {
+        self.backend.upload(data).made().map(Arc::new)
+    }
+
+    /// Whether the backend computes with a tensor where it lies in the file.
+    pub fn is_in_place(&self, stored: &Stored) -> bool {
+        self.backend.computes_in_host_memory() && stored.is_aligned()
     }
 
     /// Bytes of the files.
@@ -202,9 +261,9 @@ impl Weights {
         self.file_bytes
     }
 
-    /// The tensors that nobody has taken, by name.
-    pub fn iter(&self) -> impl Iterator<Item = (&str, &Weight)> {
-        self.tensors.iter().map(|(name, weight)| (name.as_str(), weight))
+    /// The tensors that were not taken.
+    pub fn iter(&self) -> impl Iterator<Item = (&str, &Stored)> {
+        self.tensors.iter().map(|(name, stored)| (name.as_str(), stored))
     }
 }
 
@@ -218,18 +277,21 @@ struct Found {
 }
 
 impl Found {
-    fn check(self, spec: &ParamSpec) -> Result<Weight> {
+    fn check(self, spec: &ParamSpec) -> Result<Stored> {
         let name = &spec.name;
         if self.shape != spec.shape {
             let (path, name, expected, got) = (self.path, name.clone(), spec.shape.clone(), self.shape);
             return Err(WeightsError::Shape { path, name, expected, got });
         }
-        match self.dtype {
-            Dtype::F32 => Ok(Weight::map(name, &self.map, self.range, self.shape, Storage::F32)),
-            Dtype::BF16 => Ok(Weight::map(name, &self.map, self.range, self.shape, Storage::Bf16)),
-            Dtype::F16 => Ok(Weight::map(name, &self.map, self.range, self.shape, Storage::F16)),
-            other => Err(WeightsError::Dtype { path: self.path, name: name.clone(), got: format!("{other:?}") }),
-        }
+        let dtype = match self.dtype {
+            Dtype::F32 => DType::F32,
+            Dtype::BF16 => DType::Bf16,
+            Dtype::F16 => DType::F16,
+            other => {
+                return Err(WeightsError::Dtype { path: self.path, name: name.clone(), got: format!("{other:?}") });
+            }
+        };
+        Ok(Stored { map: self.map, range: self.range, dtype, shape: self.shape })
     }
 }
 

@@ -5,7 +5,7 @@ use crate::cuda::Cuda;
 use crate::cuda::memory::DeviceBuffer;
 use crate::{Buffer, Error, Isa, Result};
 use bytemuck::Pod;
-use nsa_core::DType;
+use nsa_core::{DType, Element};
 use std::ffi::OsStr;
 use std::fmt;
 
@@ -154,12 +154,29 @@ impl Backend {
         }
     }
 
+    /// Checks that there are kernels for tensors of type `T`, before anything is computed.
+    ///
+    /// # Errors
+    /// If there are none.
+    pub fn check_type<T: Element>(&self) -> Result<()> {
+        match self {
+            Self::Cpu(_) => Ok(()),
+            Self::Cuda(cuda) => cuda.check_type::<T>("Backend::check_type"),
+        }
+    }
+
     /// The backend's name, as `pick` takes it.
     pub fn name(&self) -> String {
         match self {
             Self::Cpu(cpu) => format!("cpu:{}", cpu.isa()),
             Self::Cuda(cuda) => cuda.name(),
         }
+    }
+
+    /// Whether operations take tensors in the host's memory, such as mapped files; else tensors are in buffers of this backend
+    /// alone.
+    pub fn computes_in_host_memory(&self) -> bool {
+        matches!(self, Self::Cpu(_))
     }
 
     /// A zeroed buffer of `len` elements in this backend's memory.

@@ -97,6 +97,14 @@ impl<'a, T, const N: usize> Tensor<'a, T, N> {
         Ok(View::new(data, shape)?.into())
     }
 
+    /// Any memory as a row-major tensor.
+    ///
+    /// # Errors
+    /// If there is less memory than the shape asks for.
+    pub fn packed(mem: Mem<'a, T>, shape: [usize; N]) -> Result<Self> {
+        Self::new(mem, Strided::contiguous(shape)?)
+    }
+
     /// Any memory through any legal layout.
     ///
     /// # Errors
@@ -135,16 +143,6 @@ impl<'a, T, const N: usize> Tensor<'a, T, N> {
     /// If it is another one.
     pub fn check(&self, op: &'static str, arg: &str, expected: [usize; N]) -> Result<()> {
         Ok(ShapeError::check(op, arg, &expected, &self.shape())?)
-    }
-}
-
-impl<T: Pod, const N: usize> Tensor<'_, T, N> {
-    /// Copies the first elements of a device's memory to the host, and waits for them.
-    pub(crate) fn read_device(&self, op: &'static str, target: &mut [T]) -> Result<()> {
-        match self.mem {
-            Mem::Host(_) => Err(elsewhere(op, "tensor", "a device".to_owned(), HOST.to_owned())),
-            Mem::Device(mem) => mem.read(op, target),
-        }
     }
 }
 
@@ -312,6 +310,17 @@ impl<T: Pod> Buffer<T> {
         Self(made.map_or_else(Owned::Failed, Owned::Device))
     }
 
+    /// The buffer itself, if it was made.
+    ///
+    /// # Errors
+    /// If a device had no memory for it.
+    pub fn made(self) -> Result<Self> {
+        match self.0 {
+            Owned::Failed(error) => Err(error),
+            owned => Ok(Self(owned)),
+        }
+    }
+
     /// Number of elements.
     pub fn len(&self) -> usize {
         match &self.0 {
@@ -357,7 +366,7 @@ impl<T: Pod> Buffer<T> {
     /// # Errors
     /// If the buffer is shorter than offset and shape ask for.
     pub fn tensor_at<const N: usize>(&self, offset: usize, shape: [usize; N]) -> Result<Tensor<'_, T, N>> {
-        Tensor::new(self.mem_at(offset)?, Strided::contiguous(shape)?)
+        Tensor::packed(self.mem_at(offset)?, shape)
     }
 
     /// The first elements as a writable row-major tensor.

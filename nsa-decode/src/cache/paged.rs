@@ -1,6 +1,7 @@
 //! Rows in pages that forks share.
 
 use crate::Result;
+use nsa_kernels::layer::copy::Piece;
 use nsa_kernels::{Backend, Buffer, Pages};
 use std::ops::Range;
 use std::sync::Arc;
@@ -29,17 +30,30 @@ impl Paged {
         self.pages.iter().map(|page| size_of::<f32>() as u64 * page.len() as u64).sum()
     }
 
-    /// Appends rows `rows` of `source` `[.., G, D]`.
-    pub(crate) fn push(&mut self, backend: &Backend, source: &Buffer<f32>, rows: Range<usize>) -> Result<()> {
-        let row_len = self.row_len();
-        let mut next = rows.start;
-        while next < rows.end {
-            let used = self.len % self.page_rows;
-            let count = (self.page_rows - used).min(rows.end - next);
-            let page = self.page_to_write(backend, self.len / self.page_rows, used)?;
-            page.copy_from(used * row_len, source, next * row_len..(next + count) * row_len)?;
-            self.len += count;
-            next += count;
+    /// Appends rows `rows` of `source` `[.., G, D]`, once `copies` are made.
+    pub(crate) fn push<'a>(
+        &'a mut self,
+        backend: &Backend,
+        source: &'a Buffer<f32>,
+        rows: Range<usize>,
+        copies: &mut Vec<Piece<'a, f32>>,
+    ) -> Result<()> {
+        if rows.is_empty() {
+            return Ok(());
+        }
+        let (row_len, page_rows) = (self.row_len(), self.page_rows);
+        let (first, used) = (self.len / page_rows, self.len % page_rows);
+        self.make_room(backend, rows.len())?;
+        self.len += rows.len();
+        let (mut next, mut at) = (rows.start, used);
+        for page in self.pages[first..].iter_mut() {
+            let page = Arc::get_mut(page).expect("`make_room` left it one owner");
+            let count = (page_rows - at).min(rows.end - next);
+            copies.push(Piece {
+                source: source.tensor_at(next * row_len, [count * row_len])?,
+                target: page.tensor_mut_at(at * row_len, [count * row_len])?,
+            });
+            (next, at) = (next + count, 0);
         }
         Ok(())
     }
@@ -57,28 +71,38 @@ impl Paged {
         Pages { pages, page_rows: self.page_rows, len: self.len, row_shape: self.row_shape }
     }
 
-    /// Page `index`, of which the first `used` rows count, no longer shared with anyone.
-    fn page_to_write(&mut self, backend: &Backend, index: usize, used: usize) -> Result<&mut Buffer<f32>> {
+    /// Makes the pages of the next `rows` rows, and the first of them, if it is there already, no longer shared with anyone.
+    fn make_room(&mut self, backend: &Backend, rows: usize) -> Result<()> {
         let (size, row_len) = (self.page_rows * self.row_len(), self.row_len());
-        if index == self.pages.len() {
-            self.pages.push(Arc::new(backend.alloc(size)));
-        }
-        let page = &mut self.pages[index];
-        if Arc::get_mut(page).is_none() {
+        let (first, used) = (self.len / self.page_rows, self.len % self.page_rows);
+        if let Some(page) = self.pages.get_mut(first)
+            && Arc::get_mut(page).is_none()
+        {
             let mut copy = backend.alloc(size);
             copy.copy_from(0, page, 0..used * row_len)?;
             *page = Arc::new(copy);
         }
-        Ok(Arc::get_mut(page).expect("a page just copied has one owner"))
+        let count = (self.len + rows).div_ceil(self.page_rows);
+        while self.pages.len() < count {
+            self.pages.push(Arc::new(backend.alloc(size)));
+        }
+        Ok(())
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use nsa_kernels::layer::copy;
 
     fn backend() -> Backend {
         Backend::pick(Some("cpu")).unwrap().0
+    }
+
+    fn push(paged: &mut Paged, source: &Buffer<f32>, rows: Range<usize>) {
+        let mut copies = Vec::new();
+        paged.push(&backend(), source, rows, &mut copies).unwrap();
+        copy::all(&backend(), copies).unwrap();
     }
 
     fn rows(paged: &Paged) -> Vec<f32> {
@@ -95,14 +119,13 @@ mod tests {
 
     #[test]
     fn forks_share_pages_until_they_write() {
-        let backend = backend();
-        let source = backend.upload(&(0..40).map(|x| x as f32).collect::<Vec<_>>());
+        let source = backend().upload(&(0..40).map(|x| x as f32).collect::<Vec<_>>());
         let mut first = Paged::new(3, [2, 1]);
-        first.push(&backend, &source, 0..7).unwrap();
+        push(&mut first, &source, 0..7);
         assert_eq!((first.len, first.pages.len(), first.bytes()), (7, 3, 3 * 3 * 2 * 4));
         let mut second = first.clone();
-        second.push(&backend, &source, 10..12).unwrap();
-        first.push(&backend, &source, 7..8).unwrap();
+        push(&mut second, &source, 10..12);
+        push(&mut first, &source, 7..8);
         assert!(Arc::ptr_eq(&first.pages[0], &second.pages[0]) && Arc::ptr_eq(&first.pages[1], &second.pages[1]));
         assert!(!Arc::ptr_eq(&first.pages[2], &second.pages[2]));
         assert_eq!(rows(&first), (0..16).map(|x| x as f32).collect::<Vec<_>>());
@@ -110,7 +133,7 @@ mod tests {
         // Cut back into a shared page and written on: the other keeps its rows.
         second.truncate(4);
         assert_eq!(second.pages.len(), 2);
-        second.push(&backend, &source, 19..20).unwrap();
+        push(&mut second, &source, 19..20);
         assert_eq!(rows(&second), (0..8).chain(38..40).map(|x| x as f32).collect::<Vec<_>>());
         assert_eq!(rows(&first), (0..16).map(|x| x as f32).collect::<Vec<_>>());
     }

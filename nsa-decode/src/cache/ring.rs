@@ -2,6 +2,7 @@
 
 use crate::Result;
 use nsa_core::index::ring_row;
+use nsa_kernels::layer::copy::{self, Piece};
 use nsa_kernels::{Backend, Buffer, Tensor};
 use std::ops::Range;
 use std::sync::Arc;
@@ -43,15 +44,37 @@ impl Lane {
         Ok(Arc::get_mut(data).expect("memory just copied has one owner"))
     }
 
-    /// Writes positions `positions`, at most `rows` of them, from row `from` of `source` on.
-    fn write(&mut self, backend: &Backend, positions: Range<usize>, source: &Buffer<f32>, from: usize) -> Result<()> {
+    /// Writes positions `positions`, at most `rows` of them, from row `from` of `source` on, once `copies` are made.
+    fn write_later<'a>(
+        &'a mut self,
+        backend: &Backend,
+        positions: Range<usize>,
+        (source, from): (&'a Buffer<f32>, usize),
+        copies: &mut Vec<Piece<'a, f32>>,
+    ) -> Result<()> {
+        if positions.is_empty() {
+            return Ok(());
+        }
         let (rows, row_len) = (self.rows, self.row_len());
-        let target = self.writable(backend)?;
-        for (row, run, done) in runs(rows, positions) {
-            let start = (from + done) * row_len;
-            target.copy_from(row * row_len, source, start..start + run * row_len)?;
+        let memory = self.writable(backend)?.tensor_mut([rows * row_len])?;
+        let first = ring_row(rows, positions.start);
+        // From there to the ring's end, and on from its start.
+        let after = positions.len().min(rows - first);
+        let (front, back) = memory.split_at(first * row_len)?;
+        for (part, run, from) in [(back, after, from), (front, positions.len() - after, from + after)] {
+            let (target, _) = part.split_at(run * row_len)?;
+            if run > 0 {
+                copies.push(Piece { source: source.tensor_at(from * row_len, [run * row_len])?, target });
+            }
         }
         Ok(())
+    }
+
+    /// Writes positions `positions`, at most `rows` of them, from row `from` of `source` on.
+    fn write(&mut self, backend: &Backend, positions: Range<usize>, source: &Buffer<f32>, from: usize) -> Result<()> {
+        let mut copies = Vec::new();
+        self.write_later(backend, positions, (source, from), &mut copies)?;
+        Ok(copy::all(backend, copies)?)
     }
 
     /// Copies positions `positions` to row `to` of `target` on.
@@ -105,15 +128,20 @@ impl Ring {
         self.live.read(positions, target, to)
     }
 
-    /// Appends rows `rows` of `source` `[.., G, D]`.
-    pub(crate) fn push(&mut self, backend: &Backend, source: &Buffer<f32>, rows: Range<usize>) -> Result<()> {
+    /// Appends rows `rows` of `source` `[.., G, D]`, once `copies` are made. (What falls out is saved now.)
+    pub(crate) fn push<'a>(
+        &'a mut self,
+        backend: &Backend,
+        source: &'a Buffer<f32>,
+        rows: Range<usize>,
+        copies: &mut Vec<Piece<'a, f32>>,
+    ) -> Result<()> {
         let (old, new) = (self.len, self.len + rows.len());
         self.save(backend, source, &rows)?;
-        let kept = new.saturating_sub(self.live.rows).max(old);
-        self.live.write(backend, kept..new, source, rows.start + (kept - old))?;
         self.len = new;
         self.low = self.low.max(new.saturating_sub(self.live.rows + self.undo.rows));
-        Ok(())
+        let kept = new.saturating_sub(self.live.rows).max(old);
+        self.live.write_later(backend, kept..new, (source, rows.start + (kept - old)), copies)
     }
 
     /// Saves what falls out when `rows` of `source` come in: rows of the ring, and of `source` itself if it is longer.
@@ -166,6 +194,12 @@ mod tests {
         Backend::pick(Some("cpu")).unwrap().0
     }
 
+    fn push(ring: &mut Ring, source: &Buffer<f32>, rows: Range<usize>) {
+        let mut copies = Vec::new();
+        ring.push(&backend(), source, rows, &mut copies).unwrap();
+        copy::all(&backend(), copies).unwrap();
+    }
+
     /// Rows of positions as the ring gives them back; row s holds s and −s.
     fn read(ring: &Ring, positions: Range<usize>) -> Vec<f32> {
         let backend = backend();
@@ -189,8 +223,8 @@ mod tests {
             for first in [0, 1, 3, 4, 9, 20] {
                 for second in [1, 2, 4, 5, 13] {
                     let mut ring = Ring::new(rows, undo, [1, 2]);
-                    ring.push(&backend, &source, 0..first).unwrap();
-                    ring.push(&backend, &source, first..first + second).unwrap();
+                    push(&mut ring, &source, 0..first);
+                    push(&mut ring, &source, first..first + second);
                     let len = first + second;
                     let last = |len: usize| len.saturating_sub(rows)..len;
                     assert_eq!(read(&ring, last(len)), expected(last(len)));
@@ -202,7 +236,7 @@ mod tests {
                             let mut fork = ring.clone();
                             fork.rewind(&backend, to).unwrap();
                             assert_eq!(read(&fork, last(to)), expected(last(to)), "{rows} {undo} {len} {to}");
-                            fork.push(&backend, &source, to..to + 3).unwrap();
+                            push(&mut fork, &source, to..to + 3);
                             assert_eq!(read(&fork, last(to + 3)), expected(last(to + 3)));
                             assert_eq!(read(&ring, last(len)), expected(last(len)));
                         }

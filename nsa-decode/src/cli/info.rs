@@ -42,7 +42,7 @@ fn print_weights(out: &mut impl Write, model: &Model) -> io::Result<()> {
     }
     writeln!(out, "weight files   {}", bytes(info.file_bytes))?;
     writeln!(out, "  in place     {}", bytes(info.mapped_bytes))?;
-    writeln!(out, "  misaligned   {} (copied)", bytes(info.copied_bytes))?;
+    writeln!(out, "  copied       {}", bytes(info.copied_bytes))?;
     writeln!(out, "tokenizer      {} ids", model.tokenizer().vocab_size())?;
     writeln!(out, "backend        {}", model.backend().name())
 }

@@ -31,7 +31,8 @@ struct ModelArgs {
     /// Folder with config.json and model.safetensors, as nsa-train writes it.
     #[arg(long, value_name = "DIR")]
     model: PathBuf,
-    /// Backend, such as `cpu` or `cpu:avx2` [default: the variable NSA_BACKEND, else the best there is].
+    /// Backend to compute on: `cpu`, `cpu:avx2` and other instruction sets, `cuda` or `cuda:N` for an NVIDIA GPU, to which
+    /// weights are copied [default: the variable NSA_BACKEND, else the processor's best].
     #[arg(long)]
     backend: Option<String>,
     /// Threads to compute with [default: RAYON_NUM_THREADS, else one a core].

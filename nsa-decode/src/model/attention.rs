@@ -7,7 +7,7 @@ use crate::Result;
 use crate::cache::{DenseCache, LayerCache, NsaCache, Paged, Ring};
 use crate::weights::{F32Weight, Weight};
 use nsa_core::{CuSeqlens, Packing, index};
-use nsa_kernels::layer::{rope, sigmoid};
+use nsa_kernels::layer::{copy, rope, sigmoid};
 use nsa_kernels::op;
 use nsa_kernels::{Buffer, Pages, Rows};
 
@@ -95,11 +95,13 @@ pub(super) fn dense(
     let mut rotated = Rotated { raw: &mut ws.raw, positions: &ws.positions };
     rotated.finish(pass, weights.q_norm.as_ref(), config.num_heads(), &mut ws.q)?;
     rotated.finish(pass, k_norm, config.num_kv_heads(), &mut ws.k_slc)?;
+    let mut copies = Vec::new();
     for (run, seq) in runs.iter_mut().zip(pass.packing.seqs()) {
-        let cache = dense_cache(run, layer);
-        cache.k.push(backend, &ws.k_slc, seq.rows.clone())?;
-        cache.v.push(backend, &ws.v_slc, seq.rows)?;
+        let DenseCache { k, v } = dense_cache(run, layer);
+        k.push(backend, &ws.k_slc, seq.rows.clone(), &mut copies)?;
+        v.push(backend, &ws.v_slc, seq.rows, &mut copies)?;
     }
+    copy::all(backend, copies)?;
     let (keys, values): (Vec<_>, Vec<_>) = runs
         .iter_mut()
         .map(|run| {
@@ -132,22 +134,22 @@ pub(super) fn nsa(
     let backend = &pass.model.backend;
     project_branches(pass, ws, layer_weights, weights)?;
     compress_new_blocks(pass, ws, weights, runs, layer)?;
-    for (run, seq) in runs.iter_mut().zip(pass.packing.seqs()) {
-        let cache = nsa_cache(run, layer);
-        cache.k_slc.push(backend, &ws.k_slc, seq.rows.clone())?;
-        cache.v_slc.push(backend, &ws.v_slc, seq.rows.clone())?;
-        cache.k_cmp.push(backend, &ws.k_cmp, seq.rows.clone())?;
-        cache.v_cmp.push(backend, &ws.v_cmp, seq.rows)?;
-    }
     let reach = match pass.is_step {
         true => None,
         false => Some(gather_reach(pass, ws, runs, layer)?),
     };
+    // All the rings and pages are apart, so that the order of their copies does not matter.
+    let mut copies = Vec::new();
     for (run, seq) in runs.iter_mut().zip(pass.packing.seqs()) {
-        let cache = nsa_cache(run, layer);
-        cache.k_win.push(backend, &ws.k_win, seq.rows.clone())?;
-        cache.v_win.push(backend, &ws.v_win, seq.rows)?;
+        let NsaCache { k_slc, v_slc, k_cmp, v_cmp, k_win, v_win, .. } = nsa_cache(run, layer);
+        for (pages, new) in [(k_slc, &ws.k_slc), (v_slc, &ws.v_slc)] {
+            pages.push(backend, new, seq.rows.clone(), &mut copies)?;
+        }
+        for (ring, new) in [(k_cmp, &ws.k_cmp), (v_cmp, &ws.v_cmp), (k_win, &ws.k_win), (v_win, &ws.v_win)] {
+            ring.push(backend, new, seq.rows.clone(), &mut copies)?;
+        }
     }
+    copy::all(backend, copies)?;
     match reach {
         None => step(pass, ws, runs, layer),
         Some(reach) => chunk(pass, ws, runs, layer, &reach).map(|()| Vec::new()),
@@ -229,12 +231,14 @@ fn compress_new_blocks(
         norm(backend, &ws.raw_blocks, weight, pass.eps(), blocks * config.num_kv_heads(), &mut ws.k_blocks)?;
     }
     rotate(pass, &ws.block_positions, &mut ws.k_blocks, [blocks, config.num_kv_heads()])?;
-    for (s, _, rows) in owners {
-        let cache = nsa_cache(&mut runs[s], layer);
-        cache.k_blocks.push(backend, &ws.k_blocks, rows.clone())?;
-        cache.v_blocks.push(backend, &ws.v_blocks, rows)?;
+    let (mut copies, mut owners) = (Vec::new(), owners.into_iter().peekable());
+    for (s, run) in runs.iter_mut().enumerate() {
+        let Some((_, _, rows)) = owners.next_if(|(owner, ..)| *owner == s) else { continue };
+        let NsaCache { k_blocks, v_blocks, .. } = nsa_cache(run, layer);
+        k_blocks.push(backend, &ws.k_blocks, rows.clone(), &mut copies)?;
+        v_blocks.push(backend, &ws.v_blocks, rows, &mut copies)?;
     }
-    Ok(())
+    Ok(copy::all(backend, copies)?)
 }
 
 /// φ of the sequences of `packing`.
@@ -344,7 +348,7 @@ fn step(pass: &Pass<'_>, ws: &mut Workspace, runs: &mut [Run<'_>], layer: usize)
         o: ws.o.tensor_mut([n, heads, config.head_dim_v()])?,
         block_indices: ws.indices.tensor_mut([n, kv_heads, config.select_count()])?,
     };
-    Ok(op::decode::step(&pass.model.backend, args)?)
+    Ok(op::decode::step_with(&pass.model.backend, &mut ws.decode, layer, args)?)
 }
 
 fn nsa_cache<'a>(run: &'a mut Run<'_>, layer: usize) -> &'a mut NsaCache {

@@ -6,7 +6,7 @@ use nsa_core::model::{AttentionKind, ModelConfig};
 use nsa_core::{CompressKind, Element};
 use nsa_kernels::layer::{embedding, linear, rmsnorm};
 use nsa_kernels::op::compress::Phi;
-use nsa_kernels::{Backend, Buffer, Tensor, TensorMut};
+use nsa_kernels::{Backend, Buffer, Mem, Tensor, TensorMut};
 
 /// One layer.
 #[derive(Debug)]
@@ -57,19 +57,24 @@ enum PhiWeights {
 }
 
 impl Compress {
-    fn take(config: &ModelConfig, weights: &mut Weights, prefix: &str, side: &str, kind: CompressKind) -> Self {
-        let mut take = |name: &str| weights.take(&format!("{prefix}.{name}")).to_f32();
+    fn take(config: &ModelConfig, weights: &mut Weights, prefix: &str, side: &str, kind: CompressKind) -> Result<Self> {
+        let mut take = |name: &str| weights.take_f32(&format!("{prefix}.{name}"));
         let phi = match kind {
             CompressKind::Mean => PhiWeights::Mean,
-            CompressKind::Weighted => PhiWeights::Weighted(take(&format!("phi_{side}.weight"))),
-            CompressKind::Linear => PhiWeights::Linear(take(&format!("phi_{side}.weight"))),
+            CompressKind::Weighted => PhiWeights::Weighted(take(&format!("phi_{side}.weight"))?),
+            CompressKind::Linear => PhiWeights::Linear(take(&format!("phi_{side}.weight"))?),
             CompressKind::Mlp => {
-                let mut stages = |what: &str| [0, 2].map(|stage| take(&format!("phi_{side}.{stage}.{what}")));
-                let weights = stages("weight");
-                PhiWeights::Mlp { weights, biases: config.compress_bias().then(|| stages("bias")) }
+                let mut stage = |stage: usize, what: &str| take(&format!("phi_{side}.{stage}.{what}"));
+                let weights = [stage(0, "weight")?, stage(2, "weight")?];
+                let biases = match config.compress_bias() {
+                    true => Some([stage(0, "bias")?, stage(2, "bias")?]),
+                    false => None,
+                };
+                PhiWeights::Mlp { weights, biases }
             }
         };
-        Self { phi, position: config.compress_position().then(|| take(&format!("pe_{side}"))) }
+        let position = config.compress_position().then(|| take(&format!("pe_{side}"))).transpose()?;
+        Ok(Self { phi, position })
     }
 
     /// φ, as its operation takes it.
@@ -95,39 +100,63 @@ impl Compress {
 
 impl Layer {
     /// Takes layer `index` out of the checkpoint.
-    pub(crate) fn take(config: &ModelConfig, weights: &mut Weights, index: usize) -> Self {
+    pub(crate) fn take(config: &ModelConfig, weights: &mut Weights, index: usize) -> Result<Self> {
         let prefix = format!("model.layers.{index}");
-        let attention = format!("{prefix}.self_attn");
-        let mut take = |name: &str| weights.take(&format!("{prefix}.{name}.weight"));
-        let (input_norm, post_norm) = (take("input_layernorm").to_f32(), take("post_attention_layernorm").to_f32());
-        let (q, o) = (take("self_attn.q_proj"), take("self_attn.o_proj"));
-        let q_norm = config.qk_norm().then(|| take("self_attn.q_norm").to_f32());
-        let (gate, up, down) = (take("mlp.gate_proj"), take("mlp.up_proj"), take("mlp.down_proj"));
         let attention = match config.attention() {
-            AttentionKind::Nsa => AttentionWeights::Nsa(Box::new(NsaWeights::take(config, weights, &attention))),
+            AttentionKind::Nsa => {
+                AttentionWeights::Nsa(Box::new(NsaWeights::take(config, weights, &format!("{prefix}.self_attn"))?))
+            }
             AttentionKind::Dense => AttentionWeights::Dense {
-                k: weights.take(&format!("{attention}.k_proj.weight")),
-                v: weights.take(&format!("{attention}.v_proj.weight")),
-                k_norm: config.qk_norm().then(|| weights.take(&format!("{attention}.k_norm.weight")).to_f32()),
+                k: weights.take(&format!("{prefix}.self_attn.k_proj.weight"))?,
+                v: weights.take(&format!("{prefix}.self_attn.v_proj.weight"))?,
+                k_norm: match config.qk_norm() {
+                    true => Some(weights.take_f32(&format!("{prefix}.self_attn.k_norm.weight"))?),
+                    false => None,
+                },
             },
         };
-        Self { input_norm, q, q_norm, attention, o, post_norm, gate, up, down }
+        let q_norm = match config.qk_norm() {
+            true => Some(weights.take_f32(&format!("{prefix}.self_attn.q_norm.weight"))?),
+            false => None,
+        };
+        let mut norm = |name: &str| weights.take_f32(&format!("{prefix}.{name}.weight"));
+        let (input_norm, post_norm) = (norm("input_layernorm")?, norm("post_attention_layernorm")?);
+        let mut take = |name: &str| weights.take(&format!("{prefix}.{name}.weight"));
+        Ok(Self {
+            input_norm,
+            q: take("self_attn.q_proj")?,
+            q_norm,
+            attention,
+            o: take("self_attn.o_proj")?,
+            post_norm,
+            gate: take("mlp.gate_proj")?,
+            up: take("mlp.up_proj")?,
+            down: take("mlp.down_proj")?,
+        })
     }
 }
 
+/// What `make` makes of sparse attention's branches cmp, slc, win.
+fn branches<T>(mut make: impl FnMut(&str) -> nsa_kernels::Result<T>) -> Result<[T; 3]> {
+    Ok([make("cmp")?, make("slc")?, make("win")?])
+}
+
 impl NsaWeights {
-    fn take(config: &ModelConfig, weights: &mut Weights, prefix: &str) -> Self {
-        const BRANCHES: [&str; 3] = ["cmp", "slc", "win"];
+    fn take(config: &ModelConfig, weights: &mut Weights, prefix: &str) -> Result<Self> {
         let kind = config.nsa_config().expect("the caller saw that attention is `nsa`").compress_kind();
-        let compress_k = Compress::take(config, weights, prefix, "k", kind);
-        let compress_v = Compress::take(config, weights, prefix, "v", kind);
-        let mut take = |name: String| weights.take(&format!("{prefix}.{name}"));
-        let k = BRANCHES.map(|branch| take(format!("k_{branch}_proj.weight")));
-        let v = BRANCHES.map(|branch| take(format!("v_{branch}_proj.weight")));
-        let norms = config.qk_norm().then(|| BRANCHES.map(|branch| take(format!("k_{branch}_norm.weight")).to_f32()));
-        let gate = take("gate_proj.weight".to_owned()).to_f32();
-        let gate_bias = take("gate_proj.bias".to_owned()).to_f32();
-        Self { k, v, k_norm: norms, gate, gate_bias, compress_k, compress_v }
+        let norm = |branch: &str| format!("{prefix}.k_{branch}_norm.weight");
+        Ok(Self {
+            k: branches(|branch| weights.take(&format!("{prefix}.k_{branch}_proj.weight")))?,
+            v: branches(|branch| weights.take(&format!("{prefix}.v_{branch}_proj.weight")))?,
+            k_norm: match config.qk_norm() {
+                true => Some(branches(|branch| weights.take_f32(&norm(branch)))?),
+                false => None,
+            },
+            gate: weights.take_f32(&format!("{prefix}.gate_proj.weight"))?,
+            gate_bias: weights.take_f32(&format!("{prefix}.gate_proj.bias"))?,
+            compress_k: Compress::take(config, weights, prefix, "k", kind)?,
+            compress_v: Compress::take(config, weights, prefix, "v", kind)?,
+        })
     }
 }
 
@@ -142,11 +171,11 @@ pub(crate) fn project(
     fn typed<W: Element<Acc = f32>>(
         backend: &Backend,
         x: Tensor<'_, f32, 2>,
-        (data, shape): (&[W], [usize; 2]),
+        (data, shape): (Mem<'_, W>, [usize; 2]),
         y: TensorMut<'_, f32, 2>,
         accumulate: bool,
     ) -> Result<()> {
-        let weight = Tensor::host(data, shape)?;
+        let weight = Tensor::packed(data, shape)?;
         Ok(linear::forward(backend, linear::Forward { x, weight, bias: None, y, accumulate })?)
     }
     let shape = [weight.shape()[0], weight.shape()[1]];
@@ -167,10 +196,10 @@ pub(crate) fn embed(
     fn typed<W: Element<Acc = f32>>(
         backend: &Backend,
         tokens: Tensor<'_, u32, 1>,
-        (data, shape): (&[W], [usize; 2]),
+        (data, shape): (Mem<'_, W>, [usize; 2]),
         y: TensorMut<'_, f32, 2>,
     ) -> Result<()> {
-        let weight = Tensor::host(data, shape)?;
+        let weight = Tensor::packed(data, shape)?;
         Ok(embedding::forward(backend, embedding::Forward { tokens, weight, y })?)
     }
     let shape = [weight.shape()[0], weight.shape()[1]];
@@ -190,7 +219,7 @@ pub(crate) fn norm(
     rows: usize,
     y: &mut Buffer<f32>,
 ) -> Result<()> {
-    let shape = [rows, weight.values().len()];
+    let shape = [rows, weight.len()];
     let args =
         rmsnorm::Forward { x: x.tensor(shape)?, weight: weight.tensor()?, eps, y: y.tensor_mut(shape)?, rstd: None };
     Ok(rmsnorm::forward(backend, args)?)

@@ -34,7 +34,7 @@ pub struct WeightsInfo {
     pub dtypes: Vec<(DType, u64)>,
     /// Bytes used in place.
     pub mapped_bytes: u64,
-    /// Bytes copied because the file does not align them.
+    /// Bytes copied: to the device that computes, or because the file does not align them.
     pub copied_bytes: u64,
 }
 
@@ -59,8 +59,9 @@ impl Model {
     /// Opens the model in `folder`: `config.json`, `model.safetensors` (or several such files and their
     /// `model.safetensors.index.json`) and, if the configuration says so, `tokenizer.json`.
     ///
-    /// Matrices are used where they lie in the mapped files, in f32, bf16 or f16; small tensors and φ, if not in f32, are
-    /// widened to it. Activations and caches are f32. The files must not be changed in place while the model is in use.
+    /// Matrices are in f32, bf16 or f16 as the files have them: used where they lie in the mapped files, or copied to the device
+    /// that computes. Small tensors and φ, if not in f32, are widened to it. Activations and caches are f32. The files must not
+    /// be changed in place while the model is in use.
     ///
     /// # Errors
     /// If a file is missing or not what it should be, the configuration breaks a rule or describes a model that cannot be
@@ -69,16 +70,17 @@ impl Model {
         let folder = folder.as_ref();
         let config: ModelConfig = read_json(folder.join(CONFIG_FILE))?;
         config.check_runnable()?;
-        let mut weights = Weights::open(folder, &manifest(&config))?;
+        let mut weights = Weights::open(folder, &manifest(&config), &backend)?;
         let tokenizer = Tokenizer::for_model(&config, folder)?;
         let weights_info = WeightsInfo::of(&weights);
-        let embed = weights.take("model.embed_tokens.weight");
+        let embed = weights.take("model.embed_tokens.weight")?;
         let head = match config.tie_word_embeddings() {
             true => embed.clone(),
-            false => weights.take("lm_head.weight"),
+            false => weights.take("lm_head.weight")?,
         };
-        let norm = weights.take("model.norm.weight").to_f32();
-        let layers = (0..config.num_hidden_layers()).map(|i| Layer::take(&config, &mut weights, i)).collect();
+        let norm = weights.take_f32("model.norm.weight")?;
+        let layers = (0..config.num_hidden_layers()).map(|i| Layer::take(&config, &mut weights, i));
+        let layers = layers.collect::<Result<Vec<_>>>()?;
         let table = rope_frequencies(&config);
         let positions = config.max_position_embeddings();
         let rope = RopeCache::new(&backend, &table.inv_freq, table.attention_factor, positions);
@@ -182,7 +184,7 @@ impl Inner {
     fn with_workspace<R>(&self, work: impl FnOnce(&mut Workspace) -> R) -> R {
         let lock = || self.workspaces.lock().unwrap_or_else(PoisonError::into_inner);
         let idle = lock().pop();
-        let mut workspace = idle.unwrap_or_else(|| Workspace::new(&self.backend));
+        let mut workspace = idle.unwrap_or_else(|| Workspace::new(&self.backend, self.layers.len()));
         let result = work(&mut workspace);
         lock().push(workspace);
         result
@@ -202,16 +204,15 @@ fn attention_config(config: &ModelConfig) -> Result<NsaConfig> {
 impl WeightsInfo {
     fn of(weights: &Weights) -> Self {
         let mut info = Self { file_bytes: weights.file_bytes(), ..Self::default() };
-        for (_, weight) in weights.iter() {
-            let count = weight.shape().iter().product::<usize>() as u64;
-            let bytes = count * weight.dtype().size_bytes() as u64;
-            match weight.is_mapped() {
-                true => info.mapped_bytes += bytes,
-                false => info.copied_bytes += bytes,
+        for (_, stored) in weights.iter() {
+            let count = stored.shape().iter().product::<usize>() as u64;
+            match weights.is_in_place(stored) {
+                true => info.mapped_bytes += stored.bytes() as u64,
+                false => info.copied_bytes += stored.bytes() as u64,
             }
-            match info.dtypes.iter_mut().find(|(dtype, _)| *dtype == weight.dtype()) {
+            match info.dtypes.iter_mut().find(|(dtype, _)| *dtype == stored.dtype()) {
                 Some((_, total)) => *total += count,
-                None => info.dtypes.push((weight.dtype(), count)),
+                None => info.dtypes.push((stored.dtype(), count)),
             }
         }
         info

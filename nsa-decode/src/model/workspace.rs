@@ -1,5 +1,6 @@
 //! Memory of one forward pass, kept from pass to pass.
 
+use nsa_kernels::op::decode;
 use nsa_kernels::{Backend, Buffer};
 
 macro_rules! workspace {
@@ -9,11 +10,13 @@ macro_rules! workspace {
         #[derive(Debug)]
         pub(crate) struct Workspace {
             $($(#[$doc])* #[doc = concat!(" `", $len, "`.")] pub(crate) $name: $type,)*
+            /// What the steps of all layers leave for the next ones.
+            pub(crate) decode: decode::Workspace<f32>,
         }
 
         impl Workspace {
-            pub(crate) fn new(backend: &Backend) -> Self {
-                Self { $($name: backend.alloc(0),)* }
+            pub(crate) fn new(backend: &Backend, layers: usize) -> Self {
+                Self { $($name: backend.alloc(0),)* decode: decode::Workspace::new(layers) }
             }
         }
     };

@@ -1,5 +1,5 @@
-//! One decoding step. A [`Workspace`] holds what a step needs on the device besides its tensors: tables of where the caches
-//! lie, and what blocks of threads hand to each other. It is made once; then a step allocates nothing and waits for
+//! One decoding step. A [`Workspace`] holds what a step needs on the device besides its tensors: a table a layer of where the
+//! caches lie, and what blocks of threads hand to each other. It is made once; then a step allocates nothing and waits for
 //! nothing, and its launches can be captured into a CUDA graph, which serves every batch that the workspace holds:
 //!
 //! ```no_run
@@ -7,7 +7,7 @@
 //! # fn step(cuda: &Cuda, capacity: Capacity, config: &nsa_core::NsaConfig, caches: &[Cache<'_, f32>], args: Step<'_, f32>) -> Result<()> {
 //! let mut workspace = Workspace::<f32>::new(cuda, config, capacity)?;
 //! // Before each step: up to two copies to the device, see `Workspace::upload`.
-//! let mut ready = workspace.upload(caches)?;
+//! let mut ready = workspace.upload(0, caches)?;
 //! // Done now, or recorded (`Cuda::record`): two launches.
 //! ready.launch(args.q, args.gates, args.o, args.block_indices)?;
 //! # Ok(())
@@ -79,6 +79,8 @@ params! {
 /// The batches that a workspace is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Capacity {
+    /// Layers, each with caches of its own.
+    pub layers: usize,
     /// Sequences of a batch, at most.
     pub sequences: usize,
     /// Tokens of a context, at most.
@@ -90,15 +92,29 @@ pub struct Capacity {
 }
 
 impl Capacity {
-    /// Just for these caches.
-    pub fn of<T>(caches: &[Cache<'_, T>]) -> Self {
+    /// Just for these caches, and as large ones in other layers.
+    pub fn of<T>(layers: usize, caches: &[Cache<'_, T>]) -> Self {
         let rows = |pages: fn(&Cache<'_, T>) -> usize| caches.first().map_or(1, pages).max(1);
         Self {
+            layers,
             sequences: caches.len(),
             context: caches.iter().map(|cache| cache.context).max().unwrap_or(0),
             block_page_rows: rows(|cache| cache.k_cmp.page_rows),
             token_page_rows: rows(|cache| cache.k_slc.page_rows),
         }
+    }
+
+    /// With room for more sequences and longer contexts, so that few workspaces are made while a text grows.
+    fn with_room(self) -> Self {
+        let context = self.context.max(LEAST_CONTEXT).checked_next_power_of_two().unwrap_or(self.context);
+        Self { sequences: self.sequences.next_power_of_two(), context: context.min(i32::MAX as usize), ..self }
+    }
+
+    /// Whether a workspace of this capacity holds what asks for `other`.
+    fn holds(&self, other: &Self) -> bool {
+        let rows = |capacity: &Self| [capacity.block_page_rows, capacity.token_page_rows];
+        let sizes = |capacity: &Self| [capacity.layers, capacity.sequences, capacity.context];
+        rows(self) == rows(other) && sizes(self).iter().zip(sizes(other)).all(|(&has, asked)| has >= asked)
     }
 
     /// Pages of blocks and of tokens that a sequence has at most.
@@ -107,7 +123,7 @@ impl Capacity {
         [blocks.div_ceil(self.block_page_rows), self.context.div_ceil(self.token_page_rows)]
     }
 
-    /// Addresses in the tables.
+    /// Addresses in the tables of a layer.
     fn table_len(&self, config: &NsaConfig) -> usize {
         self.sequences * (HEADER + 2 * self.pages(config).iter().sum::<usize>())
     }
@@ -115,12 +131,14 @@ impl Capacity {
 
 /// Numbers of a sequence before its page tables.
 const HEADER: usize = 3;
+/// The shortest context that [`Capacity::with_room`] makes room for.
+const LEAST_CONTEXT: usize = 1024;
 
 /// Bytes of device memory that a [`Workspace`] of elements `T` takes.
 pub fn workspace_bytes<T: Element>(config: &NsaConfig, capacity: Capacity) -> usize {
     let tiles = DecodeTiles::new(config, size_of::<T>());
     let sizes = DecodeSizes::new(config, &tiles, capacity.sequences, capacity.context);
-    sizes.bytes() + size_of::<u64>() * capacity.table_len(config)
+    sizes.bytes() + size_of::<u64>() * capacity.layers * capacity.table_len(config)
 }
 
 /// Device memory of a decoding step, for batches up to a capacity.
@@ -133,17 +151,19 @@ pub struct Workspace<T> {
     sizes: DecodeSizes,
     floats: DeviceBuffer<f32>,
     arrived: DeviceBuffer<u32>,
-    /// Headers of sequences `[S, HEADER]`, then pages of k̃, ṽ `[S, pages of blocks]`, k^slc, v^slc `[S, pages of tokens]`.
+    /// Of each layer: headers of sequences `[S, HEADER]`, then pages of k̃, ṽ `[S, pages of blocks]`, k^slc, v^slc `[S, pages of
+    /// tokens]`.
     tables: DeviceBuffer<u64>,
     /// What is in them.
     uploaded: Vec<u64>,
     of: PhantomData<T>,
 }
 
-/// A workspace that knows where the caches of a batch lie.
+/// A workspace that knows where the caches of a batch lie in one layer.
 #[derive(Debug)]
 pub struct Ready<'w, T> {
     workspace: &'w mut Workspace<T>,
+    layer: usize,
     rows_read: RowsRead,
 }
 
@@ -171,7 +191,7 @@ impl<T: Element> Workspace<T> {
         let sizes = DecodeSizes::new(config, &tiles, capacity.sequences, capacity.context);
         let alone = sizes.blocks(config, &tiles, capacity.sequences) <= device.multiprocessors as u64;
         let tiles = if alone { tiles.alone(device.shared_bytes) } else { tiles };
-        let table_len = capacity.table_len(config);
+        let table_len = capacity.layers * capacity.table_len(config);
         Ok(Self {
             cuda: cuda.clone(),
             config: config.clone(),
@@ -186,18 +206,24 @@ impl<T: Element> Workspace<T> {
         })
     }
 
-    /// Tells the device where the caches are. Sequences beyond them count as absent: launches write nothing for them.
+    /// Whether a step of that capacity can use this workspace.
+    fn serves(&self, cuda: &Cuda, config: &NsaConfig, capacity: &Capacity) -> bool {
+        self.cuda.stream() == cuda.stream() && self.config == *config && self.capacity.holds(capacity)
+    }
+
+    /// Tells the device where the caches of layer `layer` are. Sequences beyond them count as absent: launches write nothing for them.
     ///
     /// Copied to the device, in the order of the stream: three numbers a sequence (its context and where its rings are), and
-    /// all page tables if a page is another one than at the last call. Nothing is waited for.
+    /// all page tables if a page is another one than at the layer's last call. Nothing is waited for.
     ///
     /// # Errors
     /// If a cache does not hold the rows that its context asks for, is not in this device's memory, or the batch is beyond
     /// the capacity.
-    pub fn upload<'w>(&'w mut self, caches: &'w [Cache<'_, T>]) -> Result<Ready<'w, T>> {
-        let Capacity { sequences, context, .. } = self.capacity;
+    pub fn upload<'w>(&'w mut self, layer: usize, caches: &'w [Cache<'_, T>]) -> Result<Ready<'w, T>> {
+        let Capacity { layers, sequences, context, .. } = self.capacity;
+        ShapeError::check(OP, "layers", &[layers.max(layer + 1)], &[layers])?;
         ShapeError::check(OP, "caches", &[caches.len().min(sequences)], &[caches.len()])?;
-        let mut tables = vec![0; self.uploaded.len()];
+        let mut tables = vec![0; self.capacity.table_len(&self.config)];
         let (headers, mut pages) = tables.split_at_mut(sequences * HEADER);
         for (s, (cache, header)) in caches.iter().zip(headers.chunks_exact_mut(HEADER)).enumerate() {
             cache.check(&self.config, s)?;
@@ -216,9 +242,9 @@ impl<T: Element> Workspace<T> {
             }
             pages = rest;
         }
-        self.send(tables)?;
+        self.send(layer, &tables)?;
         let rows_read = caches.iter().map(|cache| rows_read(&self.config, cache.context)).collect();
-        Ok(Ready { workspace: self, rows_read })
+        Ok(Ready { workspace: self, layer, rows_read })
     }
 
     /// The four page tables, in their order.
@@ -262,30 +288,32 @@ impl<T: Element> Workspace<T> {
         Err(unsupported(&self.cuda, OP, &what, "let it begin where its memory does, or whole rows behind"))
     }
 
-    /// Copies the tables to the device, where they are others than there.
-    fn send(&mut self, tables: Vec<u64>) -> Result<()> {
-        let header = self.capacity.sequences * HEADER;
-        let sent = if tables[header..] == self.uploaded[header..] { header } else { tables.len() };
-        if tables[..sent] != self.uploaded[..sent] {
-            self.tables.write(OP, &tables[..sent])?;
-            self.uploaded = tables;
+    /// Copies the tables of a layer to the device, where they are others than there.
+    fn send(&mut self, layer: usize, tables: &[u64]) -> Result<()> {
+        let (start, header) = (layer * tables.len(), self.capacity.sequences * HEADER);
+        let there = &mut self.uploaded[start..start + tables.len()];
+        let sent = if tables[header..] == there[header..] { header } else { tables.len() };
+        if tables[..sent] != there[..sent] {
+            self.tables.mem_mut(start..start + sent).write(OP, &tables[..sent])?;
+            there[..sent].copy_from_slice(&tables[..sent]);
         }
         Ok(())
     }
 
-    fn params(&mut self) -> Decode {
+    fn params(&mut self, layer: usize) -> Decode {
         let sequences = self.capacity.sequences;
         let [blocks, tokens] = self.capacity.pages(&self.config);
-        let starts = |lens: [usize; 5]| {
-            let mut next = 0;
+        let starts = |first: usize, lens: [usize; 5]| {
+            let mut next = first;
             lens.map(|len| {
                 next += len;
                 next - len
             })
         };
-        let table = starts([HEADER, blocks, blocks, tokens, tokens].map(|len| len * sequences));
+        let first = layer * self.capacity.table_len(&self.config);
+        let table = starts(first, [HEADER, blocks, blocks, tokens, tokens].map(|len| len * sequences));
         let table = table.map(|at| In(self.tables.mem(at..self.tables.len()).address(), PhantomData));
-        let floats = starts(self.sizes.floats);
+        let floats = starts(0, self.sizes.floats);
         let floats = floats.map(|at| Out(self.floats.mem_mut(at..self.floats.len()).address(), PhantomData));
         let [cmp_splits, win_splits, slc_splits] = self.sizes.splits.map(|count| count as i32);
         Decode {
@@ -402,7 +430,7 @@ impl<T: Element> Ready<'_, T> {
             gates: call.input("gates", &gates)?,
             o: call.output("o", &mut o)?,
             block_indices: call.output("block_indices", &mut block_indices)?,
-            ..self.workspace.params()
+            ..self.workspace.params(self.layer)
         };
         let Workspace { config, tiles, sizes, .. } = &*self.workspace;
         let page_rows = [self.workspace.capacity.block_page_rows, self.workspace.capacity.token_page_rows];
@@ -419,11 +447,24 @@ impl<T: Element> Ready<'_, T> {
     }
 }
 
-/// See `op::decode::step`: with a workspace for these caches alone.
-pub(crate) fn step<T: Element>(cuda: &Cuda, args: Step<'_, T>) -> Result<RowsRead> {
+/// See `op::decode::step_with`: makes the workspace anew when it is too small.
+pub(crate) fn step<T: Element>(
+    cuda: &Cuda,
+    (workspace, layers): (&mut Option<Workspace<T>>, usize),
+    layer: usize,
+    args: Step<'_, T>,
+) -> Result<RowsRead> {
     let Step { config, caches, q, gates, o, block_indices } = args;
-    let mut workspace = Workspace::new(cuda, config, Capacity::of(caches))?;
-    let mut ready = workspace.upload(caches)?;
+    let asked = Capacity::of(layers, caches);
+    let workspace = match workspace {
+        Some(there) if there.serves(cuda, config, &asked) => there,
+        outgrown => {
+            // The old memory is given back first.
+            *outgrown = None;
+            outgrown.insert(Workspace::new(cuda, config, asked.with_room())?)
+        }
+    };
+    let mut ready = workspace.upload(layer, caches)?;
     ready.launch(q, gates, o, block_indices)?;
     Ok(ready.rows_read)
 }

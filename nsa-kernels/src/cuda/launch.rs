@@ -65,12 +65,15 @@ macro_rules! plain {
 
 plain!(f32, f64, i32, u32, i64, u64);
 
-fn check_type<T: Element>(cuda: &Cuda, op: &'static str) -> Result<()> {
-    if T::DTYPE != DType::F64 {
-        return Ok(());
+impl Cuda {
+    /// Checks that there are kernels for tensors of type `T`.
+    pub(crate) fn check_type<T: Element>(&self, op: &'static str) -> Result<()> {
+        if T::DTYPE != DType::F64 {
+            return Ok(());
+        }
+        let (backend, what) = (self.name(), "tensors of f64".to_owned());
+        Err(Error::Unsupported { op, backend, what, advice: "use f32, bf16 or f16, or the backend `cpu`" })
     }
-    let (backend, what) = (cuda.name(), "tensors of f64".to_owned());
-    Err(Error::Unsupported { op, backend, what, advice: "use f32, bf16 or f16, or the backend `cpu`" })
 }
 
 fn type_of(dtype: DType) -> TypeId {
@@ -88,7 +91,7 @@ impl<'c> Call<'c> {
     /// # Errors
     /// If there are no kernels for that type.
     pub(crate) fn new<T: Element>(cuda: &'c Cuda, op: &'static str) -> Result<Self> {
-        check_type::<T>(cuda, op)?;
+        cuda.check_type::<T>(op)?;
         Ok(Self { cuda, op, constants: Constants::new(T::DTYPE) })
     }
 
@@ -97,7 +100,7 @@ impl<'c> Call<'c> {
     /// # Errors
     /// If there are no kernels for that type.
     pub(crate) fn with_type<T: Element, K: Cpp>(self) -> Result<Self> {
-        check_type::<T>(self.cuda, self.op)?;
+        self.cuda.check_type::<T>(self.op)?;
         Ok(self.constants(|constants| constants.with_type(K::NAME, T::DTYPE)))
     }
 

@@ -5,7 +5,7 @@ use super::params::{In, Out};
 use super::{Cuda, failed};
 use crate::{Error, Result};
 use bytemuck::Pod;
-use cudarc::driver::{CudaContext, CudaSlice, CudaStream, DevicePtr, DevicePtrMut, DriverError};
+use cudarc::driver::{CudaContext, CudaSlice, CudaStream, DevicePtr, DevicePtrMut, DriverError, result, sys};
 use std::marker::PhantomData;
 use std::ops::Range;
 use std::sync::Arc;
@@ -15,7 +15,23 @@ pub(super) fn own_stream(context: &Arc<CudaContext>) -> std::result::Result<Arc<
     // SAFETY: the context is ours alone, and memory made from here on is used on the stream that it is made on, which
     // `Call` checks.
     unsafe { context.disable_event_tracking() };
+    keep_freed_memory(context)?;
     context.new_stream()
+}
+
+/// Memory that is given back stays with the process for the next calls. Else the driver gives it back to the system whenever
+/// the device is waited for, which training does every step, and making it anew takes longer than what it is used for.
+fn keep_freed_memory(context: &CudaContext) -> std::result::Result<(), DriverError> {
+    if !context.has_async_alloc() {
+        return Ok(());
+    }
+    let mut most = u64::MAX;
+    let attribute = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
+    // SAFETY: the device is the context's; the attribute takes the address of a 64-bit number, which is read at once.
+    unsafe {
+        let pool = result::device::get_mem_pool(context.cu_device())?;
+        sys::cuMemPoolSetAttribute(pool, attribute, (&raw mut most).cast()).result()
+    }
 }
 
 /// Elements in a device's memory that a caller owns.
@@ -207,8 +223,7 @@ impl<T: Pod> DeviceMem<'_, T> {
         self.stream.context().bind_to_thread().map_err(|error| failed(op, &error))?;
         let target = bytemuck::cast_slice_mut::<T, u8>(target);
         // SAFETY: the memory is borrowed and holds as many bytes; the target is borrowed until the copy is complete.
-        let copied =
-            unsafe { cudarc::driver::result::memcpy_dtoh_async(target, self.address, self.stream.cu_stream()) };
+        let copied = unsafe { result::memcpy_dtoh_async(target, self.address, self.stream.cu_stream()) };
         copied.map_err(|error| failed(op, &error))?;
         self.stream.synchronize().map_err(|error| failed(op, &error))
     }
@@ -275,8 +290,7 @@ impl<T: Pod> DeviceMemMut<'_, T> {
         let source = bytemuck::cast_slice::<T, u8>(source);
         // SAFETY: the memory is borrowed mutably and as long as the source; the driver has taken the host's bytes, which
         // are not pinned, when the call returns.
-        let copied =
-            unsafe { cudarc::driver::result::memcpy_htod_async(self.address, source, self.stream.cu_stream()) };
+        let copied = unsafe { result::memcpy_htod_async(self.address, source, self.stream.cu_stream()) };
         copied.map_err(|error| failed(op, &error))
     }
 
@@ -294,7 +308,7 @@ impl<T: Pod> DeviceMemMut<'_, T> {
         self.stream.context().bind_to_thread().map_err(|error| failed(op, &error))?;
         let (address, count, stream) = (self.address, size_of::<T>() * count, self.stream.cu_stream());
         // SAFETY: the memory is borrowed mutably and holds so many bytes.
-        let set = unsafe { cudarc::driver::result::memset_d8_async(address, pattern[0], count, stream) };
+        let set = unsafe { result::memset_d8_async(address, pattern[0], count, stream) };
         set.map_err(|error| failed(op, &error))
     }
 }

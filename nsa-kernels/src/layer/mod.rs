@@ -10,6 +10,7 @@
 
 pub mod adamw;
 pub mod add;
+pub mod copy;
 pub mod cross_entropy;
 pub mod embedding;
 pub mod linear;

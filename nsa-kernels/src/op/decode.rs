@@ -39,6 +39,21 @@ pub struct Step<'a, T: Element> {
     pub block_indices: TensorMut<'a, i32, 3>,
 }
 
+/// What steps leave for the next ones of their layer and of others: on a device, memory for a step and tables of where the
+/// caches lie, so that a step allocates nothing. It grows when a batch or a context is larger than any before.
+#[derive(Debug)]
+pub struct Workspace<T> {
+    layers: usize,
+    device: Option<cuda::decode::Workspace<T>>,
+}
+
+impl<T> Workspace<T> {
+    /// For the steps of so many layers, each with caches of its own.
+    pub fn new(layers: usize) -> Self {
+        Self { layers, device: None }
+    }
+}
+
 /// Token-rows of K and V that a step read, one entry a sequence.
 pub type RowsRead = Vec<usize>;
 
@@ -58,6 +73,19 @@ pub type RowsRead = Vec<usize>;
 /// # Errors
 /// If a shape does not fit, or a cache does not hold the rows that its context asks for.
 pub fn step<T: Element>(backend: &Backend, args: Step<'_, T>) -> Result<RowsRead> {
+    step_with(backend, &mut Workspace::new(1), 0, args)
+}
+
+/// [`step`] of layer `layer` with what the steps before left.
+///
+/// # Errors
+/// Those of [`step`], or if the workspace is for fewer layers.
+pub fn step_with<T: Element>(
+    backend: &Backend,
+    workspace: &mut Workspace<T>,
+    layer: usize,
+    args: Step<'_, T>,
+) -> Result<RowsRead> {
     let config = args.config;
     let (seqs, heads) = (args.caches.len(), config.num_heads());
     args.q.check(OP, "q", [seqs, heads, config.head_dim_qk()])?;
@@ -67,9 +95,13 @@ pub fn step<T: Element>(backend: &Backend, args: Step<'_, T>) -> Result<RowsRead
     for (s, cache) in args.caches.iter().enumerate() {
         cache.check(config, s)?;
     }
+    ShapeError::check(OP, "layers", &[workspace.layers.max(layer + 1)], &[workspace.layers])?;
     match backend {
         Backend::Cpu(cpu) => T::decode_step(cpu, args),
-        Backend::Cuda(cuda) => cuda::decode::step(cuda, args),
+        Backend::Cuda(cuda) => {
+            let Workspace { layers, device } = workspace;
+            cuda::decode::step(cuda, (device, *layers), layer, args)
+        }
     }
 }
 

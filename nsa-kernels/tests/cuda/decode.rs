@@ -3,9 +3,9 @@
 use super::assert_op;
 use half::bf16;
 use nsa_core::{CompressKind, DType, NsaConfig, NsaConfigBuilder, index};
-use nsa_kernels::Backend;
 use nsa_kernels::cuda::decode::{Capacity, Workspace};
 use nsa_kernels::cuda::graph::Graph;
+use nsa_kernels::{Backend, op};
 use nsa_tests::check::{self, Op};
 use nsa_tests::operator::{self, Inputs};
 use nsa_tests::sim::{self, BITS, on_simulator};
@@ -13,7 +13,7 @@ use nsa_tests::{Case, decode};
 
 #[test]
 fn cases() {
-    on_simulator("decode::cases", || assert_op(Op::Decode, |_| true));
+    on_simulator("decode::cases", || assert_op(Op::Decode));
 }
 
 /// The paper's blocks.
@@ -61,7 +61,7 @@ fn a_graph_serves_every_batch() {
         let Backend::Cuda(cuda) = &backend else { panic!("a CUDA device") };
         let config = || paper(8, 2, 32, 16).select_count(5).window(100);
         let built = config().build().expect("a configuration");
-        let capacity = Capacity { sequences: 4, context: 3000, block_page_rows: 64, token_page_rows: 64 };
+        let capacity = Capacity { layers: 1, sequences: 4, context: 3000, block_page_rows: 64, token_page_rows: 64 };
         let mut workspace = Workspace::<bf16>::new(cuda, &built, capacity).expect("a workspace");
         let mut q = backend.alloc::<bf16>(4 * 8 * 32);
         let mut gates = backend.alloc::<bf16>(4 * 8 * 3);
@@ -78,7 +78,7 @@ fn a_graph_serves_every_batch() {
             q.write(&inputs.q).expect("q");
             gates.write(&inputs.gates).expect("gates");
             let outputs = decode::with_caches(&backend, &inputs, 64, |caches| {
-                let mut ready = workspace.upload(caches).expect("caches");
+                let mut ready = workspace.upload(0, caches).expect("caches");
                 let mut launch = || {
                     let (q, gates) = (q.tensor([4, 8, 32]).expect("q"), gates.tensor([4, 8, 3]).expect("gates"));
                     let (o, lists) =
@@ -104,6 +104,41 @@ fn a_graph_serves_every_batch() {
             assert_eq!(outputs.1[..expected.block_indices.len()], expected.block_indices, "{name}");
         }
         assert!(graph.is_some(), "captured");
+    });
+}
+
+/// One workspace grows as it must, and serves batches of any size in turns, of layers with caches of their own.
+#[test]
+fn a_workspace_serves_what_comes() {
+    on_simulator("decode::a_workspace_serves_what_comes", || {
+        let backend = Backend::cuda(0).expect("the simulator");
+        let config = || paper(8, 2, 32, 16).select_count(5).window(100);
+        let mut workspace = op::decode::Workspace::<bf16>::new(2);
+        let batches = [vec![5], vec![700, 1, 33], vec![1500], vec![5, 64], vec![1025, 6]];
+        for (number, contexts) in batches.iter().enumerate() {
+            for layer in 0..2 {
+                let inputs = steps(&format!("grown-{number}-{layer}"), config(), contexts);
+                let (q, gates, seqs) = (backend.upload(&inputs.q), backend.upload(&inputs.gates), contexts.len());
+                let (mut o, mut lists) = (backend.alloc::<bf16>(seqs * 8 * 16), backend.alloc::<i32>(seqs * 2 * 5));
+                let rows_read = decode::with_caches(&backend, &inputs, 64, |caches| {
+                    let args = op::decode::Step {
+                        config: &inputs.config,
+                        caches,
+                        q: q.tensor([seqs, 8, 32]).expect("q"),
+                        gates: gates.tensor([seqs, 8, 3]).expect("gates"),
+                        o: o.tensor_mut([seqs, 8, 16]).expect("o"),
+                        block_indices: lists.tensor_mut([seqs, 2, 5]).expect("lists"),
+                    };
+                    op::decode::step_with(&backend, &mut workspace, layer, args).map_err(|error| error.to_string())
+                });
+                assert_eq!(rows_read.expect("a step").len(), seqs);
+                let (mut values, mut blocks) = (vec![bf16::ZERO; o.len()], vec![0; lists.len()]);
+                o.read(&mut values).expect("o");
+                lists.read(&mut blocks).expect("lists");
+                let expected = decode::step(&backend, &inputs, 64).expect("a step");
+                assert_eq!((values, blocks), (expected.o, expected.block_indices), "{contexts:?}, layer {layer}");
+            }
+        }
     });
 }
 

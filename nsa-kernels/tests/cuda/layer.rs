@@ -3,7 +3,7 @@
 
 use half::{bf16, f16};
 use nsa_core::{DType, Element, Real};
-use nsa_kernels::layer::{adamw, add, cross_entropy, embedding, linear, rmsnorm, rope, round, sigmoid, swiglu};
+use nsa_kernels::layer::{adamw, add, copy, cross_entropy, embedding, linear, rmsnorm, rope, round, sigmoid, swiglu};
 use nsa_kernels::{Backend, Buffer, Isa};
 use nsa_tests::compare::Compared;
 use nsa_tests::sim::{BITS, on_simulator};
@@ -268,6 +268,10 @@ macro_rules! check_linear {
             ([1, 5, 7], false, true),
             ([33, 40, 24], true, false),
             ([70, 16, 9], true, true),
+            ([3, 72, 20], true, false),
+            ([11, 264, 33], false, true),
+            // Enough outputs that a warp takes several.
+            ([9, 16, 4500], true, true),
         ] {
             let truth = linear_of::<f64, f64, $t, $w>(&paths[0], shape, accumulate, bias);
             let run = |backend| linear_of::<$t, $w, $t, $w>(backend, shape, accumulate, bias);
@@ -380,6 +384,34 @@ fn rotations() {
         check!(rotated(9, 3, 64));
         check!(rotated(4, 2, 6));
         check!(rotated(0, 2, 16));
+    });
+}
+
+/// Copies of several lengths, more than one launch makes, to places of every alignment.
+fn check_copies<T: Element>() {
+    let cuda = Backend::cuda(0).expect("the simulator");
+    let (source, mut target) = (Kit::<T>::new(&cuda).values::<T>(3, 9000), cuda.alloc::<T>(9000));
+    let (mut copies, mut rest) = (Vec::new(), target.tensor_mut([9000]).unwrap());
+    let (mut at, mut expected) = (0, vec![0.0; 9000]);
+    let values = read(&source);
+    for i in 0..40 {
+        let (gap, count) = (i % 3, [0, 1, 8, 3, 64, 800][i % 6]);
+        let (_, after) = rest.split_at(gap).unwrap();
+        let (target, after) = after.split_at(count).unwrap();
+        let from = 8 * i + i % 5 / 3;
+        copies.push(copy::Piece { source: source.tensor_at(from, [count]).unwrap(), target });
+        expected[at + gap..][..count].copy_from_slice(&values[from..][..count]);
+        (at, rest) = (at + gap + count, after);
+    }
+    copy::all(&cuda, copies).unwrap();
+    assert_eq!(read(&target), expected);
+}
+
+#[test]
+fn copies() {
+    on_simulator("layer::copies", || {
+        check_copies::<f32>();
+        check_copies::<bf16>();
     });
 }
 

@@ -2,7 +2,7 @@ use crate::kit::*;
 use half::{bf16, f16};
 use nsa_core::Element;
 use nsa_kernels::Backend;
-use nsa_kernels::layer::{add, round, sigmoid, swiglu};
+use nsa_kernels::layer::{add, copy, round, sigmoid, swiglu};
 
 const SHAPES: [[usize; 2]; 6] = [[0, 3], [3, 0], [1, 1], [3, 7], [65, 33], [130, 400]];
 
@@ -55,6 +55,22 @@ fn rounding_is_a_plain_loop() {
     check_round::<f32>();
     check_round::<bf16>();
     check_round::<f16>();
+}
+
+#[test]
+fn copies_go_each_to_its_place() {
+    let source = random::<f32>(3, 100);
+    let mut target = vec![0.5f32; 100];
+    let (_, rest) = tensor_mut(&mut target, [100]).split_at(3).unwrap();
+    let (first, rest) = rest.split_at(20).unwrap();
+    let (second, third) = rest.split_at(0).unwrap();
+    let copies = [(40, first), (7, second), (1, third)];
+    let copies = copies.map(|(at, target)| copy::Piece { source: tensor(&source[at..], target.shape()), target });
+    copy::all(&backend(), copies.into()).unwrap();
+    assert_eq!(target, [&[0.5; 3], &source[40..60], &source[1..78]].concat());
+    let short = copy::Piece { source: tensor(&source, [4]), target: tensor_mut(&mut target, [5]) };
+    let error = copy::all(&backend(), vec![short]).unwrap_err().to_string();
+    assert!(error.contains("copy::all") && error.contains("target"), "{error}");
 }
 
 fn check_sigmoid<T: Element>() {

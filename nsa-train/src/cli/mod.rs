@@ -24,7 +24,8 @@ pub struct Cli {
     /// Threads to compute with [default: RAYON_NUM_THREADS, else one a core].
     #[arg(long, global = true, value_name = "N", allow_negative_numbers = true)]
     threads: Option<usize>,
-    /// Backend to compute on [default: NSA_BACKEND, else the best there is].
+    /// Backend to compute on: `cpu`, `cpu:avx2` and other instruction sets, `cuda` or `cuda:N` for an NVIDIA GPU, on which
+    /// the whole model stays [default: NSA_BACKEND, else the processor's best].
     #[arg(long, global = true, value_name = "NAME")]
     backend: Option<String>,
     #[command(subcommand)]

@@ -45,7 +45,8 @@ pub struct TrainArgs {
     /// Start from the weights of a checkpoint.
     #[arg(long, value_name = "CHECKPOINT", conflicts_with = "resume")]
     init: Option<PathBuf>,
-    /// Print the share of each part of the work at the end.
+    /// Print the share of each part of the work at the end. (On a GPU: of handing it over; who waits for a result, the head or
+    /// the optimizer, waits for all work before.)
     #[arg(long)]
     profile: bool,
     #[command(flatten)]

@@ -131,6 +131,7 @@ impl<T: Element> Model<T> {
     /// If the model cannot be run or has another number of parameters.
     pub fn with_params(backend: &Backend, config: ModelConfig, params: &[T::Acc]) -> Result<Self> {
         config.check_runnable()?;
+        backend.check_type::<T>()?;
         let dims = Dims::new(&config)?;
         let slots = Slots::new(&config);
         if params.len() != slots.total {

@@ -78,7 +78,8 @@ impl<T: Element> Decoding<T> {
         Self::with_layers(backend, config, context, layers(backend, config, context, size_of::<T>()))
     }
 
-    fn with_layers(backend: &Backend, config: &NsaConfig, context: usize, layers: usize) -> Result<Self> {
+    /// The same of so many layers.
+    pub fn with_layers(backend: &Backend, config: &NsaConfig, context: usize, layers: usize) -> Result<Self> {
         let (heads, groups) = (config.num_heads(), config.num_kv_heads());
         let (dim_qk, dim_v) = (config.head_dim_qk(), config.head_dim_v());
         let mut rng = ChaCha8Rng::seed_from_u64(2);
@@ -137,10 +138,10 @@ impl<T: Element> Decoding<T> {
     fn record(&mut self, cuda: &Cuda) -> Result<Recorded<T>> {
         let Self { config, layers, gates, o, block_indices, .. } = self;
         let caches: Vec<_> = layers.iter().map(|layer| layer.cache(config, self.context)).collect::<Result<_>>()?;
-        let capacity = Capacity::of(&caches[..1]);
+        let capacity = Capacity::of(1, &caches[..1]);
         let made = caches.iter().map(|_| Workspace::new(cuda, config, capacity));
         let mut workspaces: Vec<Workspace<T>> = made.collect::<nsa_kernels::Result<_>>()?;
-        let readied = workspaces.iter_mut().zip(caches.chunks(1)).map(|(workspace, cache)| workspace.upload(cache));
+        let readied = workspaces.iter_mut().zip(caches.chunks(1)).map(|(workspace, cache)| workspace.upload(0, cache));
         let mut ready = readied.collect::<nsa_kernels::Result<Vec<_>>>()?;
         let (heads, groups) = (config.num_heads(), config.num_kv_heads());
         let (dim_qk, dim_v, count) = (config.head_dim_qk(), config.head_dim_v(), config.select_count());
@@ -157,7 +158,8 @@ impl<T: Element> Decoding<T> {
         Ok(Recorded { graph, _workspaces: workspaces })
     }
 
-    fn nsa_step(&mut self, layer: usize) -> Result<()> {
+    /// One step of NSA in one layer.
+    pub fn nsa_step(&mut self, layer: usize) -> Result<()> {
         let (config, layer) = (&self.config, &self.layers[layer]);
         let (heads, groups) = (config.num_heads(), config.num_kv_heads());
         let args = decode::Step {

@@ -6,6 +6,7 @@
 pub mod adamw;
 pub mod add;
 mod blocked;
+pub mod copy;
 pub mod cross_entropy;
 pub mod embedding;
 pub mod linear;

@@ -8,7 +8,7 @@ use crate::cuda::geometry::Geometry;
 use crate::cuda::launch::Call;
 use crate::cuda::params::{In, Out, Params, Weight, params};
 use crate::cuda::program::{Constants, Program};
-use crate::layer::cross_entropy::{Forward, ForwardBackward, IGNORED, Loss};
+use crate::layer::cross_entropy::{Forward, ForwardBackward, Loss};
 use crate::layer::embedding::token_error;
 use crate::{Result, Tensor};
 use nsa_core::{DType, Element};
@@ -18,7 +18,7 @@ use std::marker::PhantomData;
 pub(crate) static PROGRAM: Program = Program {
     file: "cross_entropy.cu",
     text: include_str!("../kernels/cross_entropy.cu"),
-    params: &[CrossEntropy::declaration],
+    params: &[CrossEntropy::declaration, CrossEntropyTotal::declaration],
 };
 
 /// Threads of a block.
@@ -42,12 +42,24 @@ params! {
         /// Of the gradients.
         scale: f32,
     }
+
+    /// Arguments of `cross_entropy_total`.
+    struct CrossEntropyTotal {
+        /// `[rows]`.
+        losses: In<f32>,
+        /// `[rows]`.
+        targets: In<u32>,
+        /// The sum, its number of terms, the first target that is not in the vocabulary and its row, or else −1.
+        total: Out<f64>,
+        rows: i64,
+        vocabulary: i64,
+    }
 }
 
 /// What the operation runs, gradients included.
 pub(super) fn build() -> Build {
     let constants = Constants::new(DType::F32).with("GRADIENTS", 1);
-    Build::new(&PROGRAM, constants, &[("cross_entropy", THREADS)])
+    Build::new(&PROGRAM, constants, &[("cross_entropy", THREADS), ("cross_entropy_total", THREADS)])
 }
 
 /// The operands of either direction.
@@ -91,7 +103,7 @@ impl<'c> Head<'c> {
         let call = self.call.of_type(DType::F32).constants(|constants| constants.with("GRADIENTS", gradients));
         for start in (0..n).step_by(chunk.max(1)) {
             let rows = chunk.min(n - start);
-            let z = Matrix { address: logits.0, dtype: DType::F32, shape: [rows, vocabulary] };
+            let z = Matrix::packed(logits.0, DType::F32, [rows, vocabulary]);
             times_transposed(&self.call, [self.rows(start, rows), self.weight, z], None, false)?;
             let at = 4 * start as u64;
             let params = CrossEntropy {
@@ -113,15 +125,27 @@ impl<'c> Head<'c> {
         rows_of(self.hidden, start, rows)
     }
 
-    /// The sum of the losses, after a look at the targets.
-    fn finish(&self, losses: &[f32], targets: &[u32]) -> Result<Loss> {
-        let [vocabulary, _] = self.weight.shape;
-        let outside = targets.iter().position(|&target| target != IGNORED && target as usize >= vocabulary);
-        if let Some(position) = outside {
-            return Err(token_error(self.call.op(), "targets", position, targets[position]));
+    /// The sum of the losses `[N]`, after a look at the targets: waits for four numbers of the device.
+    fn finish(&self, losses: In<f32>) -> Result<Loss> {
+        let ([rows, _], [vocabulary, _]) = (self.hidden.shape, self.weight.shape);
+        let call = self.call.of_type(DType::F32).constants(|constants| constants.with("GRADIENTS", 0));
+        let mut total = call.workspace::<f64>(4)?;
+        let params = CrossEntropyTotal {
+            losses,
+            targets: self.targets,
+            total: total.written_by(),
+            rows: rows as i64,
+            vocabulary: vocabulary as i64,
+        };
+        let geometry = Geometry { grid: [1, 1, 1], threads: THREADS, shared_bytes: 0 };
+        call.launch(&PROGRAM, "cross_entropy_total", geometry, params)?;
+        let mut numbers = [0.0; 4];
+        total.read(call.op(), &mut numbers)?;
+        let [sum, count, target, row] = numbers;
+        if row >= 0.0 {
+            return Err(token_error(call.op(), "targets", row as usize, target as u32));
         }
-        let count = targets.iter().filter(|&&target| target != IGNORED).count();
-        Ok(Loss { sum: losses.iter().map(|&loss| f64::from(loss)).sum(), count })
+        Ok(Loss { sum, count: count as usize })
     }
 }
 
@@ -146,13 +170,7 @@ where
         None => own.written_by(),
     };
     head.for_chunks(address, None, |_, _| Ok(()))?;
-    let (mut host_losses, mut host_targets) = (vec![0.0f32; n], vec![0; n]);
-    match &losses {
-        Some(losses) => losses.as_tensor().read_device(op, bytemuck::cast_slice_mut(&mut host_losses))?,
-        None => own.read(op, &mut host_losses)?,
-    }
-    targets.read_device(op, &mut host_targets)?;
-    head.finish(&host_losses, &host_targets)
+    head.finish(address.to_input())
 }
 
 pub(crate) fn forward_backward<T, W>(cuda: &Cuda, op: &'static str, args: ForwardBackward<'_, T, W>) -> Result<Loss>
@@ -175,8 +193,5 @@ where
             None => Ok(()),
         }
     })?;
-    let (mut host_losses, mut host_targets) = (vec![0.0f32; n], vec![0; n]);
-    losses.read(op, &mut host_losses)?;
-    targets.read_device(op, &mut host_targets)?;
-    head.finish(&host_losses, &host_targets)
+    head.finish(losses.read_by())
 }

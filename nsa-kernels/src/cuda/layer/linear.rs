@@ -1,13 +1,57 @@
-//! The linear layer, by cuBLAS.
+//! The linear layer: by cuBLAS, and for few rows by a kernel that reads the weight once, in its own type.
 
 use super::matmul::{Bias, add_outer, matrix, matrix_mut, times, times_transposed};
 use crate::Result;
 use crate::cuda::Cuda;
+use crate::cuda::ahead::Build;
+use crate::cuda::geometry::{Geometry, vector};
 use crate::cuda::launch::Call;
-use crate::cuda::params::{Grad, Weight};
+use crate::cuda::params::{Grad, In, Out, Params, Stored, Weight, params};
+use crate::cuda::program::{Constants, Program};
 use crate::cuda::reduce::add_column_sums;
 use crate::layer::linear::{BackwardInput, BackwardWeight, Forward};
 use nsa_core::Element;
+
+/// The kernel.
+pub(crate) static PROGRAM: Program =
+    Program { file: "linear.cu", text: include_str!("../kernels/linear.cu"), params: &[LinearFewRows::declaration] };
+
+/// Threads of a block.
+const THREADS: u32 = 256;
+/// Warps of a block.
+const WARPS: usize = THREADS as usize / 32;
+/// Rows that count as few: with more, products are worth a copy of the weight in another type.
+const FEW_ROWS: usize = 16;
+/// Rows that share a read of the weight, at most.
+const SHARED_ROWS: usize = 8;
+/// Outputs of a warp, at most.
+const OUTPUTS: usize = 2;
+
+params! {
+    /// Arguments of `linear_few_rows`.
+    struct LinearFewRows {
+        /// `[rows, inputs]`.
+        x: In<Stored>,
+        /// `[outputs, inputs]`.
+        weight: In<Weight>,
+        /// `[outputs]`, or none.
+        bias: In<Weight>,
+        /// `[rows, outputs]`.
+        y: Out<Stored>,
+        rows: i64,
+        outputs: i64,
+        inputs: i64,
+    }
+}
+
+/// What few rows run: `SHARED_ROWS` or more of them.
+pub(super) fn build(given: Constants, width: usize) -> Build {
+    Build::new(&PROGRAM, constants(given, [SHARED_ROWS, OUTPUTS, width], true), &[("linear_few_rows", THREADS)])
+}
+
+fn constants(given: Constants, [rows, outputs, width]: [usize; 3], accumulate: bool) -> Constants {
+    given.with("ROWS", rows).with("OUTPUTS", outputs).with("VECTOR", width).with("ACCUMULATE", usize::from(accumulate))
+}
 
 pub(crate) fn forward<T, W>(cuda: &Cuda, op: &'static str, args: Forward<'_, T, W>) -> Result<()>
 where
@@ -15,10 +59,38 @@ where
     W: Element<Acc = T::Acc>,
 {
     let call = Call::new::<T>(cuda, op)?.with_type::<W, Weight>()?;
+    // The library takes factors of one type and no bias.
+    if args.x.shape()[0] <= FEW_ROWS && (T::DTYPE != W::DTYPE || args.bias.is_some()) {
+        return few_rows(call, args);
+    }
     let Forward { x, weight, bias, mut y, accumulate } = args;
     let bias = bias.map(|bias| Ok::<_, crate::Error>(Bias { address: call.address("bias", &bias)?, dtype: W::DTYPE }));
     let (bias, y) = (bias.transpose()?, matrix_mut(&call, "y", &mut y)?);
     times_transposed(&call, [matrix(&call, "x", &x)?, matrix(&call, "weight", &weight)?, y], bias, accumulate)
+}
+
+fn few_rows<T: Element, W: Element>(call: Call<'_>, args: Forward<'_, T, W>) -> Result<()> {
+    let Forward { x, weight, bias, mut y, accumulate } = args;
+    let ([rows, inputs], [outputs, _]) = (x.shape(), weight.shape());
+    let params = LinearFewRows {
+        x: call.input("x", &x)?,
+        weight: call.input("weight", &weight)?,
+        bias: call.optional_input("bias", bias.as_ref())?,
+        y: call.output("y", &mut y)?,
+        rows: rows as i64,
+        outputs: outputs as i64,
+        inputs: inputs as i64,
+    };
+    let width = vector(inputs, size_of::<T>().min(size_of::<W>()), &[params.x.0, params.weight.0]);
+    let shared = rows.next_power_of_two().min(SHARED_ROWS);
+    // Several outputs share the reads of x, if there are warps enough for the device.
+    let enough = WARPS * call.cuda().device().multiprocessors;
+    let each = if outputs >= OUTPUTS * enough { OUTPUTS } else { 1 };
+    let blocks = outputs.div_ceil(each * WARPS);
+    let geometry =
+        Geometry { grid: [blocks as u64, rows.div_ceil(shared) as u64, 1], threads: THREADS, shared_bytes: 0 };
+    let call = call.constants(|given| constants(given, [shared, each, width], accumulate));
+    call.launch(&PROGRAM, "linear_few_rows", geometry, params)
 }
 
 pub(crate) fn backward_input<W, G, D>(cuda: &Cuda, op: &'static str, args: BackwardInput<'_, W, G, D>) -> Result<()>

@@ -2,6 +2,7 @@
 
 pub(crate) mod adamw;
 pub(crate) mod add;
+pub(crate) mod copy;
 pub(crate) mod cross_entropy;
 pub(crate) mod embedding;
 pub(crate) mod linear;
@@ -48,8 +49,10 @@ pub(crate) fn builds(config: &NsaConfig, dtype: DType) -> Vec<Build> {
     vec![
         Build::new(&ELEMENTWISE, with_vector.clone(), &elementwise.map(|name| (name, THREADS))),
         adamw::build(),
+        copy::build(),
         cross_entropy::build(),
         embedding::build(with_vector),
+        linear::build(constants.clone(), vector),
         matmul::build(constants.clone()),
         rmsnorm::build(constants.clone(), channels, vector),
         rope::build(constants, config.head_dim_qk() / 2, vector),

@@ -1,0 +1,36 @@
+// Copies of up to 32 segments of neighbouring bytes, none of which is written by one copy and read or written by another.
+//
+// Grid: blocks along a segment, up to 64, which take turns; segments. Shared memory: none. Bytes: each segment read and
+// written once. The segments are part of the arguments: there is no table to upload, and a step of decoding allocates nothing.
+// A thread moves 16 bytes at a time where both addresses and the length allow it, else 4, else 2.
+//
+// budget: kernel=copy_segments threads=256 registers=32 spills=0 shared=0
+#include "element.cuh"
+#include "config.cuh"
+
+template <class T, int N>
+struct Array {
+    T at[N];
+};
+
+#include "params.cuh"
+
+template <class Unit>
+__device__ __forceinline__ void copy(const CopySegmentParams& segment) {
+    const Unit* from = reinterpret_cast<const Unit*>(segment.from);
+    Unit* to = reinterpret_cast<Unit*>(segment.to);
+    const u64 count = segment.bytes / sizeof(Unit);
+    for (u64 i = u64(blockIdx.x) * 256 + threadIdx.x; i < count; i += u64(gridDim.x) * 256) to[i] = from[i];
+}
+
+extern "C" __global__ void __launch_bounds__(256) copy_segments(const __grid_constant__ CopySegmentsParams p) {
+    const CopySegmentParams segment = p.segments.at[blockIdx.y];
+    const u64 places = segment.from | segment.to | segment.bytes;
+    if (places % 16 == 0) {
+        copy<uint4>(segment);
+    } else if (places % 4 == 0) {
+        copy<u32>(segment);
+    } else {
+        copy<u16>(segment);
+    }
+}

@@ -1,0 +1,124 @@
+//! Decoding.
+
+use crate::kit::{self, TEXT};
+use half::bf16;
+use nsa_core::CompressKind;
+use nsa_core::model::AttentionKind::{self, Dense, Nsa};
+use nsa_decode::{Batch, GenerateOptions, Model, Sampling, Session, SessionOptions};
+use nsa_kernels::Backend;
+use nsa_tests::sim::on_simulator;
+use nsa_train::TrainOptions;
+use safetensors::tensor::TensorView;
+use safetensors::{Dtype, SafeTensors};
+use std::path::{Path, PathBuf};
+
+/// A model that knows the text a little: its next tokens are clear, so that rounding does not change them.
+fn trained(folder: &Path, attention: AttentionKind, kind: CompressKind, qk_norm: bool) -> PathBuf {
+    let options = TrainOptions { steps: 120, lr: 1e-2, min_lr: 1e-3, batch: 8, accumulate: 1, ..kit::options() };
+    let mut trainer = kit::trainer(&kit::cpu(), folder, kit::config(attention, kind, qk_norm), options);
+    while !trainer.is_done() {
+        trainer.step().expect("a step");
+    }
+    trainer.save(&folder.join("run")).expect("a checkpoint")
+}
+
+fn open(checkpoint: &Path, backend: Backend) -> Model {
+    Model::open(checkpoint, backend).expect("a model")
+}
+
+/// A session with prompt `prompt`, in chunks that end in the middle of blocks.
+fn session(model: &Model, prompt: &str) -> Session {
+    let mut session = model.session_with(SessionOptions { chunk: 24, undo: 3 }).expect("a session");
+    session.push(&model.encode_prompt(prompt).expect("tokens")).expect("room");
+    session
+}
+
+const PROMPTS: [&str; 3] = [TEXT, "If", "give me excess of it, that"];
+
+/// The likeliest tokens after each of the prompts, together.
+fn greedy(model: &Model) -> Vec<Vec<u32>> {
+    let mut batch = Batch::new(model);
+    for prompt in PROMPTS {
+        let sampling = Sampling { temperature: 0.0, ..Sampling::default() };
+        let options = GenerateOptions { max_tokens: 12, sampling, ..GenerateOptions::default() };
+        batch.add(session(model, prompt), options).expect("a member");
+    }
+    while !batch.step().expect("a step").is_empty() {}
+    batch.sessions().map(|session| session.tokens().to_vec()).collect()
+}
+
+/// Rounds the weights of a checkpoint.
+fn to_bf16(checkpoint: &Path) {
+    let path = checkpoint.join("model.safetensors");
+    let file = std::fs::read(&path).expect("weights");
+    let rounded: Vec<(String, Vec<usize>, Vec<u8>)> = SafeTensors::deserialize(&file)
+        .expect("weights")
+        .iter()
+        .map(|(name, tensor)| {
+            let values = tensor.data().chunks_exact(4).map(|x| f32::from_le_bytes([x[0], x[1], x[2], x[3]]));
+            let bytes = values.flat_map(|x| bf16::from_f32(x).to_le_bytes()).collect();
+            (name.to_owned(), tensor.shape().to_vec(), bytes)
+        })
+        .collect();
+    let view = |shape: &Vec<usize>, bytes| TensorView::new(Dtype::BF16, shape.clone(), bytes).expect("a tensor");
+    let tensors = rounded.iter().map(|(name, shape, bytes)| (name, view(shape, bytes)));
+    safetensors::serialize_to_file(tensors, None, &path).expect("a temporary file");
+}
+
+fn generates_as_the_cpu(attention: AttentionKind, kind: CompressKind, qk_norm: bool, change: impl FnOnce(&Path)) {
+    let folder = tempfile::tempdir().expect("a folder");
+    let checkpoint = trained(folder.path(), attention, kind, qk_norm);
+    change(&checkpoint);
+    let (cuda, cpu) = (open(&checkpoint, kit::cuda()), open(&checkpoint, kit::cpu()));
+    let tokens = greedy(&cuda);
+    assert_eq!(tokens, greedy(&cpu));
+    // All logits of what came out: the prompt in chunks, the rest in steps.
+    let (prompt, rest) = tokens[0].split_at(TEXT.len());
+    let logits = |model: &Model| {
+        let mut session = model.session_with(SessionOptions { chunk: 24, undo: 0 }).expect("a session");
+        let mut all = session.append_all(prompt).expect("logits");
+        rest.iter().for_each(|&token| all.extend_from_slice(session.append(&[token]).expect("logits")));
+        all
+    };
+    let worst = kit::difference(&logits(&cuda), &logits(&cpu));
+    // What training and decoding on one backend may differ by, too.
+    assert!(worst < 2e-5, "{worst}");
+}
+
+#[test]
+fn sparse_weighted() {
+    on_simulator("decoding::sparse_weighted", || generates_as_the_cpu(Nsa, CompressKind::Weighted, true, |_| {}));
+}
+
+#[test]
+fn sparse_in_bf16() {
+    on_simulator("decoding::sparse_in_bf16", || generates_as_the_cpu(Nsa, CompressKind::Mean, false, to_bf16));
+}
+
+#[test]
+fn dense() {
+    on_simulator("decoding::dense", || generates_as_the_cpu(Dense, CompressKind::Mean, false, |_| {}));
+}
+
+/// Caches on the device are shared by forks until one writes, and cut back within `undo`.
+#[test]
+fn sessions_fork_and_go_back() {
+    on_simulator("decoding::sessions_fork_and_go_back", || {
+        let folder = tempfile::tempdir().expect("a folder");
+        let checkpoint = folder.path();
+        let trainer =
+            kit::trainer(&kit::cpu(), checkpoint, kit::config(Nsa, CompressKind::Mean, false), kit::options());
+        let checkpoint = trainer.save(&checkpoint.join("run")).expect("a checkpoint");
+        let model = open(&checkpoint, kit::cuda());
+        let mut first = session(&model, &TEXT[..50]);
+        first.logits().expect("logits");
+        let mut fork = first.fork();
+        let expected = first.append(&[65]).expect("logits").to_vec();
+        for token in [66, 67] {
+            fork.append(&[token]).expect("logits");
+        }
+        fork.truncate(50).expect("a shorter session");
+        assert_eq!(fork.append(&[65]).expect("logits"), expected);
+        assert_eq!(fork.reads().steps, 3, "nothing was computed again");
+    });
+}
