@@ -6,6 +6,7 @@
 #[cfg(test)]
 mod arguments;
 mod columns;
+mod count;
 mod decode;
 mod fit;
 mod generate;
@@ -93,13 +94,15 @@ pub struct Options {
     out: Option<PathBuf>,
 }
 
-/// Measurements of whole models.
+/// Measurements of whole models, and counts.
 #[derive(Subcommand, Debug)]
 enum OfModel {
     /// Training steps of a model, sparse and dense, against PyTorch's
     Train(train::Options),
     /// Tokens a second of a model with random weights, against the speed of memory
     Generate(generate::Options),
+    /// What the CUDA kernels move and compute, counted on the simulator
+    Count(count::Options),
 }
 
 /// Names of `--dtype`.
@@ -234,6 +237,7 @@ pub fn run(options: &Options) -> Result<()> {
         None => {}
         Some(OfModel::Train(options)) => return train::run(options),
         Some(OfModel::Generate(options)) => return generate::run(options),
+        Some(OfModel::Count(options)) => return count::run(options),
     }
     if let Some(op) = &options.op {
         return criterion(op);
@@ -368,7 +372,11 @@ impl Run<'_> {
 
     fn plan(&self, contender: Contender) -> Plan {
         let peer_samples = self.options.peer_samples.filter(|_| matches!(contender, Contender::Peer(_)));
-        Plan { samples: peer_samples.unwrap_or(self.options.samples), budget_s: self.options.budget }
+        Plan {
+            samples: peer_samples.unwrap_or(self.options.samples),
+            budget_s: self.options.budget,
+            compiles: matches!(self.backend, Backend::Cuda(_)),
+        }
     }
 
     /// Why a contender does not run at this length, if it does not.

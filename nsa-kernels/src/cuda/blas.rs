@@ -5,9 +5,9 @@ use super::library;
 use crate::{Error, Result};
 use cudarc::cublas::{CudaBlas, result, sys};
 use nsa_core::DType;
-use std::ffi::c_int;
+use std::ffi::{c_int, c_longlong};
 
-/// A row-major matrix in device memory.
+/// A row-major matrix in device memory; of a batch, the first one.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Matrix {
     /// The first element's address.
@@ -16,6 +16,32 @@ pub(crate) struct Matrix {
     pub(crate) dtype: DType,
     /// Rows and columns as it lies in memory.
     pub(crate) shape: [usize; 2],
+    /// Elements from row to row.
+    pub(crate) leading: usize,
+    /// Elements from matrix to matrix of a batch.
+    pub(crate) stride: usize,
+}
+
+impl Matrix {
+    /// Rows without gaps, and matrices of a batch without gaps.
+    pub(crate) fn packed(address: u64, dtype: DType, shape: [usize; 2]) -> Self {
+        Self { address, dtype, shape, leading: shape[1], stride: shape[0] * shape[1] }
+    }
+
+    /// As a factor.
+    pub(crate) fn plain(self) -> Factor {
+        Factor { matrix: self, transposed: false }
+    }
+
+    /// Its transpose as a factor.
+    pub(crate) fn transposed(self) -> Factor {
+        Factor { matrix: self, transposed: true }
+    }
+
+    /// What begins `elements` after it.
+    pub(crate) fn after(self, elements: usize) -> Self {
+        Self { address: self.address + (elements * self.dtype.size_bytes()) as u64, ..self }
+    }
 }
 
 /// A factor of a product: a matrix, or its transpose.
@@ -43,52 +69,132 @@ pub(super) fn open(cuda: &super::Cuda) -> Result<CudaBlas> {
 /// # Errors
 /// If there is no cuBLAS, or a size is more than it takes.
 pub(crate) fn multiply(call: &Call<'_>, a: Factor, b: Factor, c: Matrix, accumulate: bool) -> Result<()> {
-    let [rows, columns] = c.shape;
-    let depth = a.matrix.shape[usize::from(!a.transposed)];
-    assert_eq!(a.matrix.dtype, b.matrix.dtype, "factors of one type");
-    if rows == 0 || columns == 0 {
+    let Some(Product { sizes: [m, n, k], operations, leading, types, .. }) = Product::new(call, [a, b], c)? else {
         return Ok(());
-    }
-    let size = |size: usize| {
-        c_int::try_from(size).map_err(|_| Error::Device {
-            op: call.op().to_owned(),
-            message: format!("a matrix with a side of {size} is more than cuBLAS takes"),
-        })
     };
-    let operation = |factor: Factor| match factor.transposed {
-        true => sys::cublasOperation_t::CUBLAS_OP_T,
-        false => sys::cublasOperation_t::CUBLAS_OP_N,
-    };
-    let leading = |matrix: Matrix| size(matrix.shape[1].max(1));
     let (alpha, beta) = (1.0f32, if accumulate { 1.0f32 } else { 0.0 });
     let blas = call.cuda().blas()?;
-    // cuBLAS reads columns where rows lie: Cᵀ = Bᵀ·Aᵀ, each matrix as its own transpose.
     // SAFETY: the addresses are of matrices of these sizes, borrowed by the caller, on the handle's stream; the scales are
     // read before the call returns.
     let done = unsafe {
         result::gemm_ex(
             *blas.handle(),
-            operation(b),
-            operation(a),
-            size(columns)?,
-            size(rows)?,
-            size(depth)?,
+            operations[1],
+            operations[0],
+            m,
+            n,
+            k,
             (&raw const alpha).cast(),
             b.matrix.address as *const _,
-            data_type(b.matrix.dtype),
-            leading(b.matrix)?,
+            types[1],
+            leading[1],
             a.matrix.address as *const _,
-            data_type(a.matrix.dtype),
-            leading(a.matrix)?,
+            types[0],
+            leading[0],
             (&raw const beta).cast(),
             c.address as *mut _,
-            data_type(c.dtype),
-            leading(c)?,
+            types[2],
+            leading[2],
             sys::cublasComputeType_t::CUBLAS_COMPUTE_32F,
             sys::cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT,
         )
     };
-    done.map_err(|error| Error::Device { op: format!("{}, cuBLAS", call.op()), message: format!("{:?}", error.0) })
+    done.map_err(|error| refused(call, error))
+}
+
+/// The same for each of `count` matrices, which lie a stride apart.
+///
+/// # Errors
+/// As `multiply`.
+pub(crate) fn multiply_batch(
+    call: &Call<'_>,
+    count: usize,
+    [a, b]: [Factor; 2],
+    c: Matrix,
+    accumulate: bool,
+) -> Result<()> {
+    let Some(Product { sizes: [m, n, k], operations, leading, types }) = Product::new(call, [a, b], c)? else {
+        return Ok(());
+    };
+    let (alpha, beta) = (1.0f32, if accumulate { 1.0f32 } else { 0.0 });
+    let [a_stride, b_stride, c_stride] = [a.matrix, b.matrix, c].map(|matrix| matrix.stride as c_longlong);
+    let count = size(call, count)?;
+    let blas = call.cuda().blas()?;
+    // SAFETY: as in `multiply`, for each matrix of the batches.
+    let done = unsafe {
+        result::gemm_strided_batched_ex(
+            *blas.handle(),
+            operations[1],
+            operations[0],
+            m,
+            n,
+            k,
+            (&raw const alpha).cast(),
+            b.matrix.address as *const _,
+            types[1],
+            leading[1],
+            b_stride,
+            a.matrix.address as *const _,
+            types[0],
+            leading[0],
+            a_stride,
+            (&raw const beta).cast(),
+            c.address as *mut _,
+            types[2],
+            leading[2],
+            c_stride,
+            count,
+            sys::cublasComputeType_t::CUBLAS_COMPUTE_32F,
+            sys::cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT,
+        )
+    };
+    done.map_err(|error| refused(call, error))
+}
+
+/// What cuBLAS asks about a product. It reads columns where rows lie: Cᵀ = Bᵀ·Aᵀ, each matrix as its own transpose.
+struct Product {
+    /// Columns and rows of C, and the depth of its sums.
+    sizes: [c_int; 3],
+    /// Of A and B.
+    operations: [sys::cublasOperation_t; 2],
+    /// Of A, B and C.
+    leading: [c_int; 3],
+    /// Of A, B and C.
+    types: [sys::cudaDataType; 3],
+}
+
+impl Product {
+    /// None if C has no elements.
+    fn new(call: &Call<'_>, [a, b]: [Factor; 2], c: Matrix) -> Result<Option<Self>> {
+        assert_eq!(a.matrix.dtype, b.matrix.dtype, "factors of one type");
+        let [rows, columns] = c.shape;
+        let depth = a.matrix.shape[usize::from(!a.transposed)];
+        if rows == 0 || columns == 0 {
+            return Ok(None);
+        }
+        let operation = |factor: Factor| match factor.transposed {
+            true => sys::cublasOperation_t::CUBLAS_OP_T,
+            false => sys::cublasOperation_t::CUBLAS_OP_N,
+        };
+        let leading = |matrix: Matrix| size(call, matrix.leading.max(1));
+        Ok(Some(Self {
+            sizes: [size(call, columns)?, size(call, rows)?, size(call, depth)?],
+            operations: [operation(a), operation(b)],
+            leading: [leading(a.matrix)?, leading(b.matrix)?, leading(c)?],
+            types: [a.matrix, b.matrix, c].map(|matrix| data_type(matrix.dtype)),
+        }))
+    }
+}
+
+fn size(call: &Call<'_>, size: usize) -> Result<c_int> {
+    c_int::try_from(size).map_err(|_| Error::Device {
+        op: call.op().to_owned(),
+        message: format!("a matrix with a side of {size} is more than cuBLAS takes"),
+    })
+}
+
+fn refused(call: &Call<'_>, error: result::CublasError) -> Error {
+    Error::Device { op: format!("{}, cuBLAS", call.op()), message: format!("{:?}", error.0) }
 }
 
 fn data_type(dtype: DType) -> sys::cudaDataType {

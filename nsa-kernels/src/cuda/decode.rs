@@ -61,6 +61,8 @@ params! {
         folded: Out<f32>,
         /// `[S, G, candidates]`.
         importance: Out<f32>,
+        /// `[S, G, cmp_splits, R]`.
+        weights: Out<f32>,
         /// `[S, G, 2]`: blocks of threads that have come to an end, of either kernel; 0 between launches.
         arrived: Out<u32>,
         cmp_pages: i32,
@@ -181,12 +183,14 @@ impl<T: Element> Workspace<T> {
             });
         }
         let tiles = DecodeTiles::new(config, size_of::<T>());
-        if tiles.scan_bytes().max(tiles.attend_bytes(config)) > cuda.device().shared_bytes {
-            let (k, v, n) = (config.head_dim_qk(), config.head_dim_v(), config.select_count());
-            let what = format!("head dims {k} and {v} with lists of {n} blocks");
-            return Err(unsupported(cuda, OP, &what, "use the backend `cpu`"));
+        let device = cuda.device();
+        if tiles.scan_bytes() > device.shared_bytes {
+            let (k, v) = (config.head_dim_qk(), config.head_dim_v());
+            return Err(unsupported(cuda, OP, &format!("head dims {k} and {v}"), "use the backend `cpu`"));
         }
         let sizes = DecodeSizes::new(config, &tiles, capacity.sequences, capacity.context);
+        let alone = sizes.blocks(config, &tiles, capacity.sequences) <= device.multiprocessors as u64;
+        let tiles = if alone { tiles.alone(device.shared_bytes) } else { tiles };
         let table_len = capacity.layers * capacity.table_len(config);
         Ok(Self {
             cuda: cuda.clone(),
@@ -309,8 +313,7 @@ impl<T: Element> Workspace<T> {
         let first = layer * self.capacity.table_len(&self.config);
         let table = starts(first, [HEADER, blocks, blocks, tokens, tokens].map(|len| len * sequences));
         let table = table.map(|at| In(self.tables.mem(at..self.tables.len()).address(), PhantomData));
-        let [o, statistics, folded, importance] = self.sizes.floats;
-        let floats = starts(0, [o, statistics, folded, importance, 0]);
+        let floats = starts(0, self.sizes.floats);
         let floats = floats.map(|at| Out(self.floats.mem_mut(at..self.floats.len()).address(), PhantomData));
         let [cmp_splits, win_splits, slc_splits] = self.sizes.splits.map(|count| count as i32);
         Decode {
@@ -327,6 +330,7 @@ impl<T: Element> Workspace<T> {
             statistics: floats[1],
             folded: floats[2],
             importance: floats[3],
+            weights: floats[4],
             arrived: Out(self.arrived.mem_mut(0..self.sizes.counters).address(), PhantomData),
             cmp_pages: blocks as i32,
             slc_pages: tokens as i32,
@@ -340,14 +344,19 @@ impl<T: Element> Workspace<T> {
 }
 
 /// The constants of a call: pages of blocks and of tokens have so many rows, q and o these addresses.
-fn bake(constants: Constants, config: &NsaConfig, size: usize, page_rows: [usize; 2], [q, o]: [u64; 2]) -> Constants {
-    let tiles = DecodeTiles::new(config, size);
+fn bake(
+    constants: Constants,
+    config: &NsaConfig,
+    (tiles, size): (&DecodeTiles, usize),
+    page_rows: [usize; 2],
+    [q, o]: [u64; 2],
+) -> Constants {
     let (dim_k, dim_v) = (config.head_dim_qk(), config.head_dim_v());
     constants
         .config(config)
         .with("PARTS", tiles.parts)
         .with("TEAMS", tiles.teams)
-        .with("STAGES", DecodeTiles::STAGES)
+        .with("STAGES", tiles.stages)
         .with("KEYS", DecodeTiles::KEYS)
         .with("CHUNK", tiles.chunk)
         .with("COLUMNS", tiles.columns(config))
@@ -364,12 +373,12 @@ fn bake(constants: Constants, config: &NsaConfig, size: usize, page_rows: [usize
 pub(crate) fn builds(config: &NsaConfig, dtype: DType) -> Vec<Build> {
     let tiles = DecodeTiles::new(config, dtype.size_bytes());
     let page_rows = [config.select_block(); 2];
-    let constants = bake(Constants::new(dtype), config, dtype.size_bytes(), page_rows, [0, 0]);
+    let constants = bake(Constants::new(dtype), config, (&tiles, dtype.size_bytes()), page_rows, [0, 0]);
     let launched = |(name, bytes)| {
         let geometry = tiles.geometry(config, 1, 1, bytes);
         Launched { name, threads: geometry.threads, shared_bytes: geometry.shared_bytes }
     };
-    let kernels = [("decode_scan", tiles.scan_bytes()), ("decode_attend", tiles.attend_bytes(config))];
+    let kernels = [("decode_scan", tiles.scan_bytes()), ("decode_attend", tiles.attend_bytes())];
     vec![Build { program: &PROGRAM, constants, kernels: kernels.map(launched).to_vec() }]
 }
 
@@ -426,10 +435,10 @@ impl<T: Element> Ready<'_, T> {
         let Workspace { config, tiles, sizes, .. } = &*self.workspace;
         let page_rows = [self.workspace.capacity.block_page_rows, self.workspace.capacity.token_page_rows];
         let addresses = [params.q.0, params.o.0];
-        let call = call.constants(|constants| bake(constants, config, size_of::<T>(), page_rows, addresses));
+        let call = call.constants(|constants| bake(constants, config, (tiles, size_of::<T>()), page_rows, addresses));
         let [cmp, win, slc] = sizes.splits;
         call.launch(&PROGRAM, "decode_scan", tiles.geometry(config, seqs, cmp + win, tiles.scan_bytes()), params)?;
-        call.launch(&PROGRAM, "decode_attend", tiles.geometry(config, seqs, slc, tiles.attend_bytes(config)), params)
+        call.launch(&PROGRAM, "decode_attend", tiles.geometry(config, seqs, slc, tiles.attend_bytes()), params)
     }
 
     /// Token-rows of K and V that a launch reads, one entry a sequence.

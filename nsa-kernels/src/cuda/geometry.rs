@@ -139,6 +139,11 @@ impl KeptScores {
     }
 }
 
+/// Blocks of gradients of keys that fill a device: several a multiprocessor, so that short ones make up for long ones.
+const KEY_BLOCKS: usize = 1024;
+/// Steps of a block of gradients of keys, at least, where several share a tile's queries.
+const PART_STEPS: usize = 16;
+
 /// Tiles of the kernels of gradients in which a query sees one run of keys (`kernels/band_bwd.cu`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct GradientTiles {
@@ -201,9 +206,26 @@ impl GradientTiles {
         self.geometry([tiles as u64 * heads as u64, 1, 1], shared_bytes)
     }
 
-    /// A launch over tiles of keys.
-    pub(crate) fn of_keys(&self, tiles: usize, heads: usize) -> Geometry {
-        let grid = [tiles as u64 * heads as u64, if self.apart { 2 } else { 1 }, 1];
+    /// Parts that the rows of queries of each tile of keys are cut into, `rows` of the tile with most: enough blocks for any
+    /// device, none of them too short.
+    pub(crate) fn parts(&self, tiles: usize, rows: usize) -> usize {
+        let longest = rows / (PART_STEPS * self.query_rows);
+        KEY_BLOCKS.div_ceil(tiles.max(1)).min(longest).max(1)
+    }
+
+    /// Numbers of a tile's gradients of keys and values.
+    pub(crate) fn partial_floats(&self, config: &NsaConfig) -> usize {
+        self.rows() * (config.head_dim_qk() + config.head_dim_v())
+    }
+
+    /// Blocks of threads that add a tile's gradients: a thread has few numbers, whose shares it waits for.
+    pub(crate) fn adders(&self, config: &NsaConfig) -> u64 {
+        self.partial_floats(config).div_ceil(2 * super::gradients::ADD_THREADS as usize) as u64
+    }
+
+    /// A launch over `parts` of the queries of tiles of keys.
+    pub(crate) fn of_keys(&self, tiles: usize, heads: usize, parts: usize) -> Geometry {
+        let grid = [tiles as u64 * heads as u64, if self.apart { 2 } else { 1 }, parts as u64];
         self.geometry(grid, self.rows() * self.row_bytes + self.query_stages())
     }
 
@@ -330,6 +352,15 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn queries_are_cut_into_parts_where_tiles_of_keys_are_few() {
+        let tiles = GradientTiles::new(&config(16, (128, 128)), 2);
+        assert_eq!((tiles.rows(), tiles.query_rows), (64, 32));
+        // Compressed keys, and tokens, of 16,384 and 65,536 tokens; 64 tokens.
+        assert_eq!([16, 64, 256, 1024].map(|keys| tiles.parts(keys, 16 * 16_384)), [64, 16, 4, 1]);
+        assert_eq!((tiles.parts(1, 16 * 64), tiles.parts(0, 0)), (2, 1));
     }
 
     #[test]

@@ -10,6 +10,7 @@ use super::params::{Field, In, Out, Params, Stored, params};
 use super::program::{Constants, Program};
 use crate::{Element, Result, Tensor, TensorMut};
 use nsa_core::{CuSeqlens, DType, NsaConfig, Packing};
+use std::marker::PhantomData;
 
 /// The kernels.
 pub(crate) static PROGRAM: Program =
@@ -17,6 +18,8 @@ pub(crate) static PROGRAM: Program =
 
 /// Threads of a block of `band_row_facts`.
 pub(super) const FACTS_THREADS: u32 = 256;
+/// Threads of a block that adds gradients.
+pub(super) const ADD_THREADS: u32 = 256;
 
 /// What kernels know of a row of queries (`kernels/grad.cuh`).
 pub(super) type RowFacts = [f32; 4];
@@ -46,6 +49,8 @@ params! {
         dk: Out<f32>,
         /// `[rows, G, Dv]`.
         dv: Out<f32>,
+        /// `[parts - 1, tiles of keys, G, KEY_ROWS (Dk + Dv)]`: of parts of the queries after the first.
+        partial: Out<f32>,
         /// With tiles of queries.
         sequences: In<i32>,
         /// With tiles of keys.
@@ -55,6 +60,8 @@ params! {
         /// Of all sequences.
         query_tiles: i32,
         num_sequences: i32,
+        /// That the queries of a tile of keys are cut into.
+        parts: i32,
         /// The branch's column of the gates.
         gate: i32,
         scale: f32,
@@ -122,11 +129,13 @@ pub(super) fn prepare<'c, T: Element>(
         dq: call.output("dq", &mut dq)?,
         dk: call.output(dk.0, &mut dk.1)?,
         dv: call.output(dv.0, &mut dv.1)?,
+        partial: Out(0, PhantomData),
         sequences: query_tiles.table(),
         key_sequences: key_tiles.table(),
         rows: rows as i64,
         query_tiles: query_tiles.tiles as i32,
         num_sequences: packing.num_seqs() as i32,
+        parts: 1,
         gate: gates.as_ref().map_or(0, |&(_, column)| column as i32),
         scale: config.scale() as f32,
     };
@@ -156,16 +165,22 @@ pub(super) fn backward<T: Element>(
         let what = format!("{} query heads a KV head with these dims", config.group_size());
         return Err(unsupported(cuda, op, &what, "use the backend `cpu`"));
     }
+    let longest = args.packing.seqs().map(|seq| seq.rows.len()).max().unwrap_or(0);
     let prepared = prepare(cuda, op, args, offsets, (tiles.queries, tiles.rows()))?;
-    let (facts, heads) = (prepared.facts_geometry(), config.num_kv_heads());
-    let geometries = [tiles.of_queries(prepared.queries.tiles, heads), tiles.of_keys(prepared.keys.tiles, heads)];
-    let Prepared { call, params, .. } = &prepared;
-    let call = call.clone().constants(|constants| tiles.bake(constants));
-    call.launch(&PROGRAM, "band_row_facts", facts, *params)?;
-    for (name, geometry) in names.into_iter().zip(geometries) {
-        call.launch(&PROGRAM, name, geometry, *params)?;
+    let (heads, of_keys) = (config.num_kv_heads(), prepared.keys.tiles);
+    let parts = tiles.parts(of_keys * heads, longest * config.group_size());
+    let call = prepared.call.clone().constants(|constants| tiles.bake(constants));
+    let mut partial = call.workspace::<f32>((parts - 1) * of_keys * heads * tiles.partial_floats(config))?;
+    let params = BandBackward { partial: partial.written_by(), parts: parts as i32, ..prepared.params };
+    let [of_queries_name, of_keys_name] = names;
+    call.launch(&PROGRAM, "band_row_facts", prepared.facts_geometry(), params)?;
+    call.launch(&PROGRAM, of_queries_name, tiles.of_queries(prepared.queries.tiles, heads), params)?;
+    call.launch(&PROGRAM, of_keys_name, tiles.of_keys(of_keys, heads, parts), params)?;
+    if parts == 1 {
+        return Ok(());
     }
-    Ok(())
+    let grid = [(of_keys * heads) as u64, tiles.adders(config), 1];
+    call.launch(&PROGRAM, "band_add_parts", Geometry { grid, threads: ADD_THREADS, shared_bytes: 0 }, params)
 }
 
 impl GradientTiles {
@@ -187,7 +202,8 @@ pub(crate) fn builds(config: &NsaConfig, dtype: DType) -> Vec<Build> {
     let of_queries = ["dense_query_gradients", "win_query_gradients", "cmp_query_gradients"];
     let of_keys = ["dense_key_gradients", "win_key_gradients", "cmp_key_gradients"];
     let of_queries = of_queries.map(|name| launched(name, tiles.of_queries(1, 1)));
-    let of_keys = of_keys.map(|name| launched(name, tiles.of_keys(1, 1)));
-    let kernels = [vec![facts], of_queries.to_vec(), of_keys.to_vec()].concat();
+    let of_keys = of_keys.map(|name| launched(name, tiles.of_keys(1, 1, 1)));
+    let add = Launched { name: "band_add_parts", threads: ADD_THREADS, shared_bytes: 0 };
+    let kernels = [vec![facts], of_queries.to_vec(), of_keys.to_vec(), vec![add]].concat();
     vec![Build { program: &PROGRAM, constants: tiles.bake(constants), kernels }]
 }

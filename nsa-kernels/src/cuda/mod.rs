@@ -42,7 +42,7 @@ mod library;
 use crate::{Error, Result};
 use compile::Compiler;
 use cudarc::cublas::CudaBlas;
-use cudarc::driver::sys::CUdevice_attribute_enum as Attribute;
+use cudarc::driver::sys::{CUdevice_attribute_enum as Attribute, cudaError_enum};
 use cudarc::driver::{CudaContext, CudaStream, DriverError};
 use launch::Modules;
 use std::fmt;
@@ -180,24 +180,25 @@ impl Device {
 
 /// What an error of the driver says.
 fn words(error: &DriverError) -> String {
-    let text = |text: std::result::Result<&std::ffi::CStr, DriverError>| {
-        text.map_or_else(|_| String::new(), |text| text.to_string_lossy().into_owned())
-    };
-    format!("{} ({})", text(error.error_name()), text(error.error_string()))
+    match (error.error_name(), error.error_string()) {
+        (Ok(name), Ok(text)) => format!("{} ({})", name.to_string_lossy(), text.to_string_lossy()),
+        // A driver that does not start does not know its errors either.
+        _ => format!("{:?}", error.0),
+    }
 }
 
 /// The error for a device that cannot be used at all.
 fn unavailable(name: &str, error: &DriverError) -> Error {
+    let advice = if error.0 == cudaError_enum::CUDA_ERROR_STUB_LIBRARY {
+        "the libcuda.so that was found is the toolkit's, for linking: take its folder `stubs` off LD_LIBRARY_PATH"
+    } else {
+        "see whether `nvidia-smi` lists the device; a driver that was just updated needs a restart"
+    };
     Error::Backend {
         requested: name.to_owned(),
         missing: format!("the driver answers {}", words(error)),
-        advice: "see whether `nvidia-smi` lists the device; a driver that was just updated needs a restart".to_owned(),
+        advice: advice.to_owned(),
     }
-}
-
-/// The error for an operation that has no kernel here.
-pub(crate) fn missing(cuda: &Cuda, op: &'static str) -> crate::Error {
-    Error::Unsupported { op, backend: cuda.name(), what: "this operation".to_owned(), advice: "use the backend `cpu`" }
 }
 
 /// The error for something that the driver or the device refused in operation `op`.

@@ -13,7 +13,12 @@ use nsa_core::DType;
 pub(crate) static PROGRAM: Program = Program {
     file: "reduce.cu",
     text: include_str!("kernels/reduce.cu"),
-    params: &[ColumnSums::declaration, AddPartials::declaration],
+    params: &[
+        ColumnSums::declaration,
+        AddPartials::declaration,
+        ColumnSumsDouble::declaration,
+        PartTotals::declaration,
+    ],
 };
 
 /// Threads of a block.
@@ -49,6 +54,32 @@ params! {
         /// Columns.
         columns: i64,
     }
+
+    /// Arguments of `column_sums_double`.
+    struct ColumnSumsDouble {
+        /// `[rows, columns]`.
+        x: In<f32>,
+        /// `[parts, columns]`.
+        partial: Out<f64>,
+        /// Rows.
+        rows: i64,
+        /// Columns.
+        columns: i64,
+        /// Rows of a part.
+        part_rows: i64,
+    }
+
+    /// Arguments of `part_totals`.
+    struct PartTotals {
+        /// `[parts, columns]`.
+        partial: In<f64>,
+        /// `[columns]`.
+        totals: Out<f64>,
+        /// Parts.
+        parts: i64,
+        /// Columns.
+        columns: i64,
+    }
 }
 
 /// Parts of rows.
@@ -77,7 +108,7 @@ impl Parts {
 
 /// What sums over rows run.
 pub(crate) fn builds(dtype: DType) -> Vec<Build> {
-    let kernels = [("column_sums", THREADS), ("add_partials", THREADS)];
+    let kernels = ["column_sums", "add_partials", "column_sums_double", "part_totals"].map(|name| (name, THREADS));
     vec![Build::new(&PROGRAM, Constants::new(dtype), &kernels)]
 }
 
@@ -106,6 +137,39 @@ pub(crate) fn add_partials(
 ) -> Result<()> {
     let params = AddPartials { partial: partial.read_by(), y, parts: parts.count as i64, columns: columns as i64 };
     call.launch(&PROGRAM, "add_partials", Geometry::linear(columns as u64, THREADS), params)
+}
+
+/// The sum of each column of `x` `[rows, columns]`, in double.
+pub(crate) fn column_totals(call: &Call<'_>, x: In<f32>, [rows, columns]: [usize; 2]) -> Result<DeviceBuffer<f64>> {
+    let parts = Parts::of(rows);
+    let mut partial = call.workspace::<f64>(parts.count * columns)?;
+    let params = ColumnSumsDouble {
+        x,
+        partial: partial.written_by(),
+        rows: rows as i64,
+        columns: columns as i64,
+        part_rows: parts.rows as i64,
+    };
+    call.of_type(DType::F32).launch(&PROGRAM, "column_sums_double", parts.geometry(columns), params)?;
+    totals_of_parts(call, &partial, [parts.count, columns])
+}
+
+/// Sums over parts, `[columns]`, of partial sums `[parts, columns]`, in double.
+pub(crate) fn totals_of_parts(
+    call: &Call<'_>,
+    partial: &DeviceBuffer<f64>,
+    [parts, columns]: [usize; 2],
+) -> Result<DeviceBuffer<f64>> {
+    let mut totals = call.workspace::<f64>(columns)?;
+    let params = PartTotals {
+        partial: partial.read_by(),
+        totals: totals.written_by(),
+        parts: parts as i64,
+        columns: columns as i64,
+    };
+    let geometry = Geometry::linear(columns as u64, THREADS);
+    call.of_type(DType::F32).launch(&PROGRAM, "part_totals", geometry, params)?;
+    Ok(totals)
 }
 
 #[cfg(test)]

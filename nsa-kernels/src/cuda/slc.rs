@@ -4,7 +4,7 @@ use super::Cuda;
 use super::ahead::{Build, Launched};
 use super::attention::{self, BandForward};
 use super::geometry::{Geometry, GradientTiles, SHARED_BYTES, SelectTiles};
-use super::gradients::{self, BandBackward, FACTS_THREADS};
+use super::gradients::{self, ADD_THREADS, BandBackward, FACTS_THREADS};
 use super::params::{In, Out, Params, params};
 use super::program::{Constants, Program};
 use crate::op::slc::{Backward, Forward};
@@ -25,8 +25,10 @@ pub(crate) static BACKWARD: Program = Program {
     params: &[BandBackward::declaration, SlcBackward::declaration],
 };
 
-/// Queries of a block of keys that one work of `slc_key_gradients` takes; those of more are summed later.
-const WORK_QUERIES: usize = 4096;
+/// Queries of a block of keys that one work of `slc_key_gradients` takes, at least; those of more are summed later.
+const WORK_QUERIES: usize = 256;
+/// Works beside the first of their blocks, at most about: what they leave takes memory.
+const MORE_WORKS: usize = 1024;
 
 /// The most parts that queries are cut into for the inverse index, and the fewest queries of a part.
 const PARTS: (usize, usize) = (512, 128);
@@ -60,6 +62,8 @@ params! {
         parts: i32,
         /// Queries of a part.
         part_tokens: i32,
+        /// Queries of a work.
+        work_queries: i32,
         /// N.
         tokens: i32,
     }
@@ -117,7 +121,8 @@ pub(crate) fn backward<T: Element>(cuda: &Cuda, args: Backward<'_, T>) -> Result
     let parts = tokens.div_ceil(part_tokens);
     let entries = tokens * heads * count;
     // Works after the first of their blocks are whole but for the last.
-    let more_works = entries / WORK_QUERIES;
+    let work_queries = entries.div_ceil(MORE_WORKS).max(WORK_QUERIES);
+    let more_works = entries / work_queries;
     let mut counts = call.zeros::<i32>(parts * heads * blocks)?;
     let mut totals = call.workspace::<i32>(heads * blocks)?;
     let (mut starts, mut lists) = (call.workspace::<i32>(heads * blocks)?, call.workspace::<i32>(entries)?);
@@ -137,6 +142,7 @@ pub(crate) fn backward<T: Element>(cuda: &Cuda, args: Backward<'_, T>) -> Result
         blocks: blocks as i32,
         parts: parts as i32,
         part_tokens: part_tokens as i32,
+        work_queries: work_queries as i32,
         tokens: tokens as i32,
     };
     if blocks == 0 {
@@ -155,8 +161,8 @@ pub(crate) fn backward<T: Element>(cuda: &Cuda, args: Backward<'_, T>) -> Result
     if more_works == 0 {
         return Ok(());
     }
-    let grid = [(heads * blocks) as u64, tiles.shares as u64, 1];
-    launch("slc_add_works", Geometry { grid, threads: INDEX_THREADS, shared_bytes: 0 })
+    let grid = [(heads * blocks) as u64, tiles.shares as u64, tiles.keys.adders(config)];
+    launch("slc_add_works", Geometry { grid, threads: ADD_THREADS, shared_bytes: 0 })
 }
 
 /// Tiles of the kernels of the backward.
@@ -180,13 +186,12 @@ impl BackwardTiles {
 
     fn bake(&self, constants: Constants) -> Constants {
         let constants = constants.with("WARPS", self.select.warps).with("KEYS", self.select.keys);
-        let constants = constants.with("QUERIES", self.select.queries).with("QUERY_ROWS", self.keys.query_rows);
-        constants.with("WORK_QUERIES", WORK_QUERIES)
+        constants.with("QUERIES", self.select.queries).with("QUERY_ROWS", self.keys.query_rows)
     }
 
     /// Numbers of a work's gradients.
     fn partial_floats(&self, config: &NsaConfig) -> usize {
-        self.shares * self.keys.rows() * (config.head_dim_qk() + config.head_dim_v())
+        self.shares * self.keys.partial_floats(config)
     }
 
     fn of_queries(&self, tiles: usize, heads: usize) -> Geometry {
@@ -194,7 +199,7 @@ impl BackwardTiles {
     }
 
     fn of_keys(&self, works: usize) -> Geometry {
-        let mut geometry = self.keys.of_keys(works, 1);
+        let mut geometry = self.keys.of_keys(works, 1, 1);
         geometry.grid = [works as u64, self.shares as u64, geometry.grid[1]];
         geometry
     }
@@ -213,7 +218,7 @@ pub(crate) fn builds(config: &NsaConfig, dtype: DType) -> Vec<Build> {
         ("slc_sum_blocks", 1024, 0),
         ("slc_scatter", 32, 0),
         ("slc_key_gradients", tiles.of_keys(1).threads, tiles.of_keys(1).shared_bytes),
-        ("slc_add_works", INDEX_THREADS, 0),
+        ("slc_add_works", ADD_THREADS, 0),
     ];
     let launched = |(name, threads, shared_bytes)| Launched { name, threads, shared_bytes };
     let kernels = kernels.map(launched).to_vec();

@@ -108,9 +108,10 @@ pub struct Backward<'a, T: Element> {
 ///
 /// **Shapes**: on the fields of [`Forward`]; D is that of `x`, H is `compress_hidden`.
 ///
-/// **Numerics**: sums in A; blocks rounded to `T` once, intermediates not. A block's bits depend on its sequence alone.
-/// Overlapping blocks are not materialised; e costs one product a call. Scratch: a few MiB, and the weights of one
-/// head where `T` is not A.
+/// **Numerics**: sums in A; blocks rounded to `T` once, intermediates not. A block's bits depend on its sequence alone; on
+/// CUDA devices, where cuBLAS makes the products of linear and mlp, also on the number of blocks of the call. Overlapping
+/// blocks are not materialised; e costs one product a call. Scratch: a few MiB, and the weights of one head where `T` is
+/// not A; on CUDA devices for linear and mlp a copy of `x`, the hidden units, and the second weight where `T` is not A.
 ///
 /// **Source**: SPEC 2.1, the paper's equation 7; reference twin `nsa_ref::compress`.
 ///
@@ -141,7 +142,8 @@ pub fn forward<T: Element>(backend: &Backend, args: Forward<'_, T>) -> Result<()
 ///
 /// **Shapes**: on the fields of [`Backward`].
 ///
-/// **Numerics**: in A, in an order that depends on the shapes alone: the same bits on any number of threads.
+/// **Numerics**: in A, in an order that depends on the shapes alone: the same bits on any number of threads. Scratch: as of
+/// [`forward`]; on CUDA devices for linear and mlp `x`, its gradient and the weights in A.
 ///
 /// **Source**: SPEC 3; reference twin `nsa_ref::compress`.
 ///

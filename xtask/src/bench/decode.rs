@@ -78,7 +78,8 @@ impl<T: Element> Decoding<T> {
         Self::with_layers(backend, config, context, layers(backend, config, context, size_of::<T>()))
     }
 
-    fn with_layers(backend: &Backend, config: &NsaConfig, context: usize, layers: usize) -> Result<Self> {
+    /// The same of so many layers.
+    pub fn with_layers(backend: &Backend, config: &NsaConfig, context: usize, layers: usize) -> Result<Self> {
         let (heads, groups) = (config.num_heads(), config.num_kv_heads());
         let (dim_qk, dim_v) = (config.head_dim_qk(), config.head_dim_v());
         let mut rng = ChaCha8Rng::seed_from_u64(2);
@@ -157,7 +158,8 @@ impl<T: Element> Decoding<T> {
         Ok(Recorded { graph, _workspaces: workspaces })
     }
 
-    fn nsa_step(&mut self, layer: usize) -> Result<()> {
+    /// One step of NSA in one layer.
+    pub fn nsa_step(&mut self, layer: usize) -> Result<()> {
         let (config, layer) = (&self.config, &self.layers[layer]);
         let (heads, groups) = (config.num_heads(), config.num_kv_heads());
         let args = decode::Step {

@@ -212,7 +212,7 @@ fn measure(options: &Options, model: &Model, weight_bytes: u64) -> Result<Vec<Ro
         batch.advance()?;
         batches.push(batch);
     }
-    let plans = vec![Plan { samples: options.samples, budget_s: f64::INFINITY }; batches.len()];
+    let plans = vec![Plan { samples: options.samples, budget_s: f64::INFINITY, compiles: false }; batches.len()];
     let outcomes = turns::take(&plans, |i, _| {
         let start = Instant::now();
         for _ in 0..options.tokens {

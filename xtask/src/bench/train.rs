@@ -311,7 +311,11 @@ fn contest(
             contenders.push((Who::Peer, dtype, Contender::Peer(way)));
         }
     }
-    let plans = vec![Plan { samples: options.samples, budget_s: options.budget }; contenders.len()];
+    let plans =
+        vec![
+            Plan { samples: options.samples, budget_s: options.budget, compiles: matches!(backend, Backend::Cuda(_)) };
+            contenders.len()
+        ];
     let outcomes = turns::take(&plans, |i, counted| {
         let (_, dtype, contender) = &mut contenders[i];
         progress.show(format!("{shape} {}: step {} of {}", dtype.name(), counted + 1, options.samples));

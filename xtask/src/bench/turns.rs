@@ -17,11 +17,16 @@ pub struct Plan {
     pub samples: usize,
     /// No further turn begins after this many seconds of turns, once one counts.
     pub budget_s: f64,
+    /// Whether the first turn only warms up, however long it takes: on a device it compiles kernels.
+    pub compiles: bool,
 }
 
 impl Plan {
     /// Seconds that a first turn may take that only warms up.
     fn warm_up_s(&self) -> f64 {
+        if self.compiles {
+            return f64::INFINITY;
+        }
         if self.samples > 1 { WARM_UP_S.max(WARM_UP_SHARE * self.budget_s) } else { WARM_UP_S }
     }
 }
@@ -58,9 +63,11 @@ pub fn take<S>(
             let start = Instant::now();
             let seconds = turn(i, counted)?;
             let took_s = start.elapsed().as_secs_f64();
-            spent_s[i] += took_s;
+            let warms_up = round == 0 && took_s < plan.warm_up_s();
+            // What is compiled once is not the contender's time.
+            spent_s[i] += if warms_up && plan.compiles { 0.0 } else { took_s };
             match (seconds, &mut outcomes[i]) {
-                (Ok(_), _) if round == 0 && took_s < plan.warm_up_s() => {}
+                (Ok(_), _) if warms_up => {}
                 (Ok(seconds), Ok(turns)) => turns.push(seconds),
                 (Err(reason), outcome) => *outcome = Err(reason),
                 (Ok(_), Err(_)) => {}
@@ -109,7 +116,8 @@ mod tests {
 
     #[test]
     fn contenders_alternate_and_the_first_round_warms_up() {
-        let plans = [Plan { samples: 2, budget_s: 9.0 }, Plan { samples: 3, budget_s: 9.0 }];
+        let plans =
+            [Plan { samples: 2, budget_s: 9.0, compiles: false }, Plan { samples: 3, budget_s: 9.0, compiles: false }];
         let mut order = Vec::new();
         let outcomes = take(&plans, |i, _| {
             order.push(i);
@@ -126,8 +134,22 @@ mod tests {
 
     #[test]
     fn a_long_first_turn_warms_up_where_several_fit() {
-        let warm_up_s = |samples, budget_s| Plan { samples, budget_s }.warm_up_s();
+        let warm_up_s = |samples, budget_s| Plan { samples, budget_s, compiles: false }.warm_up_s();
         assert_eq!([warm_up_s(1, 60.0), warm_up_s(3, 60.0), warm_up_s(3, 1.0)], [2.0, 24.0, 2.0]);
+    }
+
+    #[test]
+    fn a_turn_that_compiles_never_counts() {
+        let mut turns = 0;
+        let plan = Plan { samples: 1, budget_s: 1e-3, compiles: true };
+        let turn = |_, _| {
+            turns += 1;
+            std::thread::sleep(Duration::from_millis(2));
+            Ok(Ok(vec![(Pass::Decode, f64::from(turns))]))
+        };
+        let outcomes = take(&[plan], turn).expect("no turn fails");
+        assert_eq!(outcomes[0], Ok(vec![vec![(Pass::Decode, 2.0)]]));
+        assert_eq!(plan.warm_up_s(), f64::INFINITY);
     }
 
     #[test]
@@ -136,14 +158,14 @@ mod tests {
             std::thread::sleep(Duration::from_millis(2));
             Ok(Ok(vec![(Pass::Decode, 1.0)]))
         };
-        let outcomes = take(&[Plan { samples: 5, budget_s: 1e-3 }], turn).expect("no turn fails");
+        let outcomes = take(&[Plan { samples: 5, budget_s: 1e-3, compiles: false }], turn).expect("no turn fails");
         assert_eq!(outcomes[0].as_ref().expect("it runs").len(), 1);
     }
 
     #[test]
     fn who_cannot_run_is_asked_once() {
         let mut asked = 0;
-        let plans = [Plan { samples: 3, budget_s: 9.0 }; 2];
+        let plans = [Plan { samples: 3, budget_s: 9.0, compiles: false }; 2];
         let outcomes = take(&plans, |i, _| {
             asked += usize::from(i == 1);
             Ok(if i == 1 { Err("no memory".to_owned()) } else { Ok(vec![(Pass::Forward, 1.0)]) })

@@ -5,14 +5,14 @@ use nsa_core::{NsaConfig, index};
 
 /// Keys of a team's step.
 const KEYS: usize = 16;
-/// Steps of a team in shared memory.
+/// Steps of a team in shared memory, at least.
 const STAGES: usize = 2;
 /// Warps of a block, at most.
 const WARPS: usize = 4;
 /// Rows of a chunk, at least and at most.
 const CHUNKS: [usize; 2] = [64, 256];
-/// Bytes of shared memory that kernels have besides: statistics of teams, a histogram.
-const STATIC_BYTES: usize = 4 << 10;
+/// Bytes of shared memory that kernels have besides: statistics of teams, addresses of rows.
+const STATIC_BYTES: usize = 5 << 10;
 /// The most bytes of shared memory that a block asks for.
 const MOST_BYTES: usize = SHARED_BYTES - STATIC_BYTES;
 
@@ -25,17 +25,21 @@ pub(crate) struct DecodeTiles {
     pub(crate) teams: usize,
     /// Rows of keys of a block.
     pub(crate) chunk: usize,
+    /// Steps of a team in shared memory.
+    pub(crate) stages: usize,
     /// Whether queries stay in registers.
     pub(crate) held: bool,
-    /// Bytes of shared memory of queries, stages and joined outputs.
-    body_bytes: usize,
+    /// Bytes of queries.
+    query_bytes: usize,
+    /// Bytes of a team's step.
+    stage_bytes: usize,
+    /// Bytes of joined outputs.
+    joined_bytes: usize,
 }
 
 impl DecodeTiles {
     /// Keys of a team's step.
     pub(crate) const KEYS: usize = KEYS;
-    /// Steps of a team in shared memory.
-    pub(crate) const STAGES: usize = STAGES;
 
     /// For a configuration and elements of `size` bytes. As many heads as fit share a block's reads. What it reads and writes
     /// besides its chunk's rows is at most a tenth of them, if scores of so long a chunk fit in shared memory; for that fewer
@@ -54,13 +58,28 @@ impl DecodeTiles {
         let (dim_k, dim_v) = (config.head_dim_qk(), config.head_dim_v());
         let (k, v) = (pitch(dim_k, size), pitch(dim_v, size));
         let rows = 16 * parts;
-        let stages = teams * STAGES * KEYS * (k + v);
-        let joined = teams * rows * (dim_v.next_multiple_of(16) + 8) * 4;
-        let body_bytes = rows * k + stages.max(joined);
-        let left = MOST_BYTES.saturating_sub(body_bytes) / (rows * 4);
+        let tiles = Self {
+            parts,
+            teams,
+            chunk: CHUNKS[0],
+            stages: STAGES,
+            held: size == 2 && k <= 256,
+            query_bytes: rows * k,
+            stage_bytes: KEYS * (k + v),
+            joined_bytes: teams * rows * (dim_v.next_multiple_of(16) + 8) * 4,
+        };
+        let left = MOST_BYTES.saturating_sub(tiles.attend_bytes()) / (rows * 4);
         let room = left.saturating_sub(8) / CHUNKS[0] * CHUNKS[0];
-        let tiles = Self { parts, teams, chunk: CHUNKS[0], held: size == 2 && k <= 256, body_bytes };
         Self { chunk: tiles.wanted(config, size).min(room).max(CHUNKS[0]), ..tiles }
+    }
+
+    /// With as much of a chunk under way at once as `shared_bytes` hold, the most of a block of the device: for blocks that have
+    /// a multiprocessor each. Results are the same.
+    pub(crate) fn alone(self, shared_bytes: usize) -> Self {
+        let steps = self.chunk.div_ceil(KEYS * self.teams);
+        let deeper = (self.stages..=steps).rev().map(|stages| Self { stages, ..self });
+        let fits = |tiles: &Self| tiles.scan_bytes() + STATIC_BYTES <= shared_bytes;
+        deeper.into_iter().find(fits).unwrap_or(self)
     }
 
     /// Rows of which queries and outputs are a tenth.
@@ -81,12 +100,12 @@ impl DecodeTiles {
 
     /// Bytes of shared memory of a block that keeps scores.
     pub(crate) fn scan_bytes(&self) -> usize {
-        self.body_bytes + self.score_bytes()
+        self.attend_bytes() + self.score_bytes()
     }
 
-    /// Bytes of shared memory of a block that keeps a list of blocks.
-    pub(crate) fn attend_bytes(&self, config: &NsaConfig) -> usize {
-        self.body_bytes + config.select_count() * 4
+    /// Bytes of shared memory of a block that keeps none: queries, then stages or joined outputs.
+    pub(crate) fn attend_bytes(&self) -> usize {
+        self.query_bytes + (self.teams * self.stages * self.stage_bytes).max(self.joined_bytes)
     }
 
     /// Selection blocks that a chunk of compressed blocks touches, at most.
@@ -122,8 +141,8 @@ pub(crate) struct DecodeSizes {
     pub(crate) splits: [usize; 3],
     /// Selection blocks.
     pub(crate) candidates: usize,
-    /// f32 of outputs, of m and l, of scores of chunks, of importance, in this order.
-    pub(crate) floats: [usize; 4],
+    /// f32 of outputs, of m and l, of scores of chunks, of importance, of weights of chunks, in this order.
+    pub(crate) floats: [usize; 5],
     /// Counters.
     pub(crate) counters: usize,
 }
@@ -145,9 +164,16 @@ impl DecodeSizes {
             shares * 2,
             lists * splits[0] * heads * tiles.columns(config),
             lists * candidates,
+            lists * splits[0] * heads,
         ];
         // Each begins on 16 bytes.
         Self { splits, candidates, floats: floats.map(|count| count.next_multiple_of(4)), counters: lists * 2 }
+    }
+
+    /// Blocks of threads of the larger launch.
+    pub(crate) fn blocks(&self, config: &NsaConfig, tiles: &DecodeTiles, sequences: usize) -> u64 {
+        let [cmp, win, slc] = self.splits;
+        tiles.geometry(config, sequences, (cmp + win).max(slc), 0).grid[0]
     }
 
     /// Bytes of all of it.
@@ -188,6 +214,15 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn a_block_alone_has_a_chunk_under_way_where_the_device_allows() {
+        let stages = |tiles: DecodeTiles, kilobytes: usize| tiles.alone(kilobytes << 10).stages;
+        let common = tiles(64, 4, 128, 128, 2);
+        assert_eq!([99, 163, 227].map(|kilobytes| stages(common, kilobytes)), [2, 4, 4]);
+        assert_eq!([99, 163, 227].map(|kilobytes| stages(tiles(64, 4, 192, 128, 2), kilobytes)), [2, 4, 6]);
+        assert_eq!(stages(tiles(64, 16, 128, 128, 2), 227), 2);
     }
 
     #[test]

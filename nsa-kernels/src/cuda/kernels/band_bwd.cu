@@ -1,15 +1,19 @@
 // Gradients of attention over a run of keys: `dense`, `win`, `cmp` (SPEC 3; see grad.cuh).
 //
-// Three kernels an operation: what is known of each row of queries (lse, delta, gate, position); dq, a CTA a tile of ROWS / R
-// queries, over its keys; dk and dv, a CTA a tile of 16 WARPS keys, over the rows of the queries that see them. Each gradient
-// is one CTA's: no atomics, nothing of size T x T.
+// Kernels of an operation: what is known of each row of queries (lse, delta, gate, position); dq, a CTA a tile of ROWS / R
+// queries, over its keys; dk and dv, a CTA a tile of 16 WARPS keys, over the rows of the queries that see them. Where tiles of
+// keys are too few for a device (compressed ones are few, and the first are seen by all), the rows of each are cut into equal
+// parts, a CTA a part, whose gradients are added in order at the end. No atomics, nothing of size T x T.
 // Shared memory, bytes at D = 128 in bf16: 64 rows of q and do (or of k and v) 32,768; 2 stages of 32 rows of k and v 32,768 (or
 // of q, do and facts 33,792).
 // Registers: dq 64, scores and their gradients 32; dk and dv 128, scores and their gradients 32. With Dk + Dv above 320 dk and
 // dv are two CTAs' work, which costs the scores a second time.
 // Roofline, a query row and key that it sees: dq 2 (2 Dk + Dv) FLOP, dk and dv 4 (Dk + Dv); from memory q, k, v, o, do once,
 // and dq twice, dk and dv once in f32.
-// Order of summation: dq: tiles of keys in order; dk, dv: rows in the order of tokens, then heads.
+// Order of summation: dq: tiles of keys in order; dk, dv: rows in the order of tokens, then heads; parts in order. Their number
+// follows from the shapes.
+// Measured on an H100, cmp at 16,384 tokens, R = 16, D = 128, one KV head: 16 tiles of keys as one CTA each took 17.2 ms, of
+// 25 of the whole backward.
 // Edges: as in band_fwd.cu. Keys that no query sees have gradients of 0.
 //
 // budget: kernel=band_row_facts threads=256 registers=40 spills=0 shared=0
@@ -19,6 +23,7 @@
 // budget: kernel=win_key_gradients threads=128 registers=255 spills=0 shared=66560
 // budget: kernel=cmp_query_gradients threads=128 registers=255 spills=0 shared=65536
 // budget: kernel=cmp_key_gradients threads=128 registers=255 spills=0 shared=66560
+// budget: kernel=band_add_parts threads=256 registers=64 spills=0 shared=0
 #include "element.cuh"
 #include "config.cuh"
 #include "params.cuh"
@@ -116,7 +121,7 @@ __device__ __forceinline__ void query_gradients(const BandBackwardParams& p) {
     });
 }
 
-// dk or dv, or both, of a tile of keys, over the queries that see them.
+// dk or dv, or both, of a tile of keys, over a part of the queries that see them.
 template <bool K, bool V, class Span>
 __device__ __forceinline__ void key_gradients(const BandBackwardParams& p) {
     // The first keys are seen by most queries.
@@ -134,14 +139,16 @@ __device__ __forceinline__ void key_gradients(const BandBackwardParams& p) {
     }
     const int from = span.from(key), until = span.until(key + keys - 1), stop = seq.context + seq.queries;
     const QueryRun run{seq, head, (from > seq.context ? from : seq.context) - seq.context};
-    const int rows = ((until < stop ? until : stop) - seq.context - run.query) * GROUP;
+    const int all = ((until < stop ? until : stop) - seq.context - run.query) * GROUP;
+    const int part = all > 0 ? ceil_div(ceil_div(all, QUERY_ROWS), int(gridDim.z)) * QUERY_ROWS : 0;
+    const int begin = int(blockIdx.z) * part, rows = all < begin + part ? all : begin + part;
     const auto load = [&](int first, int stage) {
         load_query_rows(p, shared_address(stages) + stage * QUERY_STAGE_BYTES, first, rows, [&](int row) { return run.row(row); });
     };
     KeyGradients<K, V> gradients;
-    if (rows > 0) load(0, 0);
+    if (begin < rows) load(begin, 0);
     copy_commit();
-    for (int first = 0, stage = 0; first < rows; first += QUERY_ROWS, stage ^= 1) {
+    for (int first = begin, stage = 0; first < rows; first += QUERY_ROWS, stage ^= 1) {
         copy_wait<0>();
         __syncthreads();
         if (first + QUERY_ROWS < rows) load(first + QUERY_ROWS, stage ^ 1);
@@ -159,8 +166,22 @@ __device__ __forceinline__ void key_gradients(const BandBackwardParams& p) {
     const int base = anew(int(threadIdx.x)) / 32 * 16, place = anew(int(blockIdx.x));
     const Sequence own = find_sequence<5>(p.key_sequences, p.num_sequences, place / KV_HEADS);
     const int row = (place / KV_HEADS - own.tile) * KEY_ROWS + base;
-    const i64 at = i64(own.key + row) * KV_HEADS + place % KV_HEADS;
-    gradients.template write<KV_HEADS>(p.dk + at * HEAD_DIM_QK, p.dv + at * HEAD_DIM_V, own.keys - row);
+    if (blockIdx.z == 0) {
+        const i64 at = i64(own.key + row) * KV_HEADS + place % KV_HEADS;
+        gradients.template write<KV_HEADS>(p.dk + at * HEAD_DIM_QK, p.dv + at * HEAD_DIM_V, own.keys - row);
+    } else {
+        gradients.write_partial(p.partial + ((blockIdx.z - 1) * i64(gridDim.x) + place) * PARTIAL, base, own.keys - row);
+    }
+}
+
+// Adds what the other parts of a tile's queries have to the first one's. Grid: tiles of keys and KV heads, CTAs a tile.
+extern "C" __global__ void __launch_bounds__(256) band_add_parts(const __grid_constant__ BandBackwardParams p) {
+    const int tile = int(blockIdx.x / KV_HEADS), head = int(blockIdx.x % KV_HEADS);
+    const Sequence seq = find_sequence<5>(p.key_sequences, p.num_sequences, tile);
+    const int key = (tile - seq.tile) * KEY_ROWS, keys = seq.keys - key < KEY_ROWS ? seq.keys - key : KEY_ROWS;
+    const i64 at = i64(seq.key + key) * KV_HEADS + head;
+    add_partials(p.dk + at * HEAD_DIM_QK, p.dv + at * HEAD_DIM_V, p.partial + i64(blockIdx.x) * PARTIAL, i64(gridDim.x) * PARTIAL,
+                 p.parts - 1, keys, blockIdx.y * 256 + threadIdx.x, gridDim.y * 256);
 }
 
 template <class Span>

@@ -43,6 +43,8 @@ constexpr int BLOCKS_OF_PART = FOLDED ? 8 / CHUNKS : 1;
 constexpr int EXTRA = FOLDED ? SPAN - 1 : 0;
 // What is kept of a tile of keys: [ROWS, COLUMNS], and m, [ROWS].
 constexpr int KEPT = ROWS * (COLUMNS + 1);
+// Tiles whose scores are summed over heads at once.
+constexpr int AT_ONCE = 4;
 constexpr int FREE = SELECT_COUNT - SELECT_INITIAL - SELECT_LOCAL;
 static_assert(COLUMNS <= 32, "a warp sums the columns of a tile");
 
@@ -145,17 +147,24 @@ struct Importance {
     __device__ __forceinline__ void sum_heads(const float* maxima, const float* factors) const {
         constexpr int APART = 32 / COLUMNS;
         const int lane = anew(int(threadIdx.x % 32)), column = lane % COLUMNS, first = lane / COLUMNS;
-        for (int tile = 0; tile < tiles; ++tile) {
-            float* const kept = rows + i64(tile) * KEPT + column;
-            const float* const m = maxima + i64(tile) * KEPT;
-            float sum = 0.0f;
+        // Several tiles at once: what is kept in the workspace takes its time to come.
+        for (int tile = 0; tile < tiles; tile += AT_ONCE) {
+            float sums[AT_ONCE] = {};
 #pragma unroll 4
             for (int r = first; r < GROUP; r += APART) {
-                sum += kept[r * COLUMNS] * (exp2_approx(m[r] - factors[2 * r]) * factors[2 * r + 1]);
+                const float m_at_end = factors[2 * r], inverse = factors[2 * r + 1];
+#pragma unroll
+                for (int x = 0; x < AT_ONCE; ++x) {
+                    const i64 at = i64(tile + x < tiles ? tile + x : tile) * KEPT;
+                    sums[x] += rows[at + column + r * COLUMNS] * (exp2_approx(maxima[at + r] - m_at_end) * inverse);
+                }
             }
 #pragma unroll
-            for (int step = COLUMNS; step < 32; step *= 2) sum += __shfl_xor_sync(ALL_LANES, sum, step);
-            if (first == 0) kept[0] = sum;
+            for (int x = 0; x < AT_ONCE; ++x) {
+#pragma unroll
+                for (int step = COLUMNS; step < 32; step *= 2) sums[x] += __shfl_xor_sync(ALL_LANES, sums[x], step);
+                if (first == 0 && tile + x < tiles) rows[i64(tile + x) * KEPT + column] = sums[x];
+            }
         }
         __syncwarp();
     }

@@ -40,43 +40,56 @@ __device__ __forceinline__ float* kept_scores() { return reinterpret_cast<float*
 // Makes p of a chunk's scores, relative to the block's m, and sums it to selection blocks.
 __device__ __forceinline__ void fold(const DecodeParams& p, const Place& place, int blocks,
                                      const float (&teams)[TEAMS][ROWS][2]) {
+    // Compressed blocks that share tokens with a selection block.
+    constexpr int WIDTH = CHUNKS + SPAN - 1;
     const int first = place.split * CHUNK, count = blocks - first < CHUNK ? blocks - first : CHUNK;
     float* const scores = kept_scores();
     for (int row = threadIdx.x / 32; row < place.heads; row += THREADS / 32) {
-        const float base = Joined(teams[0][row], TEAMS, ROWS * 2).base;
+        const float base = join_teams(teams, row).base;
+#pragma unroll 8
         for (int x = threadIdx.x % 32; x < count; x += 32) {
             float& score = scores[row * SCORE_PITCH + x];
             score = exp2_approx(fmaf(score, p.scale_log2, -base));
         }
     }
     __syncthreads();
+#pragma unroll 4
     for (int i = threadIdx.x; i < place.heads * COLUMNS; i += THREADS) {
         const int row = i / COLUMNS, column = i % COLUMNS;
-        // In chunks of d tokens, from the first of this block's compressed blocks on.
-        const int begin = (first_column(place.split) + column) * CHUNKS - first, end = begin + CHUNKS;
-        const int from = begin - (SPAN - 1) > 0 ? begin - (SPAN - 1) : 0, to = end < count ? end : count;
+        const int begin = (first_column(place.split) + column) * CHUNKS - (SPAN - 1) - first;
         float sum = 0.0f;
-        // Neighbours begin at other places, so that they meet other banks.
-        for (int left = to - from, x = left > 0 ? from + column % left : 0; left > 0; --left, x = x + 1 < to ? x + 1 : from) {
-            const int covered = (x + SPAN < end ? x + SPAN : end) - (x > begin ? x : begin);
-            sum = fmaf(float(covered), scores[row * SCORE_PITCH + x], sum);
+#pragma unroll (WIDTH <= 8 ? WIDTH : 4)
+        for (int j = 0; j < WIDTH; ++j) {
+            // Neighbours begin at other places, so that they meet other banks.
+            const int turned = j + column % WIDTH, y = turned < WIDTH ? turned : turned - WIDTH, x = begin + y;
+            // Chunks of d tokens that both have.
+            const int before = y + 1 < WIDTH - y ? y + 1 : WIDTH - y, most = SPAN < CHUNKS ? SPAN : CHUNKS;
+            const float covered = float(before < most ? before : most);
+            if (x >= 0 && x < count) sum = fmaf(covered, scores[row * SCORE_PITCH + x], sum);
         }
         folded_of(p, place.group(), place.split, place.part * ROWS + row)[column] = sum;
     }
 }
 
-__device__ __forceinline__ void scan_blocks(const DecodeParams& p, const Place& place) {
-    __shared__ __align__(8) float teams[TEAMS][ROWS][2];
+__device__ __forceinline__ void scan_blocks(const DecodeParams& p, const Place& place, float (&teams)[TEAMS][ROWS][2]) {
+    __shared__ Runs<CMP_PAGE_ROWS> runs;
+    const int begin = runs.begin(place.split * CHUNK);
+    // As far as the table goes, without waiting for the context.
+    for (int i = threadIdx.x; i < runs.COUNT; i += THREADS) {
+        const int page = begin / CMP_PAGE_ROWS + i;
+        const i64 at = i64(place.sequence) * p.cmp_pages + page;
+        if (page < p.cmp_pages) runs.set(i, p.k_cmp_pages[at], p.v_cmp_pages[at], 0, place.head);
+    }
     const int splits = num_cmp_splits(place.context);
     if (place.split >= splits) return;
     const int blocks = num_blocks(place.context), first = place.split * CHUNK;
     const int end = first + CHUNK < blocks ? first + CHUNK : blocks;
     const bool scored = selects_by_score(place.context);
-    const i64 pages = i64(place.sequence) * p.cmp_pages;
-    const PagedRows<HEAD_DIM_QK, CMP_PAGE_ROWS> k{p.k_cmp_pages + pages, place.head};
-    const PagedRows<HEAD_DIM_V, CMP_PAGE_ROWS> v{p.v_cmp_pages + pages, place.head};
+    __syncthreads();
+    const RunRows<HEAD_DIM_QK, CMP_PAGE_ROWS> k{runs.k, begin};
+    const RunRows<HEAD_DIM_V, CMP_PAGE_ROWS> v{runs.v, begin};
     StepFlash flash;
-    attend(p, place, flash, k, v, first, end, [&](const StepScores& s, int x) {
+    attend(p, place, flash, k, v, first, end, [] {}, [&](const StepScores& s, int x) {
         if (!scored) return;
         const int lane = threadIdx.x % 32;
         float* const to = kept_scores() + (warp_row() + lane / 4) * SCORE_PITCH + x - first + lane % 4 * 2;
@@ -93,77 +106,160 @@ __device__ __forceinline__ void scan_blocks(const DecodeParams& p, const Place& 
     if (comes_last(p.arrived + place.group() * 2, splits * GROUP_PARTS)) select(p, place);
 }
 
-__device__ __forceinline__ void scan_window(const DecodeParams& p, const Place& place, int split) {
-    __shared__ __align__(8) float teams[TEAMS][ROWS][2];
+__device__ __forceinline__ void scan_window(const DecodeParams& p, const Place& place, int split,
+                                            float (&teams)[TEAMS][ROWS][2]) {
     const int rows = num_window(place.context), first = split * CHUNK;
     if (first >= rows) return;
     const u64* const sequence = p.sequences + i64(place.sequence) * 3;
     const RingRows<HEAD_DIM_QK> k(sequence[1], place.head, place.context);
     const RingRows<HEAD_DIM_V> v(sequence[2], place.head, place.context);
     StepFlash flash;
-    attend(p, place, flash, k, v, first, first + CHUNK < rows ? first + CHUNK : rows, [](const StepScores&, int) {});
+    attend(p, place, flash, k, v, first, first + CHUNK < rows ? first + CHUNK : rows, [] {}, [](const StepScores&, int) {});
     write_share(p, place, p.cmp_splits + split, flash, teams);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_scan(const __grid_constant__ DecodeParams p) {
-    const Place place(p, p.cmp_splits + p.win_splits);
-    if (place.context == 0) return;
-    if (place.split < p.cmp_splits) {
-        scan_blocks(p, place);
-    } else {
-        scan_window(p, place, place.split - p.cmp_splits);
-    }
-}
-
-// Adds gate times the join of `count` shares from `split` on to sum: OUTPUT_VECTOR elements from `column` on.
-__device__ __forceinline__ void add_branch(const DecodeParams& p, const Shares& shares, int split, int count, int head,
-                                           int column, float gate, float (&sum)[OUTPUT_VECTOR]) {
-    const Joined all(shares.statistics(p, split, head), count, GROUP * 2);
-    float o[OUTPUT_VECTOR] = {};
-    for (int i = 0; i < count; ++i) {
-        const float weight = all.weight(shares.statistics(p, split + i, head)[0]);
-        float share[OUTPUT_VECTOR];
-        load<OUTPUT_VECTOR>(shares.o(p, split + i, head) + column, share);
-#pragma unroll
-        for (int c = 0; c < OUTPUT_VECTOR; ++c) o[c] = fmaf(share[c], weight, o[c]);
-    }
-    const float inverse = all.inverse();
-#pragma unroll
-    for (int c = 0; c < OUTPUT_VECTOR; ++c) sum[c] += gate * to_float(from_float<Element>(o[c] * inverse));
-}
-
-// Writes o of the sequence's query heads of a group.
-__device__ __forceinline__ void merge(const DecodeParams& p, const Place& place) {
-    constexpr int PIECES = HEAD_DIM_V / OUTPUT_VECTOR;
-    const Shares shares(p, place.group());
-    const int cmp = num_cmp_splits(place.context), win = splits_of(num_window(place.context));
-    const int slc = splits_of(num_selected(place.context));
-    for (int i = threadIdx.x; i < GROUP * PIECES; i += THREADS) {
-        const int head = i / PIECES, column = i % PIECES * OUTPUT_VECTOR;
-        const i64 row = place.group() * GROUP + head;
-        const Element* const gates = p.gates + row * 3;
-        float sum[OUTPUT_VECTOR] = {};
-        add_branch(p, shares, 0, cmp, head, column, to_float(gates[0]), sum);
-        add_branch(p, shares, p.cmp_splits + p.win_splits, slc, head, column, to_float(gates[1]), sum);
-        add_branch(p, shares, p.cmp_splits, win, head, column, to_float(gates[2]), sum);
-        store<OUTPUT_VECTOR>(p.o + row * HEAD_DIM_V + column, sum);
-    }
-}
-
-extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attend(const __grid_constant__ DecodeParams p) {
+extern "C" __global__ void __launch_bounds__(THREADS, LEAST_BLOCKS) decode_scan(const __grid_constant__ DecodeParams p) {
     __shared__ __align__(8) float teams[TEAMS][ROWS][2];
+    const Place place(p, p.cmp_splits + p.win_splits);
+    if (place.split < p.cmp_splits) {
+        scan_blocks(p, place, teams);
+    } else {
+        scan_window(p, place, place.split - p.cmp_splits, teams);
+    }
+}
+
+// Query heads `first` + j `stride`, j < HEADS, of a group that a warp works on together, 32 / HEADS lanes each where they join
+// statistics; all lanes have some columns of all heads.
+template <int HEADS>
+struct Heads {
+    static constexpr int LANES = 32 / HEADS;
+    // Shares under way together.
+    static constexpr int SHARES = HEADS == 1 ? 8 : 4;
+    int first;
+    int stride;
+
+    __device__ __forceinline__ bool there(int j) const { return first + j * stride < GROUP; }
+    // One of the group's in any case.
+    __device__ __forceinline__ int head(int j) const { return there(j) ? first + j * stride : GROUP - 1; }
+
+    // Adds gate times the join of `count` shares from `split` on to sums: OUTPUT_VECTOR elements of each head from `column` on.
+    __device__ __forceinline__ void add_branch(const DecodeParams& p, i64 group, int branch, int split, int count, int column,
+                                               bool has_column, float (&sums)[HEADS][OUTPUT_VECTOR]) const {
+        const Shares shares(p, group);
+        const int lane = threadIdx.x % 32;
+        const float* const statistics = shares.statistics(p, split, head(lane / LANES));
+        const Joined all = join_shares<LANES>(statistics, count);
+        const float inverse = all.inverse();
+        float o[HEADS][OUTPUT_VECTOR] = {};
+        for (int from = 0; from < count; from += LANES) {
+            const int own = from + lane % LANES;
+            const float weight = own < count ? all.weight(statistics[i64(own) * (GROUP * 2)]) * inverse : 0.0f;
+            for (int i = from; i < from + LANES && i < count; i += SHARES) {
+                float share[SHARES][HEADS][OUTPUT_VECTOR] = {};
+#pragma unroll
+                for (int x = 0; x < SHARES; ++x) {
+#pragma unroll
+                    for (int j = 0; j < HEADS; ++j) {
+                        if (has_column && i + x < count) load<OUTPUT_VECTOR>(shares.o(p, split + i + x, head(j)) + column, share[x][j]);
+                    }
+                }
+#pragma unroll
+                for (int x = 0; x < SHARES; ++x) {
+#pragma unroll
+                    for (int j = 0; j < HEADS; ++j) {
+                        const float w = __shfl_sync(ALL_LANES, weight, j * LANES + (i + x) % LANES);
+#pragma unroll
+                        for (int c = 0; c < OUTPUT_VECTOR; ++c) {
+                            if (i + x < count) o[j][c] = fmaf(share[x][j][c], w, o[j][c]);
+                        }
+                    }
+                }
+            }
+        }
+#pragma unroll
+        for (int j = 0; j < HEADS; ++j) {
+            const float gate = to_float(p.gates[(group * GROUP + head(j)) * 3 + branch]);
+#pragma unroll
+            for (int c = 0; c < OUTPUT_VECTOR; ++c) sums[j][c] += gate * to_float(from_float<Element>(o[j][c]));
+        }
+    }
+};
+
+// Calls piece(column, whether there is one) for the columns of this lane; a warp's lanes do so equally often.
+template <class Piece>
+__device__ __forceinline__ void each_column(const Piece& piece) {
+    for (int first = 0; first < HEAD_DIM_V; first += 32 * OUTPUT_VECTOR) {
+        const int column = first + int(threadIdx.x % 32) * OUTPUT_VECTOR;
+        piece(column, column < HEAD_DIM_V);
+    }
+}
+
+// Adds up compressed blocks and window of this block's part of a group's query heads; the sum is in place of split 0's share.
+__device__ __forceinline__ void merge_scanned(const DecodeParams& p, const Place& place, int splits) {
+    const i64 group = place.group();
+    const Shares shares(p, group);
+    const int cmp = num_cmp_splits(place.context), win = splits_of(num_window(place.context));
+    const int blocks = splits * GROUP_PARTS, block = place.split * GROUP_PARTS + place.part;
+    for (int head = block + blocks * int(threadIdx.x / 32); head < GROUP; head += blocks * WARPS) {
+        const Heads<1> heads{head, 0};
+        each_column([&](int column, bool there) {
+            float sum[1][OUTPUT_VECTOR] = {};
+            heads.add_branch(p, group, 0, 0, cmp, column, there, sum);
+            heads.add_branch(p, group, 2, p.cmp_splits, win, column, there, sum);
+            if (there) put(shares.o(p, 0, head) + column, sum[0]);
+        });
+    }
+}
+
+// Writes o of the sequence's query heads of a group, once compressed blocks and window have been merged.
+__device__ __forceinline__ void merge(const DecodeParams& p, const Place& place, int splits) {
+    constexpr int HEADS = 4;
+    const i64 group = place.group();
+    const Shares shares(p, group);
+    for (int first = threadIdx.x / 32; first < GROUP; first += HEADS * WARPS) {
+        const Heads<HEADS> heads{first, WARPS};
+        each_column([&](int column, bool there) {
+            float sums[HEADS][OUTPUT_VECTOR] = {};
+#pragma unroll
+            for (int j = 0; j < HEADS; ++j) {
+                if (there) load<OUTPUT_VECTOR>(shares.o(p, 0, heads.head(j)) + column, sums[j]);
+            }
+            heads.add_branch(p, group, 1, p.cmp_splits + p.win_splits, splits, column, there, sums);
+#pragma unroll
+            for (int j = 0; j < HEADS; ++j) {
+                if (there && heads.there(j)) {
+                    store<OUTPUT_VECTOR>(p.o + (group * GROUP + heads.head(j)) * HEAD_DIM_V + column, sums[j]);
+                }
+            }
+        });
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, LEAST_BLOCKS) decode_attend(const __grid_constant__ DecodeParams p) {
+    constexpr int RUN = common_divisor(SLC_PAGE_ROWS, SELECT_BLOCK);
+    __shared__ __align__(8) float teams[TEAMS][ROWS][2];
+    __shared__ Runs<RUN> runs;
     const Place place(p, p.slc_splits);
-    if (place.context == 0) return;
-    const int rows = num_selected(place.context), first = place.split * CHUNK;
+    const int rows = place.context > 0 ? num_selected(place.context) : 0;
+    const int first = place.split * CHUNK, begin = runs.begin(first);
+    for (int i = threadIdx.x; i < runs.COUNT; i += THREADS) {
+        const int x = begin + i * RUN, index = x / SELECT_BLOCK < SELECT_COUNT ? x / SELECT_BLOCK : 0;
+        // Without waiting for the context.
+        const int block = p.block_indices[place.group() * SELECT_COUNT + index];
+        if (x < rows) {
+            const int row = block * SELECT_BLOCK + x % SELECT_BLOCK;
+            const i64 at = i64(place.sequence) * p.slc_pages + row / SLC_PAGE_ROWS;
+            runs.set(i, p.k_slc_pages[at], p.v_slc_pages[at], row % SLC_PAGE_ROWS, place.head);
+        }
+    }
     if (first >= rows) return;
-    int* const list = reinterpret_cast<int*>(shared + QUERY_BYTES + BODY_BYTES);
-    for (int i = threadIdx.x; i < SELECT_COUNT; i += THREADS) list[i] = p.block_indices[place.group() * SELECT_COUNT + i];
     __syncthreads();
-    const i64 pages = i64(place.sequence) * p.slc_pages;
-    const SelectedRows<HEAD_DIM_QK> k{{p.k_slc_pages + pages, place.head}, list};
-    const SelectedRows<HEAD_DIM_V> v{{p.v_slc_pages + pages, place.head}, list};
+    const RunRows<HEAD_DIM_QK, RUN> k{runs.k, begin};
+    const RunRows<HEAD_DIM_V, RUN> v{runs.v, begin};
+    const int splits = splits_of(rows);
     StepFlash flash;
-    attend(p, place, flash, k, v, first, first + CHUNK < rows ? first + CHUNK : rows, [](const StepScores&, int) {});
+    attend(p, place, flash, k, v, first, first + CHUNK < rows ? first + CHUNK : rows,
+           [&] { merge_scanned(p, place, splits); }, [](const StepScores&, int) {});
     write_share(p, place, p.cmp_splits + p.win_splits + place.split, flash, teams);
-    if (comes_last(p.arrived + place.group() * 2 + 1, splits_of(rows) * GROUP_PARTS)) merge(p, place);
+    if (comes_last(p.arrived + place.group() * 2 + 1, splits * GROUP_PARTS)) merge(p, place, splits);
 }

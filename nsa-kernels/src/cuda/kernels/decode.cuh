@@ -3,7 +3,8 @@
 // A block has TEAMS teams of PARTS warps; a warp has 16 query heads of a group as the rows of its products (rows beyond the
 // group are zeros: a step is bound by reading the caches, so that padding costs no time). A team takes KEYS keys a step, its
 // warps sharing them, steps team, team + TEAMS, … of the chunk, through STAGES stages of shared memory that are its own: no
-// team waits for another before the end.
+// team waits for another before the end. All stages are filled at the beginning; where they hold a chunk, memory is waited for
+// once. Addresses of the chunk's rows are looked up first, all at once.
 // Shared memory, bytes: queries ROWS x pitch of k; then teams x STAGES x KEYS x (pitches of k and v), where after the last step
 // the teams' o lie, TEAMS x ROWS x (Dv + 8) x 4; then what a kernel keeps besides.
 #pragma once
@@ -23,6 +24,8 @@ constexpr int STAGES_BYTES = TEAMS * STAGES * STAGE_BYTES;
 constexpr int BODY_BYTES = STAGES_BYTES > JOIN_BYTES ? STAGES_BYTES : JOIN_BYTES;
 // Elements of a share that a thread moves at once.
 constexpr int SHARE_VECTOR = HEAD_DIM_V % 4 == 0 ? 4 : 1;
+// What registers must allow for; wide outputs take as many as there are.
+constexpr int LEAST_BLOCKS = Values::PADDED <= 128 ? 384 / THREADS : 1;
 static_assert(CHUNK % KEYS == 0, "steps do not cross chunks");
 
 extern __shared__ __align__(128) char shared[];
@@ -86,31 +89,38 @@ __device__ __forceinline__ int num_selected(int context) {
 }
 __device__ __forceinline__ int num_window(int context) { return context < WINDOW ? context : WINDOW; }
 
-// Rows of one KV head in pages of PAGE rows.
-template <int DIM, int PAGE>
-struct PagedRows {
-    static constexpr i64 STRIDE = i64(KV_HEADS) * DIM;
-    const u64* pages;
-    int head;
+constexpr __host__ __device__ int common_divisor(int a, int b) { return b == 0 ? a : common_divisor(b, a % b); }
 
-    __device__ __forceinline__ const Element* operator()(int row) const {
-        return reinterpret_cast<const Element*>(pages[row / PAGE]) + row % PAGE * STRIDE + head * DIM;
+// Rows of one KV head in runs of RUN rows that lie beside each other, as far as a chunk needs them.
+template <int RUN>
+struct Runs {
+    // A chunk may begin within a run.
+    static constexpr int COUNT = (CHUNK + RUN - 2) / RUN + 1;
+    u64 k[COUNT];
+    u64 v[COUNT];
+
+    // Row, from the beginning of the run of a chunk's first row on.
+    static __device__ __forceinline__ int begin(int first) { return first / RUN * RUN; }
+    // Run `i` begins at a row of pages.
+    __device__ __forceinline__ void set(int i, u64 k_page, u64 v_page, int row, int head) {
+        const i64 at = i64(row) * KV_HEADS + head;
+        k[i] = k_page + at * (HEAD_DIM_QK * int(sizeof(Element)));
+        v[i] = v_page + at * (HEAD_DIM_V * int(sizeof(Element)));
     }
-    // Whether the rows of a step have one distance from each other.
-    __device__ __forceinline__ bool even(int, int) const { return PAGE % KEYS == 0; }
 };
 
-// Tokens of the selected blocks, in pages.
-template <int DIM>
-struct SelectedRows {
+// Keys or values in runs.
+template <int DIM, int RUN>
+struct RunRows {
     static constexpr i64 STRIDE = i64(KV_HEADS) * DIM;
-    PagedRows<DIM, SLC_PAGE_ROWS> tokens;
-    const int* list;
+    const u64* runs;
+    int begin;  // the first run's row
 
-    __device__ __forceinline__ const Element* operator()(int x) const {
-        return tokens(list[x / SELECT_BLOCK] * SELECT_BLOCK + x % SELECT_BLOCK);
+    __device__ __forceinline__ const Element* operator()(int row) const {
+        return reinterpret_cast<const Element*>(runs[(row - begin) / RUN]) + (row - begin) % RUN * STRIDE;
     }
-    __device__ __forceinline__ bool even(int, int) const { return SLC_PAGE_ROWS % KEYS == 0 && SELECT_BLOCK % KEYS == 0; }
+    // Whether the rows of a step have one distance from each other.
+    __device__ __forceinline__ bool even(int, int) const { return RUN % KEYS == 0; }
 };
 
 // Tokens of the window in their ring.
@@ -156,10 +166,11 @@ __device__ __forceinline__ void team_sync() {
 // The first row of this warp among the block's.
 __device__ __forceinline__ int warp_row() { return threadIdx.x / 32 % PARTS * 16; }
 
-// Attends to rows first .. end. `see(s, x)` is shown the scores of the step from row x on, minus infinity beyond the end.
-template <class KeyRows, class ValueRows, class See>
+// Attends to rows first .. end. `meanwhile()` is called while the first of them are on their way; `see(s, x)` is shown the scores
+// of the step from row x on, minus infinity beyond the end.
+template <class KeyRows, class ValueRows, class Meanwhile, class See>
 __device__ __forceinline__ void attend(const DecodeParams& p, const Place& place, StepFlash& flash, const KeyRows& k,
-                                       const ValueRows& v, int first, int end, const See& see) {
+                                       const ValueRows& v, int first, int end, const Meanwhile& meanwhile, const See& see) {
     constexpr int STEP = TEAMS * KEYS;
     const int thread = threadIdx.x % TEAM, team = threadIdx.x / TEAM;
     char* const stages = shared + QUERY_BYTES + team * STAGES * STAGE_BYTES;
@@ -177,17 +188,16 @@ __device__ __forceinline__ void attend(const DecodeParams& p, const Place& place
     copy_commit();
     int x = first + team * KEYS;
 #pragma unroll
-    for (int stage = 0; stage < STAGES - 1; ++stage) load(x + stage * STEP, stage);
-    copy_wait<STAGES - 1>();
+    for (int stage = 0; stage < STAGES; ++stage) load(x + stage * STEP, stage);
+    meanwhile();
+    copy_wait<STAGES>();
     __syncthreads();
     Queries<1, HELD> q(shared + warp_row() * Keys::PITCH);
     q.take();
     for (int stage = 0; x < end; x += STEP) {
-        copy_wait<STAGES - 2>();
+        copy_wait<STAGES - 1>();
         team_sync();
-        load(x + (STAGES - 1) * STEP, (stage + STAGES - 1) % STAGES);
         const char* const at = stages + stage * STAGE_BYTES;
-        stage = (stage + 1) % STAGES;
         StepScores s;
         flash.multiply_keys(s, q, at);
         if (x + KEYS > end) {
@@ -204,6 +214,9 @@ __device__ __forceinline__ void attend(const DecodeParams& p, const Place& place
         float factor[1][2];
         flash.exponentials(s, p.scale_log2, factor);
         flash.multiply_values(s, at + KEYS * Keys::PITCH);
+        team_sync();
+        load(x + STAGES * STEP, stage);
+        stage = (stage + 1) % STAGES;
     }
     copy_wait<0>();
 }
@@ -213,22 +226,45 @@ struct Joined {
     float base;
     float sum;
 
-    // Of `count` pairs of m and l, `stride` floats from each other, in their order.
-    __device__ __forceinline__ Joined(const float* statistics, int count, i64 stride) : base(0.0f), sum(0.0f) {
-        float most = negative_infinity();
-        for (int i = 0; i < count; ++i) {
-            const float2 next = *reinterpret_cast<const float2*>(statistics + i * stride);
-            const float before = most;
-            most = fmaxf(most, next.x);
-            base = most == negative_infinity() ? 0.0f : most;
-            sum = fmaf(next.y, weight(next.x), sum * weight(before));
-        }
-    }
     // What p relative to m counts.
     __device__ __forceinline__ float weight(float m) const { return exp2_approx(m - base); }
     // 1 / l, 0 without keys.
     __device__ __forceinline__ float inverse() const { return sum == 0.0f ? 0.0f : 1.0f / sum; }
+    // The greatest m is so far the base, and no sum.
+    static __device__ __forceinline__ Joined of(float most) { return {most == negative_infinity() ? 0.0f : most, 0.0f}; }
 };
+
+// Of a row's teams.
+__device__ __forceinline__ Joined join_teams(const float (&teams)[TEAMS][ROWS][2], int row) {
+    float most = negative_infinity();
+#pragma unroll
+    for (int team = 0; team < TEAMS; ++team) most = fmaxf(most, teams[team][row][0]);
+    Joined all = Joined::of(most);
+#pragma unroll
+    for (int team = 0; team < TEAMS; ++team) all.sum = fmaf(teams[team][row][1], all.weight(teams[team][row][0]), all.sum);
+    return all;
+}
+
+// Of `count` shares of a query head, of which these are the first one's m and l; LANES neighbouring lanes' work, which take
+// turns. All lanes of a warp come here.
+template <int LANES>
+__device__ __forceinline__ Joined join_shares(const float* statistics, int count) {
+    const int lane = threadIdx.x % LANES;
+    float most = negative_infinity();
+#pragma unroll 4
+    for (int i = lane; i < count; i += LANES) most = fmaxf(most, statistics[i64(i) * (GROUP * 2)]);
+#pragma unroll
+    for (int step = LANES / 2; step > 0; step /= 2) most = fmaxf(most, __shfl_xor_sync(ALL_LANES, most, step));
+    Joined all = Joined::of(most);
+#pragma unroll 4
+    for (int i = lane; i < count; i += LANES) {
+        const float2 next = *reinterpret_cast<const float2*>(statistics + i64(i) * (GROUP * 2));
+        all.sum = fmaf(next.y, all.weight(next.x), all.sum);
+    }
+#pragma unroll
+    for (int step = LANES / 2; step > 0; step /= 2) all.sum += __shfl_xor_sync(ALL_LANES, all.sum, step);
+    return all;
+}
 
 // Writes numbers of a share past the nearest cache: another multiprocessor reads them.
 template <int N>
@@ -258,7 +294,7 @@ __device__ __forceinline__ void write_share(const DecodeParams& p, const Place& 
     float* const joined = reinterpret_cast<float*>(shared + QUERY_BYTES);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-        const float weight = Joined(teams[0][row + h * 8], TEAMS, ROWS * 2).weight(flash.m[0][h]);
+        const float weight = join_teams(teams, row + h * 8).weight(flash.m[0][h]);
         float* const to = joined + (team * ROWS + row + h * 8) * JOIN_PITCH + lane % 4 * 2;
 #pragma unroll
         for (int n = 0; n < PARTS_V; ++n) {
@@ -282,7 +318,7 @@ __device__ __forceinline__ void write_share(const DecodeParams& p, const Place& 
         put(shares.o(p, split, place.part * ROWS + r) + column, sum);
     }
     for (int r = threadIdx.x; r < place.heads; r += THREADS) {
-        const Joined all(teams[0][r], TEAMS, ROWS * 2);
+        const Joined all = join_teams(teams, r);
         const float m = all.sum == 0.0f ? negative_infinity() : all.base;
         __stcg(reinterpret_cast<float2*>(shares.statistics(p, split, place.part * ROWS + r)), make_float2(m, all.sum));
     }
@@ -294,11 +330,14 @@ __device__ __forceinline__ bool comes_last(u32* arrived, int count) {
     __shared__ bool last;
     __syncthreads();
     if (threadIdx.x == 0) {
-        // Releases what all threads wrote before the barrier, and acquires what other blocks released.
-        __threadfence();
-        last = atomicAdd(arrived, 1u) == u32(count) - 1;
-        if (last) atomicExch(arrived, 0u);
-        __threadfence();
+        // Releases what all threads wrote before the barrier, and acquires what other blocks released; counts up to count - 1,
+        // then begins anew.
+        u32 before;
+        asm volatile("atom.acq_rel.gpu.inc.u32 %0, [%1], %2;"
+                     : "=r"(before)
+                     : "l"(arrived), "r"(count - 1)
+                     : "memory");
+        last = before == u32(count) - 1;
     }
     __syncthreads();
     return last;

@@ -3,7 +3,7 @@
 // A warp has TILES x 16 rows. Scores of KEYS keys are a product in registers; their exponentials are the left side of the
 // product with the values, without leaving the registers. Softmax is online, in powers of two: with m near the greatest
 // score so far (in units of log2),
-//   p = 2^(scale log2(e) s - m),   l = sum of p,   o = sum of p v (p rounded to Element),   lse = (m + log2 l) / log2(e).
+//   p = 2^(scale log2(e) s - m),   l = sum of p,   o = sum of p v (p rounded to Element),   lse = m / log2(e) + ln l.
 // m is the greatest score so far, so that the key that outweighs all others has p = 1, which needs no rounding. No lane asks the
 // others for their maximum before one of them has a greater one, and o and l are scaled then only.
 // Tried: m that follows once scores have grown by 8 (in log2): seldom scaled, but rows that one key dominates err twice as much.
@@ -12,8 +12,6 @@
 // four lanes.
 #pragma once
 #include "product.cuh"
-
-constexpr float LN_2 = 0.6931471805599453f;
 
 using Keys = Tile<HEAD_DIM_QK>;
 using Values = Tile<HEAD_DIM_V>;
@@ -115,7 +113,7 @@ struct Flash {
     // scale / scale_log2 in two parts, so that m becomes scale times the score again.
     __device__ __forceinline__ float lse(int i, int h, const float (&unscale)[2]) const {
         if (l[i][h] == 0.0f) return negative_infinity();
-        return fmaf(m[i][h], unscale[0], fmaf(m[i][h], unscale[1], log2_approx(l[i][h]) * LN_2));
+        return fmaf(m[i][h], unscale[0], fmaf(m[i][h], unscale[1], logf(l[i][h])));
     }
 
     // o of rows 0..16 TILES to a tile of shared memory.

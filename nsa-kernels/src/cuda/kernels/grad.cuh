@@ -89,6 +89,25 @@ __device__ __forceinline__ void load_query_rows(const P& p, u32 to, int first, i
     }
 }
 
+// Floats of a share of a tile's gradients that is added later.
+constexpr int PARTIAL = KEY_ROWS * (HEAD_DIM_QK + HEAD_DIM_V);
+
+// Adds `count` shares, `stride` floats apart, in order to dk and dv of `keys` rows, whose KV heads lie beside each other: the
+// work of `threads`, of which this is number `thread`.
+__device__ __forceinline__ void add_partials(float* dk, float* dv, const float* partial, i64 stride, int count, int keys, int thread,
+                                             int threads) {
+    for (int i = thread; i < keys * (HEAD_DIM_QK + HEAD_DIM_V); i += threads) {
+        const bool of_k = i < keys * HEAD_DIM_QK;
+        const int dim = of_k ? HEAD_DIM_QK : HEAD_DIM_V, rest = of_k ? i : i - keys * HEAD_DIM_QK;
+        const float* from = partial + (of_k ? 0 : KEY_ROWS * HEAD_DIM_QK) + rest;
+        float* const to = (of_k ? dk : dv) + i64(rest / dim) * KV_HEADS * dim + rest % dim;
+        float sum = *to;
+#pragma unroll 8
+        for (int other = 0; other < count; ++other) sum += from[other * stride];
+        *to = sum;
+    }
+}
+
 using QueryScores = Parts<1, QUERY_ROWS>;
 
 // Gradients of a warp's 16 keys.
@@ -159,6 +178,10 @@ struct KeyGradients {
             if constexpr (K) write_row<HEAD_DIM_QK>(to_k + i64(row) * APART_ROWS * HEAD_DIM_QK, dk[0], h);
             if constexpr (V) write_row<HEAD_DIM_V>(to_v + i64(row) * APART_ROWS * HEAD_DIM_V, dv[0], h);
         }
+    }
+    // Writes them where a part or a work leaves its share of a tile, [KEY_ROWS, Dk] before [KEY_ROWS, Dv]: rows base..base + rows.
+    __device__ __forceinline__ void write_partial(float* partial, int base, int rows) const {
+        write<1>(partial + base * HEAD_DIM_QK, partial + KEY_ROWS * HEAD_DIM_QK + base * HEAD_DIM_V, rows);
     }
     template <int DIM, int N>
     static __device__ __forceinline__ void write_row(float* to, const float (&from)[N][4], int h) {

@@ -70,12 +70,17 @@ __device__ __forceinline__ void store_two(char* to, float first, float second) {
     }
 }
 
+// Whether copies of 16 bytes pass the first cache by ("cg") or stay there too ("ca"), which a program says before its includes.
+#ifndef COPY_CACHE
+#define COPY_CACHE "cg"
+#endif
+
 // Starts to copy BYTES (4, 8, 16) to shared memory; zeros where `there` is false, and nothing is read then. Two bytes are
 // copied at once.
 template <int BYTES>
 __device__ __forceinline__ void copy_async(u32 to, const void* from, bool there) {
     if constexpr (BYTES == 16) {
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(there ? 16 : 0) : "memory");
+        asm volatile("cp.async." COPY_CACHE ".shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(there ? 16 : 0) : "memory");
     } else if constexpr (BYTES == 2) {
         const u16 value = there ? *static_cast<const u16*>(from) : u16(0);
         asm volatile("st.shared.u16 [%0], %1;" ::"r"(to), "h"(value) : "memory");
@@ -87,7 +92,7 @@ __device__ __forceinline__ void copy_async(u32 to, const void* from, bool there)
 
 // Starts to copy 16 bytes to shared memory.
 __device__ __forceinline__ void copy_chunk(u32 to, const void* from) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+    asm volatile("cp.async." COPY_CACHE ".shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
 
 __device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -102,12 +107,6 @@ __device__ __forceinline__ void copy_wait() {
 __device__ __forceinline__ float exp2_approx(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
-__device__ __forceinline__ float log2_approx(float x) {
-    float y;
-    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
 

@@ -2,7 +2,7 @@
 //
 // dq: a warp a query, as in slc_fwd.cu. dk and dv: the lists are inverted on the device first, to the queries of each block of keys,
 // in order: a counting sort of parts of the queries (count, sum over parts, sum over blocks, scatter), O(N n) memory and no
-// atomics but counts. A CTA then takes a block of keys (or a share of one of more than 16 WARPS keys) and up to WORK_QUERIES of
+// atomics but counts. A CTA then takes a block of keys (or a share of one of more than 16 WARPS keys) and up to work_queries of
 // its queries, gathers their rows, and has dk and dv in registers. Blocks with more queries (a forced block has all) are
 // several works, whose gradients are added in order by a kernel at the end.
 // Shared memory, bytes at D = 128 in bf16: dq, a warp: 2 stages x 16 x 512, q and do 16 x 512, the list 64; dk and dv as in
@@ -21,6 +21,8 @@
 // budget: kernel=slc_scatter threads=32 registers=64 spills=0 shared=0
 // budget: kernel=slc_key_gradients threads=128 registers=255 spills=0 shared=66560
 // budget: kernel=slc_add_works threads=256 registers=64 spills=0 shared=0
+// Neighbouring queries, whose warps run side by side, have blocks in common.
+#define COPY_CACHE "ca"
 #include "element.cuh"
 #include "config.cuh"
 #include "params.cuh"
@@ -157,7 +159,7 @@ extern "C" __global__ void __launch_bounds__(1024) slc_sum_blocks(const __grid_c
     int2 before = make_int2(0, 0);
     for (int first = 0; first < all; first += 1024) {
         const int block = first + thread, total = block < all ? p.totals[block] : 0;
-        const int works = block < all ? (total > WORK_QUERIES ? ceil_div(total, WORK_QUERIES) : 1) : 0;
+        const int works = block < all ? (total > p.work_queries ? ceil_div(total, p.work_queries) : 1) : 0;
         int2 sum = make_int2(total, works);
 #pragma unroll
         for (int step = 1; step < 32; step *= 2) {
@@ -216,9 +218,9 @@ struct KeyWork {
         key = first + share * KEY_ROWS;
         const int last = first + SELECT_BLOCK < key + KEY_ROWS ? first + SELECT_BLOCK : key + KEY_ROWS;
         end = last < sequence.keys ? last : sequence.keys;
-        const int total = p.totals[block], from = index * WORK_QUERIES;
+        const int total = p.totals[block], from = index * p.work_queries;
         queries = p.lists + p.starts[block] + from;
-        count = total - from < WORK_QUERIES ? total - from : WORK_QUERIES;
+        count = total - from < p.work_queries ? total - from : p.work_queries;
     }
     // Place of row i of the queries in tensors [N, HEADS].
     __device__ __forceinline__ i64 row(int at) const {
@@ -226,8 +228,8 @@ struct KeyWork {
     }
 };
 
-// Floats of a work's gradients that are summed later, [KEY_ROWS, Dk + Dv] a share.
-constexpr i64 PARTIAL = i64(SHARES) * KEY_ROWS * (HEAD_DIM_QK + HEAD_DIM_V);
+// Floats from one work's gradients that are added later to the next one's.
+constexpr i64 WORK_PARTIAL = i64(SHARES) * PARTIAL;
 
 template <bool K, bool V>
 __device__ __forceinline__ void key_gradients(const SlcBackwardParams& params, const KeyWork& work, int share) {
@@ -267,8 +269,7 @@ __device__ __forceinline__ void key_gradients(const SlcBackwardParams& params, c
     } else {
         // Works after the first of their blocks come in order: this is the place among them.
         const i64 slot = i64(params.work_starts[work.block]) - work.block + work.index - 1;
-        float* const partial = params.partial + slot * PARTIAL + share * KEY_ROWS * (HEAD_DIM_QK + HEAD_DIM_V);
-        gradients.template write<1>(partial + base * HEAD_DIM_QK, partial + KEY_ROWS * HEAD_DIM_QK + base * HEAD_DIM_V, own);
+        gradients.write_partial(params.partial + slot * WORK_PARTIAL + share * PARTIAL, base, own);
     }
 }
 
@@ -286,21 +287,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) slc_key_gradients(const
     }
 }
 
-// Adds what the other works of a block have to its first one's, in order. A CTA a share of a block.
+// Adds what the other works of a block have to its first one's, in order. Grid: blocks, shares of them, CTAs a share.
 extern "C" __global__ void __launch_bounds__(256) slc_add_works(const __grid_constant__ SlcBackwardParams p) {
     const int first = p.work_starts[blockIdx.x], works = p.work_starts[blockIdx.x + 1] - first;
     if (works == 1) return;
     const KeyWork work(p, first, blockIdx.y);
-    const float* const partial = p.partial + i64(first - int(blockIdx.x)) * PARTIAL + blockIdx.y * KEY_ROWS * (HEAD_DIM_QK + HEAD_DIM_V);
+    const float* const partial = p.partial + i64(first - int(blockIdx.x)) * WORK_PARTIAL + blockIdx.y * PARTIAL;
     const i64 at = i64(work.sequence.key + work.key) * KV_HEADS + work.head;
-    for (int i = threadIdx.x; i < (work.end - work.key) * (HEAD_DIM_QK + HEAD_DIM_V); i += 256) {
-        const bool of_k = i < (work.end - work.key) * HEAD_DIM_QK;
-        const int dim = of_k ? HEAD_DIM_QK : HEAD_DIM_V, rest = of_k ? i : i - (work.end - work.key) * HEAD_DIM_QK;
-        const int row = rest / dim, d = rest % dim;
-        const float* from = partial + (of_k ? 0 : KEY_ROWS * HEAD_DIM_QK) + rest;
-        float* const to = (of_k ? p.common.dk : p.common.dv) + (at + i64(row) * KV_HEADS) * dim + d;
-        float sum = *to;
-        for (int other = 1; other < works; ++other, from += PARTIAL) sum += *from;
-        *to = sum;
-    }
+    add_partials(p.common.dk + at * HEAD_DIM_QK, p.common.dv + at * HEAD_DIM_V, partial, WORK_PARTIAL, works - 1,
+                 work.end - work.key, blockIdx.z * 256 + threadIdx.x, gridDim.z * 256);
 }

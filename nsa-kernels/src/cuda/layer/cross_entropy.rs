@@ -103,7 +103,7 @@ impl<'c> Head<'c> {
         let call = self.call.of_type(DType::F32).constants(|constants| constants.with("GRADIENTS", gradients));
         for start in (0..n).step_by(chunk.max(1)) {
             let rows = chunk.min(n - start);
-            let z = Matrix { address: logits.0, dtype: DType::F32, shape: [rows, vocabulary] };
+            let z = Matrix::packed(logits.0, DType::F32, [rows, vocabulary]);
             times_transposed(&self.call, [self.rows(start, rows), self.weight, z], None, false)?;
             let at = 4 * start as u64;
             let params = CrossEntropy {

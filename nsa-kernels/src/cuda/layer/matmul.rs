@@ -48,19 +48,24 @@ pub(super) struct Bias {
 }
 
 /// A matrix in memory of the call, or a converted copy of it.
-enum Operand {
+pub(crate) enum Operand {
     There(Matrix),
     Copy(Matrix, #[expect(dead_code, reason = "holds the memory")] DeviceBuffer<u16>),
 }
 
 impl Operand {
-    fn factor(&self, transposed: bool) -> Factor {
+    /// Where it is.
+    pub(crate) fn matrix(&self) -> Matrix {
         let (Self::There(matrix) | Self::Copy(matrix, _)) = self;
-        Factor { matrix: *matrix, transposed }
+        *matrix
     }
 
-    /// The matrix with elements of type `to`.
-    fn of_type(call: &Call<'_>, matrix: Matrix, to: DType) -> Result<Self> {
+    fn factor(&self, transposed: bool) -> Factor {
+        Factor { matrix: self.matrix(), transposed }
+    }
+
+    /// The matrix, whose rows have no gaps, with elements of type `to`.
+    pub(crate) fn of_type(call: &Call<'_>, matrix: Matrix, to: DType) -> Result<Self> {
         if matrix.dtype == to {
             return Ok(Self::There(matrix));
         }
@@ -75,12 +80,12 @@ impl Operand {
 
 /// A tensor as a matrix.
 pub(super) fn matrix<T: Element>(call: &Call<'_>, arg: &str, tensor: &Tensor<'_, T, 2>) -> Result<Matrix> {
-    Ok(Matrix { address: call.address(arg, tensor)?, dtype: T::DTYPE, shape: tensor.shape() })
+    Ok(Matrix::packed(call.address(arg, tensor)?, T::DTYPE, tensor.shape()))
 }
 
 /// A tensor that is written, as a matrix.
 pub(super) fn matrix_mut<T: Element>(call: &Call<'_>, arg: &str, tensor: &mut TensorMut<'_, T, 2>) -> Result<Matrix> {
-    Ok(Matrix { address: call.address_mut(arg, tensor)?, dtype: T::DTYPE, shape: tensor.shape() })
+    Ok(Matrix::packed(call.address_mut(arg, tensor)?, T::DTYPE, tensor.shape()))
 }
 
 /// y = \[y +\] x·wᵀ + bias: factors of two types are widened to f32.
@@ -108,15 +113,16 @@ pub(super) fn add_outer(call: &Call<'_>, [dy, x, dw]: [Matrix; 3]) -> Result<()>
     product(call, dy.factor(true), Factor { matrix: x, transposed: false }, dw, (None, true))
 }
 
-/// y = \[y +\] a·b + bias. Where the library does not round as asked, it writes sums, which are rounded then.
+/// y = \[y +\] a·b + bias. Where the library does not round as asked, it writes sums, which are rounded then: of bf16 and f16 it
+/// rounds a product before it adds it (seen on an H100).
 fn product(call: &Call<'_>, a: Factor, b: Factor, y: Matrix, (bias, accumulate): (Option<Bias>, bool)) -> Result<()> {
-    if bias.is_none() && (y.dtype == DType::F32 || y.dtype == a.matrix.dtype) {
+    if bias.is_none() && (y.dtype == DType::F32 || (y.dtype == a.matrix.dtype && !accumulate)) {
         return multiply(call, a, b, y, accumulate);
     }
     let [rows, columns] = y.shape;
     let mut sums = call.workspace::<f32>(rows * columns)?;
     let address: Out<f32> = sums.written_by();
-    multiply(call, a, b, Matrix { address: address.0, dtype: DType::F32, shape: y.shape }, false)?;
+    multiply(call, a, b, Matrix::packed(address.0, DType::F32, y.shape), false)?;
     let params = Finish {
         sums: sums.read_by(),
         bias: In(bias.map_or(0, |bias| bias.address), PhantomData),

@@ -5,18 +5,16 @@
 // What the embedding adds to every block is summed apart, in double: its error would not average out over blocks.
 //
 // Grid: compress_forward and compress_tokens, a thread takes VECTOR elements of a block or token and KV head;
-// compress_sums, a thread a column of [KV_HEADS, DIM] and a part of the blocks; compress_weight_sums, a block a part, a token
-// and a head, its warps blocks in turn; the others a thread an element of what they write.
+// compress_weight_sums, a block a part, a token and a head, its warps blocks in turn; the others a thread an element of what
+// they write. Sums over blocks are those of reduce.cu.
 // Shared memory: compress_weight_sums 64 bytes. Bytes: x, dy and what is written once, as far as the cache holds the l / d
 // reads of each row; with weights x l times from the cache. Bound by memory.
 // Order of summation: tokens and blocks ascending; parts ascending, in double.
 // Edges: tokens that no block covers get 0. Blocks never reach into another sequence, so their first rows say all.
 //
-// budget: kernel=compress_constants threads=256 registers=40 spills=0 shared=0
+// budget: kernel=compress_constants threads=256 registers=48 spills=0 shared=0
 // budget: kernel=compress_forward threads=256 registers=64 spills=0 shared=0
 // budget: kernel=compress_tokens threads=256 registers=48 spills=0 shared=0
-// budget: kernel=compress_sums threads=256 registers=40 spills=0 shared=0
-// budget: kernel=compress_totals threads=256 registers=40 spills=0 shared=0
 // budget: kernel=compress_position threads=256 registers=40 spills=0 shared=0
 // budget: kernel=compress_weight_sums threads=256 registers=56 spills=0 shared=64
 // budget: kernel=compress_weight threads=256 registers=40 spills=0 shared=0
@@ -100,26 +98,6 @@ extern "C" __global__ void __launch_bounds__(256) compress_tokens(const __grid_c
         for (int i = 0; i < VECTOR; ++i) sum[i] += a * dy[i];
     }
     store<VECTOR>(p.dx + row * ROW + column, sum);
-}
-
-// partial[part, g, d] = sum over the part's blocks of dy.
-extern "C" __global__ void __launch_bounds__(256) compress_sums(const __grid_constant__ CompressSumsParams p) {
-    const int column = blockIdx.x * blockDim.x + threadIdx.x;
-    if (column >= ROW) return;
-    const i64 first = i64(blockIdx.y) * p.part_rows;
-    const i64 end = first + p.part_rows < p.count ? first + p.part_rows : p.count;
-    double sum = 0.0;
-    for (i64 block = first; block < end; ++block) sum += double(p.d_blocks[block * ROW + column]);
-    p.partial[i64(blockIdx.y) * ROW + column] = sum;
-}
-
-// totals[i] = sum_part partial[part, i].
-extern "C" __global__ void __launch_bounds__(256) compress_totals(const __grid_constant__ CompressTotalsParams p) {
-    const i64 at = i64(blockIdx.x) * blockDim.x + threadIdx.x;
-    if (at >= p.columns) return;
-    double sum = 0.0;
-    for (i64 part = 0; part < p.parts; ++part) sum += p.partial[part * p.columns + at];
-    p.totals[at] = sum;
 }
 
 extern "C" __global__ void __launch_bounds__(256) compress_position(const __grid_constant__ CompressPositionParams p) {

@@ -1,0 +1,492 @@
+//! `cargo xtask bench count`: what the CUDA kernels move and compute, counted on the simulator instead of timed on a device,
+//! and what follows from that for longer sequences and real devices.
+//!
+//! Each counter of each kernel follows a power law of the length, through the lengths that are counted. A device's time for a
+//! kernel is at least that of the resource it uses most: tensor cores, memory, the second cache, shared memory, issue slots.
+
+use super::columns::{self, field, seconds};
+use super::decode::Decoding;
+use super::fit::{self, Point};
+use super::problem::Problem;
+use super::progress::Progress;
+use super::work::{Pairs, Pass, flop};
+use anyhow::{Context, Result, anyhow, ensure};
+use clap::Args;
+use half::bf16;
+use nsa_core::{CompressKind, NsaConfig};
+use nsa_kernels::Backend;
+use nsa_tests::sim;
+use serde::Deserialize;
+use std::collections::BTreeMap;
+use std::io::{BufRead, BufReader};
+use std::path::PathBuf;
+use std::process::Stdio;
+
+/// Options of `cargo xtask bench count`.
+#[derive(Args, Debug)]
+pub struct Options {
+    /// Lengths to count at
+    #[arg(long, value_delimiter = ',', default_values_t = [2048, 4096, 8192], allow_negative_numbers = true)]
+    tokens: Vec<usize>,
+    /// Length to estimate
+    #[arg(long, default_value_t = 65_536, allow_negative_numbers = true)]
+    estimate: usize,
+    /// Query heads
+    #[arg(long, default_value_t = 16, allow_negative_numbers = true)]
+    heads: usize,
+    /// KV heads
+    #[arg(long, default_value_t = 1, allow_negative_numbers = true)]
+    kv_heads: usize,
+    /// Head dimension of queries and keys
+    #[arg(long, default_value_t = 128, allow_negative_numbers = true)]
+    dim_qk: usize,
+    /// Head dimension of values
+    #[arg(long, default_value_t = 128, allow_negative_numbers = true)]
+    dim_v: usize,
+    /// What to count
+    #[arg(long, value_enum, value_delimiter = ',', default_values_t = Pass::ALL)]
+    pass: Vec<Pass>,
+    /// Folder of the table (CSV); without it: out/bench-count
+    #[arg(long)]
+    out: Option<PathBuf>,
+}
+
+/// Begins a line of the counting process that names what the kernels before it were.
+const DONE: &str = "counted ";
+/// Bytes of a sector.
+const SECTOR_BYTES: f64 = 32.0;
+/// Bytes of an element: bf16.
+const ELEMENT_BYTES: f64 = 2.0;
+
+/// Counters of a launch, as the simulator writes them; also their sums over launches.
+#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq)]
+struct Counts {
+    instructions: f64,
+    tensor_flop: f64,
+    global_sectors: f64,
+    unique_bytes: f64,
+    shared_wavefronts: f64,
+    shared_ideal: f64,
+}
+
+impl Counts {
+    fn map2(self, other: Self, of: impl Fn(f64, f64) -> f64) -> Self {
+        Self {
+            instructions: of(self.instructions, other.instructions),
+            tensor_flop: of(self.tensor_flop, other.tensor_flop),
+            global_sectors: of(self.global_sectors, other.global_sectors),
+            unique_bytes: of(self.unique_bytes, other.unique_bytes),
+            shared_wavefronts: of(self.shared_wavefronts, other.shared_wavefronts),
+            shared_ideal: of(self.shared_ideal, other.shared_ideal),
+        }
+    }
+}
+
+#[derive(Deserialize)]
+struct Launch {
+    kernel: String,
+    #[serde(flatten)]
+    counts: Counts,
+}
+
+/// What computes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Who {
+    Nsa,
+    Dense,
+}
+
+impl Who {
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Nsa => "nsa",
+            Self::Dense => "dense",
+        }
+    }
+}
+
+/// Whose pass, as lines of the counting process name it.
+type Job = (Who, Pass);
+
+fn jobs(passes: &[Pass]) -> Vec<Job> {
+    let of = |who: Who| passes.iter().map(move |&pass| (who, pass));
+    // A decoding step of full attention has no kernel of its own.
+    of(Who::Nsa).chain(of(Who::Dense).filter(|&(_, pass)| pass != Pass::Decode)).collect()
+}
+
+/// Counters by kernel and length.
+type Counted = BTreeMap<(usize, String), Vec<(usize, Counts)>>;
+
+/// A device to estimate for. Rates in units a second.
+struct Device {
+    name: &'static str,
+    /// FLOP of bf16 tensor cores, as `mma.sync` reaches them.
+    tensor: f64,
+    /// Bytes of memory, of the second cache.
+    memory: f64,
+    cache: f64,
+    /// Multiprocessors times clock.
+    cycles: f64,
+}
+
+/// From data sheets; caches and `mma.sync` on Hopper from measurements.
+const DEVICES: [Device; 2] = [
+    Device { name: "A100", tensor: 312e12, memory: 2.04e12, cache: 5.4e12, cycles: 108.0 * 1.41e9 },
+    Device { name: "H100", tensor: 620e12, memory: 3.35e12, cache: 8.0e12, cycles: 132.0 * 1.75e9 },
+];
+/// Instructions of warps that a multiprocessor issues in a cycle.
+const ISSUES: f64 = 4.0;
+
+impl Device {
+    /// The least time of a kernel, and what takes it.
+    fn time(&self, counts: &Counts) -> (f64, &'static str) {
+        let uses = [
+            (counts.tensor_flop / self.tensor, "tensor cores"),
+            (counts.unique_bytes / self.memory, "memory"),
+            (counts.global_sectors * SECTOR_BYTES / self.cache, "cache"),
+            (counts.shared_wavefronts / self.cycles, "shared memory"),
+            (counts.instructions / (ISSUES * self.cycles), "issue"),
+        ];
+        uses.into_iter().max_by(|a, b| a.0.total_cmp(&b.0)).expect("there are resources")
+    }
+}
+
+/// Runs the command: in a process on the simulator, whose counters are read.
+///
+/// # Errors
+/// If an option does not fit, or the simulator cannot run.
+pub fn run(options: &Options) -> Result<()> {
+    options.validate()?;
+    let config = options.config()?;
+    if sim::inside() {
+        return work(options, &config);
+    }
+    let counted = count(options)?;
+    let report = Report { options, config: &config, counted };
+    report.write()
+}
+
+impl Options {
+    fn validate(&self) -> Result<()> {
+        for (flag, &tokens) in self.tokens.iter().map(|t| ("--tokens", t)).chain([("--estimate", &self.estimate)]) {
+            ensure!(tokens > 0, "{flag} {tokens}: must be at least 1");
+            ensure!(i32::try_from(tokens).is_ok(), "{flag} {tokens}: must be at most {}", i32::MAX);
+        }
+        let distinct = self.lengths().len();
+        ensure!(distinct > 1, "--tokens: must be at least two lengths for a law");
+        Ok(())
+    }
+
+    fn config(&self) -> Result<NsaConfig> {
+        let builder = NsaConfig::builder(self.heads, self.kv_heads, self.dim_qk, self.dim_v);
+        builder.compress_kind(CompressKind::Mean).build().with_context(|| {
+            let Self { heads, kv_heads, dim_qk, dim_v, .. } = self;
+            format!("--heads {heads} --kv-heads {kv_heads} --dim-qk {dim_qk} --dim-v {dim_v}")
+        })
+    }
+
+    /// Ascending, each once.
+    fn lengths(&self) -> Vec<usize> {
+        let mut lengths = self.tokens.clone();
+        lengths.sort_unstable();
+        lengths.dedup();
+        lengths
+    }
+}
+
+/// The counting process: what there is to count, with a line after each pass.
+fn work(options: &Options, config: &NsaConfig) -> Result<()> {
+    let backend = Backend::cuda(0)?;
+    let done = |(who, pass): Job, tokens: usize| -> Result<()> {
+        backend.synchronize()?;
+        eprintln!("{DONE}{} {} {tokens}", who.name(), pass.name());
+        Ok(())
+    };
+    for tokens in options.lengths() {
+        if options.pass.contains(&Pass::Decode) {
+            let mut decoding = Decoding::<bf16>::with_layers(&backend, config, tokens, 1)?;
+            decoding.nsa_step(0)?;
+            done((Who::Nsa, Pass::Decode), tokens)?;
+        }
+        let mut problem = Problem::<bf16>::new(&backend, config, tokens)?;
+        type Step = fn(&mut Problem<bf16>) -> Result<()>;
+        let steps: [(Job, Step); 4] = [
+            ((Who::Nsa, Pass::Forward), Problem::nsa_forward),
+            ((Who::Nsa, Pass::Backward), Problem::nsa_backward),
+            ((Who::Dense, Pass::Forward), Problem::dense_forward),
+            ((Who::Dense, Pass::Backward), Problem::dense_backward),
+        ];
+        // A backward pass needs the forward pass before it.
+        let wanted =
+            |pass| options.pass.contains(&pass) || (pass == Pass::Forward && options.pass.contains(&Pass::Backward));
+        for (job, step) in steps.into_iter().filter(|((_, pass), _)| wanted(*pass)) {
+            step(&mut problem)?;
+            done(job, tokens)?;
+        }
+    }
+    Ok(())
+}
+
+/// Runs the counting process and sorts its counters.
+fn count(options: &Options) -> Result<Counted> {
+    let mut command = sim::this_program().map_err(|message| anyhow!(message))?;
+    command.args(std::env::args_os().skip(1)).stderr(Stdio::piped());
+    command.env("CUDA_SIM_COUNT", "json").env("CUDA_SIM_CHECK", "0").env("CUDA_SIM_DEVICE", "a100");
+    let mut child = command.spawn().context("cannot start the simulator")?;
+    let lines = BufReader::new(child.stderr.take().expect("it is piped")).lines();
+    let jobs = jobs(&options.pass);
+    let (mut counted, mut launches, mut said) = (Counted::new(), BTreeMap::new(), Vec::new());
+    let progress = Progress::new();
+    for line in lines {
+        let line = line?;
+        if let Ok(Launch { kernel, counts }) = serde_json::from_str(&line) {
+            let sum: &mut Counts = launches.entry(kernel).or_default();
+            *sum = sum.map2(counts, |a, b| a + b);
+        } else if let Some(name) = line.strip_prefix(DONE) {
+            progress.line(&line);
+            let (name, tokens) = name.rsplit_once(' ').context("a length")?;
+            let tokens: usize = tokens.parse()?;
+            let named = |&(who, pass): &Job| format!("{} {}", who.name(), pass.name()) == name;
+            let all = std::mem::take(&mut launches);
+            let Some(job) = jobs.iter().position(named) else { continue };
+            for (kernel, counts) in all {
+                counted.entry((job, kernel)).or_default().push((tokens, counts));
+            }
+        } else {
+            said.push(line);
+        }
+    }
+    progress.finish();
+    ensure!(child.wait()?.success(), "counting on the simulator failed:\n{}", said.join("\n"));
+    Ok(counted)
+}
+
+struct Report<'a> {
+    options: &'a Options,
+    config: &'a NsaConfig,
+    counted: Counted,
+}
+
+impl Report<'_> {
+    /// Sums over the kernels of a job, by `of` a kernel's counters.
+    fn sum(&self, job: usize, of: impl Fn(&[(usize, Counts)]) -> Counts) -> Counts {
+        let kernels = self.counted.iter().filter(|((of_job, _), _)| *of_job == job);
+        kernels.fold(Counts::default(), |sum, (_, counts)| sum.map2(of(counts), |a, b| a + b))
+    }
+
+    /// FLOP that a pass needs, and bytes of its tensors, each once.
+    fn least(&self, (who, pass): Job, tokens: usize) -> (f64, f64) {
+        let pairs = Pairs::of(self.config, pass, tokens);
+        let useful = flop(self.config, pass, if who == Who::Nsa { pairs.nsa } else { pairs.dense });
+        (useful, bytes(self.config, (who, pass), tokens))
+    }
+
+    fn write(&self) -> Result<()> {
+        let (jobs, longest) = (jobs(&self.options.pass), *self.options.lengths().last().expect("two at least"));
+        let header = ["pass", "kernel", "tensor GFLOP", "MB touched", "MB asked", "Minstructions", "passes over ideal"];
+        let mut kernels = columns::table(&header, 2);
+        for ((job, kernel), counts) in &self.counted {
+            let Some((_, c)) = counts.iter().find(|(tokens, _)| *tokens == longest) else { continue };
+            let (who, pass) = jobs[*job];
+            let passes =
+                if c.shared_ideal > 0.0 { format!("{:.2}", c.shared_wavefronts / c.shared_ideal) } else { "-".into() };
+            kernels.add_row([
+                format!("{} {}", who.name(), pass.name()),
+                kernel.clone(),
+                format!("{:.2}", c.tensor_flop / 1e9),
+                format!("{:.2}", c.unique_bytes / 1e6),
+                format!("{:.2}", c.global_sectors * SECTOR_BYTES / 1e6),
+                format!("{:.2}", c.instructions / 1e6),
+                passes,
+            ]);
+        }
+        println!(
+            "bf16, {} tokens; touched: each sector once a launch; asked: by every load and store\n{kernels}",
+            longest
+        );
+        println!("{}", self.efficiency(&jobs));
+        println!("{}", self.estimates(&jobs));
+        let out = match &self.options.out {
+            Some(folder) => folder.clone(),
+            None => crate::files::out("bench-count")?,
+        };
+        columns::write(&out, "count.csv", &self.csv(&jobs)?)
+    }
+
+    /// What is computed and moved over what must be.
+    fn efficiency(&self, jobs: &[Job]) -> comfy_table::Table {
+        let header = ["pass", "tokens", "FLOP over useful", "bytes touched over least", "passes over ideal"];
+        let mut table = columns::table(&header, 1);
+        for (at, &job) in jobs.iter().enumerate() {
+            for tokens in self.options.lengths() {
+                let of = |counts: &[(usize, Counts)]| {
+                    counts.iter().find(|(t, _)| *t == tokens).map_or_else(Counts::default, |(_, counts)| *counts)
+                };
+                let (sum, (flop, bytes)) = (self.sum(at, of), self.least(job, tokens));
+                table.add_row([
+                    format!("{} {}", job.0.name(), job.1.name()),
+                    tokens.to_string(),
+                    format!("{:.2}", sum.tensor_flop / flop),
+                    format!("{:.2}", sum.unique_bytes / bytes),
+                    format!("{:.2}", sum.shared_wavefronts / sum.shared_ideal.max(1.0)),
+                ]);
+            }
+        }
+        table
+    }
+
+    /// The least times of devices at the length to estimate.
+    fn estimates(&self, jobs: &[Job]) -> comfy_table::Table {
+        let mut names = vec!["pass".to_owned(), "GFLOP".to_owned(), "MB asked".to_owned()];
+        for device in &DEVICES {
+            names.extend([format!("{} at least", device.name), "most by".to_owned(), "dense / nsa".to_owned()]);
+        }
+        let header: Vec<&str> = names.iter().map(String::as_str).collect();
+        let mut table = columns::table(&header, 1);
+        let times = |device: &Device, job: usize| -> BTreeMap<&'static str, f64> {
+            let mut by = BTreeMap::new();
+            for (_, counts) in self.counted.iter().filter(|((of, _), _)| *of == job) {
+                let (seconds, resource) = device.time(&extrapolate(counts, self.options.estimate));
+                *by.entry(resource).or_insert(0.0) += seconds;
+            }
+            by
+        };
+        for (at, &(who, pass)) in jobs.iter().enumerate() {
+            let sum = self.sum(at, |counts| extrapolate(counts, self.options.estimate));
+            let mut cells = vec![
+                format!("{} {} at {}", who.name(), pass.name(), self.options.estimate),
+                format!("{:.1}", sum.tensor_flop / 1e9),
+                format!("{:.1}", sum.global_sectors * SECTOR_BYTES / 1e6),
+            ];
+            for device in &DEVICES {
+                let by = times(device, at);
+                let total: f64 = by.values().sum();
+                let most = by.iter().max_by(|a, b| a.1.total_cmp(b.1)).map_or("-", |(resource, _)| resource);
+                let dense = jobs.iter().position(|&other| who == Who::Nsa && other == (Who::Dense, pass));
+                let ratio = dense.map(|dense| times(device, dense).values().sum::<f64>() / total);
+                cells.extend([seconds(total), most.to_owned(), ratio.map_or("-".to_owned(), |r| format!("{r:.1}"))]);
+            }
+            table.add_row(cells);
+        }
+        table
+    }
+
+    fn csv(&self, jobs: &[Job]) -> Result<String> {
+        let header = [
+            "who",
+            "pass",
+            "kernel",
+            "tokens",
+            "tensor_flop",
+            "bytes_touched",
+            "bytes_asked",
+            "instructions",
+            "shared_wavefronts",
+            "shared_ideal",
+        ];
+        let mut rows = Vec::new();
+        for ((job, kernel), counts) in &self.counted {
+            let (who, pass) = jobs[*job];
+            for (tokens, c) in counts {
+                let numbers = [
+                    c.tensor_flop,
+                    c.unique_bytes,
+                    c.global_sectors * SECTOR_BYTES,
+                    c.instructions,
+                    c.shared_wavefronts,
+                    c.shared_ideal,
+                ];
+                let names = [who.name(), pass.name(), kernel.as_str(), &tokens.to_string()].map(str::to_owned);
+                rows.push([&names[..], &numbers.map(|n| field(Some(n)))].concat());
+            }
+        }
+        columns::csv(&header, rows.into_iter())
+    }
+}
+
+/// Counters at another length, by the law through those counted.
+fn extrapolate(counts: &[(usize, Counts)], tokens: usize) -> Counts {
+    let of = |get: fn(&Counts) -> f64| {
+        let points: Vec<Point> =
+            counts.iter().map(|(t, c)| (*t as f64, get(c))).filter(|&(_, count)| count > 0.0).collect();
+        let Some(&(longest, count)) = points.last() else { return 0.0 };
+        // A counter of the last two lengths: shorter ones have more of what does not grow.
+        let recent = &points[points.len().saturating_sub(2)..];
+        count * (tokens as f64 / longest).powf(fit::exponent(recent).unwrap_or(1.0))
+    };
+    Counts {
+        instructions: of(|c| c.instructions),
+        tensor_flop: of(|c| c.tensor_flop),
+        global_sectors: of(|c| c.global_sectors),
+        unique_bytes: of(|c| c.unique_bytes),
+        shared_wavefronts: of(|c| c.shared_wavefronts),
+        shared_ideal: of(|c| c.shared_ideal),
+    }
+}
+
+/// Bytes that a pass must read and write: each tensor once, what one kernel leaves for the next included.
+fn bytes(config: &NsaConfig, (who, pass): Job, tokens: usize) -> f64 {
+    let (heads, groups, n) = (config.num_heads() as f64, config.num_kv_heads() as f64, tokens as f64);
+    let (k, v) = (config.head_dim_qk() as f64, config.head_dim_v() as f64);
+    let blocks = nsa_core::index::num_blocks(config, tokens) as f64;
+    let rows = groups * (k + v);
+    let branches = if who == Who::Nsa { 3.0 } else { 1.0 };
+    let all_rows = if who == Who::Nsa { 2.0 * n + blocks } else { n };
+    match pass {
+        Pass::Decode => super::work::row_bytes(config, Pairs::of(config, pass, tokens).nsa, ELEMENT_BYTES as usize),
+        Pass::Forward => {
+            let branch = ELEMENT_BYTES * n * heads * (k + v) + 4.0 * n * heads;
+            let pooled = if who == Who::Nsa { ELEMENT_BYTES * rows * (n + blocks) } else { 0.0 };
+            // The gate reads the branches and writes their sum.
+            let gate = if who == Who::Nsa { ELEMENT_BYTES * n * heads * (4.0 * v + 3.0) } else { 0.0 };
+            let lists = if who == Who::Nsa { 8.0 * n * groups * config.select_count() as f64 } else { 0.0 };
+            branches * branch + ELEMENT_BYTES * rows * all_rows + pooled + gate + lists
+        }
+        Pass::Backward => {
+            // Facts read o and do; dq kernels read q, do and facts, and add to dq; kernels of keys read q, do and facts again.
+            let facts = n * heads * (2.0 * ELEMENT_BYTES * v + 20.0);
+            let of_queries = n * heads * (ELEMENT_BYTES * (k + v) + 16.0 + 8.0 * k);
+            let of_keys = n * heads * (ELEMENT_BYTES * (k + v) + 16.0);
+            let branch = facts + of_queries + of_keys;
+            // Keys and values are read by both, and their gradients written.
+            let keys = rows * all_rows * (2.0 * ELEMENT_BYTES + 4.0);
+            let gate =
+                if who == Who::Nsa { ELEMENT_BYTES * n * heads * (4.0 * v + 3.0) + 12.0 * n * heads } else { 0.0 };
+            let pooled = if who == Who::Nsa { rows * (4.0 * blocks + 8.0 * n) } else { 0.0 };
+            branches * branch + keys + gate + pooled
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn counts(flop: f64, sectors: f64) -> Counts {
+        Counts { tensor_flop: flop, global_sectors: sectors, ..Counts::default() }
+    }
+
+    #[test]
+    fn laws_go_on_from_the_last_two_lengths() {
+        let counted = [(1024, counts(3.0, 7.0)), (2048, counts(8.0, 8.0)), (4096, counts(32.0, 16.0))];
+        let far = extrapolate(&counted, 16_384);
+        assert!((far.tensor_flop - 512.0).abs() < 1e-9 && (far.global_sectors - 64.0).abs() < 1e-9, "{far:?}");
+        assert_eq!(far.instructions, 0.0);
+    }
+
+    #[test]
+    fn the_resource_that_is_used_most_takes_the_time() {
+        let [a100, _] = &DEVICES;
+        assert_eq!(a100.time(&counts(312e9, 1.0)), (1e-3, "tensor cores"));
+        let (time, resource) = a100.time(&counts(1.0, 5.4e9 / SECTOR_BYTES));
+        assert!((time - 1e-3).abs() < 1e-12 && resource == "cache");
+    }
+
+    #[test]
+    fn a_launch_is_read_from_the_simulators_line() {
+        let line = "{\"kernel\": \"win_forward\", \"instructions\": 9, \"lanes\": 1, \"tensor_flop\": 8, \"global_sectors\": 7, \
+                    \"unique_bytes\": 6, \"shared_wavefronts\": 5, \"shared_ideal\": 4}";
+        let launch: Launch = serde_json::from_str(line).expect("a launch");
+        assert_eq!((launch.kernel.as_str(), launch.counts.tensor_flop), ("win_forward", 8.0));
+    }
+}
