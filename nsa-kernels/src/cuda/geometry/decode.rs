@@ -5,14 +5,15 @@ use nsa_core::{NsaConfig, index};
 
 /// Keys of a team's step.
 const KEYS: usize = 16;
-/// Steps of a team in shared memory, at least.
+/// Steps of a team in shared memory, at most, where blocks share a multiprocessor.
 const STAGES: usize = 2;
-/// Warps of a block, at most.
-const WARPS: usize = 4;
+/// Warps of a team and of a block, at most.
+const PARTS: usize = 4;
+const WARPS: usize = 8;
 /// Rows of a chunk, at least and at most.
 const CHUNKS: [usize; 2] = [64, 256];
 /// Bytes of shared memory that kernels have besides: statistics of teams, addresses of rows.
-const STATIC_BYTES: usize = 5 << 10;
+const STATIC_BYTES: usize = 6 << 10;
 /// The most bytes of shared memory that a block asks for.
 const MOST_BYTES: usize = SHARED_BYTES - STATIC_BYTES;
 
@@ -45,16 +46,22 @@ impl DecodeTiles {
     /// besides its chunk's rows is at most a tenth of them, if scores of so long a chunk fit in shared memory; for that fewer
     /// teams are taken.
     pub(crate) fn new(config: &NsaConfig, size: usize) -> Self {
-        let most = config.group_size().div_ceil(16).min(WARPS);
+        let most = config.group_size().div_ceil(16).min(PARTS);
         let of = |parts: usize| {
-            let mut all = (1..=WARPS / parts).rev().map(|teams| Self::of(config, size, parts, teams));
-            let wanted = |tiles: &Self| tiles.chunk == tiles.wanted(config, size) && tiles.fits();
-            all.clone().find(wanted).or_else(|| all.find(Self::fits))
+            let teams = (1..=WARPS / parts).rev();
+            let all = teams.flat_map(|teams| (1..=STAGES).rev().map(move |stages| (teams, stages)));
+            let mut all = all.map(|(teams, stages)| Self::of(config, size, parts, teams, stages));
+            let busy = |tiles: &Self| {
+                let rounds = tiles.rounds();
+                tiles.fits() && tiles.stages <= rounds && tiles.steps().div_ceil(rounds) == tiles.teams
+            };
+            let wanted = |tiles: &Self| tiles.chunk == tiles.wanted(config, size) && busy(tiles);
+            all.clone().find(wanted).or_else(|| all.find(busy))
         };
-        (1..=most).rev().find_map(of).unwrap_or_else(|| Self::of(config, size, 1, 1))
+        (1..=most).rev().find_map(of).unwrap_or_else(|| Self::of(config, size, 1, 1, 1))
     }
 
-    fn of(config: &NsaConfig, size: usize, parts: usize, teams: usize) -> Self {
+    fn of(config: &NsaConfig, size: usize, parts: usize, teams: usize, stages: usize) -> Self {
         let (dim_k, dim_v) = (config.head_dim_qk(), config.head_dim_v());
         let (k, v) = (pitch(dim_k, size), pitch(dim_v, size));
         let rows = 16 * parts;
@@ -62,8 +69,8 @@ impl DecodeTiles {
             parts,
             teams,
             chunk: CHUNKS[0],
-            stages: STAGES,
-            held: size == 2 && k <= 256,
+            stages,
+            held: size == 2 && k + v <= 256,
             query_bytes: rows * k,
             stage_bytes: KEYS * (k + v),
             joined_bytes: teams * rows * (dim_v.next_multiple_of(16) + 8) * 4,
@@ -76,10 +83,19 @@ impl DecodeTiles {
     /// With as much of a chunk under way at once as `shared_bytes` hold, the most of a block of the device: for blocks that have
     /// a multiprocessor each. Results are the same.
     pub(crate) fn alone(self, shared_bytes: usize) -> Self {
-        let steps = self.chunk.div_ceil(KEYS * self.teams);
-        let deeper = (self.stages..=steps).rev().map(|stages| Self { stages, ..self });
+        let deeper = (self.stages..=self.rounds()).rev().map(|stages| Self { stages, ..self });
         let fits = |tiles: &Self| tiles.scan_bytes() + STATIC_BYTES <= shared_bytes;
         deeper.into_iter().find(fits).unwrap_or(self)
+    }
+
+    /// Steps of a chunk.
+    fn steps(&self) -> usize {
+        self.chunk / KEYS
+    }
+
+    /// Steps of a team, at most.
+    fn rounds(&self) -> usize {
+        self.steps().div_ceil(self.teams)
     }
 
     /// Rows of which queries and outputs are a tenth.
@@ -195,12 +211,15 @@ mod tests {
 
     #[test]
     fn chunks_are_as_long_as_their_own_reads_ask_for() {
-        let shape = |t: DecodeTiles| (t.parts, t.teams, t.chunk);
-        assert_eq!(shape(tiles(64, 4, 128, 128, 2)), (1, 4, 256));
-        assert_eq!(shape(tiles(64, 16, 128, 128, 2)), (1, 4, 64));
-        assert_eq!(shape(tiles(64, 4, 192, 128, 2)), (1, 3, 256));
-        assert_eq!(shape(tiles(64, 1, 128, 128, 2)), (4, 1, 128));
-        assert_eq!(shape(tiles(4, 4, 256, 256, 4)), (1, 1, 64));
+        let shape = |t: DecodeTiles| (t.parts, t.teams, t.chunk, t.stages);
+        let shapes = [
+            tiles(64, 4, 128, 128, 2),
+            tiles(64, 16, 128, 128, 2),
+            tiles(64, 4, 192, 128, 2),
+            tiles(64, 1, 128, 128, 2),
+            tiles(4, 4, 256, 256, 4),
+        ];
+        assert_eq!(shapes.map(shape), [(1, 8, 256, 1), (1, 4, 64, 1), (1, 6, 256, 1), (4, 1, 128, 2), (1, 2, 64, 1)]);
     }
 
     #[test]
@@ -220,9 +239,8 @@ mod tests {
     fn a_block_alone_has_a_chunk_under_way_where_the_device_allows() {
         let stages = |tiles: DecodeTiles, kilobytes: usize| tiles.alone(kilobytes << 10).stages;
         let common = tiles(64, 4, 128, 128, 2);
-        assert_eq!([99, 163, 227].map(|kilobytes| stages(common, kilobytes)), [2, 4, 4]);
-        assert_eq!([99, 163, 227].map(|kilobytes| stages(tiles(64, 4, 192, 128, 2), kilobytes)), [2, 4, 6]);
-        assert_eq!(stages(tiles(64, 16, 128, 128, 2), 227), 2);
+        assert_eq!([99, 163, 227].map(|kilobytes| stages(common, kilobytes)), [1, 2, 2]);
+        assert_eq!([99, 163, 227].map(|kilobytes| stages(tiles(64, 4, 192, 128, 2), kilobytes)), [1, 2, 3]);
     }
 
     #[test]

@@ -53,7 +53,7 @@ __device__ __forceinline__ void fold(const DecodeParams& p, const Place& place, 
         }
     }
     __syncthreads();
-#pragma unroll 4
+#pragma unroll 2
     for (int i = threadIdx.x; i < place.heads * COLUMNS; i += THREADS) {
         const int row = i / COLUMNS, column = i % COLUMNS;
         const int begin = (first_column(place.split) + column) * CHUNKS - (SPAN - 1) - first;
@@ -204,8 +204,10 @@ __device__ __forceinline__ void merge_scanned(const DecodeParams& p, const Place
         const Heads<1> heads{head, 0};
         each_column([&](int column, bool there) {
             float sum[1][OUTPUT_VECTOR] = {};
-            heads.add_branch(p, group, 0, 0, cmp, column, there, sum);
-            heads.add_branch(p, group, 2, p.cmp_splits, win, column, there, sum);
+#pragma unroll 1
+            for (int branch = 0; branch <= 2; branch += 2) {
+                heads.add_branch(p, group, branch, branch == 0 ? 0 : p.cmp_splits, branch == 0 ? cmp : win, column, there, sum);
+            }
             if (there) put(shares.o(p, 0, head) + column, sum[0]);
         });
     }

@@ -24,8 +24,8 @@ constexpr int STAGES_BYTES = TEAMS * STAGES * STAGE_BYTES;
 constexpr int BODY_BYTES = STAGES_BYTES > JOIN_BYTES ? STAGES_BYTES : JOIN_BYTES;
 // Elements of a share that a thread moves at once.
 constexpr int SHARE_VECTOR = HEAD_DIM_V % 4 == 0 ? 4 : 1;
-// What registers must allow for; wide outputs take as many as there are.
-constexpr int LEAST_BLOCKS = Values::PADDED <= 128 ? 384 / THREADS : 1;
+// Registers are for two blocks of a multiprocessor, or three smaller ones; wide outputs take as many as there are.
+constexpr int LEAST_BLOCKS = !TENSOR_CORES || Values::PADDED > 128 ? 1 : THREADS > 192 ? 2 : 384 / THREADS;
 static_assert(CHUNK % KEYS == 0, "steps do not cross chunks");
 
 extern __shared__ __align__(128) char shared[];
@@ -187,7 +187,8 @@ __device__ __forceinline__ void attend(const DecodeParams& p, const Place& place
     });
     copy_commit();
     int x = first + team * KEYS;
-#pragma unroll
+    // Few instructions: a block runs most of them once, so that fetching them counts.
+#pragma unroll 1
     for (int stage = 0; stage < STAGES; ++stage) load(x + stage * STEP, stage);
     meanwhile();
     copy_wait<STAGES>();
@@ -214,8 +215,12 @@ __device__ __forceinline__ void attend(const DecodeParams& p, const Place& place
         float factor[1][2];
         flash.exponentials(s, p.scale_log2, factor);
         flash.multiply_values(s, at + KEYS * Keys::PITCH);
-        team_sync();
-        load(x + STAGES * STEP, stage);
+        if constexpr (STAGES * STEP < CHUNK) {
+            team_sync();
+            load(x + STAGES * STEP, stage);
+        } else {
+            copy_commit();
+        }
         stage = (stage + 1) % STAGES;
     }
     copy_wait<0>();

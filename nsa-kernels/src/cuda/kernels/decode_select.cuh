@@ -17,7 +17,7 @@ constexpr int WARPS = THREADS / 32;
 // Lanes that join the statistics of a query head.
 constexpr int JOINERS = 8;
 // Candidates whose scores a thread has in registers, and a block of threads.
-constexpr int TURNS = 8;
+constexpr int TURNS = 32 / WARPS;
 constexpr int TURN = TURNS * THREADS;
 static_assert(PASSES * DIGITS * 4 <= BODY_BYTES, "histograms lie in shared memory");
 static_assert(TURNS * WARPS <= 32, "a lane for each warp's turn");
@@ -85,17 +85,14 @@ struct Contest {
     }
 
     __device__ __forceinline__ void score_all(u32 (&scores)[TURNS]) const {
-        for (int from = first; from < end; from += TURN) {
+#pragma unroll 1
+        for (int block = first + threadIdx.x, t = 0; block < end; block += THREADS, ++t) {
+            const float sum = importance(block);
+            // NaN has no order.
+            const u32 score = sum > 0.0f ? __float_as_uint(sum) << 1 : 0;
+            if (!held()) kept(block) = score;
 #pragma unroll
-            for (int t = 0; t < TURNS; ++t) {
-                const int block = from + t * THREADS + threadIdx.x;
-                if (block < end) {
-                    const float sum = importance(block);
-                    // NaN has no order.
-                    scores[t] = sum > 0.0f ? __float_as_uint(sum) << 1 : 0;
-                    if (!held()) kept(block) = scores[t];
-                }
-            }
+            for (int own = 0; own < TURNS; ++own) scores[own] = own == t ? score : scores[own];
         }
     }
 
