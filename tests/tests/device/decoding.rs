@@ -91,6 +91,11 @@ fn sparse_weighted() {
 }
 
 #[test]
+fn sparse_mlp() {
+    on_simulator("decoding::sparse_mlp", || generates_as_the_cpu(Nsa, CompressKind::Mlp, false, |_| {}));
+}
+
+#[test]
 fn sparse_in_bf16() {
     on_simulator("decoding::sparse_in_bf16", || generates_as_the_cpu(Nsa, CompressKind::Mean, false, to_bf16));
 }

@@ -23,8 +23,8 @@ pub fn config(attention: AttentionKind, kind: CompressKind, qk_norm: bool) -> Mo
         select_local: 1,
         window: 16,
         compress_kind: kind,
-        compress_hidden: None,
-        compress_bias: false,
+        compress_hidden: (kind == CompressKind::Mlp).then_some(12),
+        compress_bias: kind == CompressKind::Mlp,
         compress_position: true,
     };
     let fields = ModelFields {

@@ -93,6 +93,16 @@ fn bf16_sparse() {
 }
 
 #[test]
+fn f32_mlp() {
+    on_simulator("training::f32_mlp", || follows_the_cpu::<f32>(Nsa, CompressKind::Mlp, false));
+}
+
+#[test]
+fn bf16_linear() {
+    on_simulator("training::bf16_linear", || follows_the_cpu::<bf16>(Nsa, CompressKind::Linear, true));
+}
+
+#[test]
 fn f64_is_refused() {
     on_simulator("training::f64_is_refused", || {
         let config = kit::config(Nsa, CompressKind::Mean, false);
@@ -108,10 +118,10 @@ fn numbers(folder: &std::path::Path) -> Vec<Vec<f32>> {
 }
 
 /// A run that begins on one backend goes on on either, from the same numbers.
-fn resumes(first: &Backend, second: &Backend, precision: Precision) {
+fn resumes(first: &Backend, second: &Backend, kind: CompressKind, precision: Precision) {
     let folder = tempfile::tempdir().expect("a folder");
     let options = TrainOptions { precision, ..kit::options() };
-    let config = kit::config(Nsa, CompressKind::Weighted, true);
+    let config = kit::config(Nsa, kind, true);
     let mut straight = kit::trainer(first, folder.path(), config, options);
     straight.step().expect("a step");
     let saved = straight.save(&folder.path().join("run")).expect("a checkpoint");
@@ -143,7 +153,7 @@ fn resumes(first: &Backend, second: &Backend, precision: Precision) {
 #[test]
 fn runs_go_on_on_the_other_backend() {
     on_simulator("training::runs_go_on_on_the_other_backend", || {
-        resumes(&kit::cuda(), &kit::cpu(), Precision::F32);
-        resumes(&kit::cpu(), &kit::cuda(), Precision::Bf16);
+        resumes(&kit::cuda(), &kit::cpu(), CompressKind::Weighted, Precision::F32);
+        resumes(&kit::cpu(), &kit::cuda(), CompressKind::Mlp, Precision::Bf16);
     });
 }
