@@ -39,7 +39,11 @@
 
 mod attention;
 mod compress;
+mod custom;
+#[cfg(feature = "candle-cuda")]
+mod device;
 mod pack;
+mod place;
 
 pub use attention::{Attention, nsa_attention};
 pub use compress::{Phi, compress};
