@@ -7,26 +7,26 @@ use cudarc::nvrtc;
 /// What the functions below ask where the bindings have no such function: there they are linked to the libraries, because
 /// another crate of the program (candle-core with its feature `cuda`) asks for that, and without one no program starts.
 /// Where they have one, its import stands nearer and is called.
-#[allow(dead_code, reason = "whether it is needed depends on the features of cudarc that other crates ask for")]
+#[cfg_attr(not(feature = "candle-cuda"), expect(dead_code, reason = "the bindings have theirs"))]
 unsafe fn is_culib_present() -> bool {
     true
 }
 
-#[allow(unused_imports, reason = "as above")]
+#[cfg_attr(feature = "candle-cuda", expect(unused_imports, reason = "the bindings have none"))]
 fn driver_is_present() -> bool {
     use cudarc::driver::sys::*;
     // SAFETY: loads a library of the system, or the simulator's, and runs nothing but its initialisation.
     unsafe { is_culib_present() }
 }
 
-#[allow(unused_imports, reason = "as above")]
+#[cfg_attr(feature = "candle-cuda", expect(unused_imports, reason = "the bindings have none"))]
 fn cublas_is_present() -> bool {
     use cudarc::cublas::sys::*;
     // SAFETY: loads a library of the system, or the simulator's, and runs nothing but its initialisation.
     unsafe { is_culib_present() }
 }
 
-#[allow(unused_imports, reason = "as above")]
+#[cfg_attr(feature = "candle-cuda", expect(unused_imports, reason = "the bindings have none"))]
 fn nvrtc_is_present() -> bool {
     use cudarc::nvrtc::sys::*;
     // SAFETY: loads a library of the system and runs nothing but its initialisation.
