@@ -26,10 +26,10 @@
 // and the sequence's own context alone. Which block comes last changes no sum.
 // Edges: a context without a compressed block has one chunk without rows, m = -inf, l = 0, whose share counts nothing; a
 // sequence of context 0 is none. Rows beyond the context are never read.
-// Measured on the simulator, bf16, D = 128, one KV head, of the rows' bytes (touched: each sector once a launch; read: sectors
-// of all loads; passes: over the banks of shared memory, of those without conflicts):
-//   R = 16: 2k tokens touched 1.12, read 1.13; 8k 1.12, 1.13; 16k 1.13, 1.14; 64k 1.15, 1.16; passes 1.02
-//   R = 4:  2k 1.09, 1.12; 8k 1.10, 1.13; 16k 1.11, 1.13; 64k 1.13, 1.14; passes 1.01
+// Measured on the simulator, bf16, D = 128, one KV head, of the rows' bytes (touched: each sector once a launch; moved: sectors
+// of all loads and stores; passes: over the banks of shared memory, of those without conflicts):
+//   R = 16: 2k tokens touched 1.12, moved 1.23; 8k 1.12, 1.22; 16k 1.13, 1.23; 64k 1.14, 1.25; passes 1.01
+//   R = 4:  2k 1.09, 1.19; 8k 1.10, 1.20; 16k 1.11, 1.20; 64k 1.12, 1.21; passes 1.01
 // Tried: chunks of 128 rows for R = 16, touched 1.21 at 8k, and of 64, 1.40. Sums of p begun at the first of a selection
 // block's compressed blocks in all lanes: 1.08 passes at 16k. A launch for the list alone: the last chunk makes it without.
 //
@@ -168,7 +168,8 @@ struct Heads {
                 for (int x = 0; x < SHARES; ++x) {
 #pragma unroll
                     for (int j = 0; j < HEADS; ++j) {
-                        if (has_column && i + x < count) load<OUTPUT_VECTOR>(shares.o(p, split + i + x, head(j)) + column, share[x][j]);
+                        if (!has_column || i + x >= count) continue;
+                        load<OUTPUT_VECTOR>(shares.o(p, split + i + x, head(j)) + column, share[x][j]);
                     }
                 }
 #pragma unroll
