@@ -242,7 +242,7 @@ fn mask(rows: usize, columns: usize, sees: impl Fn(usize, usize) -> bool) -> Res
 fn run(model: &Model, o: Tensor) -> Result<Vec<(&'static str, Vec<f64>)>> {
     let weights: Vec<f64> = (0..o.elem_count()).map(|i| ((i * 37 + 11) % 101) as f64 / 50.0 - 1.0).collect();
     let weights = Tensor::from_vec(weights, o.shape(), &Device::Cpu)?.to_dtype(o.dtype())?.to_device(o.device())?;
-    let gradients = (&o * weights)?.sum_all()?.backward()?;
+    let gradients = (&o * weights)?.backward()?;
     let wide = |tensor: &Tensor| tensor.to_device(&Device::Cpu)?.to_dtype(DType::F64)?.flatten_all()?.to_vec1();
     let mut results = vec![("o", wide(&o)?)];
     for (name, var) in &model.inputs {
