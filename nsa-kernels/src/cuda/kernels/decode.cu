@@ -3,30 +3,38 @@
 // decode_scan: chunks of CHUNK compressed blocks, and chunks of the window, which waits for no selection. A chunk leaves a share:
 //   for each query head m, l = sum of 2^(s - m) and o = sum of 2^(s - m) v. Of compressed blocks it also leaves p summed to
 //   selection blocks, of each head, relative to m. The last of a sequence's and KV head's chunks makes the list of blocks.
-// decode_attend: chunks of CHUNK tokens of the selected blocks, shares likewise; the last one joins the shares of all
-//   branches, o_c = sum_i 2^(m_i - m) o_i / sum_i 2^(m_i - m) l_i, rounds them to Element, and adds them up with their gates.
+// decode_attend: chunks of CHUNK tokens of the selected blocks, shares likewise. A branch's shares are joined,
+//   o_c = sum_i w_i o_i with w_i = 2^(m_i - m) / sum_i 2^(m_i - m) l_i, rounded to Element, and added up with their gates: those
+//   of compressed blocks and the window by all chunks, each some heads, while their own rows are on their way; those of selected
+//   blocks by the last chunk.
 //
 // Grid: KV heads x parts of the group x chunks x sequences along x, the KV heads of one chunk beside each other: their rows lie
 // side by side in memory. As many chunks as the longest context that the workspace holds; blocks beyond a sequence's own end
 // at once, so that one graph serves all contexts. Shared memory and teams: decode.cuh; scan also keeps the chunk's
-// scores, ROWS x (CHUNK + 8) x 4, attend the list of blocks.
+// scores, ROWS x (CHUNK + 8) x 4. Two blocks fit on a multiprocessor; where each has one of its own, all rows of a chunk are
+// under way at once.
+// Latency: a step of one sequence is a chain of waits. Addresses of rows are looked up at once, beside the context's length; then
+// rows; then shares, and one counter; then, by the last block alone, statistics, and what they weigh, loads of many heads or
+// shares at once. Loops are unrolled where loads are to be under way together, and nowhere else: most instructions run
+// once, and fetching them counts.
 // Bytes, a sequence and KV head: (M + n l' + w) rows of k and v must be read, size (Dk + Dv) each. A chunk also reads q,
 // R Dk size, and writes o, 4 R Dv, which is read once more: CHUNK is such that q and o are at most a tenth of the chunk's own
 // rows (256 rows for R = 16 in bf16, 64 for R = 4), as far as scores of ROWS heads fit. FLOP: 2 x 16 PARTS (Dk + Dv) a row, in
 // bf16 16 PARTS a byte, of 156 that an A100 has: bound by memory.
-// Order of summation: a team's steps in order; teams; chunks in order; heads, then chunks for the importance. It depends on
-// the configuration and the sequence's own context alone. Which block comes last changes no sum.
+// Order of summation: a team's steps in order; teams; l of chunks by lanes, then the tree of lanes; o of chunks in order; chunks,
+// then heads for the importance; branches: compressed blocks, window, selected blocks. It depends on the configuration
+// and the sequence's own context alone. Which block comes last changes no sum.
 // Edges: a context without a compressed block has one chunk without rows, m = -inf, l = 0, whose share counts nothing; a
 // sequence of context 0 is none. Rows beyond the context are never read.
-// Measured on the simulator, bf16, D = 128, one KV head, of the rows' bytes (touched: each sector once a launch; read: sectors
-// of all loads; passes: over the banks of shared memory, of those without conflicts):
-//   R = 16: 2k tokens touched 1.12, read 1.13; 8k 1.12, 1.13; 16k 1.13, 1.14; 64k 1.15, 1.16; passes 1.02
-//   R = 4:  2k 1.09, 1.12; 8k 1.10, 1.13; 16k 1.11, 1.13; 64k 1.13, 1.14; passes 1.01
+// Measured on the simulator, bf16, D = 128, one KV head, of the rows' bytes (touched: each sector once a launch; moved: sectors
+// of all loads and stores; passes: over the banks of shared memory, of those without conflicts):
+//   R = 16: 2k tokens touched 1.12, moved 1.23; 8k 1.12, 1.22; 16k 1.13, 1.23; 64k 1.14, 1.25; passes 1.01
+//   R = 4:  2k 1.09, 1.19; 8k 1.10, 1.20; 16k 1.11, 1.20; 64k 1.12, 1.21; passes 1.01
 // Tried: chunks of 128 rows for R = 16, touched 1.21 at 8k, and of 64, 1.40. Sums of p begun at the first of a selection
 // block's compressed blocks in all lanes: 1.08 passes at 16k. A launch for the list alone: the last chunk makes it without.
 //
-// budget: kernel=decode_scan threads=128 registers=168 spills=0 shared=90112
-// budget: kernel=decode_attend threads=128 registers=168 spills=0 shared=73728
+// budget: kernel=decode_scan threads=256 registers=128 spills=0 shared=92160
+// budget: kernel=decode_attend threads=256 registers=128 spills=0 shared=75776
 #include "element.cuh"
 #include "config.cuh"
 #include "params.cuh"
@@ -160,7 +168,8 @@ struct Heads {
                 for (int x = 0; x < SHARES; ++x) {
 #pragma unroll
                     for (int j = 0; j < HEADS; ++j) {
-                        if (has_column && i + x < count) load<OUTPUT_VECTOR>(shares.o(p, split + i + x, head(j)) + column, share[x][j]);
+                        if (!has_column || i + x >= count) continue;
+                        load<OUTPUT_VECTOR>(shares.o(p, split + i + x, head(j)) + column, share[x][j]);
                     }
                 }
 #pragma unroll
