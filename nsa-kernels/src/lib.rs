@@ -5,7 +5,7 @@
 //! - [`layer`]: what a transformer needs around it: linear, RMSNorm, RoPE, SwiGLU, embedding, cross-entropy, AdamW.
 //! - [`backend`]: which machine code runs them, and why.
 //! - [`cuda`]: NVIDIA GPUs: the device, compiled kernels.
-//! - `candle` (feature): φ and the whole operator as candle ops with gradients.
+//! - `candle` (feature; on GPUs `candle-cuda`): φ and the whole operator as candle ops with gradients.
 //! - [`mem`]: tensors and buffers in the memory that a backend computes on.
 #![deny(unsafe_code)]
 

@@ -51,6 +51,19 @@ impl<'a, T> Mem<'a, T> {
         self.len() == 0
     }
 
+    /// Elements `range`.
+    ///
+    /// # Errors
+    /// If there are fewer.
+    pub fn slice(self, range: Range<usize>) -> Result<Self> {
+        let end = range.end.max(range.start);
+        ShapeError::check("Mem::slice", "range", &[end.min(self.len())], &[end])?;
+        Ok(match self {
+            Self::Host(data) => Self::Host(&data[range.start..end]),
+            Self::Device(mem) => Self::Device(mem.slice(range.start..end)),
+        })
+    }
+
     /// The host's elements, for argument `arg` of `op`.
     ///
     /// # Errors
@@ -74,8 +87,23 @@ impl<'a, T> Mem<'a, T> {
     }
 }
 
+impl<T> MemMut<'_, T> {
+    /// Number of elements.
+    pub fn len(&self) -> usize {
+        match self {
+            Self::Host(data) => data.len(),
+            Self::Device(mem) => mem.len(),
+        }
+    }
+
+    /// Whether there is no element.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
 /// The host's memory, in errors.
-const HOST: &str = "the host";
+pub(crate) const HOST: &str = "the host";
 
 fn elsewhere(op: &'static str, arg: &str, expected: String, got: String) -> Error {
     Error::Memory { op, arg: arg.to_owned(), expected, got }
@@ -177,6 +205,15 @@ impl<'a, T, const N: usize> TensorMut<'a, T, N> {
     /// If `data` is shorter than the shape asks for.
     pub fn host(data: &'a mut [T], shape: [usize; N]) -> Result<Self> {
         Ok(ViewMut::new(data, shape)?.into())
+    }
+
+    /// Any memory as a row-major tensor.
+    ///
+    /// # Errors
+    /// If there is less memory than the shape asks for.
+    pub fn packed(mem: MemMut<'a, T>, shape: [usize; N]) -> Result<Self> {
+        Strided::contiguous(shape)?.check_len(mem.len())?;
+        Ok(Self { mem, shape })
     }
 
     /// Sizes, outermost first.
@@ -385,10 +422,7 @@ impl<T: Pod> Buffer<T> {
         let range = offset.min(self.len())..self.len();
         match &mut self.0 {
             Owned::Host(data) => TensorMut::host(&mut data[range], shape),
-            Owned::Device(buffer) => {
-                Strided::contiguous(shape)?.check_len(range.len())?;
-                Ok(TensorMut { mem: MemMut::Device(buffer.mem_mut(range)), shape })
-            }
+            Owned::Device(buffer) => TensorMut::packed(MemMut::Device(buffer.mem_mut(range)), shape),
             Owned::Failed(error) => Err(error.clone()),
         }
     }

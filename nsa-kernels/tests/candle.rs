@@ -60,9 +60,13 @@ impl Model {
 
     /// The same numbers in f64.
     fn widened(&self) -> Result<Self> {
+        self.changed(|tensor| tensor.to_dtype(DType::F64))
+    }
+
+    fn changed(&self, change: impl Fn(&Tensor) -> Result<Tensor>) -> Result<Self> {
         let mut inputs = Vec::new();
         for (name, var) in &self.inputs {
-            inputs.push((*name, Var::from_tensor(&var.to_dtype(DType::F64)?)?));
+            inputs.push((*name, Var::from_tensor(&change(var)?)?));
         }
         Ok(Self { config: self.config.clone(), cu_seqlens: self.cu_seqlens.clone(), inputs })
     }
@@ -237,9 +241,9 @@ fn mask(rows: usize, columns: usize, sees: impl Fn(usize, usize) -> bool) -> Res
 /// Output and every gradient of Σ o·w, in f64.
 fn run(model: &Model, o: Tensor) -> Result<Vec<(&'static str, Vec<f64>)>> {
     let weights: Vec<f64> = (0..o.elem_count()).map(|i| ((i * 37 + 11) % 101) as f64 / 50.0 - 1.0).collect();
-    let weights = Tensor::from_vec(weights, o.shape(), &Device::Cpu)?.to_dtype(o.dtype())?;
-    let gradients = (&o * weights)?.sum_all()?.backward()?;
-    let wide = |tensor: &Tensor| tensor.to_dtype(DType::F64)?.flatten_all()?.to_vec1();
+    let weights = Tensor::from_vec(weights, o.shape(), &Device::Cpu)?.to_dtype(o.dtype())?.to_device(o.device())?;
+    let gradients = (&o * weights)?.backward()?;
+    let wide = |tensor: &Tensor| tensor.to_device(&Device::Cpu)?.to_dtype(DType::F64)?.flatten_all()?.to_vec1();
     let mut results = vec![("o", wide(&o)?)];
     for (name, var) in &model.inputs {
         let gradient = gradients.get(var).unwrap_or_else(|| panic!("no gradient reaches {name}"));
@@ -289,14 +293,19 @@ fn output_and_gradients_equal_those_of_plain_operations() -> Result<()> {
     Ok(())
 }
 
+/// Gradients of φ sum terms that cancel: some 20 roundings of f32 are left of them, and in 16 bits what any arithmetic
+/// leaves.
+const TOLERANCES: [(DType, f64); 3] = [(DType::F32, 5e-6), (DType::BF16, 1.5e-2), (DType::F16, 2e-3)];
+
+/// Every block is selected, so rounding k̃ moves no selection.
+fn all_blocks(kind: CompressKind) -> NsaConfig {
+    config(kind).to_builder().select_count(10).build().unwrap()
+}
+
 #[test]
 fn every_element_type() -> Result<()> {
-    // Gradients of φ sum terms that cancel: some 20 roundings of f32 are left of them, and in 16 bits what any arithmetic
-    // leaves.
-    for (dtype, tolerance) in [(DType::F32, 5e-6), (DType::BF16, 1.5e-2), (DType::F16, 2e-3)] {
-        // Every block is selected, so rounding k̃ moves no selection.
-        let config = config(CompressKind::Mlp).to_builder().select_count(10).build().unwrap();
-        let model = Model::new(config, &[40, 23], dtype, true)?;
+    for (dtype, tolerance) in TOLERANCES {
+        let model = Model::new(all_blocks(CompressKind::Mlp), &[40, 23], dtype, true)?;
         let wide = model.widened()?;
         let (ours, plain, truth) =
             (run(&model, model.ours()?)?, run(&model, model.naive()?)?, run(&wide, wide.naive()?)?);
@@ -354,4 +363,43 @@ fn inputs_that_do_not_fit_are_named() -> Result<()> {
     let wrong = compress(config, cu, k, None, &Phi::Weighted { weight }).unwrap_err().to_string();
     assert!(wrong.contains("`phi` = Weighted"), "{wrong}");
     Ok(())
+}
+
+/// On the first CUDA device that there is: a GPU or the simulator.
+#[cfg(feature = "candle-cuda")]
+mod on_cuda {
+    use super::*;
+
+    #[test]
+    fn output_and_gradients_equal_those_of_plain_operations_on_the_cpu() -> Result<()> {
+        let devices = [Device::new_cuda(0)?, Device::new_cuda_with_stream(0)?];
+        for (i, kind) in KINDS.into_iter().enumerate() {
+            for (dtype, tolerance) in TOLERANCES {
+                let device = &devices[i % 2];
+                let model = Model::new(all_blocks(kind), &[40, 0, 4, 23], dtype, i % 2 == 1)?;
+                let wide = model.widened()?;
+                let (plain, truth) = (run(&model, model.naive()?)?, run(&wide, wide.naive()?)?);
+                let there = model.changed(|tensor| tensor.to_device(device))?;
+                let o = there.ours()?;
+                assert!(o.device().same_device(device));
+                assert_no_worse(&run(&there, o)?, &plain, &truth, tolerance);
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn what_there_is_no_kernel_for_and_other_places_are_named() -> Result<()> {
+        let (device, other) = (Device::new_cuda(0)?, Device::new_cuda_with_stream(0)?);
+        let model = Model::new(config(CompressKind::Mean), &[20], DType::F64, false)?;
+        let wrong = model.changed(|tensor| tensor.to_device(&device))?.ours().unwrap_err().to_string();
+        assert!(wrong.contains("has no kernel for tensors of f64"), "{wrong}");
+        let model = Model::new(config(CompressKind::Mean), &[20], DType::F32, true)?;
+        let (k, e) = (model.get("k_raw").to_device(&device)?, model.get("e_k"));
+        for (place, e) in [("the host", e.clone()), ("Cuda", e.to_device(&other)?)] {
+            let wrong = compress(&model.config, &model.cu_seqlens, &k, Some(&e), &Phi::Mean).unwrap_err().to_string();
+            assert!(wrong.contains(&format!("`position` is in the memory of {place}")), "{wrong}");
+        }
+        Ok(())
+    }
 }

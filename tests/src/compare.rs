@@ -48,6 +48,8 @@ pub struct Compared {
     pub accumulator: DType,
     /// Independent draws of rounding noise, at least about: tokens of the call, or blocks for what comes through φ.
     pub draws: usize,
+    /// What the arithmetic may err in every element by its documentation, absolute; 0 where it rounds as IEEE 754 asks.
+    pub approximated: f64,
     /// A bound on the terms that the output is summed from (Cauchy–Schwarz over the inputs): results may cancel, the
     /// noise of their terms does not.
     pub magnitude: f64,
@@ -152,10 +154,12 @@ impl Compared {
         let chance = 1.0 + CHANCE / (self.draws as f64).min(count).max(1.0).sqrt();
         let independent = count.min(self.draws as f64 * self.row.max(1) as f64).max(1.0);
         let rms_floor = (floor / independent.sqrt().min(16.0)).max(unit_roundoff(self.accumulator) * size);
+        let row_floor = floor / (self.row.max(1) as f64).sqrt().min(2.0);
         Figures {
-            max: (WORST_RATIO * chance * rounded.max).max(floor),
-            rms: (RMS_RATIO * chance * rounded.rms).max(rms_floor),
-            row_rms: (WORST_RATIO * chance * rounded.row_rms).max(floor / (self.row.max(1) as f64).sqrt().min(2.0)),
+            max: (WORST_RATIO * chance * rounded.max).max(floor) + self.approximated,
+            // Errors anywhere up to the bound.
+            rms: (RMS_RATIO * chance * rounded.rms).max(rms_floor) + self.approximated / 3f64.sqrt(),
+            row_rms: (WORST_RATIO * chance * rounded.row_rms).max(row_floor) + self.approximated,
         }
     }
 
@@ -239,6 +243,7 @@ mod tests {
             row: 8,
             storage: DType::F32,
             accumulator: DType::F32,
+            approximated: 0.0,
             magnitude: 1.0,
             draws: 8,
         }

@@ -83,6 +83,7 @@ impl<T: Kind> Gate<T> {
             storage,
             accumulator: <T::Acc as Element>::DTYPE,
             magnitude,
+            approximated: 0.0,
             draws: sizes.n,
         };
         let accumulator = <T::Acc as Element>::DTYPE;

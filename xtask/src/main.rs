@@ -17,6 +17,9 @@ use clap::{Parser, Subcommand};
 use nsa_kernels::backend::check_threads_variable;
 use std::process::ExitCode;
 
+/// What a shell says of a program that SIGPIPE ends: not success, since a check may not have come to its end.
+const CLOSED_PIPE: i32 = 141;
+
 #[derive(Parser)]
 #[command(name = "cargo xtask", about = "Native Sparse Attention: the one door", version)]
 struct Cli {
@@ -43,6 +46,7 @@ enum Command {
 }
 
 fn main() -> ExitCode {
+    end_quietly_on_a_closed_pipe();
     match run(&Cli::parse().command) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -50,6 +54,19 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// Whoever read the output has seen enough (`cargo xtask info | head -1`): no panic is printed. Pipes to children stay errors.
+fn end_quietly_on_a_closed_pipe() {
+    let before = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |info| {
+        let text = info.payload().downcast_ref::<String>().map_or("", String::as_str);
+        // What `println!` panics with.
+        if text.starts_with("failed printing to stdout") && text.contains("Broken pipe") {
+            std::process::exit(CLOSED_PIPE);
+        }
+        before(info);
+    }));
 }
 
 fn run(command: &Command) -> Result<()> {

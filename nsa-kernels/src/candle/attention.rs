@@ -1,11 +1,11 @@
 //! The three branches, selection and gate as an operation of candle.
 
-use super::pack::{
-    Part, Scalar, backend, elements, for_dtype, gradient, pack, sizes, unpack, unpack_mut, with_elements, wrap, zeros,
-};
+use super::custom::{Custom, Operation};
+use super::pack::{Part, for_dtype, pack, sizes, unpack, unpack_mut, wrap};
+use super::place::Scalar;
 use crate::op::nsa as op;
-use crate::{Element, Rows, TensorMut};
-use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
+use crate::{Backend, Buffer, Element, Error, Mem, Rows, TensorMut};
+use candle_core::{Result, Tensor};
 use nsa_core::{CuSeqlens, NsaConfig, Packing};
 use std::sync::OnceLock;
 
@@ -34,7 +34,7 @@ pub struct Attention<'a> {
 /// **Source**: SPEC 2, 3.
 ///
 /// # Errors
-/// If a shape or dtype does not fit, or a tensor is not on the CPU.
+/// If a shape, dtype or device does not fit, or the device has no kernels for them.
 pub fn nsa_attention(config: &NsaConfig, cu_seqlens: &CuSeqlens, inputs: Attention<'_>) -> Result<Tensor> {
     for_dtype!(OP, inputs.q, apply(config, cu_seqlens, inputs))
 }
@@ -49,7 +49,7 @@ fn apply<T: Scalar>(config: &NsaConfig, cu_seqlens: &CuSeqlens, inputs: Attentio
     let shapes = op.shapes().map(|shape| shape.to_vec());
     let parts: Vec<Part<'_>> =
         names.into_iter().zip(tensors).zip(shapes).map(|((name, tensor), shape)| (name, tensor, shape)).collect();
-    pack(OP, &parts)?.apply_op1(op)
+    pack(OP, &parts)?.apply_op1(Custom(op))
 }
 
 struct Nsa<T: Element> {
@@ -61,9 +61,9 @@ struct Nsa<T: Element> {
 }
 
 struct Saved<T: Element> {
-    branches: [Vec<T>; 3],
-    lse: [Vec<T::Acc>; 3],
-    block_indices: Vec<i32>,
+    branches: [Buffer<T>; 3],
+    lse: [Buffer<T::Acc>; 3],
+    block_indices: Buffer<i32>,
 }
 
 impl<T: Scalar> Nsa<T> {
@@ -76,10 +76,6 @@ impl<T: Scalar> Nsa<T> {
         [[n, heads, dk], [n, heads, 3], [m, groups, dk], keys, keys, [m, groups, dv], values, values]
     }
 
-    fn output_shape(&self) -> [usize; 3] {
-        [self.packing.num_tokens(), self.config.num_heads(), self.config.head_dim_v()]
-    }
-
     fn lse_shape(&self) -> [usize; 2] {
         [self.packing.num_tokens(), self.config.num_heads()]
     }
@@ -89,32 +85,44 @@ impl<T: Scalar> Nsa<T> {
     }
 
     /// The packed tensors.
-    fn inputs<'a>(&self, data: &'a [T]) -> crate::Result<[crate::Tensor<'a, T, 3>; 8]> {
+    fn inputs<'a>(&self, data: Mem<'a, T>) -> crate::Result<[crate::Tensor<'a, T, 3>; 8]> {
         let shapes = self.shapes();
         let mut tensors = Vec::with_capacity(shapes.len());
         for (part, shape) in unpack(data, sizes(&shapes)).zip(shapes) {
-            tensors.push(crate::Tensor::host(part, shape)?);
+            tensors.push(crate::Tensor::packed(part, shape)?);
         }
         Ok(std::array::from_fn(|i| tensors[i]))
     }
 
-    /// Runs the operator; returns o and what the backward pass needs.
-    fn forward(&self, data: &[T]) -> crate::Result<(Vec<T>, Saved<T>)> {
-        let output = || vec![T::default(); self.output_shape().iter().product()];
-        let lse = || zeros::<T::Acc>(self.lse_shape().iter().product());
-        let mut o = output();
-        let mut saved = Saved {
+    /// Memory for what the backward pass needs.
+    fn new_saved(&self, backend: &Backend) -> Saved<T> {
+        let output = || backend.alloc(self.output_shape().iter().product());
+        let lse = || backend.alloc(self.lse_shape().iter().product());
+        Saved {
             branches: [output(), output(), output()],
             lse: [lse(), lse(), lse()],
-            block_indices: vec![0; self.lists_shape().iter().product()],
-        };
-        let [q, gates, k_cmp, k_slc, k_win, v_cmp, v_slc, v_win] = self.inputs(data)?;
+            block_indices: backend.alloc(self.lists_shape().iter().product()),
+        }
+    }
+}
+
+impl<T: Scalar> Operation for Nsa<T> {
+    const NAME: &'static str = OP;
+
+    type Element = T;
+    type Gradient = T;
+
+    fn output_shape(&self) -> [usize; 3] {
+        [self.packing.num_tokens(), self.config.num_heads(), self.config.head_dim_v()]
+    }
+
+    fn forward(&self, backend: &Backend, packed: Mem<'_, T>, o: TensorMut<'_, T, 3>) -> crate::Result<()> {
+        let mut saved = self.new_saved(backend);
+        let [q, gates, k_cmp, k_slc, k_win, v_cmp, v_slc, v_win] = self.inputs(packed)?;
         let (blocks, tokens) = (&self.cu_blocks, self.packing.cu_seqlens());
         let rows = |cmp, slc, win| [Rows::packed(cmp, blocks), Rows::packed(slc, tokens), Rows::packed(win, tokens)];
-        let [o_cmp, o_slc, o_win] = &mut saved.branches;
-        let [lse_cmp, lse_slc, lse_win] = &mut saved.lse;
-        let output = |data| TensorMut::host(data, self.output_shape());
-        let lse = |data| TensorMut::host(data, self.lse_shape());
+        let [o_cmp, o_slc, o_win] = saved.branches.each_mut().map(|data| data.tensor_mut(self.output_shape()));
+        let [lse_cmp, lse_slc, lse_win] = saved.lse.each_mut().map(|data| data.tensor_mut(self.lse_shape()));
         let args = op::Forward {
             config: &self.config,
             packing: &self.packing,
@@ -122,29 +130,39 @@ impl<T: Scalar> Nsa<T> {
             k: rows(k_cmp, k_slc, k_win),
             v: rows(v_cmp, v_slc, v_win),
             gates,
-            selection: op::Selection::Compute(TensorMut::host(&mut saved.block_indices, self.lists_shape())?),
-            saved: op::Saved {
-                o: [output(o_cmp)?, output(o_slc)?, output(o_win)?],
-                lse: [lse(lse_cmp)?, lse(lse_slc)?, lse(lse_win)?],
-            },
-            o: output(&mut o)?,
+            selection: op::Selection::Compute(saved.block_indices.tensor_mut(self.lists_shape())?),
+            saved: op::Saved { o: [o_cmp?, o_slc?, o_win?], lse: [lse_cmp?, lse_slc?, lse_win?] },
+            o,
         };
-        op::forward(backend()?, args)?;
-        Ok((o, saved))
+        op::forward(backend, args)?;
+        // An operation runs once; were it run again, it would leave the same.
+        self.saved.get_or_init(|| saved);
+        Ok(())
     }
 
-    /// Gradients of the packed tensors, written in their order.
-    fn backward(&self, data: &[T], d_o: &[T], saved: &Saved<T>, gradients: &mut [T::Acc]) -> crate::Result<()> {
+    fn backward(
+        &self,
+        backend: &Backend,
+        packed: Mem<'_, T>,
+        d_o: Mem<'_, T>,
+        gradients: TensorMut<'_, T::Acc, 1>,
+    ) -> crate::Result<()> {
+        let saved = self.saved.get().ok_or_else(|| Error::Value {
+            op: OP,
+            arg: "result",
+            value: "none".to_owned(),
+            rule: "a backward pass follows a forward pass",
+        })?;
         let shapes = self.shapes();
         let mut targets = Vec::with_capacity(shapes.len());
         for (part, shape) in unpack_mut(gradients, sizes(&shapes)).zip(shapes) {
-            targets.push(TensorMut::host(part, shape)?);
+            targets.push(part.reshape(shape)?);
         }
         let mut targets = targets.into_iter();
         let mut next = || targets.next().expect("packed in this order");
-        let [q, gates, k_cmp, k_slc, k_win, v_cmp, v_slc, v_win] = self.inputs(data)?;
-        let output = |c: usize| crate::Tensor::host(&saved.branches[c], self.output_shape());
-        let lse = |c: usize| crate::Tensor::host(&saved.lse[c], self.lse_shape());
+        let [q, gates, k_cmp, k_slc, k_win, v_cmp, v_slc, v_win] = self.inputs(packed)?;
+        let output = |c: usize| saved.branches[c].tensor(self.output_shape());
+        let lse = |c: usize| saved.lse[c].tensor(self.lse_shape());
         let args = op::Backward {
             config: &self.config,
             packing: &self.packing,
@@ -152,37 +170,15 @@ impl<T: Scalar> Nsa<T> {
             k: [k_cmp, k_slc, k_win],
             v: [v_cmp, v_slc, v_win],
             gates,
-            block_indices: crate::Tensor::host(&saved.block_indices, self.lists_shape())?,
+            block_indices: saved.block_indices.tensor(self.lists_shape())?,
             branches: [output(0)?, output(1)?, output(2)?],
             lse: [lse(0)?, lse(1)?, lse(2)?],
-            d_o: crate::Tensor::host(d_o, self.output_shape())?,
+            d_o: crate::Tensor::packed(d_o, self.output_shape())?,
             dq: next(),
             d_gates: next(),
             dk: [next(), next(), next()],
             dv: [next(), next(), next()],
         };
-        op::backward(backend()?, args)
-    }
-}
-
-impl<T: Scalar> CustomOp1 for Nsa<T> {
-    fn name(&self) -> &'static str {
-        OP
-    }
-
-    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let (o, saved) = self.forward(elements(storage, layout)?).map_err(wrap)?;
-        // An operation runs once; were it run again, it would leave the same.
-        self.saved.get_or_init(|| saved);
-        Ok((T::to_cpu_storage_owned(o), Shape::from(self.output_shape().as_slice())))
-    }
-
-    fn bwd(&self, arg: &Tensor, _res: &Tensor, grad_res: &Tensor) -> Result<Option<Tensor>> {
-        let Some(saved) = self.saved.get() else { candle_core::bail!("{OP}: backward without a forward") };
-        let mut gradients = zeros::<T::Acc>(arg.elem_count());
-        with_elements(arg, |data| {
-            with_elements(grad_res, |d_o| self.backward(data, d_o, saved, &mut gradients).map_err(wrap))
-        })?;
-        Ok(Some(gradient::<T>(&gradients, arg)?))
+        op::backward(backend, args)
     }
 }

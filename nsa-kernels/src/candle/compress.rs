@@ -1,10 +1,11 @@
 //! φ as an operation of candle.
 
-use super::pack::{
-    Part, Scalar, backend, elements, for_dtype, gradient, pack, sizes, unpack, unpack_mut, with_elements, wrap, zeros,
-};
+use super::custom::{Custom, Operation};
+use super::pack::{Part, for_dtype, pack, sizes, unpack, unpack_mut, wrap};
+use super::place::Scalar;
 use crate::op::compress as op;
-use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
+use crate::{Backend, Mem, TensorMut};
+use candle_core::{Result, Tensor};
 use nsa_core::{CompressKind, CuSeqlens, NsaConfig, Packing};
 use std::marker::PhantomData;
 
@@ -77,7 +78,7 @@ impl Phi {
 /// **Source**: SPEC 2.1.
 ///
 /// # Errors
-/// If a shape or dtype does not fit, φ is not of the configuration's kind, or a tensor is not on the CPU.
+/// If a shape, dtype or device does not fit, φ is not of the configuration's kind, or the device has no kernels for them.
 pub fn compress(
     config: &NsaConfig,
     cu_seqlens: &CuSeqlens,
@@ -114,21 +115,25 @@ fn apply<T: Scalar>(
         Phi::Mlp { bias1, bias2, .. } => [bias1.is_some(), bias2.is_some()],
         _ => [false, false],
     };
+    let packing = Packing::new(cu_seqlens.clone());
     let op = Compress::<T> {
         config: config.clone(),
-        packing: Packing::new(cu_seqlens.clone()),
+        blocks: packing.cu_blocks(config).map_err(wrap)?.total(),
+        packing,
         dim,
         position: parts.iter().any(|(name, ..)| *name == "position"),
         biases,
         shapes: parts.iter().map(|(.., shape)| shape.clone()).collect(),
         element: PhantomData,
     };
-    pack(OP, parts)?.apply_op1(op)
+    pack(OP, parts)?.apply_op1(Custom(op))
 }
 
 struct Compress<T> {
     config: NsaConfig,
     packing: Packing,
+    /// Blocks of all sequences.
+    blocks: usize,
     dim: usize,
     /// Whether there is a position embedding.
     position: bool,
@@ -148,11 +153,6 @@ impl<T: Scalar> Compress<T> {
         [self.config.compress_block(), self.config.num_kv_heads(), self.dim]
     }
 
-    fn blocks_shape(&self) -> crate::Result<[usize; 3]> {
-        let blocks = self.packing.cu_blocks(&self.config)?.total();
-        Ok([blocks, self.config.num_kv_heads(), self.dim])
-    }
-
     /// Shapes of φ's tensors: linear's or the first layer's weight, second weight, biases.
     fn phi_shapes(&self) -> ([usize; 3], [usize; 3], [usize; 2], [usize; 2]) {
         let (heads, rows) = (self.config.num_kv_heads(), self.config.compress_block() * self.dim);
@@ -162,82 +162,51 @@ impl<T: Scalar> Compress<T> {
     }
 
     /// x, e and φ out of the packed elements.
-    fn inputs<'a>(&self, data: &'a [T]) -> crate::Result<Inputs<'a, T>> {
+    fn inputs<'a>(&self, data: Mem<'a, T>) -> crate::Result<Inputs<'a, T>> {
         let mut parts = unpack(data, sizes(&self.shapes));
         let mut next = || parts.next().expect("packed in this order");
         let (weight_shape, weight2_shape, bias1_shape, bias2_shape) = self.phi_shapes();
-        let x = crate::Tensor::host(next(), self.token_shape())?;
-        let position = self.position.then(|| crate::Tensor::host(next(), self.position_shape())).transpose()?;
+        let x = crate::Tensor::packed(next(), self.token_shape())?;
+        let position = self.position.then(|| crate::Tensor::packed(next(), self.position_shape())).transpose()?;
         let phi = match self.config.compress_kind() {
             CompressKind::Mean => op::Phi::Mean,
             CompressKind::Weighted => {
                 let shape = [self.config.compress_block(), self.config.num_kv_heads()];
-                op::Phi::Weighted { weight: crate::Tensor::host(next(), shape)? }
+                op::Phi::Weighted { weight: crate::Tensor::packed(next(), shape)? }
             }
-            CompressKind::Linear => op::Phi::Linear { weight: crate::Tensor::host(next(), weight_shape)? },
+            CompressKind::Linear => op::Phi::Linear { weight: crate::Tensor::packed(next(), weight_shape)? },
             CompressKind::Mlp => op::Phi::Mlp {
-                weight1: crate::Tensor::host(next(), weight_shape)?,
-                bias1: self.biases[0].then(|| crate::Tensor::host(next(), bias1_shape)).transpose()?,
-                weight2: crate::Tensor::host(next(), weight2_shape)?,
-                bias2: self.biases[1].then(|| crate::Tensor::host(next(), bias2_shape)).transpose()?,
+                weight1: crate::Tensor::packed(next(), weight_shape)?,
+                bias1: self.biases[0].then(|| crate::Tensor::packed(next(), bias1_shape)).transpose()?,
+                weight2: crate::Tensor::packed(next(), weight2_shape)?,
+                bias2: self.biases[1].then(|| crate::Tensor::packed(next(), bias2_shape)).transpose()?,
             },
         };
         Ok(Inputs { x, position, phi })
     }
 
     /// Where their gradients go, in packed elements.
-    fn gradients<'a>(&self, data: &'a mut [T::Acc]) -> crate::Result<Gradients<'a, T>> {
+    fn gradients<'a>(&self, data: TensorMut<'a, T::Acc, 1>) -> crate::Result<Gradients<'a, T>> {
         let mut parts = unpack_mut(data, sizes(&self.shapes));
         let mut next = || parts.next().expect("packed in this order");
         let (weight_shape, weight2_shape, bias1_shape, bias2_shape) = self.phi_shapes();
-        let dx = crate::TensorMut::host(next(), self.token_shape())?;
-        let d_position = self.position.then(|| crate::TensorMut::host(next(), self.position_shape())).transpose()?;
+        let dx = next().reshape(self.token_shape())?;
+        let d_position = self.position.then(|| next().reshape(self.position_shape())).transpose()?;
         let d_phi = match self.config.compress_kind() {
             CompressKind::Mean => op::PhiGrad::Mean,
             CompressKind::Weighted => {
                 let shape = [self.config.compress_block(), self.config.num_kv_heads()];
-                op::PhiGrad::Weighted { weight: crate::TensorMut::host(next(), shape)? }
+                op::PhiGrad::Weighted { weight: next().reshape(shape)? }
             }
-            CompressKind::Linear => op::PhiGrad::Linear { weight: crate::TensorMut::host(next(), weight_shape)? },
+            CompressKind::Linear => op::PhiGrad::Linear { weight: next().reshape(weight_shape)? },
             CompressKind::Mlp => op::PhiGrad::Mlp {
-                weight1: crate::TensorMut::host(next(), weight_shape)?,
-                bias1: self.biases[0].then(|| crate::TensorMut::host(next(), bias1_shape)).transpose()?,
-                weight2: crate::TensorMut::host(next(), weight2_shape)?,
-                bias2: self.biases[1].then(|| crate::TensorMut::host(next(), bias2_shape)).transpose()?,
+                weight1: next().reshape(weight_shape)?,
+                bias1: self.biases[0].then(|| next().reshape(bias1_shape)).transpose()?,
+                weight2: next().reshape(weight2_shape)?,
+                bias2: self.biases[1].then(|| next().reshape(bias2_shape)).transpose()?,
             },
         };
         Ok(Gradients { dx, d_position, d_phi })
-    }
-
-    fn backward(&self, data: &[T], d_blocks: &[T], gradients: &mut [T::Acc]) -> crate::Result<()> {
-        let Inputs { x, position, phi } = self.inputs(data)?;
-        let Gradients { dx, d_position, d_phi } = self.gradients(gradients)?;
-        let d_blocks: Vec<T::Acc> = d_blocks.iter().map(|x| x.to_acc()).collect();
-        let args = op::Backward {
-            config: &self.config,
-            packing: &self.packing,
-            x,
-            position,
-            phi,
-            d_blocks: crate::Tensor::host(&d_blocks, self.blocks_shape()?)?,
-            dx,
-            d_position,
-            d_phi,
-        };
-        op::backward(backend()?, args)
-    }
-
-    fn forward(&self, data: &[T], blocks: &mut [T]) -> crate::Result<()> {
-        let Inputs { x, position, phi } = self.inputs(data)?;
-        let args = op::Forward {
-            config: &self.config,
-            packing: &self.packing,
-            x,
-            position,
-            phi,
-            blocks: crate::TensorMut::host(blocks, self.blocks_shape()?)?,
-        };
-        op::forward(backend()?, args)
     }
 }
 
@@ -248,28 +217,47 @@ struct Inputs<'a, T> {
 }
 
 struct Gradients<'a, T: Scalar> {
-    dx: crate::TensorMut<'a, T::Acc, 3>,
-    d_position: Option<crate::TensorMut<'a, T::Acc, 3>>,
+    dx: TensorMut<'a, T::Acc, 3>,
+    d_position: Option<TensorMut<'a, T::Acc, 3>>,
     d_phi: op::PhiGrad<'a, T::Acc>,
 }
 
-impl<T: Scalar> CustomOp1 for Compress<T> {
-    fn name(&self) -> &'static str {
-        OP
+impl<T: Scalar> Operation for Compress<T> {
+    const NAME: &'static str = OP;
+
+    type Element = T;
+    type Gradient = T::Acc;
+
+    fn output_shape(&self) -> [usize; 3] {
+        [self.blocks, self.config.num_kv_heads(), self.dim]
     }
 
-    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let shape = self.blocks_shape().map_err(wrap)?;
-        let mut blocks = vec![T::default(); shape.iter().product()];
-        self.forward(elements(storage, layout)?, &mut blocks).map_err(wrap)?;
-        Ok((T::to_cpu_storage_owned(blocks), Shape::from(shape.as_slice())))
+    fn forward(&self, backend: &Backend, packed: Mem<'_, T>, blocks: TensorMut<'_, T, 3>) -> crate::Result<()> {
+        let Inputs { x, position, phi } = self.inputs(packed)?;
+        let args = op::Forward { config: &self.config, packing: &self.packing, x, position, phi, blocks };
+        op::forward(backend, args)
     }
 
-    fn bwd(&self, arg: &Tensor, _res: &Tensor, grad_res: &Tensor) -> Result<Option<Tensor>> {
-        let mut gradients = zeros::<T::Acc>(arg.elem_count());
-        with_elements(arg, |data| {
-            with_elements(grad_res, |d_blocks| self.backward(data, d_blocks, &mut gradients).map_err(wrap))
-        })?;
-        Ok(Some(gradient::<T>(&gradients, arg)?))
+    fn backward(
+        &self,
+        backend: &Backend,
+        packed: Mem<'_, T>,
+        d_blocks: Mem<'_, T::Acc>,
+        gradients: TensorMut<'_, T::Acc, 1>,
+    ) -> crate::Result<()> {
+        let Inputs { x, position, phi } = self.inputs(packed)?;
+        let Gradients { dx, d_position, d_phi } = self.gradients(gradients)?;
+        let args = op::Backward {
+            config: &self.config,
+            packing: &self.packing,
+            x,
+            position,
+            phi,
+            d_blocks: crate::Tensor::packed(d_blocks, self.output_shape())?,
+            dx,
+            d_position,
+            d_phi,
+        };
+        op::backward(backend, args)
     }
 }

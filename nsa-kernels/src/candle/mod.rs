@@ -1,11 +1,22 @@
-//! Native Sparse Attention as [candle](candle_core) operations with gradients (feature `candle`).
+//! Native Sparse Attention as [candle](candle_core) operations with gradients (features `candle`, `candle-cuda`).
 //!
 //! [`compress`] is φ, [`nsa_attention`] the three branches with selection and gate. Between them, and around them, a
 //! model is candle's own: projections, RoPE on q, on k^slc and k^win, and on k̃ at positions i·d (SPEC 5).
 //!
-//! Both return tensors that are connected to candle's graph: `backward()` reaches every input tensor. They work on the
-//! CPU, in f32, f64, bf16 and f16 (all inputs of a call alike), with sums in f32 or f64. The backend is
-//! [`Backend::pick`](crate::Backend::pick)'s, made once.
+//! Both return tensors that are connected to candle's graph: `backward()` reaches every input tensor. All inputs of a call
+//! are of one type and on one device:
+//!
+//! - on the CPU f32, f64, bf16 and f16, with sums in f32 or f64. The backend is
+//!   [`Backend::pick`](crate::Backend::pick)'s, made once.
+//! - with the feature `candle-cuda` on candle's CUDA devices, from compute capability 8.0 on, in f32, bf16 and f16, with sums
+//!   in f32. Kernels run on candle's stream, in the order of its own, on the memory of its tensors; a
+//!   [`Cuda`](crate::Cuda) is made once a stream. What holds for candle's operations holds for these: by default a device of
+//!   candle is the stream of the thread that calls, so that threads which share a tensor wait for one another
+//!   (`Device::synchronize`), or use `Device::new_cuda_with_stream`.
+//!
+//! With that feature candle compiles its kernels, for which `nvcc` of CUDA 13 is needed, and programs are linked to the
+//! toolkit's libraries; nothing is then loaded when asked for. `cargo test -p nsa-kernels --features candle-cuda --test candle`
+//! compares both places, on a GPU.
 //!
 //! A candle operation has at most three inputs, so each call concatenates its inputs into one tensor, through which
 //! gradients flow back: inputs are copied once, and an operation's gradients come in the inputs' type. What the
@@ -39,7 +50,11 @@
 
 mod attention;
 mod compress;
+mod custom;
+#[cfg(feature = "candle-cuda")]
+mod device;
 mod pack;
+mod place;
 
 pub use attention::{Attention, nsa_attention};
 pub use compress::{Phi, compress};

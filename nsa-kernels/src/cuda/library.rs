@@ -4,10 +4,38 @@ use crate::{Error, Result};
 use cudarc::driver::{self, DriverError};
 use cudarc::nvrtc;
 
+/// What the functions below ask where the bindings have no such function: there they are linked to the libraries, because
+/// another crate of the program (candle-core with its feature `cuda`) asks for that, and without one no program starts.
+/// Where they have one, its import stands nearer and is called.
+#[cfg_attr(not(feature = "candle-cuda"), expect(dead_code, reason = "the bindings have theirs"))]
+unsafe fn is_culib_present() -> bool {
+    true
+}
+
+#[cfg_attr(feature = "candle-cuda", expect(unused_imports, reason = "the bindings have none"))]
+fn driver_is_present() -> bool {
+    use cudarc::driver::sys::*;
+    // SAFETY: loads a library of the system, or the simulator's, and runs nothing but its initialisation.
+    unsafe { is_culib_present() }
+}
+
+#[cfg_attr(feature = "candle-cuda", expect(unused_imports, reason = "the bindings have none"))]
+fn cublas_is_present() -> bool {
+    use cudarc::cublas::sys::*;
+    // SAFETY: loads a library of the system, or the simulator's, and runs nothing but its initialisation.
+    unsafe { is_culib_present() }
+}
+
+#[cfg_attr(feature = "candle-cuda", expect(unused_imports, reason = "the bindings have none"))]
+fn nvrtc_is_present() -> bool {
+    use cudarc::nvrtc::sys::*;
+    // SAFETY: loads a library of the system and runs nothing but its initialisation.
+    unsafe { is_culib_present() }
+}
+
 /// Checks that the driver is there, for backend `name`.
 pub(super) fn check_driver(name: &str) -> Result<()> {
-    // SAFETY: loads a library of the system, or the simulator's, and runs nothing but its initialisation.
-    if unsafe { driver::sys::is_culib_present() } {
+    if driver_is_present() {
         return Ok(());
     }
     Err(Error::Backend {
@@ -19,8 +47,7 @@ pub(super) fn check_driver(name: &str) -> Result<()> {
 
 /// Checks that cuBLAS is there, for backend `name`.
 pub(super) fn check_cublas(name: &str) -> Result<()> {
-    // SAFETY: loads a library of the system, or the simulator's, and runs nothing but its initialisation.
-    if unsafe { cudarc::cublas::sys::is_culib_present() } {
+    if cublas_is_present() {
         return Ok(());
     }
     Err(Error::Backend {
@@ -50,8 +77,7 @@ pub struct Nvrtc {
 
 /// Finds NVRTC and asks what it is.
 pub(super) fn nvrtc() -> Result<Nvrtc> {
-    // SAFETY: loads a library of the system and runs nothing but its initialisation.
-    if !unsafe { nvrtc::sys::is_culib_present() } {
+    if !nvrtc_is_present() {
         return Err(Error::Backend {
             requested: "cuda".to_owned(),
             missing: "no NVRTC (libnvrtc.so of CUDA 11 to 13) is found, which compiles the kernels".to_owned(),

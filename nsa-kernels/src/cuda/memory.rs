@@ -177,7 +177,9 @@ fn place(stream: &CudaStream) -> String {
 }
 
 impl<'a, T> DeviceMem<'a, T> {
-    /// Memory that cudarc holds, such as another library's tensor on the same device.
+    /// Memory that cudarc holds, such as another library's tensor on the same device. Work on its stream is in order; the
+    /// events by which cudarc orders several streams are recorded when an address is asked for, so whoever lets other streams
+    /// use the memory asks for one again after the work (`CudaSlice::device_ptr`).
     pub fn from_slice(slice: &'a CudaSlice<T>) -> Self {
         let (address, _) = slice.device_ptr(slice.stream());
         Self { stream: slice.stream(), address, len: slice.len(), of: PhantomData }
@@ -196,6 +198,12 @@ impl<'a, T> DeviceMem<'a, T> {
     /// The first element's address.
     pub(crate) fn address(&self) -> u64 {
         self.address
+    }
+
+    /// Elements `range`.
+    pub(crate) fn slice(self, range: Range<usize>) -> Self {
+        assert!(range.start <= range.end && range.end <= self.len, "checked before");
+        Self { address: self.address + bytes(range.start, size_of::<T>()), len: range.len(), ..self }
     }
 
     /// The same elements under another name of their type, which must be as large.
@@ -230,7 +238,8 @@ impl<T: Pod> DeviceMem<'_, T> {
 }
 
 impl<'a, T> DeviceMemMut<'a, T> {
-    /// Memory that cudarc holds, such as another library's tensor on the same device.
+    /// Memory that cudarc holds, such as another library's tensor on the same device. Other streams as in
+    /// [`DeviceMem::from_slice`], by `CudaSlice::device_ptr_mut`.
     pub fn from_slice(slice: &'a mut CudaSlice<T>) -> Self {
         let stream = slice.stream().clone();
         let (address, _) = slice.device_ptr_mut(&stream);

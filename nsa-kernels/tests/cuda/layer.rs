@@ -69,6 +69,7 @@ fn compare(what: &str, truth: &[Written], models: &[Vec<Written>], kernel: &[Wri
             storage: *storage,
             accumulator,
             draws: values.len() / row.max(&1),
+            approximated: 0.0,
             magnitude: truth[i].4,
         };
         let outcome = compared.judge();

@@ -400,7 +400,7 @@ impl Report<'_> {
                 rows.push([&names[..], &numbers.map(|n| field(Some(n)))].concat());
             }
         }
-        columns::csv(&header, rows.into_iter())
+        columns::csv(&header, rows)
     }
 }
 
