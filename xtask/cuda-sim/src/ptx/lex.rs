@@ -74,6 +74,10 @@ pub fn tokens(source: &str) -> Result<Vec<Placed<'_>>, At> {
             }
             c if word_part(c) => {
                 at = word_end(bytes, at);
+                // Directives and types may follow each other without a space: `.reg.b32`.
+                if c == b'.' {
+                    at = bytes[start + 1..at].iter().position(|&c| c == b'.').map_or(at, |dot| start + 1 + dot);
+                }
                 out.push((Token::Word(&source[start..at]), line));
             }
             c if c.is_ascii() => {
@@ -123,4 +127,21 @@ fn number(text: &str, line: u32) -> Result<Token<'static>, At> {
     }
     let octal = digits.len() > 1 && digits.starts_with('0');
     u64::from_str_radix(digits, if octal { 8 } else { 10 }).map(Token::Int).map_err(|_| bad())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn directives_and_types_need_no_space_and_opcodes_stay_whole() {
+        let words = |source: &'static str| -> Vec<&str> {
+            let words = tokens(source).expect("PTX").into_iter();
+            words.filter_map(|(token, _)| if let Token::Word(word) = token { Some(word) } else { None }).collect()
+        };
+        assert_eq!(words(".reg.b32 %r1;"), [".reg", ".b32", "%r1"]);
+        assert_eq!(words(".shared.align 8 .b8 s;"), [".shared", ".align", ".b8", "s"]);
+        assert_eq!(words("ld.global.L1::no_allocate.v4.u32"), ["ld.global.L1::no_allocate.v4.u32"]);
+        assert_eq!(words(".shared::cta .b8 s[4];"), [".shared::cta", ".b8", "s"]);
+    }
 }
