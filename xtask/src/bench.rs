@@ -10,6 +10,7 @@ mod count;
 mod decode;
 mod fit;
 mod generate;
+mod heads;
 mod peer;
 mod plot;
 mod problem;
@@ -24,7 +25,8 @@ use anyhow::{Context, Result, bail, ensure};
 use clap::{Args, Subcommand, ValueEnum};
 use decode::Decoding;
 use half::{bf16, f16};
-use nsa_core::{CompressKind, NsaConfig};
+use heads::Heads;
+use nsa_core::NsaConfig;
 use nsa_kernels::{Backend, Element};
 use peer::{Job, PeerError, Ready, Work};
 use problem::Problem;
@@ -47,18 +49,8 @@ pub struct Options {
     /// Lengths of the sequence, and of the context of decoding
     #[arg(long, value_delimiter = ',', default_values_t = [1024, 2048, 4096, 8192], allow_negative_numbers = true)]
     tokens: Vec<usize>,
-    /// Query heads
-    #[arg(long, default_value_t = 16, allow_negative_numbers = true)]
-    heads: usize,
-    /// KV heads
-    #[arg(long, default_value_t = 1, allow_negative_numbers = true)]
-    kv_heads: usize,
-    /// Head dimension of queries and keys
-    #[arg(long, default_value_t = 128, allow_negative_numbers = true)]
-    dim_qk: usize,
-    /// Head dimension of values
-    #[arg(long, default_value_t = 128, allow_negative_numbers = true)]
-    dim_v: usize,
+    #[command(flatten)]
+    heads: Heads,
     /// Types of the tensors
     #[arg(long, value_enum, value_delimiter = ',', default_values_t = [Dtype::F32])]
     dtype: Vec<Dtype>,
@@ -137,10 +129,7 @@ impl Options {
             model: None,
             op: None,
             tokens: vec![1024, 2048, 4096],
-            heads: 16,
-            kv_heads: 1,
-            dim_qk: 128,
-            dim_v: 128,
+            heads: Heads::default(),
             dtype: vec![Dtype::F32],
             pass: Pass::ALL.to_vec(),
             samples: 3,
@@ -176,16 +165,6 @@ impl Options {
 
     fn has(&self, pass: Pass) -> bool {
         self.pass.contains(&pass)
-    }
-
-    fn config(&self) -> Result<NsaConfig> {
-        NsaConfig::builder(self.heads, self.kv_heads, self.dim_qk, self.dim_v)
-            .compress_kind(CompressKind::Mean)
-            .build()
-            .with_context(|| {
-                let Self { heads, kv_heads, dim_qk, dim_v, .. } = self;
-                format!("--heads {heads} --kv-heads {kv_heads} --dim-qk {dim_qk} --dim-v {dim_v}")
-            })
     }
 
     /// Peers run where our backend does, if they can.
@@ -243,7 +222,7 @@ pub fn run(options: &Options) -> Result<()> {
         return criterion(op);
     }
     options.validate()?;
-    let config = options.config()?;
+    let config = options.heads.config()?;
     let machine = Machine::here();
     let (backend, why) = Backend::pick(options.backend.as_deref())?;
     let available = match &backend {
@@ -527,7 +506,7 @@ mod tests {
 
     fn parse(arguments: &str) -> Result<Options, String> {
         let options: Options = arguments::parse(arguments)?;
-        options.validate().and_then(|()| options.config()).map_err(|error| format!("{error:#}"))?;
+        options.validate().and_then(|()| options.heads.config()).map_err(|error| format!("{error:#}"))?;
         Ok(options)
     }
 
@@ -571,7 +550,7 @@ mod tests {
     #[test]
     fn lengths_that_do_not_fit_memory_are_named() {
         let options = parse("--tokens 1024,1048576").expect("legal");
-        let config = options.config().expect("valid");
+        let config = options.heads.config().expect("valid");
         let backend = Backend::pick(None).expect("a backend").0;
         let error = options.check_memory(&backend, &config, Some(16 << 30)).expect_err("too long").to_string();
         assert!(error.contains("--tokens 1048576 --dtype f32") && error.contains("14.4 GiB"), "{error}");

@@ -7,13 +7,14 @@
 use super::columns::{self, field, seconds};
 use super::decode::Decoding;
 use super::fit::{self, Point};
+use super::heads::Heads;
 use super::problem::Problem;
 use super::progress::Progress;
 use super::work::{Pairs, Pass, flop};
 use anyhow::{Context, Result, anyhow, ensure};
 use clap::Args;
 use half::bf16;
-use nsa_core::{CompressKind, NsaConfig};
+use nsa_core::NsaConfig;
 use nsa_kernels::Backend;
 use nsa_tests::sim;
 use serde::Deserialize;
@@ -31,18 +32,8 @@ pub struct Options {
     /// Length to estimate
     #[arg(long, default_value_t = 65_536, allow_negative_numbers = true)]
     estimate: usize,
-    /// Query heads
-    #[arg(long, default_value_t = 16, allow_negative_numbers = true)]
-    heads: usize,
-    /// KV heads
-    #[arg(long, default_value_t = 1, allow_negative_numbers = true)]
-    kv_heads: usize,
-    /// Head dimension of queries and keys
-    #[arg(long, default_value_t = 128, allow_negative_numbers = true)]
-    dim_qk: usize,
-    /// Head dimension of values
-    #[arg(long, default_value_t = 128, allow_negative_numbers = true)]
-    dim_v: usize,
+    #[command(flatten)]
+    heads: Heads,
     /// What to count
     #[arg(long, value_enum, value_delimiter = ',', default_values_t = Pass::ALL)]
     pass: Vec<Pass>,
@@ -157,7 +148,7 @@ impl Device {
 /// If an option does not fit, or the simulator cannot run.
 pub fn run(options: &Options) -> Result<()> {
     options.validate()?;
-    let config = options.config()?;
+    let config = options.heads.config()?;
     if sim::inside() {
         return work(options, &config);
     }
@@ -175,14 +166,6 @@ impl Options {
         let distinct = self.lengths().len();
         ensure!(distinct > 1, "--tokens: must be at least two lengths for a law");
         Ok(())
-    }
-
-    fn config(&self) -> Result<NsaConfig> {
-        let builder = NsaConfig::builder(self.heads, self.kv_heads, self.dim_qk, self.dim_v);
-        builder.compress_kind(CompressKind::Mean).build().with_context(|| {
-            let Self { heads, kv_heads, dim_qk, dim_v, .. } = self;
-            format!("--heads {heads} --kv-heads {kv_heads} --dim-qk {dim_qk} --dim-v {dim_v}")
-        })
     }
 
     /// Ascending, each once.
@@ -460,10 +443,28 @@ fn bytes(config: &NsaConfig, (who, pass): Job, tokens: usize) -> f64 {
 
 #[cfg(test)]
 mod tests {
+    use super::super::arguments;
     use super::*;
 
     fn counts(flop: f64, sectors: f64) -> Counts {
         Counts { tensor_flop: flop, global_sectors: sectors, ..Counts::default() }
+    }
+
+    #[test]
+    fn bad_options_are_named_with_their_values_and_rules() {
+        let parse = |arguments: &str| -> Result<Options, String> {
+            let options: Options = arguments::parse(arguments)?;
+            options.validate().and_then(|()| options.heads.config()).map_err(|error| format!("{error:#}"))?;
+            Ok(options)
+        };
+        let cases = [
+            ("--tokens 0,64", ["--tokens 0", "at least 1"]),
+            ("--tokens 64,64", ["--tokens", "two lengths"]),
+            ("--estimate 4294967296", ["--estimate 4294967296", "at most 2147483647"]),
+            ("--kv-heads 3", ["--kv-heads 3", "num_kv_heads"]),
+        ];
+        arguments::assert_refused(parse, &cases);
+        assert_eq!(parse("--tokens 128,64,128").expect("legal").lengths(), [64, 128]);
     }
 
     #[test]
