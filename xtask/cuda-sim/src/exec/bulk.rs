@@ -92,6 +92,7 @@ impl<C: Checks> Cta<'_, C> {
         let bytes = data.len() as u32;
         let kind = FaultKind::OutOfBounds { space: Space::Global, address, bytes, write: true };
         let offset = self.writable_offset(address, bytes).ok_or(kind)?;
+        let _alone = reduce.and_then(|reduce| self.launch.alone::<C>(Space::Global, reduce.order));
         let touched = if reduce.is_some() { TouchKind::Atomic } else { TouchKind::Write { uniform: true } };
         self.touch_one(by, Space::Global, address, bytes, touched)?;
         let found = &self.launch.memory[self.hint];

@@ -286,9 +286,18 @@ impl<'a, C: Checks> Cta<'a, C> {
     /// Operations beyond arithmetic and branches.
     fn other(&mut self, warp: &mut Warp, op: &Op, pc: u32, mask: &mut u32, active: u32) -> Result<Next, Finding> {
         match op {
-            Op::Load(access) => self.load(warp, access, pc, active)?,
-            Op::Store(access) => self.store(warp, access, pc, active)?,
-            Op::Atomic(atomic) => self.atomic(warp, atomic, pc, active)?,
+            Op::Load(access) => {
+                let _alone = self.launch.alone::<C>(access.space, access.order);
+                self.load(warp, access, pc, active)?;
+            }
+            Op::Store(access) => {
+                let _alone = self.launch.alone::<C>(access.space, access.order);
+                self.store(warp, access, pc, active)?;
+            }
+            Op::Atomic(atomic) => {
+                let _alone = self.launch.alone::<C>(atomic.space, atomic.order);
+                self.atomic(warp, atomic, pc, active)?;
+            }
             Op::BranchIndex(index, targets) => {
                 for lane in lanes(active) {
                     let at = warp.regs.value(*index, lane) as usize;

@@ -23,9 +23,10 @@ pub mod window;
 pub use fault::{Fault, FaultKind, Finding, Party};
 
 use crate::check::{Checker, GlobalShadow};
-use crate::code::Kernel;
+use crate::code::{Kernel, Order};
 use crate::count::{Counter, Counts};
 use crate::memory::Allocation;
+use crate::ptx::Space;
 use checks::{Checks, Unchecked};
 use cta::Cta;
 use rand::SeedableRng;
@@ -34,7 +35,7 @@ use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
 use std::io::Write;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Locks for atomics of 64 bits.
 const LOCKS: usize = 64;
@@ -91,6 +92,8 @@ pub struct Launch<'a> {
     pub shadow: Arc<GlobalShadow>,
     /// Locks for atomics of 64 bits.
     wide_atomics: [Mutex<()>; LOCKS],
+    /// Held where memory and what the checker knows of a place change together.
+    strong: Mutex<()>,
     printed: Mutex<String>,
 }
 
@@ -105,9 +108,16 @@ impl<'a> Launch<'a> {
         options: &'a Options,
     ) -> Self {
         let wide_atomics = std::array::from_fn(|_| Mutex::new(()));
-        let printed = Mutex::new(String::new());
+        let (strong, printed) = (Mutex::new(()), Mutex::new(String::new()));
         let shadow = Arc::new(GlobalShadow::new(kernel.narrowest.global));
-        Self { kernel, grid, block, dynamic_shared, params, memory, options, shadow, wide_atomics, printed }
+        Self { kernel, grid, block, dynamic_shared, params, memory, options, shadow, wide_atomics, strong, printed }
+    }
+
+    /// Keeps other CTAs from strong accesses to global memory while one is checked and done: what a CTA reads at a place and
+    /// what it learns there come from the same writer.
+    fn alone<C: Checks>(&self, space: Space, order: Order) -> Option<MutexGuard<'_, ()>> {
+        let strong = C::ON && order != Order::Weak && matches!(space, Space::Global | Space::Generic);
+        strong.then(|| self.strong.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Runs all CTAs.
@@ -121,7 +131,7 @@ impl<'a> Launch<'a> {
             (false, true) => self.run_with::<Counter>(),
             (true, true) => self.run_with::<(Checker, Counter)>(),
         };
-        let printed = self.printed.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let printed = self.printed.lock().unwrap_or_else(PoisonError::into_inner);
         let mut stdout = std::io::stdout().lock();
         // A closed standard output loses what kernels print, as on a device.
         let _ = stdout.write_all(printed.as_bytes()).and_then(|()| stdout.flush());
@@ -144,7 +154,7 @@ impl<'a> Launch<'a> {
             match Cta::<C>::new(self, *linear).run() {
                 Ok((checks, ran)) => {
                     let counts = checks.counts();
-                    let mut summary = summary.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+                    let mut summary = summary.lock().unwrap_or_else(PoisonError::into_inner);
                     summary.operations += ran;
                     if let Some(counts) = counts {
                         summary.counts.get_or_insert_default().add(&counts);
@@ -157,12 +167,12 @@ impl<'a> Launch<'a> {
                 }
             }
         });
-        let summary = summary.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let summary = summary.into_inner().unwrap_or_else(PoisonError::into_inner);
         fault.map_or(Ok(summary), Err)
     }
 
     /// Keeps what a kernel prints until the launch is over.
     fn print(&self, text: &str) {
-        self.printed.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push_str(text);
+        self.printed.lock().unwrap_or_else(PoisonError::into_inner).push_str(text);
     }
 }

@@ -43,6 +43,27 @@ fn lanes_of_a_warp_may_wait_for_each_other() {
     assert_eq!(sim.read(out, 1), [7]);
 }
 
+/// Of many CTAs on all cores, which count themselves, the last reads what all have written.
+#[test]
+fn the_last_cta_sees_what_all_wrote() {
+    let sim = Sim::new(&kernel(
+        "",
+        "ld.param.u64 d0, [pin];\nld.param.u64 d1, [pout];\nld.param.u32 r0, [n];\nmov.u32 r1, %ctaid.x;\n\
+         mul.wide.u32 d2, r1, 4;\nadd.u64 d2, d1, d2;\nst.global.u32 [d2], r1;\nsub.u32 r2, r0, 1;\n\
+         atom.acq_rel.gpu.global.inc.u32 r3, [d0], r2;\nsetp.ne.u32 p0, r3, r2;\n@p0 bra END;\n\
+         mov.u32 r4, 0;\nmov.u32 r5, 0;\n\
+         SUM:\nmul.wide.u32 d2, r4, 4;\nadd.u64 d2, d1, d2;\nld.global.u32 r6, [d2];\nadd.u32 r5, r5, r6;\n\
+         add.u32 r4, r4, 1;\nsetp.lt.u32 p1, r4, r0;\n@p1 bra SUM;\nst.global.u32 [d1], r5;\nEND:",
+    ));
+    const CTAS: u32 = 64;
+    let (counter, out) = (sim.words(&[0]), sim.blank(4 * u64::from(CTAS)));
+    for _ in 0..300 {
+        sim.launch("k", CTAS, 1, &[counter, out, u64::from(CTAS)]).unwrap();
+        assert_eq!(sim.read(out, 1), [CTAS * (CTAS - 1) / 2]);
+        assert_eq!(sim.read(counter, 1), [0]);
+    }
+}
+
 #[test]
 fn functions_are_called_with_parameters_in_memory_and_registers() {
     let sim = Sim::new(
