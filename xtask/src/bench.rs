@@ -400,11 +400,11 @@ impl Run<'_> {
         let copies = decode::layers(self.backend, self.config, length.tokens, length.element_bytes);
         let job = Job::new(self.config, length.tokens, length.dtype, false, copies);
         let mut decoding = Decoding::<T>::new(self.backend, self.config, length.tokens)?;
-        let mut recorded = None;
+        let (mut recorded, mut recorded_dense) = (None, None);
         let turn = |contender: Contender, run: &mut Self| -> Result<Result<Seconds, PeerError>> {
             let seconds = match contender {
                 Contender::Nsa => decoding.nsa(&mut recorded)?,
-                Contender::Dense => decoding.dense()?,
+                Contender::Dense => decoding.dense(&mut recorded_dense)?,
                 Contender::Peer(at) => return Ok(run.peers[at].step().map(|s| vec![(Pass::Decode, s)])),
             };
             Ok(Ok(vec![(Pass::Decode, seconds)]))

@@ -5,9 +5,9 @@ use super::ahead::{Build, Launched};
 use super::geometry::step::StepTiles;
 use super::geometry::{BandTiles, Geometry, KeptScores, SelectTiles, copy_bytes};
 use super::launch::Call;
-use super::memory::DeviceBuffer;
 use super::params::{Field, In, Out, Stored, params};
 use super::program::{Constants, Program};
+use super::workspace::Scratch;
 use super::{Cuda, cmp, dense, slc};
 use crate::{Element, Error, Pages, Result, Rows, Tensor, TensorMut};
 use nsa_core::{CuSeqlens, DType, NsaConfig, Packing};
@@ -68,7 +68,7 @@ pub(super) struct Forward<'a, T: Element> {
 /// What kernels know of the sequences: per sequence the row of its first query, queries, context, its first row of keys (or
 /// place of its first page), rows of keys, tiles of the sequences before it.
 pub(super) struct Sequences {
-    table: DeviceBuffer<i32>,
+    table: Scratch<i32>,
     pub(super) tiles: usize,
 }
 
@@ -101,7 +101,7 @@ impl Sequences {
 /// Keys and values of a call: where they are, and per sequence its first row or page and its rows.
 struct Keys {
     packed: [u64; 2],
-    pages: Option<[DeviceBuffer<u64>; 2]>,
+    pages: Option<[Scratch<u64>; 2]>,
     page_rows: usize,
     sequences: Vec<(usize, usize)>,
 }

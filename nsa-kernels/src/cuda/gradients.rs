@@ -5,9 +5,9 @@ use super::ahead::{Build, Launched};
 use super::attention::{Sequences, copies, packed_sequences, unsupported};
 use super::geometry::{Geometry, GradientTiles};
 use super::launch::Call;
-use super::memory::DeviceBuffer;
 use super::params::{Field, In, Out, Params, Stored, params};
 use super::program::{Constants, Program};
+use super::workspace::Scratch;
 use crate::{Element, Result, Tensor, TensorMut};
 use nsa_core::{CuSeqlens, DType, NsaConfig, Packing};
 use std::marker::PhantomData;
@@ -98,7 +98,7 @@ pub(super) struct Prepared<'c> {
     pub(super) queries: Sequences,
     pub(super) keys: Sequences,
     /// Kept until the kernels are launched.
-    _facts: DeviceBuffer<RowFacts>,
+    _facts: Scratch<RowFacts>,
 }
 
 /// Checks where the tensors are, and describes them to kernels with tiles of `queries` queries and of `keys` rows of keys,

@@ -8,7 +8,7 @@ use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode as Captu
 use std::fmt;
 
 /// The name of recordings in errors.
-const OP: &str = "Cuda::record";
+pub(super) const OP: &str = "Cuda::record";
 
 /// Recorded work. It uses the memory that it was recorded with, which must be there still when it is launched.
 pub struct Graph(Option<CudaGraph>);
@@ -21,8 +21,8 @@ impl fmt::Debug for Graph {
 
 impl Cuda {
     /// Records what `work` gives to the device, which is not done now. Kernels must have been compiled before, so do the work
-    /// once first; operations that wait for the device or make memory of their own cannot be recorded, other than
-    /// [`Ready::launch`](super::decode::Ready::launch).
+    /// once first. What waits for the device or makes memory cannot be recorded: operations are recorded in a
+    /// [`Workspace`](super::workspace::Workspace), and [`Ready::launch`](super::decode::Ready::launch) as it is.
     ///
     /// # Errors
     /// What `work` says, or the driver if it did what cannot be recorded.

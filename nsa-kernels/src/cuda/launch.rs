@@ -1,9 +1,9 @@
 //! The only place that launches kernels.
 
 use super::geometry::Geometry;
-use super::memory::DeviceBuffer;
 use super::params::{Cpp, Grad, In, Out, Params, Stored, Weight};
 use super::program::{Constants, Program};
+use super::workspace::Scratch;
 use super::{Cuda, failed};
 use crate::{Error, Result, Tensor, TensorMut};
 use bytemuck::Pod;
@@ -212,29 +212,28 @@ impl<'c> Call<'c> {
         tensor.map_or(Ok(Out(0, PhantomData)), |tensor| self.output(arg, tensor))
     }
 
-    /// Memory for the call alone. It may be dropped once the kernels that use it are launched: it is freed behind them on the
-    /// stream.
+    /// Memory for the call alone.
     ///
     /// # Errors
     /// If the device has too little.
-    pub(crate) fn workspace<U: Pod>(&self, len: usize) -> Result<DeviceBuffer<U>> {
-        DeviceBuffer::unwritten(self.cuda, len)
+    pub(crate) fn workspace<U: Pod>(&self, len: usize) -> Result<Scratch<U>> {
+        Scratch::unwritten(self.cuda, len)
     }
 
     /// The same, of zeros.
     ///
     /// # Errors
     /// If the device has too little.
-    pub(crate) fn zeros<U: Pod>(&self, len: usize) -> Result<DeviceBuffer<U>> {
-        DeviceBuffer::zeros(self.cuda, len)
+    pub(crate) fn zeros<U: Pod>(&self, len: usize) -> Result<Scratch<U>> {
+        Scratch::zeros(self.cuda, len)
     }
 
-    /// A copy of the host's elements for the call alone.
+    /// A copy of the host's elements for the call to read.
     ///
     /// # Errors
     /// If the device has too little memory.
-    pub(crate) fn upload<U: Pod>(&self, data: &[U]) -> Result<DeviceBuffer<U>> {
-        DeviceBuffer::upload(self.cuda, data)
+    pub(crate) fn upload<U: Pod>(&self, data: &[U]) -> Result<Scratch<U>> {
+        Scratch::upload(self.cuda, data)
     }
 
     /// Launches a kernel of the program, if there is anything to do. `params` must be the struct that the kernel takes, and

@@ -1,7 +1,5 @@
 //! Memory of a device. An address is used on one stream only, that of the memory, so that all uses are in order.
 
-use super::launch::Names;
-use super::params::{In, Out};
 use super::{Cuda, failed};
 use crate::{Error, Result};
 use bytemuck::Pod;
@@ -102,16 +100,6 @@ impl<T: Pod> DeviceBuffer<T> {
 
     pub(crate) fn len(&self) -> usize {
         self.len
-    }
-
-    /// The address as a kernel's argument that is read.
-    pub(crate) fn read_by<K: Names>(&self) -> In<K> {
-        In(self.mem(0..self.len).address(), PhantomData)
-    }
-
-    /// The address as a kernel's argument that is written.
-    pub(crate) fn written_by<K: Names>(&mut self) -> Out<K> {
-        Out(self.mem_mut(0..self.len).address(), PhantomData)
     }
 
     /// Elements `range`.

@@ -12,6 +12,7 @@ pub mod ahead;
 pub mod compile;
 pub mod graph;
 pub mod program;
+pub mod workspace;
 
 #[expect(unsafe_code, reason = "kernels get addresses and write to them")]
 pub(crate) mod launch;
@@ -46,7 +47,8 @@ use cudarc::driver::sys::{CUdevice_attribute_enum as Attribute, cudaError_enum};
 use cudarc::driver::{CudaContext, CudaStream, DriverError};
 use launch::Modules;
 use std::fmt;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock};
+use workspace::Lent;
 
 /// The oldest compute capability that kernels are written for.
 const OLDEST: (i32, i32) = (8, 0);
@@ -63,6 +65,8 @@ struct Inner {
     compiler: Compiler,
     modules: Modules,
     blas: OnceLock<Result<CudaBlas>>,
+    /// The workspace that operations are in, if any.
+    lent: Mutex<Option<Lent>>,
 }
 
 /// What a device is and has.
@@ -125,7 +129,14 @@ impl Cuda {
         }
         let compiler = Compiler::new(device.capability);
         Ok(Self {
-            inner: Arc::new(Inner { stream, device, compiler, modules: Modules::default(), blas: OnceLock::new() }),
+            inner: Arc::new(Inner {
+                stream,
+                device,
+                compiler,
+                modules: Modules::default(),
+                blas: OnceLock::new(),
+                lent: Mutex::default(),
+            }),
         })
     }
 

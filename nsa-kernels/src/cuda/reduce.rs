@@ -3,9 +3,9 @@
 use super::ahead::Build;
 use super::geometry::Geometry;
 use super::launch::Call;
-use super::memory::DeviceBuffer;
 use super::params::{In, Out, Params, Stored, params};
 use super::program::{Constants, Program};
+use super::workspace::Scratch;
 use crate::Result;
 use nsa_core::DType;
 
@@ -130,7 +130,7 @@ pub(crate) fn add_column_sums(call: &Call<'_>, x: In<Stored>, [rows, columns]: [
 /// Adds partial sums `[parts, columns]` to `y`.
 pub(crate) fn add_partials(
     call: &Call<'_>,
-    partial: &DeviceBuffer<f32>,
+    partial: &Scratch<f32>,
     parts: Parts,
     columns: usize,
     y: Out<f32>,
@@ -140,7 +140,7 @@ pub(crate) fn add_partials(
 }
 
 /// The sum of each column of `x` `[rows, columns]`, in double.
-pub(crate) fn column_totals(call: &Call<'_>, x: In<f32>, [rows, columns]: [usize; 2]) -> Result<DeviceBuffer<f64>> {
+pub(crate) fn column_totals(call: &Call<'_>, x: In<f32>, [rows, columns]: [usize; 2]) -> Result<Scratch<f64>> {
     let parts = Parts::of(rows);
     let mut partial = call.workspace::<f64>(parts.count * columns)?;
     let params = ColumnSumsDouble {
@@ -157,9 +157,9 @@ pub(crate) fn column_totals(call: &Call<'_>, x: In<f32>, [rows, columns]: [usize
 /// Sums over parts, `[columns]`, of partial sums `[parts, columns]`, in double.
 pub(crate) fn totals_of_parts(
     call: &Call<'_>,
-    partial: &DeviceBuffer<f64>,
+    partial: &Scratch<f64>,
     [parts, columns]: [usize; 2],
-) -> Result<DeviceBuffer<f64>> {
+) -> Result<Scratch<f64>> {
     let mut totals = call.workspace::<f64>(columns)?;
     let params = PartTotals {
         partial: partial.read_by(),

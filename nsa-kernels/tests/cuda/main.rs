@@ -5,6 +5,7 @@ mod decode;
 mod dense;
 mod layer;
 mod pages;
+mod workspace;
 
 use nsa_core::{CompressKind, DType, NsaConfig, NsaConfigBuilder};
 use nsa_kernels::Backend;

@@ -14,7 +14,7 @@ const SEQUENCES: Sequences = [(9, 40), (0, 3), (70, 0)];
 const STEPS: [Sequences; 2] = [[(1, 40), (0, 3), (1, 700)], [(1, 300), (7, 30), (1, 0)]];
 
 /// Asymmetric numbers in −1..1.
-fn numbers<T: Element>(count: usize, step: usize) -> Vec<T> {
+pub(super) fn numbers<T: Element>(count: usize, step: usize) -> Vec<T> {
     (0..count).map(|i| T::from_f64(((i * step + 7) % 193) as f64 / 97.0 - 1.0)).collect()
 }
 

@@ -6,6 +6,7 @@ use nsa_core::{CuSeqlens, NsaConfig, Packing, index};
 use nsa_kernels::cuda::Cuda;
 use nsa_kernels::cuda::decode::{Capacity, Workspace};
 use nsa_kernels::cuda::graph::Graph;
+use nsa_kernels::cuda::workspace;
 use nsa_kernels::op::{decode, dense};
 use nsa_kernels::{Backend, Buffer, Element, Pages, Rows};
 use rand::{RngExt, SeedableRng};
@@ -44,9 +45,23 @@ struct Layer<T> {
 }
 
 /// A step of every layer as a device's graph, and the memory that it uses.
-pub struct Recorded<T> {
+pub struct Recorded<M> {
     graph: Graph,
-    _workspaces: Vec<Workspace<T>>,
+    _memory: M,
+}
+
+/// Of NSA, and of full attention.
+pub type RecordedNsa<T> = Recorded<Vec<Workspace<T>>>;
+pub type RecordedDense = Recorded<workspace::Workspace>;
+
+impl<M> Recorded<M> {
+    /// Seconds of one of so many steps.
+    fn seconds(&self, cuda: &Cuda, steps: usize) -> Result<f64> {
+        mean_of_steps(steps, || {
+            self.graph.launch()?;
+            Ok(cuda.synchronize()?)
+        })
+    }
 }
 
 /// Layers that a model needs so that neither NSA nor full attention finds its rows of the step before in the last cache.
@@ -106,21 +121,23 @@ impl<T: Element> Decoding<T> {
     }
 
     /// Seconds of one step of NSA, the mean over rounds through all layers. On a device they are `recorded` at the first call.
-    pub fn nsa(&mut self, recorded: &mut Option<Recorded<T>>) -> Result<f64> {
+    pub fn nsa(&mut self, recorded: &mut Option<RecordedNsa<T>>) -> Result<f64> {
         let Backend::Cuda(cuda) = self.backend.clone() else { return self.rounds(Self::nsa_step) };
-        let Recorded { graph, .. } = match recorded {
+        let recorded = match recorded {
             Some(recorded) => recorded,
             None => recorded.insert(self.record(&cuda)?),
         };
-        mean_of_steps(self.layers.len(), || {
-            graph.launch()?;
-            Ok(cuda.synchronize()?)
-        })
+        recorded.seconds(&cuda, self.layers.len())
     }
 
-    /// Seconds of one step of full attention.
-    pub fn dense(&mut self) -> Result<f64> {
-        self.rounds(Self::dense_step)
+    /// The same of full attention.
+    pub fn dense(&mut self, recorded: &mut Option<RecordedDense>) -> Result<f64> {
+        let Backend::Cuda(cuda) = self.backend.clone() else { return self.rounds(Self::dense_step) };
+        let recorded = match recorded {
+            Some(recorded) => recorded,
+            None => recorded.insert(self.record_dense(&cuda)?),
+        };
+        recorded.seconds(&cuda, self.layers.len())
     }
 
     /// Runs where a model's steps run, so that no step waits for a thread to be told of it.
@@ -135,7 +152,7 @@ impl<T: Element> Decoding<T> {
         })
     }
 
-    fn record(&mut self, cuda: &Cuda) -> Result<Recorded<T>> {
+    fn record(&mut self, cuda: &Cuda) -> Result<RecordedNsa<T>> {
         let Self { config, layers, gates, o, block_indices, .. } = self;
         let caches: Vec<_> = layers.iter().map(|layer| layer.cache(config, self.context)).collect::<Result<_>>()?;
         let capacity = Capacity::of(1, &caches[..1]);
@@ -155,7 +172,15 @@ impl<T: Element> Decoding<T> {
         let graph = cuda.record(steps)?;
         drop(ready);
         drop(caches);
-        Ok(Recorded { graph, _workspaces: workspaces })
+        Ok(Recorded { graph, _memory: workspaces })
+    }
+
+    fn record_dense(&mut self, cuda: &Cuda) -> Result<RecordedDense> {
+        let mut workspace = workspace::Workspace::new(cuda);
+        let mut steps = || (0..self.layers.len()).try_for_each(|layer| self.attend_all(layer));
+        cuda.with_workspace(&mut workspace, &mut steps)?;
+        let graph = cuda.record(|| cuda.with_workspace(&mut workspace, &mut steps))?;
+        Ok(Recorded { graph, _memory: workspace })
     }
 
     /// One step of NSA in one layer.
@@ -176,6 +201,10 @@ impl<T: Element> Decoding<T> {
 
     /// One step of full attention in one layer.
     pub fn dense_step(&mut self, layer: usize) -> Result<()> {
+        Ok(self.attend_all(layer)?)
+    }
+
+    fn attend_all(&mut self, layer: usize) -> nsa_kernels::Result<()> {
         let (config, layer) = (&self.config, &self.layers[layer]);
         let (heads, groups) = (config.num_heads(), config.num_kv_heads());
         let (dim_qk, dim_v) = (config.head_dim_qk(), config.head_dim_v());
@@ -190,7 +219,7 @@ impl<T: Element> Decoding<T> {
             o: self.o.tensor_mut([1, heads, dim_v])?,
             lse: self.lse.tensor_mut([1, heads])?,
         };
-        Ok(dense::forward(&self.backend, args)?)
+        dense::forward(&self.backend, args)
     }
 }
 
@@ -225,7 +254,7 @@ fn mean_of_steps(steps: usize, mut round: impl FnMut() -> Result<()>) -> Result<
 }
 
 /// The first `rows` rows of a cache.
-fn pages<T: Element>(data: &Buffer<T>, rows: usize, row_shape: [usize; 2]) -> Result<Pages<'_, T>> {
+fn pages<T: Element>(data: &Buffer<T>, rows: usize, row_shape: [usize; 2]) -> nsa_kernels::Result<Pages<'_, T>> {
     let page = |at| data.mem_at(at * PAGE_ROWS * row_shape[0] * row_shape[1]);
     let pages = (0..rows.div_ceil(PAGE_ROWS)).map(page).collect::<nsa_kernels::Result<_>>()?;
     Ok(Pages { pages, page_rows: PAGE_ROWS, len: rows, row_shape })
@@ -258,7 +287,9 @@ mod tests {
         let backend = Backend::pick(None).expect("a backend").0;
         for context in [1, 31, 33, 700] {
             let mut decoding = Decoding::<f32>::with_layers(&backend, &config(), context, 2).expect("fits");
-            for step in [|decoding: &mut Decoding<f32>| decoding.nsa(&mut None), Decoding::dense] {
+            type Step = fn(&mut Decoding<f32>) -> Result<f64>;
+            let steps: [Step; 2] = [|decoding| decoding.nsa(&mut None), |decoding| decoding.dense(&mut None)];
+            for step in steps {
                 decoding.o.write(&[f32::NAN; 6 * 16]).expect("room");
                 assert!(step(&mut decoding).expect("runs") > 0.0);
                 let mut o = [0.0; 6 * 16];

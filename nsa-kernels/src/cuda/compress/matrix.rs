@@ -15,10 +15,10 @@ use crate::cuda::blas::{Matrix, multiply_batch};
 use crate::cuda::geometry::{Geometry, vector};
 use crate::cuda::launch::Call;
 use crate::cuda::layer::matmul::Operand;
-use crate::cuda::memory::DeviceBuffer;
 use crate::cuda::params::{In, Out, Params, Stored, params};
 use crate::cuda::program::{Constants, Program};
 use crate::cuda::reduce::totals_of_parts;
+use crate::cuda::workspace::Scratch;
 use crate::op::compress::{Forward, Phi};
 use crate::{Element, Result, Tensor};
 use nsa_core::{DType, NsaConfig, Packing};
@@ -235,9 +235,9 @@ struct Network<'c> {
     rows: usize,
     chunks: usize,
     /// `[C]`.
-    tokens: DeviceBuffer<i32>,
+    tokens: Scratch<i32>,
     /// `[rows]`.
-    blocks: DeviceBuffer<i32>,
+    blocks: Scratch<i32>,
     /// The first token, if chunks lie in `[N, G, D]` as they do in `[C, G, d, D]`.
     in_place: Option<usize>,
     /// `[l, G, D]`, or none.
@@ -245,7 +245,7 @@ struct Network<'c> {
     /// `[G, l·D, H]`.
     weight1: In<Stored>,
     /// What the first layer adds to every row, `[G, H]`.
-    added1: Option<DeviceBuffer<f32>>,
+    added1: Option<Scratch<f32>>,
     second: Option<Second>,
 }
 
@@ -254,11 +254,11 @@ struct Second {
     /// `[G, H, D]` in f32.
     weight: Operand,
     /// `[G, D]`.
-    added: Option<DeviceBuffer<f32>>,
+    added: Option<Scratch<f32>>,
 }
 
-fn address_or_none(buffer: Option<&DeviceBuffer<f32>>) -> In<f32> {
-    buffer.map_or(In::none(), DeviceBuffer::read_by)
+fn address_or_none(buffer: Option<&Scratch<f32>>) -> In<f32> {
+    buffer.map_or(In::none(), Scratch::read_by)
 }
 
 impl<'c> Network<'c> {
@@ -311,7 +311,7 @@ impl<'c> Network<'c> {
     }
 
     /// b1 + vec(e)·W1, `[G, H]`.
-    fn added1(&self, bias: In<Stored>) -> Result<Option<DeviceBuffer<f32>>> {
+    fn added1(&self, bias: In<Stored>) -> Result<Option<Scratch<f32>>> {
         let Sizes { heads, hidden, block, .. } = self.sizes;
         let columns = heads * hidden;
         if self.position.0 == 0 {
@@ -326,19 +326,14 @@ impl<'c> Network<'c> {
     }
 
     /// The sum of what there is of both.
-    fn added(
-        &self,
-        bias: In<Stored>,
-        embedded: Option<&DeviceBuffer<f64>>,
-        columns: usize,
-    ) -> Result<Option<DeviceBuffer<f32>>> {
+    fn added(&self, bias: In<Stored>, embedded: Option<&Scratch<f64>>, columns: usize) -> Result<Option<Scratch<f32>>> {
         if bias.0 == 0 && embedded.is_none() {
             return Ok(None);
         }
         let mut added = self.call.workspace::<f32>(columns)?;
         let params = CompressAdded {
             bias,
-            embedded: embedded.map_or(In::none(), DeviceBuffer::read_by),
+            embedded: embedded.map_or(In::none(), Scratch::read_by),
             added: added.written_by(),
             columns: columns as i64,
         };
@@ -396,7 +391,7 @@ impl<'c> Network<'c> {
     }
 
     /// The first product, `[rows, G, H]`.
-    fn first(&self, gathered: &Operand) -> Result<DeviceBuffer<f32>> {
+    fn first(&self, gathered: &Operand) -> Result<Scratch<f32>> {
         let Sizes { heads, hidden, .. } = self.sizes;
         let mut z = self.call.workspace::<f32>(self.rows * heads * hidden)?;
         let address: Out<f32> = z.written_by();

@@ -5,10 +5,10 @@ use crate::cuda::Cuda;
 use crate::cuda::ahead::Build;
 use crate::cuda::geometry::{Geometry, vector};
 use crate::cuda::launch::Call;
-use crate::cuda::memory::DeviceBuffer;
 use crate::cuda::params::{In, Out, Params, Stored, params};
 use crate::cuda::program::{Constants, Program};
 use crate::cuda::reduce::{Parts, column_totals, totals_of_parts};
+use crate::cuda::workspace::Scratch;
 use crate::op::compress::{Backward, Forward, PhiGrad};
 use crate::{Element, Result, Tensor};
 use nsa_core::{DType, NsaConfig, Packing};
@@ -140,7 +140,7 @@ fn constants(constants: Constants, config: &NsaConfig, dim: usize, weighted: boo
 struct Operands<'c> {
     call: Call<'c>,
     weight: In<Stored>,
-    starts: DeviceBuffer<i32>,
+    starts: Scratch<i32>,
     count: usize,
     /// G·D.
     row: usize,
@@ -259,7 +259,7 @@ fn add_d_weight<T: Element>(
     operands: &Operands<'_>,
     call: &Call<'_>,
     (x, d_blocks): (&Tensor<'_, T, 3>, In<f32>),
-    (position, totals): (Option<&Tensor<'_, T, 3>>, &DeviceBuffer<f64>),
+    (position, totals): (Option<&Tensor<'_, T, 3>>, &Scratch<f64>),
     config: &NsaConfig,
     d_weight: Out<f32>,
 ) -> Result<()> {

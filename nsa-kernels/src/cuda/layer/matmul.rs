@@ -5,9 +5,9 @@ use crate::cuda::ahead::Build;
 use crate::cuda::blas::{Factor, Matrix, multiply};
 use crate::cuda::geometry::Geometry;
 use crate::cuda::launch::Call;
-use crate::cuda::memory::DeviceBuffer;
 use crate::cuda::params::{In, Out, Params, Stored, Weight, params};
 use crate::cuda::program::{Constants, Program};
+use crate::cuda::workspace::Scratch;
 use crate::{Result, Tensor, TensorMut};
 use nsa_core::{DType, Element};
 use std::marker::PhantomData;
@@ -50,7 +50,7 @@ pub(super) struct Bias {
 /// A matrix in memory of the call, or a converted copy of it.
 pub(crate) enum Operand {
     There(Matrix),
-    Copy(Matrix, #[expect(dead_code, reason = "holds the memory")] DeviceBuffer<u16>),
+    Copy(Matrix, #[expect(dead_code, reason = "holds the memory")] Scratch<u16>),
 }
 
 impl Operand {

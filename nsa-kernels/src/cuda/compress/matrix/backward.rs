@@ -9,9 +9,9 @@ use crate::cuda::blas::{Matrix, multiply_batch};
 use crate::cuda::geometry::vector;
 use crate::cuda::launch::Call;
 use crate::cuda::layer::matmul::Operand;
-use crate::cuda::memory::DeviceBuffer;
 use crate::cuda::params::{In, Out};
 use crate::cuda::reduce::column_totals;
+use crate::cuda::workspace::Scratch;
 use crate::op::compress::{Backward, PhiGrad};
 use crate::{Element, Result, TensorMut};
 use nsa_core::DType;
@@ -90,9 +90,9 @@ impl Network<'_> {
         &self,
         second: &Second,
         gathered: &Operand,
-        dy: &DeviceBuffer<f32>,
+        dy: &Scratch<f32>,
         grads: &Grads,
-    ) -> Result<DeviceBuffer<f32>> {
+    ) -> Result<Scratch<f32>> {
         let (Sizes { heads, dim, hidden, .. }, call, rows) = (self.sizes, &self.call, self.rows);
         if let Some(bias) = grads.bias2 {
             self.add_bias(&column_totals(call, dy.read_by(), [rows, heads * dim])?, bias, heads * dim)?;
@@ -121,7 +121,7 @@ impl Network<'_> {
     }
 
     /// Gradients of tokens and of the first weight, given that of the first product, `[rows, G, H]`.
-    fn first_backward(&self, gathered: &Operand, dz: &DeviceBuffer<f32>, grads: &Grads) -> Result<()> {
+    fn first_backward(&self, gathered: &Operand, dz: &Scratch<f32>, grads: &Grads) -> Result<()> {
         let (Sizes { heads, dim, hidden, .. }, call) = (self.sizes, &self.call);
         let dz: In<f32> = dz.read_by();
         let dz = self.units(dz.0, hidden);
@@ -153,7 +153,7 @@ impl Network<'_> {
     }
 
     /// Gradients of what the first layer adds to every row.
-    fn added_backward(&self, dz: &DeviceBuffer<f32>, grads: &Grads) -> Result<()> {
+    fn added_backward(&self, dz: &Scratch<f32>, grads: &Grads) -> Result<()> {
         let Sizes { heads, dim, hidden, block, .. } = self.sizes;
         if grads.bias1.is_none() && self.position.0 == 0 {
             return Ok(());
@@ -175,7 +175,7 @@ impl Network<'_> {
         self.launch("compress_embedding_backward", 32 * block * heads * dim, params)
     }
 
-    fn add_bias(&self, totals: &DeviceBuffer<f64>, d_bias: Out<f32>, columns: usize) -> Result<()> {
+    fn add_bias(&self, totals: &Scratch<f64>, d_bias: Out<f32>, columns: usize) -> Result<()> {
         let params = CompressBias { totals: totals.read_by(), d_bias, columns: columns as i64 };
         self.launch("compress_bias", columns, params)
     }
