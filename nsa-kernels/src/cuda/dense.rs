@@ -27,7 +27,7 @@ pub(super) fn band_forward<T: Element>(
     args: attention::Forward<'_, T>,
 ) -> Result<()> {
     let config = args.config;
-    let tiles = BandTiles::checked::<T>(cuda, op, config)?;
+    let tiles = BandTiles::new(config, size_of::<T>(), cuda.unit()).checked(cuda, op, config)?;
     let prepared = attention::prepare(cuda, op, args, tiles.queries)?;
     let geometry = tiles.geometry(prepared.sequences.tiles, config.num_kv_heads());
     let call = prepared.call.constants(|constants| tiles.bake(constants));

@@ -6,6 +6,7 @@
 // are swapped by the row's number (exclusive or), so that eight lanes that read one chunk of eight rows meet all banks.
 template <int DIM>
 struct Tile {
+    static constexpr int COLUMNS = DIM;
     static constexpr int PADDED = round_up(DIM, 16);
     static constexpr int PITCH = PADDED * int(sizeof(Element));
     static constexpr int CHUNKS = PITCH / 16;
@@ -30,12 +31,12 @@ struct EvenRows {
     __device__ __forceinline__ const Element* operator()(int row) const { return first + row * STRIDE; }
 };
 
-// Starts to copy rows 0..ROWS to a tile: row r from `row(r)` if r < count, else zeros. BYTES at a time; all THREADS help.
-template <int DIM, int ROWS, int THREADS, int BYTES, class Row>
-__device__ __forceinline__ void load_rows(u32 tile, int thread, int count, const Row& row) {
-    using Layout = Tile<DIM>;
+// Starts to copy rows 0..ROWS to a tile that lies so: row r from `row(r)` if r < count, else zeros. BYTES at a time; all
+// THREADS help.
+template <class Layout, int ROWS, int THREADS, int BYTES, class Row>
+__device__ __forceinline__ void load_tile(u32 tile, int thread, int count, const Row& row) {
     constexpr int PIECES = Layout::PITCH / BYTES;
-    constexpr int USED = DIM * int(sizeof(Element)) / BYTES;
+    constexpr int USED = Layout::COLUMNS * int(sizeof(Element)) / BYTES;
     // Not unrolled: addresses in flight cost registers that products need.
 #pragma unroll 1
     for (int i = thread; i < ROWS * PIECES; i += THREADS) {
@@ -47,11 +48,10 @@ __device__ __forceinline__ void load_rows(u32 tile, int thread, int count, const
 }
 
 // The same of even rows. Where the threads fill whole rows, each keeps its chunk and goes down.
-template <int DIM, int ROWS, int THREADS, int BYTES, i64 STRIDE>
-__device__ __forceinline__ void load_rows(u32 tile, int thread, int count, const EvenRows<STRIDE>& rows) {
-    using Layout = Tile<DIM>;
+template <class Layout, int ROWS, int THREADS, int BYTES, i64 STRIDE>
+__device__ __forceinline__ void load_tile(u32 tile, int thread, int count, const EvenRows<STRIDE>& rows) {
     constexpr int PIECES = Layout::PITCH / BYTES, DOWN = THREADS / PIECES;
-    if constexpr (BYTES == 16 && DIM == Layout::PADDED && THREADS % PIECES == 0 && ROWS % DOWN == 0) {
+    if constexpr (BYTES == 16 && Layout::COLUMNS == Layout::PADDED && THREADS % PIECES == 0 && ROWS % DOWN == 0) {
         const int first = thread / PIECES, piece = thread % PIECES;
         const Element* const from = rows(first) + piece * Layout::PER_CHUNK;
         if (count >= ROWS) {
@@ -67,8 +67,14 @@ __device__ __forceinline__ void load_rows(u32 tile, int thread, int count, const
             }
         }
     } else {
-        load_rows<DIM, ROWS, THREADS, BYTES, EvenRows<STRIDE>>(tile, thread, count, rows);
+        load_tile<Layout, ROWS, THREADS, BYTES, EvenRows<STRIDE>>(tile, thread, count, rows);
     }
+}
+
+// The same of a tile of each warp's own.
+template <int DIM, int ROWS, int THREADS, int BYTES, class Row>
+__device__ __forceinline__ void load_rows(u32 tile, int thread, int count, const Row& row) {
+    load_tile<Tile<DIM>, ROWS, THREADS, BYTES>(tile, thread, count, row);
 }
 
 // Writes rows 0..count of a tile to `row(r)`, BYTES at a time (or single elements); all THREADS help.
