@@ -263,20 +263,49 @@ fn judge_attention<T: Kind>(
     }
     let sizes = Magnitudes::new([&inputs.q, &inputs.k, &inputs.v, &inputs.d_o], &inputs.config);
     let (dk, dv) = (inputs.config.head_dim_qk(), inputs.config.head_dim_v());
-    let heads = inputs.config.num_heads();
-    let (output, grads) = (widen_output(output), widen_grads(grads));
-    let o = [truth.output.o, first.output.o, second.output.o, output.o];
-    let lse = [truth.output.lse, first.output.lse, second.output.lse, output.lse];
-    let grads = [truth.grads, first.grads, second.grads, grads];
-    let list = [
-        compared::<T>("o", o, dv, sizes.o),
-        Compared { approximated: exponential_error(backend), ..compared::<T::Acc>("lse", lse, heads, sizes.lse) },
+    let outputs = [&truth, &first, &second].map(|version| version.output.clone());
+    let mut list = compare_output(backend, inputs, outputs, output, &sizes);
+    let grads = [truth.grads, first.grads, second.grads, widen_grads(grads)];
+    list.extend([
         compared::<T::Acc>("dq", grads.each_ref().map(|g| g.q.clone()), dk, sizes.dq),
         compared::<T::Acc>("dk", grads.each_ref().map(|g| g.k.clone()), dk, sizes.dk),
         compared::<T::Acc>("dv", grads.each_ref().map(|g| g.v.clone()), dv, sizes.dv),
-    ];
+    ]);
     report.outcomes = judge(&list, inputs.packing.num_tokens());
     Ok(report)
+}
+
+/// o and lse, with what the reference has: truth, two rounded.
+fn compare_output<T: Kind>(
+    backend: &Backend,
+    inputs: &Attention<T>,
+    reference: [AttentionOutput<f64, f64>; 3],
+    kernel: &AttentionOutput<T, T::Acc>,
+    sizes: &Magnitudes,
+) -> Vec<Compared> {
+    let [truth, first, second] = reference;
+    let kernel = widen_output(kernel);
+    let o = [truth.o, first.o, second.o, kernel.o];
+    let lse = [truth.lse, first.lse, second.lse, kernel.lse];
+    let lse = compared::<T::Acc>("lse", lse, inputs.config.num_heads(), sizes.lse);
+    vec![
+        compared::<T>("o", o, inputs.config.head_dim_v(), sizes.o),
+        Compared { approximated: exponential_error(backend), ..lse },
+    ]
+}
+
+/// Runs the forward of full attention on queries that may continue contexts, against the reference.
+pub fn check_dense<T: Kind>(inputs: &Attention<T>, backend: &Backend) -> Report {
+    let verdict = || -> Result<Report, String> {
+        let kernel = inputs.forward(backend)?;
+        let truth = reference::attention(inputs, Mode::Exact)?;
+        let [first, second] = reference::attention_rounded(inputs, reference::rounded(backend, T::DTYPE))?;
+        let sizes = Magnitudes::new([&inputs.q, &inputs.k, &inputs.v, &inputs.d_o], &inputs.config);
+        let outputs = [truth, first, second].map(|version| version.output);
+        let list = compare_output(backend, inputs, outputs, &kernel, &sizes);
+        Ok(Report { outcomes: judge(&list, inputs.packing.num_tokens()), ..Report::default() })
+    };
+    verdict().unwrap_or_else(|failure| Report { failure: Some(failure), ..Report::default() })
 }
 
 fn widen_output<T: Kind>(output: &AttentionOutput<T, T::Acc>) -> AttentionOutput<f64, f64> {

@@ -1,9 +1,9 @@
 //! Queries that continue a context: chunks of a prefill and decoding steps, from rows that lie as caches hold them.
 
 use crate::generate::{Guarded, Poison, Side};
-use crate::kernels::{Place, Sizes, text};
+use crate::kernels::{Attention, Pattern, Place, Sizes, text};
 use crate::operator::{Branches, Compressed, Inputs};
-use crate::{Case, Kind};
+use crate::{Case, Kind, check};
 use nsa_core::{CuSeqlens, NsaConfig, Packing, index};
 use nsa_kernels::op::decode;
 use nsa_kernels::{Backend, Pages};
@@ -78,6 +78,28 @@ pub fn take<T: Kind>(
         block_indices: None,
         d_o: None,
         config: config.clone(),
+    })
+}
+
+/// Full attention of queries `from..to` of sequence `s` for each `(s, from, to)`, with the keys of the first `to` tokens.
+pub fn take_dense<T: Kind>(case: &Case, chunks: &[(usize, usize, usize)]) -> Result<Attention<T>, String> {
+    let whole = check::attention_inputs::<T>(case, Pattern::Dense);
+    let sizes = Sizes::new(&whole.config, &whole.packing);
+    let rows = |data: &[T], width: usize, first: fn(&(usize, usize, usize)) -> usize| -> Vec<T> {
+        let of = |chunk: &(usize, usize, usize)| {
+            let start = whole.packing.seq(chunk.0).rows.start;
+            data[(start + first(chunk)) * width..(start + chunk.2) * width].iter()
+        };
+        chunks.iter().flat_map(of).copied().collect()
+    };
+    let offsets = CuSeqlens::from_lengths(chunks.iter().map(|(_, from, to)| to - from)).map_err(text)?;
+    Ok(Attention {
+        packing: Packing::with_contexts(offsets, chunks.iter().map(|chunk| chunk.1).collect()).map_err(text)?,
+        q: rows(&whole.q, sizes.hq * sizes.dk, |chunk| chunk.1),
+        k: rows(&whole.k, sizes.g * sizes.dk, |_| 0),
+        v: rows(&whole.v, sizes.g * sizes.dv, |_| 0),
+        d_o: rows(&whole.d_o, sizes.hq * sizes.dv, |chunk| chunk.1),
+        ..whole
     })
 }
 

@@ -359,12 +359,9 @@ impl Run<'_> {
     }
 
     /// Why a contender does not run at this length, if it does not.
-    fn beyond(&self, contender: Contender, pass: Pass, tokens: usize) -> Option<String> {
+    fn beyond(&self, contender: Contender, tokens: usize) -> Option<String> {
         let (flag, limit) = match contender {
             Contender::Nsa => return None,
-            Contender::Dense if pass == Pass::Decode && matches!(self.backend, Backend::Cuda(_)) => {
-                return Some("no kernel of full attention divides one query's keys among multiprocessors".to_owned());
-            }
             Contender::Dense => ("--dense-limit", self.options.dense_limit),
             Contender::Peer(_) => ("--peer-limit", self.options.peer_limit.unwrap_or(PEER_LIMIT)),
         };
@@ -426,7 +423,7 @@ impl Run<'_> {
         let contenders = self.contenders();
         let mut ways: Vec<Result<Vec<(Pass, String)>, String>> = Vec::new();
         for &contender in &contenders {
-            let made = match (self.beyond(contender, passes[0], length.tokens), contender) {
+            let made = match (self.beyond(contender, length.tokens), contender) {
                 (Some(reason), _) => Err(reason),
                 (None, Contender::Peer(at)) if self.peers[at].peer.has(passes[0]) => {
                     self.progress.show(format!("{length}: {} prepares", self.peers[at].title));

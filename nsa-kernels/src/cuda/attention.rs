@@ -2,6 +2,7 @@
 //! their tiles.
 
 use super::ahead::{Build, Launched};
+use super::geometry::step::StepTiles;
 use super::geometry::{BandTiles, Geometry, KeptScores, SelectTiles, Unit, copy_bytes};
 use super::launch::Call;
 use super::memory::DeviceBuffer;
@@ -164,7 +165,7 @@ pub(super) struct Prepared<'c> {
     pub(super) params: BandForward,
     pub(super) page_rows: usize,
     /// Kept until the kernel is launched: memory is given back in the order of the stream.
-    _keys: Keys,
+    keys: Keys,
     pub(super) sequences: Sequences,
 }
 
@@ -175,10 +176,20 @@ pub(super) fn prepare<'c, T: Element>(
     args: Forward<'_, T>,
     queries: usize,
 ) -> Result<Prepared<'c>> {
+    prepare_with(cuda, op, args, |_, of| of.div_ceil(queries))
+}
+
+/// The same with `tiles_of(keys, queries)` tiles of a sequence.
+pub(super) fn prepare_with<'c, T: Element>(
+    cuda: &'c Cuda,
+    op: &'static str,
+    args: Forward<'_, T>,
+    tiles_of: impl Fn(usize, usize) -> usize,
+) -> Result<Prepared<'c>> {
     let call = Call::new::<T>(cuda, op)?;
     let Forward { config, packing, q, k, v, mut o, mut lse } = args;
     let keys = Keys::new(&call, &k, &v)?;
-    let sequences = Sequences::new(&call, packing, &keys.sequences, |_, of| of.div_ceil(queries))?;
+    let sequences = Sequences::new(&call, packing, &keys.sequences, tiles_of)?;
     let scale_log2 = (config.scale() * std::f64::consts::LOG2_E) as f32;
     let unscale = config.scale() / f64::from(scale_log2);
     let [k_pages, v_pages] = keys.tables();
@@ -200,7 +211,17 @@ pub(super) fn prepare<'c, T: Element>(
     let page_rows = keys.page_rows;
     let addresses = [&[params.q.0, params.k.0][..], &[params.v.0, params.o.0]];
     let call = call.constants(|constants| copies::<T>(constants.config(config), config, addresses, page_rows));
-    Ok(Prepared { call, params, page_rows, _keys: keys, sequences })
+    Ok(Prepared { call, params, page_rows, keys, sequences })
+}
+
+impl Prepared<'_> {
+    /// With other tiles of its sequences, for another kernel.
+    pub(super) fn tiled_again(mut self, packing: &Packing, tiles_of: impl Fn(usize, usize) -> usize) -> Result<Self> {
+        self.sequences = Sequences::new(&self.call, packing, &self.keys.sequences, tiles_of)?;
+        self.params.sequences = self.sequences.table();
+        self.params.tiles = self.sequences.tiles as i32;
+        Ok(self)
+    }
 }
 
 /// With how rows are copied: those of dimension Dk at the first addresses, those of dimension Dv at the second ones.
@@ -239,8 +260,11 @@ pub(crate) fn builds(config: &NsaConfig, dtype: DType, unit: Unit) -> Vec<Build>
     let (banded, of_blocks) = (band.bake(constants.clone()), compressed.bake(constants.clone()));
     let mut kept = compressed.geometry(1, 1);
     kept.shared_bytes = KeptScores::new(config, &compressed, usize::MAX >> 32, (1, 0)).shared_bytes as u32;
+    let step = StepTiles::new(config, size, false);
+    let stepped = step.bake(constants.clone(), config, size, [0, 0]);
     vec![
         build(&dense::PROGRAM, &banded, &["dense_forward", "win_forward"], band.geometry(1, 1)),
+        build(&dense::STEP, &stepped, &["dense_step"], step.geometry(config, 1, step.attend_bytes())),
         build(&cmp::PROGRAM, &of_blocks, &["cmp_forward"], kept),
         build(&slc::PROGRAM, &select.bake(constants), &["slc_forward"], select.geometry(1, 1)),
     ]
@@ -251,6 +275,20 @@ impl SelectTiles {
     pub(super) fn bake(&self, constants: Constants) -> Constants {
         let constants = constants.with("WARPS", self.warps).with("KEYS", self.keys).with("STAGES", self.stages);
         constants.with("QUERIES", self.queries).with("QUERIES_HELD", usize::from(self.held))
+    }
+}
+
+impl StepTiles {
+    /// With the sizes of tiles, for q and o at these addresses.
+    pub(super) fn bake(&self, constants: Constants, config: &NsaConfig, size: usize, [q, o]: [u64; 2]) -> Constants {
+        let constants = constants.with("PARTS", self.parts).with("TEAMS", self.teams).with("STAGES", self.stages);
+        let constants = constants.with("KEYS", Self::KEYS).with("CHUNK", self.chunk);
+        let (dim_k, dim_v) = (config.head_dim_qk(), config.head_dim_v());
+        let wide = dim_v.is_multiple_of(4) && o.is_multiple_of(4 * size as u64);
+        constants
+            .with("QUERIES_HELD", usize::from(self.held))
+            .with("QUERY_COPY_BYTES", copy_bytes(dim_k, size, &[q]))
+            .with("OUTPUT_VECTOR", if wide { 4 } else { 1 })
     }
 }
 

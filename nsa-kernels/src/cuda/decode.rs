@@ -18,7 +18,8 @@ use super::Cuda;
 use super::ahead::{Build, Launched};
 use super::attention::unsupported;
 use super::geometry::copy_bytes;
-use super::geometry::decode::{DecodeSizes, DecodeTiles};
+use super::geometry::decode::{DecodeSizes, columns};
+use super::geometry::step::StepTiles;
 use super::launch::Call;
 use super::memory::DeviceBuffer;
 use super::params::{In, Out, Params, Stored, params};
@@ -136,7 +137,7 @@ const LEAST_CONTEXT: usize = 1024;
 
 /// Bytes of device memory that a [`Workspace`] of elements `T` takes.
 pub fn workspace_bytes<T: Element>(config: &NsaConfig, capacity: Capacity) -> usize {
-    let tiles = DecodeTiles::new(config, size_of::<T>());
+    let tiles = StepTiles::new(config, size_of::<T>(), true);
     let sizes = DecodeSizes::new(config, &tiles, capacity.sequences, capacity.context);
     sizes.bytes() + size_of::<u64>() * capacity.layers * capacity.table_len(config)
 }
@@ -147,7 +148,7 @@ pub struct Workspace<T> {
     cuda: Cuda,
     config: NsaConfig,
     capacity: Capacity,
-    tiles: DecodeTiles,
+    tiles: StepTiles,
     sizes: DecodeSizes,
     floats: DeviceBuffer<f32>,
     arrived: DeviceBuffer<u32>,
@@ -182,9 +183,9 @@ impl<T: Element> Workspace<T> {
                 rule: "must have pages of at least one row and a context that fits an i32",
             });
         }
-        let tiles = DecodeTiles::new(config, size_of::<T>());
+        let tiles = StepTiles::new(config, size_of::<T>(), true);
         let device = cuda.device();
-        if tiles.scan_bytes() > device.shared_bytes {
+        if !tiles.fits(device.shared_bytes) {
             let (k, v) = (config.head_dim_qk(), config.head_dim_v());
             return Err(unsupported(cuda, OP, &format!("head dims {k} and {v}"), "use the backend `cpu`"));
         }
@@ -347,35 +348,27 @@ impl<T: Element> Workspace<T> {
 fn bake(
     constants: Constants,
     config: &NsaConfig,
-    (tiles, size): (&DecodeTiles, usize),
+    (tiles, size): (&StepTiles, usize),
     page_rows: [usize; 2],
     [q, o]: [u64; 2],
 ) -> Constants {
     let (dim_k, dim_v) = (config.head_dim_qk(), config.head_dim_v());
-    constants
-        .config(config)
-        .with("PARTS", tiles.parts)
-        .with("TEAMS", tiles.teams)
-        .with("STAGES", tiles.stages)
-        .with("KEYS", DecodeTiles::KEYS)
-        .with("CHUNK", tiles.chunk)
-        .with("COLUMNS", tiles.columns(config))
-        .with("QUERIES_HELD", usize::from(tiles.held))
+    tiles
+        .bake(constants.config(config), config, size, [q, o])
+        .with("COLUMNS", columns(config, tiles))
         .with("CMP_PAGE_ROWS", page_rows[0])
         .with("SLC_PAGE_ROWS", page_rows[1])
-        .with("QUERY_COPY_BYTES", copy_bytes(dim_k, size, &[q]))
         .with("QK_COPY_BYTES", copy_bytes(dim_k, size, &[]))
         .with("V_COPY_BYTES", copy_bytes(dim_v, size, &[]))
-        .with("OUTPUT_VECTOR", if dim_v.is_multiple_of(4) && o.is_multiple_of(4 * size as u64) { 4 } else { 1 })
 }
 
 /// What a step runs, with pages as long as a selection block.
 pub(crate) fn builds(config: &NsaConfig, dtype: DType) -> Vec<Build> {
-    let tiles = DecodeTiles::new(config, dtype.size_bytes());
+    let tiles = StepTiles::new(config, dtype.size_bytes(), true);
     let page_rows = [config.select_block(); 2];
     let constants = bake(Constants::new(dtype), config, (&tiles, dtype.size_bytes()), page_rows, [0, 0]);
     let launched = |(name, bytes)| {
-        let geometry = tiles.geometry(config, 1, 1, bytes);
+        let geometry = tiles.geometry(config, 1, bytes);
         Launched { name, threads: geometry.threads, shared_bytes: geometry.shared_bytes }
     };
     let kernels = [("decode_scan", tiles.scan_bytes()), ("decode_attend", tiles.attend_bytes())];
@@ -437,8 +430,9 @@ impl<T: Element> Ready<'_, T> {
         let addresses = [params.q.0, params.o.0];
         let call = call.constants(|constants| bake(constants, config, (tiles, size_of::<T>()), page_rows, addresses));
         let [cmp, win, slc] = sizes.splits;
-        call.launch(&PROGRAM, "decode_scan", tiles.geometry(config, seqs, cmp + win, tiles.scan_bytes()), params)?;
-        call.launch(&PROGRAM, "decode_attend", tiles.geometry(config, seqs, slc, tiles.attend_bytes()), params)
+        let scan = tiles.geometry(config, seqs * (cmp + win), tiles.scan_bytes());
+        call.launch(&PROGRAM, "decode_scan", scan, params)?;
+        call.launch(&PROGRAM, "decode_attend", tiles.geometry(config, seqs * slc, tiles.attend_bytes()), params)
     }
 
     /// Token-rows of K and V that a launch reads, one entry a sequence.

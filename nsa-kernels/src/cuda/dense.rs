@@ -1,36 +1,94 @@
 //! Full causal attention.
 
 use super::Cuda;
-use super::attention::{self, BandForward};
+use super::attention::{self, BandForward, Prepared};
 use super::geometry::BandTiles;
+use super::geometry::step::StepTiles;
 use super::gradients;
-use super::params::Params;
+use super::params::{Out, Params, params};
 use super::program::Program;
 use crate::op::dense::{Backward, Forward};
 use crate::{Element, Result};
+use nsa_core::NsaConfig;
 
-/// The kernels of `dense` and `win`.
+/// The kernels of `dense` and `win`, but for single queries of `dense`.
 pub(crate) static PROGRAM: Program =
     Program { file: "band_fwd.cu", text: include_str!("kernels/band_fwd.cu"), params: &[BandForward::declaration] };
 
-pub(crate) fn forward<T: Element>(cuda: &Cuda, args: Forward<'_, T>) -> Result<()> {
-    let Forward { config, packing, q, k, v, o, lse } = args;
-    let args = attention::Forward { config, packing, q, k: ("k", k), v: ("v", v), o, lse };
-    band_forward(cuda, "dense::forward", "dense_forward", args)
+/// The kernel of sequences of one query.
+pub(crate) static STEP: Program = Program {
+    file: "dense_step.cu",
+    text: include_str!("kernels/dense_step.cu"),
+    params: &[BandForward::declaration, DenseStep::declaration],
+};
+
+params! {
+    /// Arguments of `dense_step`.
+    struct DenseStep {
+        /// What every forward has; tiles are chunks of the keys of sequences of one query.
+        common: BandForward,
+        /// `[G, chunks, R, Dv]`.
+        shares: Out<f32>,
+        /// `[G, chunks, R, 2]`: m and l.
+        statistics: Out<f32>,
+        /// `[G, chunks, parts of the group]`: shares that have come to be joined; zeros before.
+        arrived: Out<u32>,
+    }
 }
 
-/// Launches a kernel of the program.
-pub(super) fn band_forward<T: Element>(
-    cuda: &Cuda,
-    op: &'static str,
-    kernel: &'static str,
-    args: attention::Forward<'_, T>,
-) -> Result<()> {
+/// A sequence's only query, be it a decoding step or not, has its keys cut into chunks for blocks of threads of their own.
+/// What other sequences have does not matter.
+pub(crate) fn forward<T: Element>(cuda: &Cuda, args: Forward<'_, T>) -> Result<()> {
+    const OP: &str = "dense::forward";
+    let Forward { config, packing, q, k, v, o, lse } = args;
+    let step = StepTiles::new(config, size_of::<T>(), false);
+    let lone = |queries: usize| queries == 1 && step.fits(cuda.device().shared_bytes);
+    let chunks_of = |keys: usize, queries: usize| if lone(queries) { step.splits(keys) } else { 0 };
+    let args = attention::Forward { config, packing, q, k: ("k", k), v: ("v", v), o, lse };
+    if packing.seqs().all(|seq| seq.rows.is_empty() || lone(seq.rows.len())) {
+        return launch_step::<T>(cuda, config, step, attention::prepare_with(cuda, OP, args, chunks_of)?);
+    }
+    let tiles = BandTiles::new(config, size_of::<T>(), cuda.unit()).checked(cuda, OP, config)?;
+    let tiles_of = |_, queries: usize| if lone(queries) { 0 } else { queries.div_ceil(tiles.queries) };
+    let prepared = attention::prepare_with(cuda, OP, args, tiles_of)?;
+    launch_band("dense_forward", config, &tiles, &prepared)?;
+    if packing.seqs().any(|seq| lone(seq.rows.len())) {
+        launch_step::<T>(cuda, config, step, prepared.tiled_again(packing, chunks_of)?)?;
+    }
+    Ok(())
+}
+
+/// Launches `dense_step` over the chunks that are prepared.
+fn launch_step<T: Element>(cuda: &Cuda, config: &NsaConfig, tiles: StepTiles, prepared: Prepared<'_>) -> Result<()> {
+    let (chunks, size, device) = (prepared.sequences.tiles, size_of::<T>(), cuda.device());
+    let blocks = tiles.geometry(config, chunks, 0).grid[0];
+    let tiles = if blocks <= device.multiprocessors as u64 { tiles.alone(device.shared_bytes) } else { tiles };
+    let (call, common) = (&prepared.call, prepared.params);
+    let heads = chunks * config.num_heads();
+    let mut shares = call.workspace::<f32>(heads * config.head_dim_v())?;
+    let mut statistics = call.workspace::<f32>(heads * 2)?;
+    let mut arrived = call.zeros::<u32>(chunks * config.num_kv_heads() * tiles.group_parts(config))?;
+    let params = DenseStep {
+        common,
+        shares: shares.written_by(),
+        statistics: statistics.written_by(),
+        arrived: arrived.written_by(),
+    };
+    let call = call.again(|constants| tiles.bake(constants, config, size, [common.q.0, common.o.0]));
+    call.launch(&STEP, "dense_step", tiles.geometry(config, chunks, tiles.attend_bytes()), params)
+}
+
+/// Launches `win_forward`.
+pub(super) fn win_forward<T: Element>(cuda: &Cuda, op: &'static str, args: attention::Forward<'_, T>) -> Result<()> {
     let config = args.config;
     let tiles = BandTiles::new(config, size_of::<T>(), cuda.unit()).checked(cuda, op, config)?;
-    let prepared = attention::prepare(cuda, op, args, tiles.queries)?;
+    launch_band("win_forward", config, &tiles, &attention::prepare(cuda, op, args, tiles.queries)?)
+}
+
+/// Launches a kernel of `PROGRAM` over the tiles of queries that are prepared.
+fn launch_band(kernel: &'static str, config: &NsaConfig, tiles: &BandTiles, prepared: &Prepared<'_>) -> Result<()> {
     let geometry = tiles.geometry(prepared.sequences.tiles, config.num_kv_heads());
-    let call = prepared.call.constants(|constants| tiles.bake(constants));
+    let call = prepared.call.again(|constants| tiles.bake(constants));
     call.launch(&PROGRAM, kernel, geometry, prepared.params)
 }
 

@@ -1,6 +1,7 @@
 //! Shapes of launches, as pure functions.
 
 pub(crate) mod decode;
+pub(crate) mod step;
 
 use nsa_core::NsaConfig;
 

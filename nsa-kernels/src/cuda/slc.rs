@@ -30,11 +30,13 @@ const WORK_QUERIES: usize = 256;
 /// Works beside the first of their blocks, at most about: what they leave takes memory.
 const MORE_WORKS: usize = 1024;
 
-/// The most parts that queries are cut into for the inverse index, and the fewest queries of a part.
-const PARTS: (usize, usize) = (512, 128);
+/// The most parts that queries are cut into for the inverse index, and what the queries of a part are a multiple of: a mask
+/// has a bit for each of so many.
+const PARTS: (usize, usize) = (512, 32);
 
-/// Threads of the blocks that make the inverse index.
+/// Threads of the blocks that make the inverse index, and of those that sum over parts and blocks.
 const INDEX_THREADS: u32 = 256;
+const SUM_THREADS: u32 = 1024;
 
 params! {
     /// Arguments of the kernels of the backward.
@@ -45,6 +47,8 @@ params! {
         block_indices: In<i32>,
         /// `[parts, G, blocks]`, zeros before.
         counts: Out<i32>,
+        /// `[parts, G, blocks]`: which of 32 queries have selected a block.
+        masks: Out<u32>,
         /// `[G, blocks]`: queries of each block.
         totals: Out<i32>,
         /// `[G, blocks]`: where they start in `lists`.
@@ -117,15 +121,17 @@ pub(crate) fn backward<T: Element>(cuda: &Cuda, args: Backward<'_, T>) -> Result
     let prepared = gradients::prepare(cuda, OP, args, packing.cu_seqlens(), sizes)?;
     let call = prepared.call.clone().constants(|constants| tiles.bake(constants));
     let blocks = prepared.keys.tiles;
-    let part_tokens = tokens.div_ceil(PARTS.0).max(PARTS.1);
+    let part_tokens = tokens.div_ceil(PARTS.0).max(1).next_multiple_of(PARTS.1);
     let parts = tokens.div_ceil(part_tokens);
     let entries = tokens * heads * count;
     // Works after the first of their blocks are whole but for the last.
     let work_queries = entries.div_ceil(MORE_WORKS).max(WORK_QUERIES);
     let more_works = entries / work_queries;
     let mut counts = call.zeros::<i32>(parts * heads * blocks)?;
+    let mut masks = call.workspace::<u32>(parts * heads * blocks)?;
     let mut totals = call.workspace::<i32>(heads * blocks)?;
-    let (mut starts, mut lists) = (call.workspace::<i32>(heads * blocks)?, call.workspace::<i32>(entries)?);
+    // Zeros: a list that names a block twice leaves a place empty.
+    let (mut starts, mut lists) = (call.workspace::<i32>(heads * blocks)?, call.zeros::<i32>(entries)?);
     let mut works = call.workspace::<i32>(heads * blocks + more_works)?;
     let mut work_starts = call.workspace::<i32>(heads * blocks + 1)?;
     let mut partial = call.workspace::<f32>(more_works * tiles.partial_floats(config))?;
@@ -133,6 +139,7 @@ pub(crate) fn backward<T: Element>(cuda: &Cuda, args: Backward<'_, T>) -> Result
         common: prepared.params,
         block_indices: call.input("block_indices", &block_indices)?,
         counts: counts.written_by(),
+        masks: masks.written_by(),
         totals: totals.written_by(),
         starts: starts.written_by(),
         lists: lists.written_by(),
@@ -149,13 +156,14 @@ pub(crate) fn backward<T: Element>(cuda: &Cuda, args: Backward<'_, T>) -> Result
         return Ok(());
     }
     let linear = |count: usize| Geometry::linear(count as u64, INDEX_THREADS);
-    let scatter = Geometry { grid: [parts as u64, heads as u64, 1], threads: 32, shared_bytes: 0 };
+    let sum = |blocks: usize| Geometry { grid: [blocks as u64, 1, 1], threads: SUM_THREADS, shared_bytes: 0 };
+    let scatter = Geometry { grid: [parts as u64, heads as u64, 1], threads: INDEX_THREADS, shared_bytes: 0 };
     let launch = |kernel, geometry| call.launch(&BACKWARD, kernel, geometry, params);
     launch("slc_row_facts", prepared.facts_geometry())?;
     launch("slc_query_gradients", tiles.of_queries(prepared.queries.tiles, heads))?;
     launch("slc_count", linear(entries))?;
-    launch("slc_sum_parts", linear(heads * blocks))?;
-    launch("slc_sum_blocks", Geometry { grid: [1, 1, 1], threads: 1024, shared_bytes: 0 })?;
+    launch("slc_sum_parts", sum((heads * blocks).div_ceil(32)))?;
+    launch("slc_sum_blocks", sum(1))?;
     launch("slc_scatter", scatter)?;
     launch("slc_key_gradients", tiles.of_keys(heads * blocks + more_works))?;
     if more_works == 0 {
@@ -216,9 +224,9 @@ pub(crate) fn builds(config: &NsaConfig, dtype: DType, unit: Unit) -> Vec<Build>
         ("slc_row_facts", FACTS_THREADS, 0),
         ("slc_query_gradients", tiles.of_queries(1, 1).threads, tiles.of_queries(1, 1).shared_bytes),
         ("slc_count", INDEX_THREADS, 0),
-        ("slc_sum_parts", INDEX_THREADS, 0),
-        ("slc_sum_blocks", 1024, 0),
-        ("slc_scatter", 32, 0),
+        ("slc_sum_parts", SUM_THREADS, 0),
+        ("slc_sum_blocks", SUM_THREADS, 0),
+        ("slc_scatter", INDEX_THREADS, 0),
         ("slc_key_gradients", tiles.of_keys(1).threads, tiles.of_keys(1).shared_bytes),
         ("slc_add_works", ADD_THREADS, 0),
     ];

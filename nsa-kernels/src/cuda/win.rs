@@ -2,7 +2,7 @@
 
 use super::Cuda;
 use super::attention;
-use super::dense::band_forward;
+use super::dense::win_forward;
 use super::gradients;
 use crate::op::win::{Backward, Forward};
 use crate::{Element, Result};
@@ -10,7 +10,7 @@ use crate::{Element, Result};
 pub(crate) fn forward<T: Element>(cuda: &Cuda, args: Forward<'_, T>) -> Result<()> {
     let Forward { config, packing, q, k, v, o, lse } = args;
     let args = attention::Forward { config, packing, q, k: ("k", k), v: ("v", v), o, lse };
-    band_forward(cuda, "win::forward", "win_forward", args)
+    win_forward(cuda, "win::forward", args)
 }
 
 pub(crate) fn backward<T: Element>(cuda: &Cuda, args: Backward<'_, T>) -> Result<()> {

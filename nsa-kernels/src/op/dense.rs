@@ -57,8 +57,8 @@ pub struct Backward<'a, T: Element> {
 ///
 /// **Numerics**: products, softmax and sums in A, p rounded to the backend's operand type before it meets v; lse
 /// natural log; o rounded to `T` once. The result of a query does not depend on the number of threads nor on other
-/// sequences, nor on how a sequence is cut, but for a cut that leaves a single query: over more than 256 keys it sums in
-/// chunks of them, which are then joined in their order.
+/// sequences, nor on how a sequence is cut, but for a cut that leaves a single query: its keys (on the CPU if more than 256)
+/// are summed in chunks, which are then joined in their order.
 ///
 /// **Source**: SPEC 1; reference twin `nsa_ref::dense`.
 ///

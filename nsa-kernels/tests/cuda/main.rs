@@ -2,13 +2,14 @@
 
 mod compress;
 mod decode;
+mod dense;
 mod layer;
 mod pages;
 
-use nsa_core::DType;
+use nsa_core::{CompressKind, DType, NsaConfig, NsaConfigBuilder};
 use nsa_kernels::Backend;
 use nsa_tests::check::{self, Op};
-use nsa_tests::sim::{BITS, on_simulator};
+use nsa_tests::sim::{self, BITS, on_simulator};
 use nsa_tests::{Case, case};
 
 /// Every case of an operation, in the three types that GPUs compute.
@@ -29,6 +30,42 @@ fn assert_cases(op: Op, cases: Vec<Case>) {
     assert!(red.is_empty(), "{} red:\n{}", red.len(), red.join("\n"));
 }
 
+/// The paper's blocks.
+fn paper(heads: usize, kv_heads: usize, dim_k: usize, dim_v: usize) -> NsaConfigBuilder {
+    let builder = NsaConfig::builder(heads, kv_heads, dim_k, dim_v).compress_block(32).compress_stride(16);
+    builder.select_block(64).select_count(16).window(512).compress_kind(CompressKind::Mean)
+}
+
+/// Runs `work` in this test of this program on the simulator, and gives a line of JSON with the counters of each of its
+/// launches; nothing there.
+fn counted(test: &str, work: impl FnOnce()) -> Option<Vec<String>> {
+    if sim::inside() {
+        work();
+        return None;
+    }
+    let mut command = sim::this_program().unwrap_or_else(|error| panic!("{error}"));
+    command.args(["--exact", test, "--nocapture"]);
+    command.env("CUDA_SIM_DEVICE", "a100").env("CUDA_SIM_CHECK", "0").env("CUDA_SIM_COUNT", "json");
+    let output = command.output().unwrap_or_else(|error| panic!("{error}"));
+    let text = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{text}");
+    Some(text.lines().filter(|line| line.contains("\"kernel\"")).map(str::to_owned).collect())
+}
+
+/// Checks what launches move besides `least` bytes of rows: of the memory that they touch at most 15 %, with what blocks of
+/// threads read anew (queries, shares of outputs) and write for each other at most 25 %; and passes over shared memory.
+fn assert_few_bytes(name: &str, launches: &[String], least: f64) {
+    let field = |line: &String, name: &str| -> f64 {
+        let (_, rest) = line.split_once(&format!("\"{name}\": ")).expect("the counter");
+        rest.split([',', '}']).next().expect("a number").parse().expect("a number")
+    };
+    let total = |name: &str| launches.iter().map(|line| field(line, name)).sum::<f64>();
+    let (touched, moved) = (total("unique_bytes") / least, 32.0 * total("global_sectors") / least);
+    let passes = total("shared_wavefronts") / total("shared_ideal");
+    println!("{name}: touched {touched:.3}, moved {moved:.3}, passes over banks {passes:.3}");
+    assert!(touched <= 1.15 && moved <= 1.25 && passes <= 1.1, "{name}: {launches:?}");
+}
+
 #[test]
 fn gate() {
     on_simulator("gate", || assert_op(Op::Gate));
@@ -47,11 +84,6 @@ fn slc() {
 #[test]
 fn win() {
     on_simulator("win", || assert_op(Op::Win));
-}
-
-#[test]
-fn dense() {
-    on_simulator("dense", || assert_op(Op::Dense));
 }
 
 #[test]

@@ -6,8 +6,12 @@ use nsa_kernels::op::{cmp, dense, slc, win};
 use nsa_kernels::{Backend, Buffer, Element, Pages, Result, Rows};
 use nsa_tests::sim::on_simulator;
 
-const QUERIES: [usize; 3] = [9, 0, 70];
-const CONTEXTS: [usize; 3] = [40, 3, 0];
+/// Queries and context of each sequence.
+type Sequences = [(usize, usize); 3];
+
+const SEQUENCES: Sequences = [(9, 40), (0, 3), (70, 0)];
+/// Single queries, over keys of one chunk and of several, and other sequences beside them.
+const STEPS: [Sequences; 2] = [[(1, 40), (0, 3), (1, 700)], [(1, 300), (7, 30), (1, 0)]];
 
 /// Asymmetric numbers in −1..1.
 fn numbers<T: Element>(count: usize, step: usize) -> Vec<T> {
@@ -51,12 +55,14 @@ impl<T: Element> Tables<T> {
 fn assert_same<T: Element<Acc = f32>>(
     name: &str,
     config: &NsaConfig,
+    sequences: Sequences,
     rows_of: impl Fn(&NsaConfig, usize) -> usize,
     page_rows: usize,
     forward: impl Fn(&Backend, &Packing, &Buffer<T>, [Rows<'_, T>; 2], &mut Outputs<T>) -> Result<()>,
 ) {
     let backend = Backend::cuda(0).expect("the simulator");
-    let packing = Packing::with_contexts(CuSeqlens::from_lengths(QUERIES).unwrap(), CONTEXTS.to_vec()).unwrap();
+    let lengths = CuSeqlens::from_lengths(sequences.map(|(queries, _)| queries)).unwrap();
+    let packing = Packing::with_contexts(lengths, sequences.map(|(_, context)| context).to_vec()).unwrap();
     let offsets = CuSeqlens::from_lengths(packing.seqs().map(|seq| rows_of(config, seq.end()))).unwrap();
     let (heads, groups) = (config.num_heads(), config.num_kv_heads());
     let shapes = [[groups, config.head_dim_qk()], [groups, config.head_dim_v()]];
@@ -115,22 +121,28 @@ fn config() -> NsaConfig {
 
 fn every_branch<T: Element<Acc = f32>>() {
     let config = config();
-    let [n, heads, groups] = [QUERIES.iter().sum(), config.num_heads(), config.num_kv_heads()];
+    let [heads, groups] = [config.num_heads(), config.num_kv_heads()];
+    let n: usize = SEQUENCES.map(|(queries, _)| queries).iter().sum();
     let shapes = ([n, heads, config.head_dim_qk()], [n, heads, config.head_dim_v()]);
     let lists = [n, groups, config.select_count()];
     let all = |_: &NsaConfig, end: usize| end;
     for page_rows in [6, 16, 64] {
-        assert_same::<T>("dense", &config, all, page_rows, |backend, packing, q, [k, v], out| {
-            let (o, lse) = (out.o.tensor_mut(shapes.1)?, out.lse.tensor_mut([n, heads])?);
-            dense::forward(backend, dense::Forward { config: &config, packing, q: q.tensor(shapes.0)?, k, v, o, lse })
-        });
-        assert_same::<T>("win", &config, all, page_rows, |backend, packing, q, [k, v], out| {
+        for sequences in [SEQUENCES, STEPS[0], STEPS[1]] {
+            assert_same::<T>("dense", &config, sequences, all, page_rows, |backend, packing, q, [k, v], out| {
+                let n = packing.num_tokens();
+                let (o, lse) = (out.o.tensor_mut([n, heads, shapes.1[2]])?, out.lse.tensor_mut([n, heads])?);
+                let q = q.tensor([n, heads, shapes.0[2]])?;
+                dense::forward(backend, dense::Forward { config: &config, packing, q, k, v, o, lse })
+            });
+        }
+        assert_same::<T>("win", &config, SEQUENCES, all, page_rows, |backend, packing, q, [k, v], out| {
             let (o, lse) = (out.o.tensor_mut(shapes.1)?, out.lse.tensor_mut([n, heads])?);
             win::forward(backend, win::Forward { config: &config, packing, q: q.tensor(shapes.0)?, k, v, o, lse })
         });
         assert_same::<T>(
             "cmp",
             &config,
+            SEQUENCES,
             index::num_blocks,
             page_rows,
             |backend, packing, q, [k_blocks, v_blocks], out| {
@@ -144,7 +156,7 @@ fn every_branch<T: Element<Acc = f32>>() {
     }
     // Selected blocks must lie in one page each.
     for page_rows in [16, 64] {
-        assert_same::<T>("slc", &config, all, page_rows, |backend, packing, q, [k, v], out| {
+        assert_same::<T>("slc", &config, SEQUENCES, all, page_rows, |backend, packing, q, [k, v], out| {
             let positions = packing.seqs().flat_map(|seq| seq.context..seq.end());
             // The first block and the query's own.
             let list = |t: usize| match t / config.select_block() {

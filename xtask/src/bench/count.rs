@@ -1,8 +1,8 @@
 //! `cargo xtask bench count`: what the CUDA kernels move and compute, counted on the simulator instead of timed on a device,
 //! and what follows from that for longer sequences and real devices.
 //!
-//! Each counter of each kernel follows a power law of the length, through the lengths that are counted. A device's time for a
-//! kernel is at least that of the resource it uses most: tensor cores, memory, the second cache, shared memory, issue slots.
+//! Each counter of each kernel follows a power law of the length, through the lengths that are counted; a decoding step, which
+//! is little work, is counted at the length to estimate itself. A device's time for a kernel is at least that of the resource it uses most: tensor cores, memory, the second cache, shared memory, issue slots.
 
 mod beside;
 mod counts;
@@ -81,8 +81,7 @@ fn name((who, pass): Job) -> String {
 
 fn jobs(passes: &[Pass]) -> Vec<Job> {
     let of = |who: Who| passes.iter().map(move |&pass| (who, pass));
-    // A decoding step of full attention has no kernel of its own.
-    of(Who::Nsa).chain(of(Who::Dense).filter(|&(_, pass)| pass != Pass::Decode)).collect()
+    of(Who::Nsa).chain(of(Who::Dense)).collect()
 }
 
 /// Counters by kernel and length.
@@ -163,18 +162,30 @@ impl Options {
         lengths.dedup();
         lengths
     }
+
+    /// Those at which decoding steps are counted.
+    fn contexts(&self) -> Vec<usize> {
+        let mut lengths = self.lengths();
+        lengths.push(self.estimate);
+        lengths.sort_unstable();
+        lengths.dedup();
+        lengths
+    }
 }
 
 /// The counting process: what there is to count, with a line after each pass.
 fn work(options: &Options, config: &NsaConfig) -> Result<()> {
     let backend = Backend::cuda(0)?;
     let done = |job: Job, tokens: usize| process::done(&backend, &name(job), tokens);
+    let contexts = if options.pass.contains(&Pass::Decode) { options.contexts() } else { Vec::new() };
+    for tokens in contexts {
+        let mut decoding = Decoding::<bf16>::with_layers(&backend, config, tokens, 1)?;
+        decoding.nsa_step(0)?;
+        done((Who::Nsa, Pass::Decode), tokens)?;
+        decoding.dense_step(0)?;
+        done((Who::Dense, Pass::Decode), tokens)?;
+    }
     for tokens in options.lengths() {
-        if options.pass.contains(&Pass::Decode) {
-            let mut decoding = Decoding::<bf16>::with_layers(&backend, config, tokens, 1)?;
-            decoding.nsa_step(0)?;
-            done((Who::Nsa, Pass::Decode), tokens)?;
-        }
         let mut problem = Problem::<bf16>::new(&backend, config, tokens)?;
         type Step = fn(&mut Problem<bf16>) -> Result<()>;
         let steps: [(Job, Step); 4] = [
@@ -256,7 +267,8 @@ impl Report<'_> {
         let header = ["pass", "tokens", "FLOP over useful", "bytes touched over least", "passes over ideal"];
         let mut table = columns::table(&header, 1);
         for (at, &job) in jobs.iter().enumerate() {
-            for tokens in self.options.lengths() {
+            let lengths = if job.1 == Pass::Decode { self.options.contexts() } else { self.options.lengths() };
+            for tokens in lengths {
                 let of = |counts: &[(usize, Counts)]| {
                     counts.iter().find(|(t, _)| *t == tokens).map_or_else(Counts::default, |(_, counts)| *counts)
                 };
@@ -275,7 +287,7 @@ impl Report<'_> {
 
     /// The least times of devices at the length to estimate.
     fn estimates(&self, jobs: &[Job]) -> comfy_table::Table {
-        let mut names = vec!["pass".to_owned(), "GFLOP".to_owned(), "MB asked".to_owned()];
+        let mut names = ["pass", "GFLOP", "MB touched", "MB asked"].map(str::to_owned).to_vec();
         for device in &DEVICES {
             names.extend([format!("{} at least", device.name), "most by".to_owned(), "dense / nsa".to_owned()]);
         }
@@ -294,6 +306,7 @@ impl Report<'_> {
             let mut cells = vec![
                 format!("{} {} at {}", who.name(), pass.name(), self.options.estimate),
                 format!("{:.1}", sum.tensor_flop / 1e9),
+                format!("{:.1}", sum.unique_bytes / 1e6),
                 format!("{:.1}", sum.bytes_asked() / 1e6),
             ];
             for device in &DEVICES {
@@ -352,7 +365,10 @@ fn bytes(config: &NsaConfig, (who, pass): Job, tokens: usize) -> f64 {
     let branches = if who == Who::Nsa { 3.0 } else { 1.0 };
     let all_rows = if who == Who::Nsa { 2.0 * n + blocks } else { n };
     match pass {
-        Pass::Decode => super::work::row_bytes(config, Pairs::of(config, pass, tokens).nsa, ELEMENT_BYTES as usize),
+        Pass::Decode => {
+            let Pairs { nsa, dense } = Pairs::of(config, pass, tokens);
+            super::work::row_bytes(config, if who == Who::Nsa { nsa } else { dense }, ELEMENT_BYTES as usize)
+        }
         Pass::Forward => {
             let branch = ELEMENT_BYTES * n * heads * (k + v) + 4.0 * n * heads;
             let pooled = if who == Who::Nsa { ELEMENT_BYTES * rows * (n + blocks) } else { 0.0 };

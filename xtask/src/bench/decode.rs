@@ -174,7 +174,8 @@ impl<T: Element> Decoding<T> {
         Ok(())
     }
 
-    fn dense_step(&mut self, layer: usize) -> Result<()> {
+    /// One step of full attention in one layer.
+    pub fn dense_step(&mut self, layer: usize) -> Result<()> {
         let (config, layer) = (&self.config, &self.layers[layer]);
         let (heads, groups) = (config.num_heads(), config.num_kv_heads());
         let (dim_qk, dim_v) = (config.head_dim_qk(), config.head_dim_v());

@@ -10,7 +10,7 @@
 //
 // Grid: KV heads x parts of the group x chunks x sequences along x, the KV heads of one chunk beside each other: their rows lie
 // side by side in memory. As many chunks as the longest context that the workspace holds; blocks beyond a sequence's own end
-// at once, so that one graph serves all contexts. Shared memory and teams: decode.cuh; scan also keeps the chunk's
+// at once, so that one graph serves all contexts. Shared memory and teams: step.cuh; scan also keeps the chunk's
 // scores, ROWS x (CHUNK + 8) x 4. Two blocks fit on a multiprocessor; where each has one of its own, all rows of a chunk are
 // under way at once.
 // Latency: a step of one sequence is a chain of waits. Addresses of rows are looked up at once, beside the context's length; then
@@ -156,7 +156,7 @@ struct Heads {
         const Shares shares(p, group);
         const int lane = threadIdx.x % 32;
         const float* const statistics = shares.statistics(p, split, head(lane / LANES));
-        const Joined all = join_shares<LANES>(statistics, count);
+        const Joined all = join_shares<LANES>(statistics, count, GROUP * 2);
         const float inverse = all.inverse();
         float o[HEADS][OUTPUT_VECTOR] = {};
         for (int from = 0; from < count; from += LANES) {

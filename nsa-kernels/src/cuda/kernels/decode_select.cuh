@@ -44,7 +44,7 @@ __device__ __forceinline__ void weigh(const DecodeParams& p, i64 group, int spli
     for (int first = 0; first < GROUP; first += THREADS / JOINERS) {
         const int r = first + int(threadIdx.x) / JOINERS;
         const float* const statistics = shares.statistics(p, 0, r < GROUP ? r : 0);
-        const Joined all = join_shares<JOINERS>(statistics, splits);
+        const Joined all = join_shares<JOINERS>(statistics, splits, GROUP * 2);
         const float inverse = all.inverse();
         for (int split = threadIdx.x % JOINERS; split < splits && r < GROUP; split += JOINERS) {
             weights_of(p, group, split)[r] = all.weight(statistics[i64(split) * (GROUP * 2)]) * inverse;

@@ -2,9 +2,9 @@
 //
 // dq: a warp a query, as in slc_fwd.cu. dk and dv: the lists are inverted on the device first, to the queries of each block of keys,
 // in order: a counting sort of parts of the queries (count, sum over parts, sum over blocks, scatter), O(N n) memory and no
-// atomics but counts. A CTA then takes a block of keys (or a share of one of more than 16 WARPS keys) and up to work_queries of
-// its queries, gathers their rows, and has dk and dv in registers. Blocks with more queries (a forced block has all) are
-// several works, whose gradients are added in order by a kernel at the end.
+// atomics but on counts and masks, where their order changes nothing. A CTA then takes a block of keys (or a share of one of
+// more than 16 WARPS keys) and up to work_queries of its queries, gathers their rows, and has dk and dv in registers. Blocks
+// with more queries (a forced block has all) are several works, whose gradients are added in order by a kernel at the end.
 // Shared memory, bytes at D = 128 in bf16: dq, a warp: 2 stages x 16 x 512, q and do 16 x 512, the list 64; dk and dv as in
 // band_bwd.cu, and products of four warps together as there on sm_90a.
 // Registers: as in band_bwd.cu.
@@ -18,10 +18,10 @@
 // budget: kernel=slc_row_facts threads=256 registers=40 spills=0 shared=0
 // budget: kernel=slc_query_gradients threads=128 registers=255 spills=0 shared=98560
 // budget: kernel=slc_count threads=256 registers=40 spills=0 shared=0
-// budget: kernel=slc_sum_parts threads=256 registers=40 spills=0 shared=0
+// budget: kernel=slc_sum_parts threads=1024 registers=64 spills=0 shared=4096
 // budget: kernel=slc_sum_blocks threads=1024 registers=64 spills=0 shared=256
 // budget: kernel=slc_sum_blocks arch=sm_90a threads=1024 registers=64 spills=0 shared=1024
-// budget: kernel=slc_scatter threads=32 registers=64 spills=0 shared=0
+// budget: kernel=slc_scatter threads=256 registers=40 spills=0 shared=0
 // budget: kernel=slc_key_gradients threads=128 registers=255 spills=0 shared=66560
 // budget: kernel=slc_key_gradients arch=sm_90a threads=128 registers=255 spills=0 shared=100352
 // budget: kernel=slc_add_works threads=256 registers=64 spills=0 shared=0
@@ -140,18 +140,45 @@ extern "C" __global__ void __launch_bounds__(256) slc_count(const __grid_constan
     if (block >= 0) atomicAdd(p.counts + i64(token / p.part_tokens) * KV_HEADS * p.blocks + block, 1);
 }
 
-// Per block the sum over its parts, and in each part's place the sum before it. A thread a block.
-extern "C" __global__ void __launch_bounds__(256) slc_sum_parts(const __grid_constant__ SlcBackwardParams p) {
-    const int block = blockIdx.x * blockDim.x + threadIdx.x;
-    if (block >= KV_HEADS * p.blocks) return;
+// Per block the sum over its parts, and in each part's place the sum before it. A CTA 32 blocks, whose counts lie side by side, a
+// warp some of their parts in a row; loads of several are under way together. Leaves empty masks for slc_scatter.
+extern "C" __global__ void __launch_bounds__(1024) slc_sum_parts(const __grid_constant__ SlcBackwardParams p) {
+    constexpr int TURN = 8;
+    __shared__ int sums[32][32];
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, all = KV_HEADS * p.blocks, block = blockIdx.x * 32 + lane;
+    const int own = ceil_div(p.parts, 32), end = own * (warp + 1) < p.parts ? own * (warp + 1) : p.parts;
+    const bool there = block < all;
     int sum = 0;
-    for (int part = 0; part < p.parts; ++part) {
-        int& count = p.counts[i64(part) * KV_HEADS * p.blocks + block];
-        const int own = count;
-        count = sum;
-        sum += own;
+#pragma unroll 8
+    for (int part = own * warp; part < end; ++part) sum += there ? p.counts[i64(part) * all + block] : 0;
+    sums[warp][lane] = sum;
+    __syncthreads();
+    if (!there) return;
+    int before = 0;
+    for (int other = 0; other < warp; ++other) before += sums[other][lane];
+    if (warp == 31) p.totals[block] = before + sum;
+    for (int first = own * warp; first < end; first += TURN) {
+        int counts[TURN];
+#pragma unroll
+        for (int i = 0; i < TURN; ++i) counts[i] = first + i < end ? p.counts[i64(first + i) * all + block] : 0;
+#pragma unroll
+        for (int i = 0; i < TURN; ++i) {
+            if (first + i >= end) continue;
+            p.counts[i64(first + i) * all + block] = before;
+            p.masks[i64(first + i) * all + block] = 0;
+            before += counts[i];
+        }
     }
-    p.totals[block] = sum;
+}
+
+// Of each lane, the sums up to its own.
+__device__ __forceinline__ int2 sum_to(int2 sum) {
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+        const int x = __shfl_up_sync(ALL_LANES, sum.x, step), y = __shfl_up_sync(ALL_LANES, sum.y, step);
+        if (int(threadIdx.x % 32) >= step) sum.x += x, sum.y += y;
+    }
+    return sum;
 }
 
 // Sums over the blocks before each: of queries, and of the works that its queries are cut into. One CTA.
@@ -162,42 +189,59 @@ extern "C" __global__ void __launch_bounds__(1024) slc_sum_blocks(const __grid_c
     for (int first = 0; first < all; first += 1024) {
         const int block = first + thread, total = block < all ? p.totals[block] : 0;
         const int works = block < all ? (total > p.work_queries ? ceil_div(total, p.work_queries) : 1) : 0;
-        int2 sum = make_int2(total, works);
-#pragma unroll
-        for (int step = 1; step < 32; step *= 2) {
-            const int queries = __shfl_up_sync(ALL_LANES, sum.x, step), other = __shfl_up_sync(ALL_LANES, sum.y, step);
-            if (lane >= step) sum.x += queries, sum.y += other;
-        }
+        const int2 sum = sum_to(make_int2(total, works));
         if (lane == 31) sums[thread / 32] = sum;
         __syncthreads();
-        int2 chunk = make_int2(0, 0), mine = before;
-        for (int warp = 0; warp < 32; ++warp) {
-            if (warp == thread / 32) mine.x += chunk.x, mine.y += chunk.y;
-            chunk.x += sums[warp].x, chunk.y += sums[warp].y;
-        }
-        before.x += chunk.x, before.y += chunk.y;
+        const int2 chunk = sum_to(sums[lane]);
+        const int last = thread / 32 - 1;
+        const int2 mine = make_int2(__shfl_sync(ALL_LANES, chunk.x, last & 31), __shfl_sync(ALL_LANES, chunk.y, last & 31));
+        const int2 start = make_int2(before.x + (last < 0 ? 0 : mine.x), before.y + (last < 0 ? 0 : mine.y));
+        before.x += __shfl_sync(ALL_LANES, chunk.x, 31), before.y += __shfl_sync(ALL_LANES, chunk.y, 31);
         __syncthreads();
         if (block < all) {
-            p.starts[block] = mine.x + sum.x - total;
-            const int start = mine.y + sum.y - works;
-            p.work_starts[block] = start;
-            for (int i = 0; i < works; ++i) p.works[start + i] = block;
+            p.starts[block] = start.x + sum.x - total;
+            const int first_work = start.y + sum.y - works;
+            p.work_starts[block] = first_work;
+            for (int i = 0; i < works; ++i) p.works[first_work + i] = block;
         }
     }
     if (thread == 0) p.work_starts[all] = before.y;
 }
 
-// Writes the queries to their places; a warp a part and KV head goes through its queries in order.
-extern "C" __global__ void __launch_bounds__(32) slc_scatter(const __grid_constant__ SlcBackwardParams p) {
+// Queries that a mask has bits for.
+constexpr int MASK_TOKENS = 32;
+
+// Calls act(block, place among the queries from `first` on, token) for all blocks that these queries, before `end`, have selected.
+template <class Act>
+__device__ __forceinline__ void each_selected(const SlcBackwardParams& p, int head, int first, int end, const Act& act) {
+    for (int i = threadIdx.x; i < MASK_TOKENS * SELECT_COUNT; i += blockDim.x) {
+        const int at = i / SELECT_COUNT, block = first + at < end ? block_of(p, first + at, head, i % SELECT_COUNT) : -1;
+        if (block >= 0) act(block, at, first + at);
+    }
+}
+
+// Writes the queries to their places. A CTA a part and KV head, MASK_TOKENS queries at a time: each block has a mask of those that
+// have selected it, which says how many of them come before one.
+extern "C" __global__ void __launch_bounds__(256) slc_scatter(const __grid_constant__ SlcBackwardParams p) {
     const int part = blockIdx.x, head = blockIdx.y;
     int* const counts = p.counts + i64(part) * KV_HEADS * p.blocks;
+    u32* const masks = p.masks + i64(part) * KV_HEADS * p.blocks;
     const int end = (part + 1) * p.part_tokens < p.tokens ? (part + 1) * p.part_tokens : p.tokens;
-    for (int token = part * p.part_tokens; token < end; ++token) {
-        for (int place = threadIdx.x; place < SELECT_COUNT; place += 32) {
-            const int block = block_of(p, token, head, place);
-            if (block >= 0) p.lists[p.starts[block] + counts[block]++] = token;
-        }
-        __syncwarp();
+    for (int first = part * p.part_tokens;; first += MASK_TOKENS) {
+        each_selected(p, head, first, end, [&](int block, int at, int) { atomicOr(masks + block, 1u << at); });
+        __syncthreads();
+        each_selected(p, head, first, end, [&](int block, int at, int token) {
+            const int before = __popc(__ldcg(masks + block) & ((1u << at) - 1));
+            p.lists[p.starts[block] + counts[block] + before] = token;
+        });
+        if (first + MASK_TOKENS >= end) return;
+        __syncthreads();
+        // One of a block's queries, whichever comes first, counts them all.
+        each_selected(p, head, first, end, [&](int block, int, int) {
+            const u32 mask = atomicExch(masks + block, 0);
+            if (mask != 0) counts[block] += __popc(mask);
+        });
+        __syncthreads();
     }
 }
 

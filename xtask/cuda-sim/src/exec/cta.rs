@@ -377,7 +377,8 @@ impl<'a, C: Checks> Cta<'a, C> {
                 return Err((FaultKind::DivergentCollective { missing }, active.trailing_zeros()));
             }
             warp.park(pc, mask);
-            if let Some(group) = warp.groups.iter_mut().find(|group| group.pc == pc && group.state == State::Ready) {
+            // With lanes that wait here already it tries again.
+            if let Some(group) = warp.groups.iter_mut().find(|group| group.pc == pc && group.mask == mask) {
                 group.state = State::Collective;
             }
             return Ok(Next::Leave);

@@ -29,6 +29,21 @@ fn lanes_diverge_and_meet_again() {
     }
 }
 
+/// Some lanes wait at a barrier, and the others come to it from further down.
+#[test]
+fn lanes_meet_again_further_up() {
+    let sim = Sim::new(&kernel(
+        "",
+        "mov.u32 r0, %tid.x;\nand.b32 r1, r0, 31;\nsetp.lt.u32 p0, r1, 9;\nsetp.lt.u32 p1, r1, 20;\nbra SPLIT;\n\
+         MEET:\nbar.sync 0;\nactivemask.b32 r2;\nld.param.u64 d0, [pout];\nmul.wide.u32 d1, r0, 4;\nadd.u64 d0, d0, d1;\n\
+         st.global.b32 [d0], r2;\nbra END;\nSPLIT:\n@p0 bra MEET;\nadd.u32 r3, r0, r0;\n@p1 bra MEET;\nadd.u32 r3, r0, r0;\n\
+         bra MEET;\nEND:",
+    ));
+    let out = sim.blank(256);
+    sim.launch("k", 1, 64, &[0, out]).unwrap();
+    assert_eq!(sim.read(out, 64), [u32::MAX; 64]);
+}
+
 /// A lane that spins until another lane of its warp sets a flag: both make progress.
 #[test]
 fn lanes_of_a_warp_may_wait_for_each_other() {
