@@ -344,6 +344,11 @@ fn select_rows(config: &NsaConfig) -> (usize, usize) {
     (parts, 16 / config.group_size().div_ceil(parts))
 }
 
+/// Bytes of the lists of a warp's queries: tiles begin behind them.
+fn list_bytes(config: &NsaConfig, queries: usize) -> usize {
+    (queries * config.select_count() * 4).next_multiple_of(Unit::Warp.alignment())
+}
+
 /// Tiles of `slc_forward` (`kernels/slc_fwd.cu`): a warp works alone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct SelectTiles {
@@ -373,7 +378,7 @@ impl SelectTiles {
         let stages = STAGES * keys * (k + v);
         let rows = 16 * k.max(v);
         let held = size == 2 && k + v < 1024 && rows <= stages;
-        let warp = stages + if held { 0 } else { rows } + (queries * config.select_count() * 4).next_multiple_of(16);
+        let warp = stages + if held { 0 } else { rows } + list_bytes(config, queries);
         let mut warps = 4;
         while warps > 1 && warps * warp > SHARED_BYTES {
             warps /= 2;
@@ -385,7 +390,7 @@ impl SelectTiles {
     pub(crate) fn gradients(config: &NsaConfig, size: usize, warps: usize) -> Self {
         let bytes = pitch(config.head_dim_qk(), size) + pitch(config.head_dim_v(), size);
         let ((parts, queries), keys) = (select_rows(config), 16);
-        let warp = (2 * keys + 16) * bytes + (queries * config.select_count() * 4).next_multiple_of(16);
+        let warp = (2 * keys + 16) * bytes + list_bytes(config, queries);
         Self { warps, keys, stages: 2, queries, parts, held: false, shared_bytes: warps * warp }
     }
 

@@ -90,7 +90,9 @@ type Counted = BTreeMap<(usize, String), Vec<(usize, Counts)>>;
 /// A device to estimate for. Rates in units a second.
 struct Device {
     name: &'static str,
-    /// FLOP of bf16 tensor cores, as `mma.sync` reaches them.
+    /// What the simulator calls it.
+    simulated: &'static str,
+    /// FLOP of bf16 tensor cores, as products of matrices reach them.
     tensor: f64,
     /// Bytes of memory, of the second cache.
     memory: f64,
@@ -99,10 +101,11 @@ struct Device {
     cycles: f64,
 }
 
-/// From data sheets; caches and `mma.sync` on Hopper from measurements.
+/// From data sheets; caches and what products reach on Hopper from measurements. Kernels of the two differ: they are counted
+/// on each.
 const DEVICES: [Device; 2] = [
-    Device { name: "A100", tensor: 312e12, memory: 2.04e12, cache: 5.4e12, cycles: 108.0 * 1.41e9 },
-    Device { name: "H100", tensor: 620e12, memory: 3.35e12, cache: 8.0e12, cycles: 132.0 * 1.75e9 },
+    Device { name: "A100", simulated: "a100", tensor: 312e12, memory: 2.04e12, cache: 5.4e12, cycles: 108.0 * 1.41e9 },
+    Device { name: "H100", simulated: "h100", tensor: 798e12, memory: 3.35e12, cache: 8.0e12, cycles: 132.0 * 1.75e9 },
 ];
 /// Instructions of warps that a multiprocessor issues in a cycle.
 const ISSUES: f64 = 4.0;
@@ -134,7 +137,10 @@ pub fn run(options: &Options) -> Result<()> {
     if sim::inside() {
         return work(options, &config);
     }
-    let counted = count(options)?;
+    let mut counted = Vec::new();
+    for device in &DEVICES {
+        counted.push((device, count(options, device)?));
+    }
     let report = Report { options, config: &config, counted };
     report.write()
 }
@@ -205,8 +211,8 @@ fn work(options: &Options, config: &NsaConfig) -> Result<()> {
     Ok(())
 }
 
-/// Runs the counting process and sorts its counters.
-fn count(options: &Options) -> Result<Counted> {
+/// Runs the counting process as a device and sorts its counters.
+fn count(options: &Options, device: &Device) -> Result<Counted> {
     let jobs = jobs(&options.pass);
     let mut counted = Counted::new();
     let done = |of: &str, tokens: usize, kernels: process::Kernels| {
@@ -215,26 +221,26 @@ fn count(options: &Options) -> Result<Counted> {
             counted.entry((job, kernel)).or_default().push((tokens, counts));
         }
     };
-    process::run(|_| {}, done)?;
+    process::run(device.simulated, |_| {}, done)?;
     Ok(counted)
 }
 
 struct Report<'a> {
     options: &'a Options,
     config: &'a NsaConfig,
-    counted: Counted,
+    counted: Vec<(&'static Device, Counted)>,
+}
+
+/// Sums over the kernels of a job, by `of` a kernel's counters.
+fn sum(counted: &Counted, job: usize, of: impl Fn(&[(usize, Counts)]) -> Counts) -> Counts {
+    let mut sum = Counts::default();
+    for (_, counts) in counted.iter().filter(|((of_job, _), _)| *of_job == job) {
+        sum += of(counts);
+    }
+    sum
 }
 
 impl Report<'_> {
-    /// Sums over the kernels of a job, by `of` a kernel's counters.
-    fn sum(&self, job: usize, of: impl Fn(&[(usize, Counts)]) -> Counts) -> Counts {
-        let mut sum = Counts::default();
-        for (_, counts) in self.counted.iter().filter(|((of_job, _), _)| *of_job == job) {
-            sum += of(counts);
-        }
-        sum
-    }
-
     /// FLOP that a pass needs, and bytes of its tensors, each once.
     fn least(&self, (who, pass): Job, tokens: usize) -> (f64, f64) {
         let pairs = Pairs::of(self.config, pass, tokens);
@@ -244,15 +250,15 @@ impl Report<'_> {
 
     fn write(&self) -> Result<()> {
         let (jobs, longest) = (jobs(&self.options.pass), *self.options.lengths().last().expect("two at least"));
-        let mut kernels = columns::table(&[&["pass", "kernel"][..], &Counts::CELLS].concat(), 2);
-        for ((job, kernel), counts) in &self.counted {
-            let Some((_, c)) = counts.iter().find(|(tokens, _)| *tokens == longest) else { continue };
-            kernels.add_row([&[name(jobs[*job]), kernel.clone()][..], &c.cells()].concat());
+        println!("bf16, {longest} tokens; touched: each sector once a launch; asked: by every load and store");
+        for (device, counted) in &self.counted {
+            let mut kernels = columns::table(&[&[device.name, "kernel"][..], &Counts::CELLS].concat(), 2);
+            for ((job, kernel), counts) in counted {
+                let Some((_, c)) = counts.iter().find(|(tokens, _)| *tokens == longest) else { continue };
+                kernels.add_row([&[name(jobs[*job]), kernel.clone()][..], &c.cells()].concat());
+            }
+            println!("{kernels}");
         }
-        println!(
-            "bf16, {} tokens; touched: each sector once a launch; asked: by every load and store\n{kernels}",
-            longest
-        );
         println!("{}", self.efficiency(&jobs));
         println!("{}", self.estimates(&jobs));
         let out = match &self.options.out {
@@ -264,22 +270,25 @@ impl Report<'_> {
 
     /// What is computed and moved over what must be.
     fn efficiency(&self, jobs: &[Job]) -> comfy_table::Table {
-        let header = ["pass", "tokens", "FLOP over useful", "bytes touched over least", "passes over ideal"];
-        let mut table = columns::table(&header, 1);
+        let header = ["pass", "device", "tokens", "FLOP over useful", "bytes touched over least", "passes over ideal"];
+        let mut table = columns::table(&header, 2);
         for (at, &job) in jobs.iter().enumerate() {
             let lengths = if job.1 == Pass::Decode { self.options.contexts() } else { self.options.lengths() };
-            for tokens in lengths {
-                let of = |counts: &[(usize, Counts)]| {
-                    counts.iter().find(|(t, _)| *t == tokens).map_or_else(Counts::default, |(_, counts)| *counts)
-                };
-                let (sum, (flop, bytes)) = (self.sum(at, of), self.least(job, tokens));
-                table.add_row([
-                    name(job),
-                    tokens.to_string(),
-                    format!("{:.2}", sum.tensor_flop / flop),
-                    format!("{:.2}", sum.unique_bytes / bytes),
-                    format!("{:.2}", sum.shared_wavefronts / sum.shared_ideal.max(1.0)),
-                ]);
+            for (device, counted) in &self.counted {
+                for &tokens in &lengths {
+                    let of = |counts: &[(usize, Counts)]| {
+                        counts.iter().find(|(t, _)| *t == tokens).map_or_else(Counts::default, |(_, counts)| *counts)
+                    };
+                    let (sum, (flop, bytes)) = (sum(counted, at, of), self.least(job, tokens));
+                    table.add_row([
+                        name(job),
+                        device.name.to_owned(),
+                        tokens.to_string(),
+                        format!("{:.2}", sum.tensor_flop / flop),
+                        format!("{:.2}", sum.unique_bytes / bytes),
+                        format!("{:.2}", sum.shared_wavefronts / sum.shared_ideal.max(1.0)),
+                    ]);
+                }
             }
         }
         table
@@ -287,49 +296,49 @@ impl Report<'_> {
 
     /// The least times of devices at the length to estimate.
     fn estimates(&self, jobs: &[Job]) -> comfy_table::Table {
-        let mut names = ["pass", "GFLOP", "MB touched", "MB asked"].map(str::to_owned).to_vec();
-        for device in &DEVICES {
-            names.extend([format!("{} at least", device.name), "most by".to_owned(), "dense / nsa".to_owned()]);
-        }
-        let header: Vec<&str> = names.iter().map(String::as_str).collect();
-        let mut table = columns::table(&header, 1);
-        let times = |device: &Device, job: usize| -> BTreeMap<&'static str, f64> {
+        let header = ["pass", "device", "tensor GFLOP", "MB touched", "MB asked", "at least", "most by", "dense / nsa"];
+        let mut table = columns::table(&header, 2);
+        let times = |(device, counted): &(&Device, Counted), job: usize| -> BTreeMap<&'static str, f64> {
             let mut by = BTreeMap::new();
-            for (_, counts) in self.counted.iter().filter(|((of, _), _)| *of == job) {
+            for (_, counts) in counted.iter().filter(|((of, _), _)| *of == job) {
                 let (seconds, resource) = device.time(&extrapolate(counts, self.options.estimate));
                 *by.entry(resource).or_insert(0.0) += seconds;
             }
             by
         };
-        for (at, &(who, pass)) in jobs.iter().enumerate() {
-            let sum = self.sum(at, |counts| extrapolate(counts, self.options.estimate));
-            let mut cells = vec![
-                format!("{} {} at {}", who.name(), pass.name(), self.options.estimate),
-                format!("{:.1}", sum.tensor_flop / 1e9),
-                format!("{:.1}", sum.unique_bytes / 1e6),
-                format!("{:.1}", sum.bytes_asked() / 1e6),
-            ];
-            for device in &DEVICES {
-                let by = times(device, at);
+        for (at, &job) in jobs.iter().enumerate() {
+            for of_device in &self.counted {
+                let sum = sum(&of_device.1, at, |counts| extrapolate(counts, self.options.estimate));
+                let by = times(of_device, at);
                 let total: f64 = by.values().sum();
                 let most = by.iter().max_by(|a, b| a.1.total_cmp(b.1)).map_or("-", |(resource, _)| resource);
-                let dense = jobs.iter().position(|&other| who == Who::Nsa && other == (Who::Dense, pass));
-                let ratio = dense.map(|dense| times(device, dense).values().sum::<f64>() / total);
-                cells.extend([seconds(total), most.to_owned(), ratio.map_or("-".to_owned(), |r| format!("{r:.1}"))]);
+                let dense = jobs.iter().position(|&other| job.0 == Who::Nsa && other == (Who::Dense, job.1));
+                let ratio = dense.map(|dense| times(of_device, dense).values().sum::<f64>() / total);
+                table.add_row([
+                    format!("{} at {}", name(job), self.options.estimate),
+                    of_device.0.name.to_owned(),
+                    format!("{:.1}", sum.tensor_flop / 1e9),
+                    format!("{:.1}", sum.unique_bytes / 1e6),
+                    format!("{:.1}", sum.bytes_asked() / 1e6),
+                    seconds(total),
+                    most.to_owned(),
+                    ratio.map_or("-".to_owned(), |ratio| format!("{ratio:.1}")),
+                ]);
             }
-            table.add_row(cells);
         }
         table
     }
 
     fn csv(&self, jobs: &[Job]) -> Result<String> {
-        let header = [&["who", "pass", "kernel", "tokens"][..], &Counts::FIELDS].concat();
+        let header = [&["device", "who", "pass", "kernel", "tokens"][..], &Counts::FIELDS].concat();
         let mut rows = Vec::new();
-        for ((job, kernel), counts) in &self.counted {
-            let (who, pass) = jobs[*job];
-            for (tokens, c) in counts {
-                let names = [who.name(), pass.name(), kernel.as_str(), &tokens.to_string()].map(str::to_owned);
-                rows.push([&names[..], &c.fields()].concat());
+        for (device, counted) in &self.counted {
+            for ((job, kernel), counts) in counted {
+                let (who, pass) = jobs[*job];
+                for (tokens, c) in counts {
+                    let names = [device.name, who.name(), pass.name(), kernel, &tokens.to_string()].map(str::to_owned);
+                    rows.push([&names[..], &c.fields()].concat());
+                }
             }
         }
         columns::csv(&header, rows)

@@ -5,7 +5,7 @@
 // atomics but on counts and masks, where their order changes nothing. A CTA then takes a block of keys (or a share of one of
 // more than 16 WARPS keys) and up to work_queries of its queries, gathers their rows, and has dk and dv in registers. Blocks
 // with more queries (a forced block has all) are several works, whose gradients are added in order by a kernel at the end.
-// Shared memory, bytes at D = 128 in bf16: dq, a warp: 2 stages x 16 x 512, q and do 16 x 512, the list 64; dk and dv as in
+// Shared memory, bytes at D = 128 in bf16: dq, a warp: 2 stages x 16 x 512, q and do 16 x 512, the list 128; dk and dv as in
 // band_bwd.cu, and products of four warps together as there on sm_90a.
 // Registers: as in band_bwd.cu.
 // Roofline, a query and KV head: dq 2 R (2 Dk + Dv) n l' FLOP, bound by the cache as the forward; dk and dv 4 R (Dk + Dv) n l'
@@ -16,7 +16,7 @@
 // Edges: as in slc_fwd.cu. Blocks that no query has selected have gradients of 0.
 //
 // budget: kernel=slc_row_facts threads=256 registers=40 spills=0 shared=0
-// budget: kernel=slc_query_gradients threads=128 registers=255 spills=0 shared=98560
+// budget: kernel=slc_query_gradients threads=128 registers=255 spills=0 shared=98816
 // budget: kernel=slc_count threads=256 registers=40 spills=0 shared=0
 // budget: kernel=slc_sum_parts threads=1024 registers=64 spills=0 shared=4096
 // budget: kernel=slc_sum_blocks threads=1024 registers=64 spills=0 shared=256

@@ -18,6 +18,8 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::Command;
 
+/// The device that the simulator pretends to be.
+pub const DEVICE: &str = "a100";
 /// Names to the counting process the folder for tensors.
 const FOLDER: &str = "NSA_COUNT_FOLDER";
 const OURS: &str = "nsa";
@@ -78,7 +80,7 @@ pub fn run(options: &Options, peer: Peer) -> Result<()> {
     let name_folder = |command: &mut Command| {
         command.env(FOLDER, folder.path());
     };
-    process::run(name_folder, keep)?;
+    process::run(DEVICE, name_folder, keep)?;
     let mut theirs = Theirs { peer: &mut peer, config: &config, folder: folder.path(), chosen: BTreeMap::new() };
     for tokens in options.lengths() {
         rows.extend(theirs.count(tokens, ops)?);

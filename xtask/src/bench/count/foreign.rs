@@ -1,8 +1,8 @@
 //! Kernels that a peer compiled: its reply read and checked, and they run on the simulator.
 
+use super::beside::DEVICE;
 use super::counts::Counts;
 use super::ours::Op;
-use super::process::DEVICE;
 use cuda_sim::driver::device::Profile;
 use cuda_sim::exec::{Fault, Launch, Options};
 use cuda_sim::memory::{DeviceMemory, MemoryError};

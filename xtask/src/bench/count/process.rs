@@ -12,9 +12,6 @@ use std::process::{Command, Stdio};
 
 /// Begins a line of the counting process that names what the kernels before it were.
 const DONE: &str = "counted ";
-/// The device that the simulator pretends to be.
-pub const DEVICE: &str = "a100";
-
 /// Sums over the launches of each kernel.
 pub type Kernels = BTreeMap<String, Counts>;
 
@@ -32,11 +29,12 @@ pub fn done(backend: &Backend, name: &str, tokens: usize) -> Result<()> {
     Ok(())
 }
 
-/// Runs the counting process with the arguments of this one; `done` takes the kernels of each name and length.
-pub fn run(prepare: impl FnOnce(&mut Command), mut done: impl FnMut(&str, usize, Kernels)) -> Result<()> {
+/// Runs the counting process with the arguments of this one, as a device (`a100`); `done` takes the kernels of each name and
+/// length.
+pub fn run(device: &str, prepare: impl FnOnce(&mut Command), mut done: impl FnMut(&str, usize, Kernels)) -> Result<()> {
     let mut command = sim::this_program().map_err(|message| anyhow!(message))?;
     command.args(std::env::args_os().skip(1)).stderr(Stdio::piped());
-    command.env("CUDA_SIM_COUNT", "json").env("CUDA_SIM_CHECK", "0").env("CUDA_SIM_DEVICE", DEVICE);
+    command.env("CUDA_SIM_COUNT", "json").env("CUDA_SIM_CHECK", "0").env("CUDA_SIM_DEVICE", device);
     prepare(&mut command);
     let mut child = command.spawn().context("cannot start the simulator")?;
     let lines = BufReader::new(child.stderr.take().expect("it is piped")).lines();
