@@ -141,8 +141,8 @@ pub fn run(options: &Options) -> Result<()> {
     let bench = Bench { toolchain, folder, shared: options.config.is_none(), filters: &options.kernel };
     let mut lines = Vec::new();
     for &dtype in &options.dtype {
-        for build in builds(&config, dtype.into()) {
-            for arch in &options.arch {
+        for arch in &options.arch {
+            for build in builds(&config, dtype.into(), arch.capability) {
                 lines.extend(bench.compile(&build, dtype.into(), arch)?);
             }
         }
@@ -195,7 +195,7 @@ impl Bench<'_> {
         let line = |kernel: &Launched| {
             let missing = |what: &str| format!("{}: no {what} of kernel {}", build.program.file, kernel.name);
             let resources = found.iter().find(|resources| resources.kernel == kernel.name);
-            let budget = budgets.iter().find(|budget| budget.kernel == kernel.name);
+            let budget = Budget::of(&budgets, kernel.name, arch.name);
             Ok(Line {
                 kernel: kernel.clone(),
                 arch: *arch,

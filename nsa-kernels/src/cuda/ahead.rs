@@ -1,6 +1,7 @@
 //! What tools need to compile kernels before anyone runs them: which programs there are for a configuration, with which
 //! constants, how they are launched, and what their header comments allow them.
 
+use super::geometry::Unit;
 use super::program::{Constants, Program};
 use super::{attention, compress, decode, gate, gradients, layer, reduce, slc};
 use nsa_core::{DType, NsaConfig};
@@ -27,11 +28,14 @@ pub struct Launched {
     pub shared_bytes: u32,
 }
 
-/// What a kernel may take, from a line `// budget: kernel=NAME threads=… registers=… spills=… shared=…` of its program.
+/// What a kernel may take, from a line `// budget: kernel=NAME threads=… registers=… spills=… shared=…` of its program; with
+/// `arch=sm_…` for that architecture alone.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Budget {
     /// The kernel.
     pub kernel: String,
+    /// The architecture, if it has a budget of its own.
+    pub arch: Option<String>,
     /// Threads of a block.
     pub threads: u32,
     /// Registers of a thread.
@@ -40,6 +44,15 @@ pub struct Budget {
     pub spill_bytes: u32,
     /// Bytes of shared memory of a block, static and dynamic.
     pub shared_bytes: u32,
+}
+
+impl Budget {
+    /// That of a kernel on an architecture.
+    pub fn of<'b>(budgets: &'b [Self], kernel: &str, arch: &str) -> Option<&'b Self> {
+        let of_kernel = || budgets.iter().filter(|budget| budget.kernel == kernel);
+        let own = of_kernel().find(|budget| budget.arch.as_deref() == Some(arch));
+        own.or_else(|| of_kernel().find(|budget| budget.arch.is_none()))
+    }
 }
 
 impl Build {
@@ -66,6 +79,7 @@ fn budget(line: &str) -> Option<Budget> {
     let number = |name: &str| field(name)?.parse().ok();
     Some(Budget {
         kernel: field("kernel")?.to_owned(),
+        arch: field("arch").map(str::to_owned),
         threads: number("threads")?,
         registers: number("registers")?,
         spill_bytes: number("spills")?,
@@ -73,17 +87,19 @@ fn budget(line: &str) -> Option<Budget> {
     })
 }
 
-/// The programs that operations on tensors of a type run for a configuration; layers as wide as all heads.
-pub fn builds(config: &NsaConfig, dtype: DType) -> Vec<Build> {
+/// The programs that operations on tensors of a type run for a configuration on a device of a compute capability; layers as
+/// wide as all heads.
+pub fn builds(config: &NsaConfig, dtype: DType, capability: (i32, i32)) -> Vec<Build> {
+    let unit = Unit::of(capability);
     [
-        attention::builds(config, dtype),
+        attention::builds(config, dtype, unit),
         compress::builds(config, dtype),
         decode::builds(config, dtype),
         gate::builds(config, dtype),
-        gradients::builds(config, dtype),
+        gradients::builds(config, dtype, unit),
         layer::builds(config, dtype),
         reduce::builds(dtype),
-        slc::builds(config, dtype),
+        slc::builds(config, dtype, unit),
     ]
     .concat()
 }
@@ -98,16 +114,17 @@ mod tests {
         let config = NsaConfig::builder(16, 1, 128, 128).compress_kind(CompressKind::Mean).build().unwrap();
         let mut allowed = Vec::new();
         let mut launched = Vec::new();
-        for build in builds(&config, DType::Bf16) {
-            for budget in build.program.budgets().unwrap() {
-                let kernel = build.kernels.iter().find(|kernel| kernel.name == budget.kernel);
-                assert!(kernel.is_none_or(|kernel| kernel.threads == budget.threads), "{budget:?}");
-                allowed.push(budget.kernel);
-            }
-            for kernel in build.kernels {
-                let declared = format!("{}(const __grid_constant__", kernel.name);
-                assert!(build.program.text.contains(&declared), "{}", kernel.name);
-                launched.push(kernel.name.to_owned());
+        for (arch, capability) in [("sm_80", (8, 0)), ("sm_90a", (9, 0))] {
+            for build in builds(&config, DType::Bf16, capability) {
+                let budgets = build.program.budgets().unwrap();
+                for kernel in &build.kernels {
+                    let declared = format!("{}(const __grid_constant__", kernel.name);
+                    assert!(build.program.text.contains(&declared), "{}", kernel.name);
+                    let budget = Budget::of(&budgets, kernel.name, arch).unwrap();
+                    assert_eq!(kernel.threads, budget.threads, "{arch} {budget:?}");
+                    launched.push(kernel.name.to_owned());
+                }
+                allowed.extend(budgets.into_iter().map(|budget| budget.kernel));
             }
         }
         for list in [&mut allowed, &mut launched] {
@@ -120,7 +137,14 @@ mod tests {
     #[test]
     fn a_budget_is_read_from_its_line() {
         let read = budget(" kernel=k threads=256 registers=40 spills=0 shared=32").unwrap();
-        assert_eq!(read, Budget { kernel: "k".into(), threads: 256, registers: 40, spill_bytes: 0, shared_bytes: 32 });
+        let (kernel, arch) = ("k".to_owned(), None);
+        let expected = Budget { kernel, arch, threads: 256, registers: 40, spill_bytes: 0, shared_bytes: 32 };
+        assert_eq!(read, expected);
+        let own = budget("kernel=k arch=sm_90a threads=128 registers=40 spills=0 shared=32").unwrap();
+        let budgets = [read, own.clone()];
+        assert_eq!(Budget::of(&budgets, "k", "sm_90a"), Some(&own));
+        assert_eq!(Budget::of(&budgets, "k", "sm_80"), Some(&expected));
+        assert_eq!(Budget::of(&budgets, "other", "sm_80"), None);
         assert_eq!(budget(" kernel=k threads=256 registers=many spills=0 shared=32"), None);
     }
 }

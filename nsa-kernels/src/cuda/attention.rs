@@ -3,7 +3,7 @@
 
 use super::ahead::{Build, Launched};
 use super::geometry::step::StepTiles;
-use super::geometry::{BandTiles, Geometry, KeptScores, SelectTiles, copy_bytes};
+use super::geometry::{BandTiles, Geometry, KeptScores, SelectTiles, Unit, copy_bytes};
 use super::launch::Call;
 use super::params::{Field, In, Out, Stored, params};
 use super::program::{Constants, Program};
@@ -247,24 +247,25 @@ pub(super) fn copies_of(
 }
 
 /// What the forwards run: on packed keys, with scores kept in the workspace.
-pub(crate) fn builds(config: &NsaConfig, dtype: DType) -> Vec<Build> {
+pub(crate) fn builds(config: &NsaConfig, dtype: DType, unit: Unit) -> Vec<Build> {
     let size = dtype.size_bytes();
-    let (band, select) = (BandTiles::new(config, size), SelectTiles::new(config, size));
+    let (band, compressed) = (BandTiles::new(config, size, unit), BandTiles::compressed(config, size, unit));
+    let select = SelectTiles::new(config, size);
     let constants = copies_of(Constants::new(dtype).config(config), config, size, [&[0], &[0]], 0);
     let build = |program: &'static Program, constants: &Constants, names: &[&'static str], geometry: Geometry| {
         let launched =
             |&name: &&'static str| Launched { name, threads: geometry.threads, shared_bytes: geometry.shared_bytes };
         Build { program, constants: constants.clone(), kernels: names.iter().map(launched).collect() }
     };
-    let banded = band.bake(constants.clone());
-    let mut kept = band.geometry(1, 1);
-    kept.shared_bytes = KeptScores::new(config, &band, usize::MAX >> 32, (1, 0)).shared_bytes as u32;
+    let (banded, of_blocks) = (band.bake(constants.clone()), compressed.bake(constants.clone()));
+    let mut kept = compressed.geometry(1, 1);
+    kept.shared_bytes = KeptScores::new(config, &compressed, usize::MAX >> 32, (1, 0)).shared_bytes as u32;
     let step = StepTiles::new(config, size, false);
     let stepped = step.bake(constants.clone(), config, size, [0, 0]);
     vec![
         build(&dense::PROGRAM, &banded, &["dense_forward", "win_forward"], band.geometry(1, 1)),
         build(&dense::STEP, &stepped, &["dense_step"], step.geometry(config, 1, step.attend_bytes())),
-        build(&cmp::PROGRAM, &banded, &["cmp_forward"], kept),
+        build(&cmp::PROGRAM, &of_blocks, &["cmp_forward"], kept),
         build(&slc::PROGRAM, &select.bake(constants), &["slc_forward"], select.geometry(1, 1)),
     ]
 }
@@ -295,17 +296,17 @@ impl BandTiles {
     /// With the sizes of tiles.
     pub(super) fn bake(&self, constants: Constants) -> Constants {
         let constants = constants.with("WARPS", self.warps).with("TILES", self.tiles).with("KEYS", self.keys);
-        constants.with("QUERIES_HELD", usize::from(self.held))
+        let constants = constants.with("QUERIES_HELD", usize::from(self.held));
+        constants.with("WARPGROUPS", usize::from(self.unit == Unit::Warpgroup))
     }
 
-    /// The tiles for a configuration.
+    /// The tiles, if the device can have them.
     ///
     /// # Errors
     /// If no block holds all heads of a group.
-    pub(super) fn checked<T: Element>(cuda: &Cuda, op: &'static str, config: &NsaConfig) -> Result<Self> {
-        let tiles = Self::new(config, size_of::<T>());
-        if tiles.queries > 0 && tiles.shared_bytes <= cuda.device().shared_bytes {
-            return Ok(tiles);
+    pub(super) fn checked(self, cuda: &Cuda, op: &'static str, config: &NsaConfig) -> Result<Self> {
+        if self.queries > 0 && self.shared_bytes <= cuda.device().shared_bytes {
+            return Ok(self);
         }
         let what = format!(
             "{} query heads a KV head with dims {} and {}",

@@ -35,7 +35,7 @@ params! {
 pub(crate) fn forward<T: Element>(cuda: &Cuda, args: Forward<'_, T>) -> Result<()> {
     const OP: &str = "cmp::forward";
     let Forward { config, packing, q, k_blocks, v_blocks, o, lse, mut block_indices } = args;
-    let tiles = BandTiles::checked::<T>(cuda, OP, config)?;
+    let tiles = BandTiles::compressed(config, size_of::<T>(), cuda.unit()).checked(cuda, OP, config)?;
     let args = attention::Forward { config, packing, q, k: ("k_blocks", k_blocks), v: ("v_blocks", v_blocks), o, lse };
     let prepared = attention::prepare(cuda, OP, args, tiles.queries)?;
     let call = prepared.call;

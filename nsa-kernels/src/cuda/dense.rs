@@ -48,7 +48,7 @@ pub(crate) fn forward<T: Element>(cuda: &Cuda, args: Forward<'_, T>) -> Result<(
     if packing.seqs().all(|seq| seq.rows.is_empty() || lone(seq.rows.len())) {
         return launch_step::<T>(cuda, config, step, attention::prepare_with(cuda, OP, args, chunks_of)?);
     }
-    let tiles = BandTiles::checked::<T>(cuda, OP, config)?;
+    let tiles = BandTiles::new(config, size_of::<T>(), cuda.unit()).checked(cuda, OP, config)?;
     let tiles_of = |_, queries: usize| if lone(queries) { 0 } else { queries.div_ceil(tiles.queries) };
     let prepared = attention::prepare_with(cuda, OP, args, tiles_of)?;
     launch_band("dense_forward", config, &tiles, &prepared)?;
@@ -81,7 +81,7 @@ fn launch_step<T: Element>(cuda: &Cuda, config: &NsaConfig, tiles: StepTiles, pr
 /// Launches `win_forward`.
 pub(super) fn win_forward<T: Element>(cuda: &Cuda, op: &'static str, args: attention::Forward<'_, T>) -> Result<()> {
     let config = args.config;
-    let tiles = BandTiles::checked::<T>(cuda, op, config)?;
+    let tiles = BandTiles::new(config, size_of::<T>(), cuda.unit()).checked(cuda, op, config)?;
     launch_band("win_forward", config, &tiles, &attention::prepare(cuda, op, args, tiles.queries)?)
 }
 

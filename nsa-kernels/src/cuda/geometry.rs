@@ -39,13 +39,67 @@ pub(crate) fn vector(dim: usize, size: usize, addresses: &[u64]) -> usize {
 /// The most bytes of shared memory that a block takes by choice: what the smallest devices give.
 pub(crate) const SHARED_BYTES: usize = 99 << 10;
 
+/// The same where products are made by four warps together: what a block of such a device can have.
+const WARPGROUP_SHARED_BYTES: usize = 227 << 10;
+
+/// Who makes a product of matrices.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Unit {
+    /// A warp alone (`mma.sync`).
+    Warp,
+    /// Four warps together, which read its right side from shared memory once (`wgmma`).
+    Warpgroup,
+}
+
+impl Unit {
+    /// What a device of a compute capability has: `wgmma` is an instruction of 9.0 alone.
+    pub(crate) fn of(capability: (i32, i32)) -> Self {
+        if capability == (9, 0) { Self::Warpgroup } else { Self::Warp }
+    }
+
+    /// The best for rows of these dimensions with elements of `size` bytes: warpgroups take 64 columns of 16 bits at a time.
+    fn fitting(self, config: &NsaConfig, size: usize) -> Self {
+        let whole = [config.head_dim_qk(), config.head_dim_v()].iter().all(|dim| dim.is_multiple_of(64));
+        if whole && size == 2 { self } else { Self::Warp }
+    }
+
+    /// The most bytes of shared memory that a block takes by choice.
+    pub(crate) fn shared_bytes(self) -> usize {
+        match self {
+            Self::Warp => SHARED_BYTES,
+            Self::Warpgroup => WARPGROUP_SHARED_BYTES,
+        }
+    }
+
+    /// Warps of a block, at least.
+    pub(crate) fn least_warps(self) -> usize {
+        match self {
+            Self::Warp => 1,
+            Self::Warpgroup => 4,
+        }
+    }
+
+    /// Bytes that tiles begin at multiples of.
+    fn alignment(self) -> usize {
+        match self {
+            Self::Warp => 128,
+            Self::Warpgroup => 1024,
+        }
+    }
+}
+
 /// Bytes that rows of `dim` elements of `size` bytes, at these addresses, are copied in: 16, 8, 4 or else 2.
 pub(crate) fn copy_bytes(dim: usize, size: usize, addresses: &[u64]) -> usize {
     let fits = |&bytes: &usize| (dim * size).is_multiple_of(bytes) && addresses.iter().all(|a| a % bytes as u64 == 0);
     [16, 8, 4].into_iter().find(fits).unwrap_or(2)
 }
 
-/// Bytes of a row in a tile of shared memory: filled up to 16 elements.
+/// Elements of rows of k and v in tiles of shared memory: filled up to 16.
+fn padded(config: &NsaConfig) -> [usize; 2] {
+    [config.head_dim_qk(), config.head_dim_v()].map(|dim| dim.next_multiple_of(16))
+}
+
+/// Bytes of a row in a tile of shared memory.
 fn pitch(dim: usize, size: usize) -> usize {
     dim.next_multiple_of(16) * size
 }
@@ -53,6 +107,8 @@ fn pitch(dim: usize, size: usize) -> usize {
 /// Tiles of the kernels in which a query sees one run of keys (`kernels/band.cuh`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct BandTiles {
+    /// Who makes the products.
+    pub(crate) unit: Unit,
     /// Warps of a block.
     pub(crate) warps: usize,
     /// Parts of 16 rows of a warp.
@@ -68,31 +124,64 @@ pub(crate) struct BandTiles {
 }
 
 impl BandTiles {
-    /// For a configuration and elements of `size` bytes. Where registers allow it, a warp has 32 rows: each key that it
-    /// reads from shared memory then serves two products.
-    pub(crate) fn new(config: &NsaConfig, size: usize) -> Self {
-        let wide = config.head_dim_v().next_multiple_of(16) > 128;
-        let tiles = if size == 4 || wide { 1 } else { 2 };
+    /// Of `dense` and `win`, for a configuration and elements of `size` bytes, on a device with such a unit. Where registers allow
+    /// it, a warp alone has 32 rows: each key that it reads from shared memory then serves two products.
+    pub(crate) fn new(config: &NsaConfig, size: usize, unit: Unit) -> Self {
+        match unit.fitting(config, size) {
+            Unit::Warp => Self::of_warps(config, size),
+            // Two blocks of a multiprocessor, as far as registers go.
+            Unit::Warpgroup => Self::of_warpgroups(config, &[8, 4], 64),
+        }
+    }
+
+    /// Of `cmp`, which needs more registers.
+    pub(crate) fn compressed(config: &NsaConfig, size: usize, unit: Unit) -> Self {
+        match unit.fitting(config, size) {
+            Unit::Warp => Self::of_warps(config, size),
+            Unit::Warpgroup => {
+                // Scores of more than 128 dims are two sums at first, for which 12 warps have no registers.
+                let warps: &[usize] = if config.head_dim_qk() > 128 { &[8, 4] } else { &[12, 8, 4] };
+                Self::of_warpgroups(config, warps, if folds(config, 64) { 64 } else { 32 })
+            }
+        }
+    }
+
+    fn of_warps(config: &NsaConfig, size: usize) -> Self {
+        let [k, v] = padded(config);
+        let tiles = if size == 4 || v > 128 { 1 } else { 2 };
         // Above 128 dims scores are two sums at first.
-        let keys = if size == 4 || config.head_dim_qk().next_multiple_of(16) > 128 { 16 } else { 32 };
-        let (k, v) = (pitch(config.head_dim_qk(), size), pitch(config.head_dim_v(), size));
-        let shared = |warps: usize| warps * tiles * 16 * k.max(v) + 2 * keys * (k + v);
-        let holds = |warps: usize| warps * tiles * 16 >= config.group_size();
-        let mut warps = 4;
-        while warps > 1 && shared(warps) > SHARED_BYTES && holds(warps / 2) {
-            warps /= 2;
-        }
-        while warps < 8 && !holds(warps) {
-            warps *= 2;
-        }
-        Self {
+        let keys = if size == 4 || k > 128 { 16 } else { 32 };
+        let with_warps = |warps| Self {
+            unit: Unit::Warp,
             warps,
             tiles,
             keys,
-            held: size == 2 && tiles == 1 && k <= 256,
+            held: size == 2 && tiles == 1 && k <= 128,
             queries: warps * tiles * 16 / config.group_size(),
-            shared_bytes: shared(warps),
-        }
+            shared_bytes: (warps * tiles * 16 * k.max(v) + 2 * keys * (k + v)) * size,
+        };
+        let holds = |tiles: &Self| tiles.queries > 0;
+        let fits = |tiles: &Self| holds(tiles) && tiles.shared_bytes <= SHARED_BYTES;
+        let found = [4, 2, 1].map(with_warps).into_iter().find(fits);
+        found.or_else(|| [1, 2, 4].map(with_warps).into_iter().find(holds)).unwrap_or_else(|| with_warps(8))
+    }
+
+    /// With the first number of warps that fits.
+    fn of_warpgroups(config: &NsaConfig, warps: &[usize], keys: usize) -> Self {
+        let [k, v] = padded(config);
+        let keys = if k.max(v) > 128 { 32 } else { keys };
+        let with_warps = |&warps: &usize| Self {
+            unit: Unit::Warpgroup,
+            warps,
+            tiles: 1,
+            keys,
+            held: false,
+            queries: warps * 16 / config.group_size(),
+            shared_bytes: (warps * 16 * k.max(v) + 2 * keys * (k + v)) * 2,
+        };
+        let fits = |tiles: &Self| tiles.shared_bytes <= WARPGROUP_SHARED_BYTES;
+        let found = warps.iter().map(with_warps).find(fits);
+        found.filter(|tiles| tiles.queries > 0).unwrap_or_else(|| Self::of_warps(config, 2))
     }
 
     /// Rows of a block.
@@ -110,6 +199,17 @@ impl BandTiles {
     }
 }
 
+/// Strides of a selection block and of a compression block.
+fn chunks_and_span(config: &NsaConfig) -> (usize, usize) {
+    (config.select_block() / config.compress_stride(), config.compress_block() / config.compress_stride())
+}
+
+/// Whether scores of `keys` compressed keys are summed to selection blocks before they are kept.
+fn folds(config: &NsaConfig, keys: usize) -> bool {
+    let (chunks, span) = chunks_and_span(config);
+    matches!(chunks, 2 | 4 | 8) && span <= 2 && (keys / 8).is_multiple_of(chunks / 2)
+}
+
 /// How `cmp_forward` keeps scores until the denominators of the softmax are known (`kernels/cmp_fwd.cu`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct KeptScores {
@@ -123,20 +223,21 @@ pub(crate) struct KeptScores {
 
 impl KeptScores {
     /// For sequences of at most `blocks` compression blocks, on a device with so many multiprocessors and bytes of shared
-    /// memory a block. Shared memory it is where two blocks still fit on a multiprocessor.
+    /// memory a block. Shared memory it is where as many blocks still fit on a multiprocessor as their registers allow: two,
+    /// or one of warpgroups.
     pub(crate) fn new(config: &NsaConfig, tiles: &BandTiles, blocks: usize, device: (usize, usize)) -> Self {
-        let chunks = config.select_block() / config.compress_stride();
-        let span = config.compress_block() / config.compress_stride();
-        let folded = matches!(chunks, 2 | 4 | 8) && span <= 2 && (tiles.keys / 8).is_multiple_of(chunks / 2);
-        let (columns, extra) = if folded { (tiles.keys / chunks, span - 1) } else { (tiles.keys, 0) };
+        let (chunks, span) = chunks_and_span(config);
+        let (columns, extra) =
+            if folds(config, tiles.keys) { (tiles.keys / chunks, span - 1) } else { (tiles.keys, 0) };
         let floats = (blocks + extra).div_ceil(tiles.keys) * tiles.rows() * (columns + 1);
         // m and 1 / l of each row, and the tile in turn.
         let own = tiles.shared_bytes + tiles.rows() * 8 + 16;
         let (multiprocessors, shared) = device;
-        if own + 4 * floats <= (shared / 2).max(own) {
+        let at_once = if tiles.unit == Unit::Warp { 2 } else { 1 };
+        if own + 4 * floats <= (shared / at_once).max(own) {
             return Self { floats, slots: 0, shared_bytes: own + 4 * floats };
         }
-        Self { floats, slots: 2 * multiprocessors, shared_bytes: own }
+        Self { floats, slots: at_once * multiprocessors, shared_bytes: own }
     }
 }
 
@@ -148,6 +249,8 @@ const PART_STEPS: usize = 16;
 /// Tiles of the kernels of gradients in which a query sees one run of keys (`kernels/band_bwd.cu`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct GradientTiles {
+    /// Who makes the products.
+    pub(crate) unit: Unit,
     /// Warps of a block, each with 16 rows of queries or of keys.
     pub(crate) warps: usize,
     /// Keys of a tile that queries meet.
@@ -163,21 +266,20 @@ pub(crate) struct GradientTiles {
 }
 
 impl GradientTiles {
-    /// For a configuration and elements of `size` bytes.
-    pub(crate) fn new(config: &NsaConfig, size: usize) -> Self {
+    /// For a configuration and elements of `size` bytes, on a device with such a unit.
+    pub(crate) fn new(config: &NsaConfig, size: usize, unit: Unit) -> Self {
+        let unit = unit.fitting(config, size);
         let row_bytes = pitch(config.head_dim_qk(), size) + pitch(config.head_dim_v(), size);
         // What dk and dv leave of the registers decides how many rows they meet at once.
         let rows_below = |bytes| if size == 4 || row_bytes >= bytes { 16 } else { 32 };
-        let mut tiles = Self {
-            warps: 4,
-            keys: rows_below(1024),
-            query_rows: rows_below(640),
-            queries: 0,
-            row_bytes,
-            apart: row_bytes / size > 320,
+        let (keys, query_rows) = match unit {
+            Unit::Warp => (rows_below(1024), rows_below(640)),
+            Unit::Warpgroup => (if row_bytes > 768 { 32 } else { 64 }, if row_bytes > 512 { 32 } else { 64 }),
         };
+        let mut tiles = Self { unit, warps: 4, keys, query_rows, queries: 0, row_bytes, apart: row_bytes / size > 320 };
         let holds = |warps: usize| warps * 16 >= config.group_size();
-        while tiles.warps > 1 && tiles.shared_bytes() > SHARED_BYTES && holds(tiles.warps / 2) {
+        let least = unit.least_warps();
+        while tiles.warps > least && tiles.shared_bytes() > unit.shared_bytes() && holds(tiles.warps / 2) {
             tiles.warps /= 2;
         }
         while tiles.warps < 8 && !holds(tiles.warps) {
@@ -198,7 +300,7 @@ impl GradientTiles {
     }
 
     fn query_stages(&self) -> usize {
-        2 * self.query_rows * (self.row_bytes + 16)
+        2 * (self.query_rows * (self.row_bytes + 16)).next_multiple_of(self.unit.alignment())
     }
 
     /// A launch over tiles of queries.
@@ -242,6 +344,11 @@ fn select_rows(config: &NsaConfig) -> (usize, usize) {
     (parts, 16 / config.group_size().div_ceil(parts))
 }
 
+/// Bytes of the lists of a warp's queries: tiles begin behind them.
+fn list_bytes(config: &NsaConfig, queries: usize) -> usize {
+    (queries * config.select_count() * 4).next_multiple_of(Unit::Warp.alignment())
+}
+
 /// Tiles of `slc_forward` (`kernels/slc_fwd.cu`): a warp works alone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct SelectTiles {
@@ -271,7 +378,7 @@ impl SelectTiles {
         let stages = STAGES * keys * (k + v);
         let rows = 16 * k.max(v);
         let held = size == 2 && k + v < 1024 && rows <= stages;
-        let warp = stages + if held { 0 } else { rows } + (queries * config.select_count() * 4).next_multiple_of(16);
+        let warp = stages + if held { 0 } else { rows } + list_bytes(config, queries);
         let mut warps = 4;
         while warps > 1 && warps * warp > SHARED_BYTES {
             warps /= 2;
@@ -283,7 +390,7 @@ impl SelectTiles {
     pub(crate) fn gradients(config: &NsaConfig, size: usize, warps: usize) -> Self {
         let bytes = pitch(config.head_dim_qk(), size) + pitch(config.head_dim_v(), size);
         let ((parts, queries), keys) = (select_rows(config), 16);
-        let warp = (2 * keys + 16) * bytes + (queries * config.select_count() * 4).next_multiple_of(16);
+        let warp = (2 * keys + 16) * bytes + list_bytes(config, queries);
         Self { warps, keys, stages: 2, queries, parts, held: false, shared_bytes: warps * warp }
     }
 
@@ -337,27 +444,48 @@ mod tests {
     fn a_block_holds_all_heads_of_its_queries_within_its_memory() {
         for heads in [1, 4, 7, 16, 64, 128] {
             for dims in [(5, 3), (64, 64), (96, 96), (128, 128), (192, 128), (256, 256)] {
-                for size in [2, 4] {
+                for (size, unit) in [(2, Unit::Warp), (4, Unit::Warp), (2, Unit::Warpgroup), (4, Unit::Warpgroup)] {
                     let config = config(heads, dims);
-                    let band = BandTiles::new(&config, size);
-                    let gradients = GradientTiles::new(&config, size);
+                    let gradients = GradientTiles::new(&config, size, unit);
                     let select = SelectTiles::new(&config, size);
-                    assert!(band.queries > 0 && band.queries * heads <= band.rows(), "{heads} {dims:?} {band:?}");
+                    for band in [BandTiles::new(&config, size, unit), BandTiles::compressed(&config, size, unit)] {
+                        assert!(band.queries > 0 && band.queries * heads <= band.rows(), "{heads} {dims:?} {band:?}");
+                        assert!(band.warps.is_multiple_of(band.unit.least_warps()), "{heads} {dims:?} {band:?}");
+                        let limit = band.unit.shared_bytes();
+                        assert!(heads > 16 || band.shared_bytes <= limit, "{heads} {dims:?} {band:?}");
+                    }
                     assert!(gradients.queries * heads <= gradients.rows(), "{heads} {dims:?} {gradients:?}");
+                    assert!(gradients.warps.is_multiple_of(gradients.unit.least_warps()), "{heads} {gradients:?}");
+                    let limit = gradients.unit.shared_bytes();
+                    assert!(heads > 16 || gradients.shared_bytes() <= limit, "{dims:?} {gradients:?}");
                     assert!(select.queries * heads.div_ceil(select.parts) <= 16, "{heads} {dims:?} {select:?}");
                     assert!(select.shared_bytes <= SHARED_BYTES, "{heads} {dims:?} {select:?}");
-                    if heads <= 16 {
-                        assert!(band.shared_bytes <= SHARED_BYTES, "{dims:?} {band:?}");
-                        assert!(gradients.shared_bytes() <= SHARED_BYTES, "{dims:?} {gradients:?}");
-                    }
                 }
             }
         }
     }
 
     #[test]
+    fn warpgroups_multiply_where_columns_fill_them() {
+        assert_eq!(
+            [(8, 0), (8, 9), (9, 0), (10, 0)].map(Unit::of).map(|unit| unit == Unit::Warpgroup),
+            [false, false, true, false]
+        );
+        let unit = |dims, size| BandTiles::new(&config(16, dims), size, Unit::Warpgroup).unit;
+        assert_eq!(unit((128, 128), 2), Unit::Warpgroup);
+        assert_eq!(unit((192, 128), 2), Unit::Warpgroup);
+        assert_eq!([unit((96, 96), 2), unit((64, 32), 2), unit((128, 128), 4)], [Unit::Warp; 3]);
+        let config = config(16, (128, 128));
+        let (band, compressed) =
+            (BandTiles::new(&config, 2, Unit::Warpgroup), BandTiles::compressed(&config, 2, Unit::Warpgroup));
+        assert_eq!((band.rows(), compressed.rows(), compressed.queries), (128, 192, 12));
+        let gradients = GradientTiles::new(&config, 2, Unit::Warpgroup);
+        assert_eq!((gradients.rows(), gradients.keys, gradients.query_rows), (64, 64, 64));
+    }
+
+    #[test]
     fn queries_are_cut_into_parts_where_tiles_of_keys_are_few() {
-        let tiles = GradientTiles::new(&config(16, (128, 128)), 2);
+        let tiles = GradientTiles::new(&config(16, (128, 128)), 2, Unit::Warp);
         assert_eq!((tiles.rows(), tiles.query_rows), (64, 32));
         // Compressed keys, and tokens, of 16,384 and 65,536 tokens; 64 tokens.
         assert_eq!([16, 64, 256, 1024].map(|keys| tiles.parts(keys, 16 * 16_384)), [64, 16, 4, 1]);
@@ -373,7 +501,7 @@ mod tests {
     #[test]
     fn scores_are_kept_in_shared_memory_while_two_blocks_fit() {
         let config = config(16, (128, 128));
-        let tiles = BandTiles::new(&config, 2);
+        let tiles = BandTiles::new(&config, 2, Unit::Warp);
         let kept = |blocks, shared| KeptScores::new(&config, &tiles, blocks, (108, shared));
         // 32 compressed keys are 8 selection blocks; one more key is looked at.
         assert_eq!(kept(31, 163 << 10).floats, 128 * 9);

@@ -3,7 +3,7 @@
 use super::Cuda;
 use super::ahead::{Build, Launched};
 use super::attention::{Sequences, copies, packed_sequences, unsupported};
-use super::geometry::{Geometry, GradientTiles};
+use super::geometry::{Geometry, GradientTiles, Unit};
 use super::launch::Call;
 use super::params::{Field, In, Out, Params, Stored, params};
 use super::program::{Constants, Program};
@@ -160,7 +160,7 @@ pub(super) fn backward<T: Element>(
     offsets: &CuSeqlens,
 ) -> Result<()> {
     let config = args.config;
-    let tiles = GradientTiles::new(config, size_of::<T>());
+    let tiles = GradientTiles::new(config, size_of::<T>(), cuda.unit());
     if tiles.queries == 0 || tiles.shared_bytes() > cuda.device().shared_bytes {
         let what = format!("{} query heads a KV head with these dims", config.group_size());
         return Err(unsupported(cuda, op, &what, "use the backend `cpu`"));
@@ -186,14 +186,15 @@ pub(super) fn backward<T: Element>(
 impl GradientTiles {
     /// With the sizes of tiles.
     pub(super) fn bake(&self, constants: Constants) -> Constants {
-        constants.with("WARPS", self.warps).with("KEYS", self.keys).with("QUERY_ROWS", self.query_rows)
+        let constants = constants.with("WARPS", self.warps).with("KEYS", self.keys);
+        constants.with("QUERY_ROWS", self.query_rows).with("WARPGROUPS", usize::from(self.unit == Unit::Warpgroup))
     }
 }
 
 /// What the gradients run.
-pub(crate) fn builds(config: &NsaConfig, dtype: DType) -> Vec<Build> {
+pub(crate) fn builds(config: &NsaConfig, dtype: DType, unit: Unit) -> Vec<Build> {
     let size = dtype.size_bytes();
-    let tiles = GradientTiles::new(config, size);
+    let tiles = GradientTiles::new(config, size, unit);
     let aligned = [&[0][..], &[0]];
     let constants = super::attention::copies_of(Constants::new(dtype).config(config), config, size, aligned, 0);
     let launched =

@@ -150,6 +150,11 @@ impl Cuda {
         &self.inner.device
     }
 
+    /// Who makes products of matrices.
+    pub(crate) fn unit(&self) -> geometry::Unit {
+        geometry::Unit::of(self.device().capability)
+    }
+
     /// The stream that all work goes to.
     pub fn stream(&self) -> &Arc<CudaStream> {
         &self.inner.stream

@@ -9,7 +9,7 @@ use nsa_core::{DType, NsaConfig};
 use std::fmt::Write as _;
 
 /// The headers that kernels share.
-const HEADERS: [(&str, &str); 14] = [
+const HEADERS: [(&str, &str); 16] = [
     ("band.cuh", include_str!("kernels/band.cuh")),
     ("decode.cuh", include_str!("kernels/decode.cuh")),
     ("decode_select.cuh", include_str!("kernels/decode_select.cuh")),
@@ -24,6 +24,8 @@ const HEADERS: [(&str, &str); 14] = [
     ("span.cuh", include_str!("kernels/span.cuh")),
     ("step.cuh", include_str!("kernels/step.cuh")),
     ("tile.cuh", include_str!("kernels/tile.cuh")),
+    ("unit.cuh", include_str!("kernels/unit.cuh")),
+    ("wgmma.cuh", include_str!("kernels/wgmma.cuh")),
 ];
 
 /// A source file of kernels.

@@ -3,7 +3,7 @@
 use super::Cuda;
 use super::ahead::{Build, Launched};
 use super::attention::{self, BandForward};
-use super::geometry::{Geometry, GradientTiles, SHARED_BYTES, SelectTiles};
+use super::geometry::{Geometry, GradientTiles, SelectTiles, Unit};
 use super::gradients::{self, ADD_THREADS, BandBackward, FACTS_THREADS};
 use super::params::{In, Out, Params, params};
 use super::program::{Constants, Program};
@@ -102,7 +102,7 @@ pub(crate) fn backward<T: Element>(cuda: &Cuda, args: Backward<'_, T>) -> Result
     const OP: &str = "slc::backward";
     let Backward { config, packing, q, k, v, block_indices, o, lse, d_o, gates, dq, dk, dv } = args;
     let (tokens, heads, count) = (packing.num_tokens(), config.num_kv_heads(), config.select_count());
-    let tiles = BackwardTiles::new(config, size_of::<T>());
+    let tiles = BackwardTiles::new(config, size_of::<T>(), cuda.unit());
     let args = gradients::Backward {
         config,
         packing,
@@ -182,10 +182,11 @@ struct BackwardTiles {
 }
 
 impl BackwardTiles {
-    fn new(config: &NsaConfig, size: usize) -> Self {
-        let mut keys = GradientTiles::new(config, size);
+    fn new(config: &NsaConfig, size: usize, unit: Unit) -> Self {
+        let mut keys = GradientTiles::new(config, size, unit);
         let of_queries = |warps| SelectTiles::gradients(config, size, warps);
-        while keys.warps > 1 && of_queries(keys.warps).shared_bytes > SHARED_BYTES {
+        let unit = keys.unit;
+        while keys.warps > unit.least_warps() && of_queries(keys.warps).shared_bytes > unit.shared_bytes() {
             keys.warps /= 2;
         }
         let select = of_queries(keys.warps);
@@ -194,7 +195,8 @@ impl BackwardTiles {
 
     fn bake(&self, constants: Constants) -> Constants {
         let constants = constants.with("WARPS", self.select.warps).with("KEYS", self.select.keys);
-        constants.with("QUERIES", self.select.queries).with("QUERY_ROWS", self.keys.query_rows)
+        let constants = constants.with("QUERIES", self.select.queries).with("QUERY_ROWS", self.keys.query_rows);
+        constants.with("WARPGROUPS", usize::from(self.keys.unit == Unit::Warpgroup))
     }
 
     /// Numbers of a work's gradients.
@@ -214,9 +216,9 @@ impl BackwardTiles {
 }
 
 /// What the backward runs.
-pub(crate) fn builds(config: &NsaConfig, dtype: DType) -> Vec<Build> {
+pub(crate) fn builds(config: &NsaConfig, dtype: DType, unit: Unit) -> Vec<Build> {
     let size = dtype.size_bytes();
-    let tiles = BackwardTiles::new(config, size);
+    let tiles = BackwardTiles::new(config, size, unit);
     let constants = attention::copies_of(Constants::new(dtype).config(config), config, size, [&[0], &[0]], 0);
     let kernels = [
         ("slc_row_facts", FACTS_THREADS, 0),

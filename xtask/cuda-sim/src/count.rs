@@ -1,6 +1,6 @@
 //! Counters of a launch: instructions, tensor-core work, memory traffic, bank conflicts, divergence.
 
-use crate::code::{Inst, Op, Pipe, Site};
+use crate::code::{Inst, Left, Op, Pipe, Site};
 use crate::exec::checks::{Checks, Touch, TouchKind};
 use crate::exec::regs::LANES;
 use crate::exec::warp::{Warp, lanes};
@@ -168,6 +168,13 @@ impl Counts {
             _ => &mut self.collective,
         };
         *class += 1;
+        if let Op::Wgmma(wgmma) = op {
+            // Both sides are 32 bytes deep: 16 rows of the left one, and a fourth of the right one's columns.
+            let rows = if matches!(wgmma.a, Left::Descriptor(_)) { 16 } else { 0 };
+            let passes = (rows * 32 + u64::from(wgmma.columns) * 8).div_ceil(4 * BANKS as u64);
+            self.shared_wavefronts += passes;
+            self.shared_ideal += passes;
+        }
         self.tensor_flop += match op {
             Op::Mma(mma) => 2 * mma.shape.iter().map(|size| u64::from(*size)).product::<u64>(),
             Op::Wgmma(wgmma) => 2 * 16 * u64::from(wgmma.columns) * u64::from(wgmma.depth),
@@ -219,7 +226,8 @@ impl Checks for Counter {
     fn touch(&mut self, _: u32, touch: &Touch<'_>, _: &[Arc<Allocation>], _: &mut usize) -> Result<(), Finding> {
         match touch.space {
             Space::Global | Space::Const => self.counts.global(touch),
-            Space::Shared => self.counts.shared(touch),
+            // What `wgmma` reads is counted where it is begun: its four warps read it together.
+            Space::Shared if touch.kind != TouchKind::AsyncRead(Pipe::Product) => self.counts.shared(touch),
             _ => {}
         }
         if touch.kind == TouchKind::Copy {

@@ -4,24 +4,28 @@
 //! Each counter of each kernel follows a power law of the length, through the lengths that are counted; a decoding step, which
 //! is little work, is counted at the length to estimate itself. A device's time for a kernel is at least that of the resource it uses most: tensor cores, memory, the second cache, shared memory, issue slots.
 
-use super::columns::{self, field, seconds};
+mod beside;
+mod counts;
+mod foreign;
+mod ours;
+mod process;
+
+use super::columns::{self, seconds};
 use super::decode::Decoding;
 use super::fit::{self, Point};
 use super::heads::Heads;
+use super::peer::Peer;
 use super::problem::Problem;
-use super::progress::Progress;
 use super::work::{Pairs, Pass, flop};
-use anyhow::{Context, Result, anyhow, ensure};
+use anyhow::{Result, ensure};
 use clap::Args;
+use counts::Counts;
 use half::bf16;
 use nsa_core::NsaConfig;
 use nsa_kernels::Backend;
 use nsa_tests::sim;
-use serde::Deserialize;
 use std::collections::BTreeMap;
-use std::io::{BufRead, BufReader};
 use std::path::PathBuf;
-use std::process::Stdio;
 
 /// Options of `cargo xtask bench count`.
 #[derive(Args, Debug)]
@@ -37,48 +41,20 @@ pub struct Options {
     /// What to count
     #[arg(long, value_enum, value_delimiter = ',', default_values_t = Pass::ALL)]
     pass: Vec<Pass>,
+    /// Count a package's Triton kernels beside ours, instead of our whole passes: compressed attention, with blocks as long
+    /// as those that are selected and no overlap, and selected attention
+    #[arg(long, value_enum, conflicts_with = "estimate")]
+    peer: Option<Peer>,
+    /// Python that has the peer's packages, instead of installing them below target/peers
+    #[arg(long, requires = "peer", value_name = "PROGRAM")]
+    peer_python: Option<PathBuf>,
     /// Folder of the table (CSV); without it: out/bench-count
     #[arg(long)]
     out: Option<PathBuf>,
 }
 
-/// Begins a line of the counting process that names what the kernels before it were.
-const DONE: &str = "counted ";
-/// Bytes of a sector.
-const SECTOR_BYTES: f64 = 32.0;
 /// Bytes of an element: bf16.
 const ELEMENT_BYTES: f64 = 2.0;
-
-/// Counters of a launch, as the simulator writes them; also their sums over launches.
-#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq)]
-struct Counts {
-    instructions: f64,
-    tensor_flop: f64,
-    global_sectors: f64,
-    unique_bytes: f64,
-    shared_wavefronts: f64,
-    shared_ideal: f64,
-}
-
-impl Counts {
-    fn map2(self, other: Self, of: impl Fn(f64, f64) -> f64) -> Self {
-        Self {
-            instructions: of(self.instructions, other.instructions),
-            tensor_flop: of(self.tensor_flop, other.tensor_flop),
-            global_sectors: of(self.global_sectors, other.global_sectors),
-            unique_bytes: of(self.unique_bytes, other.unique_bytes),
-            shared_wavefronts: of(self.shared_wavefronts, other.shared_wavefronts),
-            shared_ideal: of(self.shared_ideal, other.shared_ideal),
-        }
-    }
-}
-
-#[derive(Deserialize)]
-struct Launch {
-    kernel: String,
-    #[serde(flatten)]
-    counts: Counts,
-}
 
 /// What computes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -99,6 +75,10 @@ impl Who {
 /// Whose pass, as lines of the counting process name it.
 type Job = (Who, Pass);
 
+fn name((who, pass): Job) -> String {
+    format!("{} {}", who.name(), pass.name())
+}
+
 fn jobs(passes: &[Pass]) -> Vec<Job> {
     let of = |who: Who| passes.iter().map(move |&pass| (who, pass));
     of(Who::Nsa).chain(of(Who::Dense)).collect()
@@ -110,7 +90,9 @@ type Counted = BTreeMap<(usize, String), Vec<(usize, Counts)>>;
 /// A device to estimate for. Rates in units a second.
 struct Device {
     name: &'static str,
-    /// FLOP of bf16 tensor cores, as `mma.sync` reaches them.
+    /// What the simulator calls it.
+    simulated: &'static str,
+    /// FLOP of bf16 tensor cores, as products of matrices reach them.
     tensor: f64,
     /// Bytes of memory, of the second cache.
     memory: f64,
@@ -119,10 +101,11 @@ struct Device {
     cycles: f64,
 }
 
-/// From data sheets; caches and `mma.sync` on Hopper from measurements.
+/// From data sheets; caches and what products reach on Hopper from measurements. Kernels of the two differ: they are counted
+/// on each.
 const DEVICES: [Device; 2] = [
-    Device { name: "A100", tensor: 312e12, memory: 2.04e12, cache: 5.4e12, cycles: 108.0 * 1.41e9 },
-    Device { name: "H100", tensor: 620e12, memory: 3.35e12, cache: 8.0e12, cycles: 132.0 * 1.75e9 },
+    Device { name: "A100", simulated: "a100", tensor: 312e12, memory: 2.04e12, cache: 5.4e12, cycles: 108.0 * 1.41e9 },
+    Device { name: "H100", simulated: "h100", tensor: 798e12, memory: 3.35e12, cache: 8.0e12, cycles: 132.0 * 1.75e9 },
 ];
 /// Instructions of warps that a multiprocessor issues in a cycle.
 const ISSUES: f64 = 4.0;
@@ -133,7 +116,7 @@ impl Device {
         let uses = [
             (counts.tensor_flop / self.tensor, "tensor cores"),
             (counts.unique_bytes / self.memory, "memory"),
-            (counts.global_sectors * SECTOR_BYTES / self.cache, "cache"),
+            (counts.bytes_asked() / self.cache, "cache"),
             (counts.shared_wavefronts / self.cycles, "shared memory"),
             (counts.instructions / (ISSUES * self.cycles), "issue"),
         ];
@@ -147,11 +130,17 @@ impl Device {
 /// If an option does not fit, or the simulator cannot run.
 pub fn run(options: &Options) -> Result<()> {
     options.validate()?;
+    if let Some(peer) = options.peer {
+        return beside::run(options, peer);
+    }
     let config = options.heads.config()?;
     if sim::inside() {
         return work(options, &config);
     }
-    let counted = count(options)?;
+    let mut counted = Vec::new();
+    for device in &DEVICES {
+        counted.push((device, count(options, device)?));
+    }
     let report = Report { options, config: &config, counted };
     report.write()
 }
@@ -163,7 +152,12 @@ impl Options {
             ensure!(i32::try_from(tokens).is_ok(), "{flag} {tokens}: must be at most {}", i32::MAX);
         }
         let distinct = self.lengths().len();
-        ensure!(distinct > 1, "--tokens: must be at least two lengths for a law");
+        ensure!(distinct > 1 || self.peer.is_some(), "--tokens: must be at least two lengths for a law");
+        if let Some(peer) = self.peer {
+            ensure!(peer == Peer::Fla, "--peer {}: must be fla, whose kernels compile without a GPU", peer.name());
+            let attends = self.pass.iter().any(|&pass| pass != Pass::Decode);
+            ensure!(attends, "--pass decode: must have forward or backward beside it with --peer");
+        }
         Ok(())
     }
 
@@ -188,11 +182,7 @@ impl Options {
 /// The counting process: what there is to count, with a line after each pass.
 fn work(options: &Options, config: &NsaConfig) -> Result<()> {
     let backend = Backend::cuda(0)?;
-    let done = |(who, pass): Job, tokens: usize| -> Result<()> {
-        backend.synchronize()?;
-        eprintln!("{DONE}{} {} {tokens}", who.name(), pass.name());
-        Ok(())
-    };
+    let done = |job: Job, tokens: usize| process::done(&backend, &name(job), tokens);
     let contexts = if options.pass.contains(&Pass::Decode) { options.contexts() } else { Vec::new() };
     for tokens in contexts {
         let mut decoding = Decoding::<bf16>::with_layers(&backend, config, tokens, 1)?;
@@ -221,53 +211,36 @@ fn work(options: &Options, config: &NsaConfig) -> Result<()> {
     Ok(())
 }
 
-/// Runs the counting process and sorts its counters.
-fn count(options: &Options) -> Result<Counted> {
-    let mut command = sim::this_program().map_err(|message| anyhow!(message))?;
-    command.args(std::env::args_os().skip(1)).stderr(Stdio::piped());
-    command.env("CUDA_SIM_COUNT", "json").env("CUDA_SIM_CHECK", "0").env("CUDA_SIM_DEVICE", "a100");
-    let mut child = command.spawn().context("cannot start the simulator")?;
-    let lines = BufReader::new(child.stderr.take().expect("it is piped")).lines();
+/// Runs the counting process as a device and sorts its counters.
+fn count(options: &Options, device: &Device) -> Result<Counted> {
     let jobs = jobs(&options.pass);
-    let (mut counted, mut launches, mut said) = (Counted::new(), BTreeMap::new(), Vec::new());
-    let progress = Progress::new();
-    for line in lines {
-        let line = line?;
-        if let Ok(Launch { kernel, counts }) = serde_json::from_str(&line) {
-            let sum: &mut Counts = launches.entry(kernel).or_default();
-            *sum = sum.map2(counts, |a, b| a + b);
-        } else if let Some(name) = line.strip_prefix(DONE) {
-            progress.line(&line);
-            let (name, tokens) = name.rsplit_once(' ').context("a length")?;
-            let tokens: usize = tokens.parse()?;
-            let named = |&(who, pass): &Job| format!("{} {}", who.name(), pass.name()) == name;
-            let all = std::mem::take(&mut launches);
-            let Some(job) = jobs.iter().position(named) else { continue };
-            for (kernel, counts) in all {
-                counted.entry((job, kernel)).or_default().push((tokens, counts));
-            }
-        } else {
-            said.push(line);
+    let mut counted = Counted::new();
+    let done = |of: &str, tokens: usize, kernels: process::Kernels| {
+        let Some(job) = jobs.iter().position(|&job| name(job) == of) else { return };
+        for (kernel, counts) in kernels {
+            counted.entry((job, kernel)).or_default().push((tokens, counts));
         }
-    }
-    progress.finish();
-    ensure!(child.wait()?.success(), "counting on the simulator failed:\n{}", said.join("\n"));
+    };
+    process::run(device.simulated, |_| {}, done)?;
     Ok(counted)
 }
 
 struct Report<'a> {
     options: &'a Options,
     config: &'a NsaConfig,
-    counted: Counted,
+    counted: Vec<(&'static Device, Counted)>,
+}
+
+/// Sums over the kernels of a job, by `of` a kernel's counters.
+fn sum(counted: &Counted, job: usize, of: impl Fn(&[(usize, Counts)]) -> Counts) -> Counts {
+    let mut sum = Counts::default();
+    for (_, counts) in counted.iter().filter(|((of_job, _), _)| *of_job == job) {
+        sum += of(counts);
+    }
+    sum
 }
 
 impl Report<'_> {
-    /// Sums over the kernels of a job, by `of` a kernel's counters.
-    fn sum(&self, job: usize, of: impl Fn(&[(usize, Counts)]) -> Counts) -> Counts {
-        let kernels = self.counted.iter().filter(|((of_job, _), _)| *of_job == job);
-        kernels.fold(Counts::default(), |sum, (_, counts)| sum.map2(of(counts), |a, b| a + b))
-    }
-
     /// FLOP that a pass needs, and bytes of its tensors, each once.
     fn least(&self, (who, pass): Job, tokens: usize) -> (f64, f64) {
         let pairs = Pairs::of(self.config, pass, tokens);
@@ -277,27 +250,15 @@ impl Report<'_> {
 
     fn write(&self) -> Result<()> {
         let (jobs, longest) = (jobs(&self.options.pass), *self.options.lengths().last().expect("two at least"));
-        let header = ["pass", "kernel", "tensor GFLOP", "MB touched", "MB asked", "Minstructions", "passes over ideal"];
-        let mut kernels = columns::table(&header, 2);
-        for ((job, kernel), counts) in &self.counted {
-            let Some((_, c)) = counts.iter().find(|(tokens, _)| *tokens == longest) else { continue };
-            let (who, pass) = jobs[*job];
-            let passes =
-                if c.shared_ideal > 0.0 { format!("{:.2}", c.shared_wavefronts / c.shared_ideal) } else { "-".into() };
-            kernels.add_row([
-                format!("{} {}", who.name(), pass.name()),
-                kernel.clone(),
-                format!("{:.2}", c.tensor_flop / 1e9),
-                format!("{:.2}", c.unique_bytes / 1e6),
-                format!("{:.2}", c.global_sectors * SECTOR_BYTES / 1e6),
-                format!("{:.2}", c.instructions / 1e6),
-                passes,
-            ]);
+        println!("bf16, {longest} tokens; touched: each sector once a launch; asked: by every load and store");
+        for (device, counted) in &self.counted {
+            let mut kernels = columns::table(&[&[device.name, "kernel"][..], &Counts::CELLS].concat(), 2);
+            for ((job, kernel), counts) in counted {
+                let Some((_, c)) = counts.iter().find(|(tokens, _)| *tokens == longest) else { continue };
+                kernels.add_row([&[name(jobs[*job]), kernel.clone()][..], &c.cells()].concat());
+            }
+            println!("{kernels}");
         }
-        println!(
-            "bf16, {} tokens; touched: each sector once a launch; asked: by every load and store\n{kernels}",
-            longest
-        );
         println!("{}", self.efficiency(&jobs));
         println!("{}", self.estimates(&jobs));
         let out = match &self.options.out {
@@ -309,22 +270,25 @@ impl Report<'_> {
 
     /// What is computed and moved over what must be.
     fn efficiency(&self, jobs: &[Job]) -> comfy_table::Table {
-        let header = ["pass", "tokens", "FLOP over useful", "bytes touched over least", "passes over ideal"];
-        let mut table = columns::table(&header, 1);
+        let header = ["pass", "device", "tokens", "FLOP over useful", "bytes touched over least", "passes over ideal"];
+        let mut table = columns::table(&header, 2);
         for (at, &job) in jobs.iter().enumerate() {
             let lengths = if job.1 == Pass::Decode { self.options.contexts() } else { self.options.lengths() };
-            for tokens in lengths {
-                let of = |counts: &[(usize, Counts)]| {
-                    counts.iter().find(|(t, _)| *t == tokens).map_or_else(Counts::default, |(_, counts)| *counts)
-                };
-                let (sum, (flop, bytes)) = (self.sum(at, of), self.least(job, tokens));
-                table.add_row([
-                    format!("{} {}", job.0.name(), job.1.name()),
-                    tokens.to_string(),
-                    format!("{:.2}", sum.tensor_flop / flop),
-                    format!("{:.2}", sum.unique_bytes / bytes),
-                    format!("{:.2}", sum.shared_wavefronts / sum.shared_ideal.max(1.0)),
-                ]);
+            for (device, counted) in &self.counted {
+                for &tokens in &lengths {
+                    let of = |counts: &[(usize, Counts)]| {
+                        counts.iter().find(|(t, _)| *t == tokens).map_or_else(Counts::default, |(_, counts)| *counts)
+                    };
+                    let (sum, (flop, bytes)) = (sum(counted, at, of), self.least(job, tokens));
+                    table.add_row([
+                        name(job),
+                        device.name.to_owned(),
+                        tokens.to_string(),
+                        format!("{:.2}", sum.tensor_flop / flop),
+                        format!("{:.2}", sum.unique_bytes / bytes),
+                        format!("{:.2}", sum.shared_wavefronts / sum.shared_ideal.max(1.0)),
+                    ]);
+                }
             }
         }
         table
@@ -332,68 +296,49 @@ impl Report<'_> {
 
     /// The least times of devices at the length to estimate.
     fn estimates(&self, jobs: &[Job]) -> comfy_table::Table {
-        let mut names = ["pass", "GFLOP", "MB touched", "MB asked"].map(str::to_owned).to_vec();
-        for device in &DEVICES {
-            names.extend([format!("{} at least", device.name), "most by".to_owned(), "dense / nsa".to_owned()]);
-        }
-        let header: Vec<&str> = names.iter().map(String::as_str).collect();
-        let mut table = columns::table(&header, 1);
-        let times = |device: &Device, job: usize| -> BTreeMap<&'static str, f64> {
+        let header = ["pass", "device", "tensor GFLOP", "MB touched", "MB asked", "at least", "most by", "dense / nsa"];
+        let mut table = columns::table(&header, 2);
+        let times = |(device, counted): &(&Device, Counted), job: usize| -> BTreeMap<&'static str, f64> {
             let mut by = BTreeMap::new();
-            for (_, counts) in self.counted.iter().filter(|((of, _), _)| *of == job) {
+            for (_, counts) in counted.iter().filter(|((of, _), _)| *of == job) {
                 let (seconds, resource) = device.time(&extrapolate(counts, self.options.estimate));
                 *by.entry(resource).or_insert(0.0) += seconds;
             }
             by
         };
-        for (at, &(who, pass)) in jobs.iter().enumerate() {
-            let sum = self.sum(at, |counts| extrapolate(counts, self.options.estimate));
-            let mut cells = vec![
-                format!("{} {} at {}", who.name(), pass.name(), self.options.estimate),
-                format!("{:.1}", sum.tensor_flop / 1e9),
-                format!("{:.1}", sum.unique_bytes / 1e6),
-                format!("{:.1}", sum.global_sectors * SECTOR_BYTES / 1e6),
-            ];
-            for device in &DEVICES {
-                let by = times(device, at);
+        for (at, &job) in jobs.iter().enumerate() {
+            for of_device in &self.counted {
+                let sum = sum(&of_device.1, at, |counts| extrapolate(counts, self.options.estimate));
+                let by = times(of_device, at);
                 let total: f64 = by.values().sum();
                 let most = by.iter().max_by(|a, b| a.1.total_cmp(b.1)).map_or("-", |(resource, _)| resource);
-                let dense = jobs.iter().position(|&other| who == Who::Nsa && other == (Who::Dense, pass));
-                let ratio = dense.map(|dense| times(device, dense).values().sum::<f64>() / total);
-                cells.extend([seconds(total), most.to_owned(), ratio.map_or("-".to_owned(), |r| format!("{r:.1}"))]);
+                let dense = jobs.iter().position(|&other| job.0 == Who::Nsa && other == (Who::Dense, job.1));
+                let ratio = dense.map(|dense| times(of_device, dense).values().sum::<f64>() / total);
+                table.add_row([
+                    format!("{} at {}", name(job), self.options.estimate),
+                    of_device.0.name.to_owned(),
+                    format!("{:.1}", sum.tensor_flop / 1e9),
+                    format!("{:.1}", sum.unique_bytes / 1e6),
+                    format!("{:.1}", sum.bytes_asked() / 1e6),
+                    seconds(total),
+                    most.to_owned(),
+                    ratio.map_or("-".to_owned(), |ratio| format!("{ratio:.1}")),
+                ]);
             }
-            table.add_row(cells);
         }
         table
     }
 
     fn csv(&self, jobs: &[Job]) -> Result<String> {
-        let header = [
-            "who",
-            "pass",
-            "kernel",
-            "tokens",
-            "tensor_flop",
-            "bytes_touched",
-            "bytes_asked",
-            "instructions",
-            "shared_wavefronts",
-            "shared_ideal",
-        ];
+        let header = [&["device", "who", "pass", "kernel", "tokens"][..], &Counts::FIELDS].concat();
         let mut rows = Vec::new();
-        for ((job, kernel), counts) in &self.counted {
-            let (who, pass) = jobs[*job];
-            for (tokens, c) in counts {
-                let numbers = [
-                    c.tensor_flop,
-                    c.unique_bytes,
-                    c.global_sectors * SECTOR_BYTES,
-                    c.instructions,
-                    c.shared_wavefronts,
-                    c.shared_ideal,
-                ];
-                let names = [who.name(), pass.name(), kernel.as_str(), &tokens.to_string()].map(str::to_owned);
-                rows.push([&names[..], &numbers.map(|n| field(Some(n)))].concat());
+        for (device, counted) in &self.counted {
+            for ((job, kernel), counts) in counted {
+                let (who, pass) = jobs[*job];
+                for (tokens, c) in counts {
+                    let names = [device.name, who.name(), pass.name(), kernel, &tokens.to_string()].map(str::to_owned);
+                    rows.push([&names[..], &c.fields()].concat());
+                }
             }
         }
         columns::csv(&header, rows)
@@ -478,8 +423,13 @@ mod tests {
             ("--tokens 64,64", ["--tokens", "two lengths"]),
             ("--estimate 4294967296", ["--estimate 4294967296", "at most 2147483647"]),
             ("--kv-heads 3", ["--kv-heads 3", "num_kv_heads"]),
+            ("--peer torch", ["--peer torch", "must be fla"]),
+            ("--peer fla --pass decode", ["--pass decode", "forward or backward"]),
+            ("--peer fla --estimate 100", ["--peer", "--estimate"]),
+            ("--peer-python python3", ["--peer", "required"]),
         ];
         arguments::assert_refused(parse, &cases);
+        assert_eq!(parse("--peer fla --tokens 128").expect("one length has ratios").lengths(), [128]);
         assert_eq!(parse("--tokens 128,64,128").expect("legal").lengths(), [64, 128]);
     }
 
@@ -495,15 +445,7 @@ mod tests {
     fn the_resource_that_is_used_most_takes_the_time() {
         let [a100, _] = &DEVICES;
         assert_eq!(a100.time(&counts(312e9, 1.0)), (1e-3, "tensor cores"));
-        let (time, resource) = a100.time(&counts(1.0, 5.4e9 / SECTOR_BYTES));
+        let (time, resource) = a100.time(&counts(1.0, 5.4e9 / 32.0));
         assert!((time - 1e-3).abs() < 1e-12 && resource == "cache");
-    }
-
-    #[test]
-    fn a_launch_is_read_from_the_simulators_line() {
-        let line = "{\"kernel\": \"win_forward\", \"instructions\": 9, \"lanes\": 1, \"tensor_flop\": 8, \"global_sectors\": 7, \
-                    \"unique_bytes\": 6, \"shared_wavefronts\": 5, \"shared_ideal\": 4}";
-        let launch: Launch = serde_json::from_str(line).expect("a launch");
-        assert_eq!((launch.kernel.as_str(), launch.counts.tensor_flop), ("win_forward", 8.0));
     }
 }

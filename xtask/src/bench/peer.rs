@@ -33,13 +33,16 @@ pub enum Work {
     Attention,
     /// Training steps of a model.
     Training,
+    /// Kernels to run elsewhere.
+    Kernels,
 }
 
 impl Peer {
     const fn script(self, work: Work) -> &'static str {
         match (self, work) {
-            (Self::Torch, Work::Attention) => "torch_sdpa.py",
             (Self::Torch, Work::Training) => "torch_train.py",
+            (Self::Torch, _) => "torch_sdpa.py",
+            (Self::Fla, Work::Kernels) => "fla_kernels.py",
             (Self::Fla, _) => "fla_nsa.py",
             (Self::Lucidrains, _) => "lucidrains_nsa.py",
         }
@@ -335,6 +338,14 @@ impl Ready {
     /// If the peer cannot run this shape.
     pub fn training_step(&mut self, dtype: &str) -> Result<f64, PeerError> {
         field(&self.ask("step", Some(&json!({"dtype": dtype})))?, "seconds")
+    }
+
+    /// Compiles what the peer would launch, without a GPU; the reply as `count` reads it.
+    ///
+    /// # Errors
+    /// If the peer cannot compile for this shape.
+    pub fn kernels(&mut self, request: &impl Serialize) -> Result<Value, PeerError> {
+        self.ask("kernels", Some(request))
     }
 
     /// Frees the inputs.

@@ -6,6 +6,7 @@
 #pragma once
 #include "flash.cuh"
 #include "span.cuh"
+#include "unit.cuh"
 
 constexpr int WARP_ROWS = 16 * TILES;
 constexpr int ROWS = WARPS * WARP_ROWS;
@@ -19,7 +20,7 @@ static_assert(QUERIES > 0, "a block holds all heads of a query");
 using BandFlash = Flash<TILES, KEYS>;
 using BandScores = Scores<TILES, KEYS>;
 
-extern __shared__ __align__(128) char shared[];
+extern __shared__ __align__(TILE_ALIGNMENT) char shared[];
 
 // What a block works on.
 struct BandTile {
@@ -49,15 +50,17 @@ struct BandTile {
 template <class Span>
 struct WarpSpan {
     int base, rows;
-    int first, end;              // of all rows
-    int common_first, common_end;  // keys that every row sees
+    int first, end;                // of all rows whose products are made together
+    int common_first, common_end;  // keys that every row of the warp sees
 
     __device__ __forceinline__ WarpSpan(const BandTile& tile, const Span& span) {
         base = anew(int(threadIdx.x)) / 32 * WARP_ROWS;
         rows = tile.rows - base < WARP_ROWS ? tile.rows - base : WARP_ROWS;
         const int before = tile.position(base), after = tile.position(base + (rows > 0 ? rows : 1) - 1);
-        first = span.first(before), common_first = span.first(after);
-        end = rows > 0 ? span.end(after) : 0, common_end = span.end(before);
+        common_first = span.first(after), common_end = span.end(before);
+        const int theirs = WARPGROUPS ? first_together(base) : base, behind = theirs + (WARPGROUPS ? ROWS_TOGETHER : WARP_ROWS);
+        first = span.first(tile.position(theirs));
+        end = theirs < tile.rows ? span.end(tile.position((behind < tile.rows ? behind : tile.rows) - 1)) : 0;
     }
 };
 
@@ -112,11 +115,13 @@ template <int DIM, int BYTES>
 __device__ __forceinline__ void load_keys(u32 to, int count, const KeyRows<DIM>& rows, int key) {
     const int thread = anew(int(threadIdx.x));
     if constexpr (PAGE_ROWS == 0) {
-        load_rows<DIM, KEYS, THREADS, BYTES>(to, thread, count, rows.from(key));
+        // As many threads as divide the rows.
+        constexpr int LOADERS = WARPS % 3 == 0 ? THREADS / 3 * 2 : THREADS;
+        if (LOADERS == THREADS || thread < LOADERS) load_tile<SharedTile<DIM, KEYS>, KEYS, LOADERS, BYTES>(to, thread, count, rows.from(key));
     } else {
         // Tiles behind the last row are zeros, but an address is looked up all the same: that of the first row.
         const int first = count > 0 ? key : 0;
-        load_rows<DIM, KEYS, THREADS, BYTES>(to, thread, count, [&](int r) { return rows(first + r); });
+        load_tile<SharedTile<DIM, KEYS>, KEYS, THREADS, BYTES>(to, thread, count, [&](int r) { return rows(first + r); });
     }
 }
 
@@ -140,14 +145,12 @@ __device__ __forceinline__ void walk_keys(const P& p, const BandTile& tile, cons
     };
     if (begin < end) load(begin, 0);
     copy_commit();
-    copy_wait<0>();
-    __syncthreads();
+    wait_for_tiles();
     ready();
     for (int key = begin; key < end; key += KEYS) {
         const int index = (key - begin) / KEYS;
         if (index > 0) {
-            copy_wait<0>();
-            __syncthreads();
+            wait_for_tiles();
         }
         if (key + KEYS < end) load(key + KEYS, (index + 1) % 2);
         if (warp.end == 0 || key >= warp.end + EXTRA || key + KEYS <= warp.first) continue;
@@ -158,9 +161,9 @@ __device__ __forceinline__ void walk_keys(const P& p, const BandTile& tile, cons
 // Starts to copy a tile's queries.
 template <class P>
 __device__ __forceinline__ void load_queries(const P& p, const BandTile& tile, char* to) {
-    load_rows<HEAD_DIM_QK, ROWS, THREADS, QK_COPY_BYTES>(shared_address(to), anew(int(threadIdx.x)), tile.rows, [&](int row) {
-        return p.q + (tile.token(row) * HEADS + tile.query_head(row)) * HEAD_DIM_QK;
-    });
+    load_tile<SharedTile<HEAD_DIM_QK, ROWS>, ROWS, THREADS, QK_COPY_BYTES>(
+        shared_address(to), anew(int(threadIdx.x)), tile.rows,
+        [&](int row) { return p.q + (tile.token(row) * HEADS + tile.query_head(row)) * HEAD_DIM_QK; });
 }
 
 // One tile of queries over its keys. `look(flash, s, index, rescaled, factor)` is shown each tile's p, and those of EXTRA keys
@@ -169,15 +172,21 @@ template <int EXTRA, class P, class Span, class Look>
 __device__ __forceinline__ void attend(const P& p, const BandTile& tile, const Span& span, BandFlash& flash, Look& look) {
     const WarpSpan<Span> warp(tile, span);
     load_queries(p, tile, shared);
+    // Read by warps alone.
     Queries<TILES, HELD> q(shared + warp.base * Keys::PITCH);
     const auto see = [&](int key, int index, const char* stage) {
         BandScores s;
-        flash.multiply_keys(s, q, stage);
+        if constexpr (WARPGROUPS) {
+            dots_together<HEAD_DIM_QK, ROWS, KEYS, TILES>(s, shared, first_together(warp.base), stage);
+        } else {
+            flash.multiply_keys(s, q, stage);
+        }
         if (key < warp.common_first || key + KEYS > warp.common_end) mask(s, tile, warp, span, key);
         float factor[TILES][2];
         const bool rescaled = flash.exponentials(s, p.scale_log2, factor);
         look(flash, s, index, rescaled, factor);
-        flash.multiply_values(s, stage + KEYS * Keys::PITCH);
+        begin_rows_of<HEAD_DIM_V, KEYS, TILES>(flash.o, s, stage + KEYS * Keys::PITCH);
+        end_products<0>(flash.o);
     };
     walk_keys<EXTRA>(p, tile, span, warp, shared + ROWS_BYTES, [&] { q.take(); }, see);
     flash.finish();

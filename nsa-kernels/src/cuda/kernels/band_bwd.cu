@@ -5,9 +5,11 @@
 // keys are too few for a device (compressed ones are few, and the first are seen by all), the rows of each are cut into equal
 // parts, a CTA a part, whose gradients are added in order at the end. No atomics, nothing of size T x T.
 // Shared memory, bytes at D = 128 in bf16: 64 rows of q and do (or of k and v) 32,768; 2 stages of 32 rows of k and v 32,768 (or
-// of q, do and facts 33,792).
+// of q, do and facts 33,792). On sm_90a, where four warps multiply together, stages have 64 rows: 98,304 (100,352).
 // Registers: dq 64, scores and their gradients 32; dk and dv 128, scores and their gradients 32. With Dk + Dv above 320 dk and
-// dv are two CTAs' work, which costs the scores a second time.
+// dv are two CTAs' work, which costs the scores a second time. On sm_90a scores and their gradients 64.
+// Passes over shared memory, 64 keys and 64 rows at D = 128: mma.sync reads its right side for each warp, 288 KiB; wgmma reads it
+// once for four, 96 KiB in products that take 1,024 cycles of tensor cores.
 // Roofline, a query row and key that it sees: dq 2 (2 Dk + Dv) FLOP, dk and dv 4 (Dk + Dv); from memory q, k, v, o, do once,
 // and dq twice, dk and dv once in f32.
 // Order of summation: dq: tiles of keys in order; dk, dv: rows in the order of tokens, then heads; parts in order. Their number
@@ -18,11 +20,17 @@
 //
 // budget: kernel=band_row_facts threads=256 registers=40 spills=0 shared=0
 // budget: kernel=dense_query_gradients threads=128 registers=255 spills=0 shared=65536
+// budget: kernel=dense_query_gradients arch=sm_90a threads=128 registers=255 spills=0 shared=98304
 // budget: kernel=dense_key_gradients threads=128 registers=255 spills=0 shared=66560
+// budget: kernel=dense_key_gradients arch=sm_90a threads=128 registers=255 spills=0 shared=100352
 // budget: kernel=win_query_gradients threads=128 registers=255 spills=0 shared=65536
+// budget: kernel=win_query_gradients arch=sm_90a threads=128 registers=255 spills=0 shared=98304
 // budget: kernel=win_key_gradients threads=128 registers=255 spills=0 shared=66560
+// budget: kernel=win_key_gradients arch=sm_90a threads=128 registers=255 spills=0 shared=100352
 // budget: kernel=cmp_query_gradients threads=128 registers=255 spills=0 shared=65536
+// budget: kernel=cmp_query_gradients arch=sm_90a threads=128 registers=255 spills=0 shared=98304
 // budget: kernel=cmp_key_gradients threads=128 registers=255 spills=0 shared=66560
+// budget: kernel=cmp_key_gradients arch=sm_90a threads=128 registers=255 spills=0 shared=100352
 // budget: kernel=band_add_parts threads=256 registers=64 spills=0 shared=0
 #include "element.cuh"
 #include "config.cuh"
@@ -36,7 +44,7 @@ constexpr int QUERIES = ROWS / GROUP;
 constexpr int STAGE_BYTES = KEYS * (Keys::PITCH + Values::PITCH);
 static_assert(QUERIES > 0, "a block holds all heads of a query");
 
-extern __shared__ __align__(128) char shared[];
+extern __shared__ __align__(TILE_ALIGNMENT) char shared[];
 
 extern "C" __global__ void __launch_bounds__(256) band_row_facts(const __grid_constant__ BandBackwardParams p) { row_facts(p); }
 
@@ -63,10 +71,10 @@ __device__ __forceinline__ void query_gradients(const BandBackwardParams& p) {
     const Span span(seq);
     char* const d_o = shared + ROWS * Keys::PITCH;
     char* const stages = d_o + ROWS * Values::PITCH;
-    load_rows<HEAD_DIM_QK, ROWS, THREADS, QK_COPY_BYTES>(shared_address(shared), threadIdx.x, rows,
-                                                         [&](int r) { return p.q + run.row(r) * HEAD_DIM_QK; });
-    load_rows<HEAD_DIM_V, ROWS, THREADS, V_COPY_BYTES>(shared_address(d_o), threadIdx.x, rows,
-                                                       [&](int r) { return p.d_o + run.row(r) * HEAD_DIM_V; });
+    load_tile<SharedTile<HEAD_DIM_QK, ROWS>, ROWS, THREADS, QK_COPY_BYTES>(
+        shared_address(shared), threadIdx.x, rows, [&](int r) { return p.q + run.row(r) * HEAD_DIM_QK; });
+    load_tile<SharedTile<HEAD_DIM_V, ROWS>, ROWS, THREADS, V_COPY_BYTES>(
+        shared_address(d_o), threadIdx.x, rows, [&](int r) { return p.d_o + run.row(r) * HEAD_DIM_V; });
     const int base = threadIdx.x / 32 * 16, own = rows - base < 16 ? rows - base : 16, lane = threadIdx.x % 32;
     RowFacts facts[2];
 #pragma unroll
@@ -75,30 +83,34 @@ __device__ __forceinline__ void query_gradients(const BandBackwardParams& p) {
         facts[h] = row < own ? facts_of(p)[run.row(base + row)] : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     }
     const int before = run.position(base), after = run.position(base + (own > 0 ? own : 1) - 1);
+    // Those whose products are made together skip the same tiles.
+    const int theirs = first_together(base), last = rows - theirs < ROWS_TOGETHER ? rows : theirs + ROWS_TOGETHER;
+    const int first_key = span.first(run.position(theirs)), end_key = theirs < rows ? span.end(run.position(last - 1)) : 0;
     const int begin = span.first(run.position(0)), end = span.end(run.position(rows - 1));
     const KeyRows<HEAD_DIM_QK> k(p.k, nullptr, seq.key, run.head);
     const KeyRows<HEAD_DIM_V> v(p.v, nullptr, seq.key, run.head);
     const auto load = [&](int key, int stage) {
         const u32 to = shared_address(stages) + stage * STAGE_BYTES;
         const int thread = anew(int(threadIdx.x));
-        load_rows<HEAD_DIM_QK, KEYS, THREADS, QK_COPY_BYTES>(to, thread, end - key, k.from(key));
-        load_rows<HEAD_DIM_V, KEYS, THREADS, V_COPY_BYTES>(to + KEYS * Keys::PITCH, thread, end - key, v.from(key));
+        load_tile<SharedTile<HEAD_DIM_QK, KEYS>, KEYS, THREADS, QK_COPY_BYTES>(to, thread, end - key, k.from(key));
+        load_tile<SharedTile<HEAD_DIM_V, KEYS>, KEYS, THREADS, V_COPY_BYTES>(to + KEYS * Keys::PITCH, thread, end - key, v.from(key));
     };
     float dq[1][Keys::PADDED / 8][4];
     clear<1, Keys::PADDED>(dq);
     if (begin < end) load(begin, 0);
     copy_commit();
     for (int key = begin, stage = 0; key < end; key += KEYS, stage ^= 1) {
-        copy_wait<0>();
-        __syncthreads();
+        wait_for_tiles();
         if (key + KEYS < end) load(key + KEYS, stage ^ 1);
         copy_commit();
-        if (own <= 0 || key >= span.end(after) || key + KEYS <= span.first(before)) continue;
+        if (key >= end_key || key + KEYS <= first_key) continue;
         const char* const keys = stages + stage * STAGE_BYTES;
         const bool whole = key >= span.first(after) && key + KEYS <= span.end(before);
         Parts<1, KEYS> s, ds;
-        dot_rows<HEAD_DIM_QK, 1, KEYS, false>(s, Rows<HEAD_DIM_QK, 1, false>(shared + base * Keys::PITCH), keys);
-        dot_rows<HEAD_DIM_V, 1, KEYS, false>(ds, Rows<HEAD_DIM_V, 1, false>(d_o + base * Values::PITCH), keys + KEYS * Keys::PITCH);
+        begin_dots_with<HEAD_DIM_QK, ROWS, KEYS>(s, shared, base, keys);
+        begin_dots_with<HEAD_DIM_V, ROWS, KEYS>(ds, d_o, base, keys + KEYS * Keys::PITCH);
+        end_products<1>(s);
+        end_products<0>(ds);
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
             const int t = position_of(facts[h]), first = span.first(t) - key, last = t < 0 ? 0 : span.end(t) - key;
@@ -113,7 +125,8 @@ __device__ __forceinline__ void query_gradients(const BandBackwardParams& p) {
                 }
             }
         }
-        add_rows<HEAD_DIM_QK, 0, Keys::PADDED, 1, KEYS>(dq, ds, keys);
+        begin_rows_of<HEAD_DIM_QK, KEYS>(dq, ds, keys);
+        end_products<0>(dq);
     }
     copy_wait<0>();
     add_query_gradients(dq, [&](int row) {
@@ -129,14 +142,10 @@ __device__ __forceinline__ void key_gradients(const BandBackwardParams& p) {
     const Sequence seq = find_sequence<5>(p.key_sequences, p.num_sequences, tile);
     const Span span(seq);
     const int key = (tile - seq.tile) * KEY_ROWS, keys = seq.keys - key < KEY_ROWS ? seq.keys - key : KEY_ROWS;
-    char* const values = shared + KEY_ROWS * Keys::PITCH;
     char* const stages = shared + OWN_BYTES;
     const KeyRows<HEAD_DIM_QK> k(p.k, nullptr, seq.key, head);
     const KeyRows<HEAD_DIM_V> v(p.v, nullptr, seq.key, head);
-    load_rows<HEAD_DIM_QK, KEY_ROWS, THREADS, QK_COPY_BYTES>(shared_address(shared), threadIdx.x, keys, k.from(key));
-    if constexpr (K) {
-        load_rows<HEAD_DIM_V, KEY_ROWS, THREADS, V_COPY_BYTES>(shared_address(values), threadIdx.x, keys, v.from(key));
-    }
+    load_key_rows<K>(shared, keys, k.from(key), v.from(key));
     const int from = span.from(key), until = span.until(key + keys - 1), stop = seq.context + seq.queries;
     const QueryRun run{seq, head, (from > seq.context ? from : seq.context) - seq.context};
     const int all = ((until < stop ? until : stop) - seq.context - run.query) * GROUP;
@@ -149,17 +158,17 @@ __device__ __forceinline__ void key_gradients(const BandBackwardParams& p) {
     if (begin < rows) load(begin, 0);
     copy_commit();
     for (int first = begin, stage = 0; first < rows; first += QUERY_ROWS, stage ^= 1) {
-        copy_wait<0>();
-        __syncthreads();
+        wait_for_tiles();
         if (first + QUERY_ROWS < rows) load(first + QUERY_ROWS, stage ^ 1);
         copy_commit();
         const int last = first + QUERY_ROWS < rows ? first + QUERY_ROWS : rows;
         const int base = anew(int(threadIdx.x)) / 32 * 16, mine = key + base;
         const int before = run.position(first), after = run.position(last - 1);
-        if (base >= keys || mine >= span.end(after) || mine + 16 <= span.first(before)) continue;
+        // Those whose products are made together leave together.
+        const int theirs = first_together(base), seen = key + theirs;
+        if (theirs >= keys || seen >= span.end(after) || seen + ROWS_TOGETHER <= span.first(before)) continue;
         const bool whole = first + QUERY_ROWS <= rows && mine + 16 <= span.end(before) && mine >= span.first(after);
-        gradients.add(shared + base * Keys::PITCH, values + base * Values::PITCH, stages + stage * QUERY_STAGE_BYTES, p.scale,
-                      whole, [&](int t, int at) { return mine + at >= span.first(t) && mine + at < span.end(t); });
+        gradients.add(shared, shared + KEY_ROWS * Keys::PITCH, base, stages + stage * QUERY_STAGE_BYTES, p.scale, whole, [&](int t, int at) { return mine + at >= span.first(t) && mine + at < span.end(t); });
     }
     copy_wait<0>();
     // Found anew: it took registers in the loop.

@@ -3,8 +3,9 @@
 // Grid: a CTA a tile of ROWS / R queries and KV head; tiles with most keys first, KV heads innermost. Its WARPS warps have
 // 16 TILES rows each (query R + head), so that a key is read once for all heads of ROWS / R queries.
 // Shared memory, bytes at D = 128 in bf16 (WARPS 4, TILES 2, KEYS 32): queries 128 x 256, later the outputs; 2 stages of
-// k and v, 2 x 32 x 512; 65,536.
-// Registers: o 128, scores 32, the rest addresses; two CTAs fit on an A100's multiprocessor.
+// k and v, 2 x 32 x 512; 65,536. On sm_90a, where four warps multiply together (WARPS 8, TILES 1, KEYS 64): 98,304.
+// Registers: o 128, scores 32, the rest addresses; two CTAs fit on an A100's multiprocessor. On sm_90a o 64, scores 32, and
+// two CTAs of twice as many threads.
 // Roofline, a KV head of T tokens: 4 R D T (T + 1) / 2 FLOP (dense), 4 R D T w (win); from memory at least q, o, k, v once:
 // 4 T D (R + 1) bytes and lse; from the L2 cache k and v once a tile of queries. Bound by tensor cores from T of some hundreds.
 // Counted on the simulator at R = 16, D = 128, T = 2,048: dense 1.015 of those FLOP, win 1.06 (w = 512; the tiles at both
@@ -18,11 +19,17 @@
 // held in registers with TILES 2 (spills); loop invariants kept by the compiler (spills, see `anew`).
 //
 // budget: kernel=dense_forward threads=128 registers=255 spills=0 shared=65536
+// budget: kernel=dense_forward arch=sm_90a threads=256 registers=128 spills=0 shared=98304
 // budget: kernel=win_forward threads=128 registers=255 spills=0 shared=65536
+// budget: kernel=win_forward arch=sm_90a threads=256 registers=128 spills=0 shared=98304
 #include "element.cuh"
 #include "config.cuh"
 #include "params.cuh"
 #include "band.cuh"
+
+// Where outputs leave registers for them, two blocks of warpgroups share a multiprocessor: one multiplies while the other takes
+// exponentials.
+constexpr int LEAST_BLOCKS = WARPGROUPS && Values::PADDED <= 128 ? 2 : 1;
 
 struct Nothing {
     __device__ __forceinline__ void operator()(const BandFlash&, const BandScores&, int, bool, const float (&)[TILES][2]) const {}
@@ -39,10 +46,10 @@ __device__ __forceinline__ void band_forward(const BandForwardParams& p) {
     write_rows(p, tile, flash, base, tile.rows - base < WARP_ROWS ? tile.rows - base : WARP_ROWS);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1) dense_forward(const __grid_constant__ BandForwardParams p) {
+extern "C" __global__ void __launch_bounds__(THREADS, LEAST_BLOCKS) dense_forward(const __grid_constant__ BandForwardParams p) {
     band_forward<Dense>(p);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1) win_forward(const __grid_constant__ BandForwardParams p) {
+extern "C" __global__ void __launch_bounds__(THREADS, LEAST_BLOCKS) win_forward(const __grid_constant__ BandForwardParams p) {
     band_forward<Window>(p);
 }

@@ -9,7 +9,9 @@
 // CTAs as run at once, each of which takes every so manyth tile.
 // Shared memory, bytes at D = 128 in bf16: as band_fwd.cu, m and 1 / l of each row, 8 x 128, the tile in turn, 16; then, if two
 // CTAs still fit, the kept scores: 4 x 128 x 9 a tile of 32 compressed keys.
-// Registers: as band_fwd.cu, and the last p of each row, which counts for the next tile's first block.
+// Registers: as band_fwd.cu, and the last p of each row, which counts for the next tile's first block. On sm_90a o, scores and
+// what is kept of them take 160: one CTA of 12 warps, so that a tile of keys meets 192 rows. On sm_100 ten registers more than
+// there are, which are kept in memory from one tile of keys to the next.
 // Roofline, a KV head: 2 R (Dk + Dv) FLOP a query and visible block (T / 2d of them at the end of T tokens on average);
 // keeping scores instead of a second product with k saves a third of that, and costs 9/8 numbers of 4 bytes each way a
 // row and selection block, from the L2 cache as long as it holds them.
@@ -24,6 +26,8 @@
 // is what is done where blocks do not fold (strides of other shapes).
 //
 // budget: kernel=cmp_forward threads=128 registers=255 spills=0 shared=66576
+// budget: kernel=cmp_forward arch=sm_100 threads=128 registers=255 spills=40 shared=66576
+// budget: kernel=cmp_forward arch=sm_90a threads=384 registers=168 spills=0 shared=116240
 #include "element.cuh"
 #include "config.cuh"
 #include "params.cuh"

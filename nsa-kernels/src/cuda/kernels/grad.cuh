@@ -2,7 +2,7 @@
 //   delta = sum_d do^c o,   p = e^(scale q k - lse),   ds = scale p (g do v - delta),
 //   dq += sum ds k,   dk = sum ds q,   dv = sum (g p) do;   g p and ds are rounded to Element.
 #pragma once
-#include "product.cuh"
+#include "unit.cuh"
 #include "sequence.cuh"
 
 constexpr float LOG2_E = 1.4426950408889634f;
@@ -69,7 +69,7 @@ __device__ __forceinline__ void add_query_gradients(const Parts<1, Keys::PADDED>
 
 // Rows of queries and of do through two stages, for a block that owns keys.
 constexpr int KEY_ROWS = 16 * WARPS;
-constexpr int QUERY_STAGE_BYTES = QUERY_ROWS * (Keys::PITCH + Values::PITCH + int(sizeof(RowFacts)));
+constexpr int QUERY_STAGE_BYTES = round_up(QUERY_ROWS * (Keys::PITCH + Values::PITCH + int(sizeof(RowFacts))), TILE_ALIGNMENT);
 constexpr int OWN_BYTES = KEY_ROWS * (Keys::PITCH + Values::PITCH);
 // Where dk and dv do not fit into the registers of one warp, two blocks take one each.
 constexpr bool APART = Keys::PADDED + Values::PADDED > 320;
@@ -79,13 +79,23 @@ template <class P, class Row>
 __device__ __forceinline__ void load_query_rows(const P& p, u32 to, int first, int rows, const Row& row) {
     const int thread = anew(int(threadIdx.x)), count = rows - first;
     const auto place = [&](int r) { return row(first + r); };
-    load_rows<HEAD_DIM_QK, QUERY_ROWS, 32 * WARPS, QK_COPY_BYTES>(to, thread, count,
-                                                                  [&](int r) { return p.q + place(r) * HEAD_DIM_QK; });
-    load_rows<HEAD_DIM_V, QUERY_ROWS, 32 * WARPS, V_COPY_BYTES>(to + QUERY_ROWS * Keys::PITCH, thread, count,
-                                                                [&](int r) { return p.d_o + place(r) * HEAD_DIM_V; });
+    load_tile<SharedTile<HEAD_DIM_QK, QUERY_ROWS>, QUERY_ROWS, 32 * WARPS, QK_COPY_BYTES>(
+        to, thread, count, [&](int r) { return p.q + place(r) * HEAD_DIM_QK; });
+    load_tile<SharedTile<HEAD_DIM_V, QUERY_ROWS>, QUERY_ROWS, 32 * WARPS, V_COPY_BYTES>(
+        to + QUERY_ROWS * Keys::PITCH, thread, count, [&](int r) { return p.d_o + place(r) * HEAD_DIM_V; });
     for (int r = thread; r < QUERY_ROWS; r += 32 * WARPS) {
         const bool there = r < count;
         copy_async<16>(to + QUERY_ROWS * (Keys::PITCH + Values::PITCH) + r * 16, facts_of(p) + place(there ? r : 0), there);
+    }
+}
+
+// Starts to copy a block's own keys, and its values if it has a use for them.
+template <bool WITH_VALUES, class K, class V>
+__device__ __forceinline__ void load_key_rows(char* to, int count, const K& k, const V& v) {
+    const u32 keys = shared_address(to), values = keys + KEY_ROWS * Keys::PITCH;
+    load_tile<SharedTile<HEAD_DIM_QK, KEY_ROWS>, KEY_ROWS, 32 * WARPS, QK_COPY_BYTES>(keys, threadIdx.x, count, k);
+    if constexpr (WITH_VALUES) {
+        load_tile<SharedTile<HEAD_DIM_V, KEY_ROWS>, KEY_ROWS, 32 * WARPS, V_COPY_BYTES>(values, threadIdx.x, count, v);
     }
 }
 
@@ -121,50 +131,28 @@ struct KeyGradients {
         if constexpr (V) clear<1, Values::PADDED>(dv);
     }
 
-    // Of QUERY_ROWS rows in a stage; `sees(position, key)` for keys from that of the warp's first row on.
+    // Of QUERY_ROWS rows in a stage, for the warp's keys, which are rows base.. of the tiles; `sees(position, key)` for keys from
+    // that of the warp's first row on.
     template <class Sees>
-    __device__ __forceinline__ void add(const char* keys, const char* values, const char* stage, float scale, bool whole,
+    __device__ __forceinline__ void add(const char* keys, const char* values, int base, const char* stage, float scale, bool whole,
                                         const Sees& sees) {
-        const char* const d_o = stage + QUERY_ROWS * Keys::PITCH;
-        const RowFacts* const facts = reinterpret_cast<const RowFacts*>(d_o + QUERY_ROWS * Values::PITCH);
-        const int lane = anew(int(threadIdx.x % 32));
-        QueryScores p;
-        dot_rows<HEAD_DIM_QK, 1, QUERY_ROWS, false>(p, Rows<HEAD_DIM_QK, 1, false>(keys), stage);
-#pragma unroll
-        for (int n = 0; n < QUERY_ROWS / 8; ++n) {
-#pragma unroll
-            for (int c = 0; c < 2; ++c) {
-                const RowFacts row = facts[n * 8 + lane % 4 * 2 + c];
-                const int t = position_of(row);
-#pragma unroll
-                for (int h = 0; h < 2; ++h) {
-                    float& score = p[0][n][2 * h + c];
-                    const bool seen = whole || (t >= 0 && sees(t, h * 8 + lane / 4));
-                    score = seen ? probability(score, scale, row) : 0.0f;
-                }
-            }
-        }
+        QueryScores p, ds;
+        begin_dots_with<HEAD_DIM_QK, KEY_ROWS, QUERY_ROWS>(p, keys, base, stage);
+        if constexpr (K && WARPGROUPS) begin_dots_with<HEAD_DIM_V, KEY_ROWS, QUERY_ROWS>(ds, values, base, d_o_of(stage));
+        end_products<K ? 1 : 0>(p);
+        probabilities(p, stage, scale, whole, sees);
         if constexpr (K) {
-            QueryScores ds;
-            dot_rows<HEAD_DIM_V, 1, QUERY_ROWS, false>(ds, Rows<HEAD_DIM_V, 1, false>(values), d_o);
-#pragma unroll
-            for (int n = 0; n < QUERY_ROWS / 8; ++n) {
-#pragma unroll
-                for (int x = 0; x < 4; ++x) {
-                    const RowFacts row = facts[n * 8 + lane % 4 * 2 + x % 2];
-                    ds[0][n][x] = scale * (p[0][n][x] * (row.z * ds[0][n][x] - row.y));
-                }
-            }
-            add_rows<HEAD_DIM_QK, 0, Keys::PADDED, 1, QUERY_ROWS>(dk, ds, stage);
+            if constexpr (!WARPGROUPS) begin_dots_with<HEAD_DIM_V, KEY_ROWS, QUERY_ROWS>(ds, values, base, d_o_of(stage));
+            end_products<0>(ds);
+            score_gradients(ds, p, stage, scale);
+            begin_rows_of<HEAD_DIM_QK, QUERY_ROWS>(dk, ds, stage);
         }
         if constexpr (V) {
-#pragma unroll
-            for (int n = 0; n < QUERY_ROWS / 8; ++n) {
-#pragma unroll
-                for (int x = 0; x < 4; ++x) p[0][n][x] *= facts[n * 8 + lane % 4 * 2 + x % 2].z;
-            }
-            add_rows<HEAD_DIM_V, 0, Values::PADDED, 1, QUERY_ROWS>(dv, p, d_o);
+            weigh(p, stage);
+            begin_rows_of<HEAD_DIM_V, QUERY_ROWS>(dv, p, d_o_of(stage));
+            end_products<0>(dv);
         }
+        if constexpr (K) end_products<0>(dk);
     }
 
     // Writes rows 0..rows, row r to dk + r APART_ROWS HEAD_DIM_QK and dv likewise.
@@ -192,6 +180,53 @@ struct KeyGradients {
                 const int d = n * 8 + threadIdx.x % 4 * 2 + c;
                 if (d < DIM) to[d] = from[n][2 * h + c];
             }
+        }
+    }
+
+private:
+    static __device__ __forceinline__ const char* d_o_of(const char* stage) { return stage + QUERY_ROWS * Keys::PITCH; }
+    // Of a part's column c.
+    static __device__ __forceinline__ RowFacts facts_at(const char* stage, int n, int c) {
+        const char* const facts = d_o_of(stage) + QUERY_ROWS * Values::PITCH;
+        return reinterpret_cast<const RowFacts*>(facts)[n * 8 + anew(int(threadIdx.x % 4)) * 2 + c];
+    }
+
+    // Scores become p.
+    template <class Sees>
+    static __device__ __forceinline__ void probabilities(QueryScores& p, const char* stage, float scale, bool whole, const Sees& sees) {
+        const int lane = anew(int(threadIdx.x % 32));
+#pragma unroll
+        for (int n = 0; n < QUERY_ROWS / 8; ++n) {
+#pragma unroll
+            for (int c = 0; c < 2; ++c) {
+                const RowFacts row = facts_at(stage, n, c);
+                const int t = position_of(row);
+#pragma unroll
+                for (int h = 0; h < 2; ++h) {
+                    float& score = p[0][n][2 * h + c];
+                    const bool seen = whole || (t >= 0 && sees(t, h * 8 + lane / 4));
+                    score = seen ? probability(score, scale, row) : 0.0f;
+                }
+            }
+        }
+    }
+    // Products of v and do become ds.
+    static __device__ __forceinline__ void score_gradients(QueryScores& ds, const QueryScores& p, const char* stage, float scale) {
+#pragma unroll
+        for (int n = 0; n < QUERY_ROWS / 8; ++n) {
+#pragma unroll
+            for (int x = 0; x < 4; ++x) {
+                const RowFacts row = facts_at(stage, n, x % 2);
+                ds[0][n][x] = scale * (p[0][n][x] * (row.z * ds[0][n][x] - row.y));
+            }
+        }
+    }
+    // p becomes g p.
+    static __device__ __forceinline__ void weigh(QueryScores& p, const char* stage) {
+#pragma unroll
+        for (int n = 0; n < QUERY_ROWS / 8; ++n) {
+#pragma unroll
+            for (int x = 0; x < 4; ++x) p[0][n][x] *= facts_at(stage, n, x % 2).z;
         }
     }
 };

@@ -37,20 +37,22 @@ struct Rows {
 #pragma unroll
             for (int i = 0; i < TILES; ++i) {
 #pragma unroll
-                for (int k = 0; k < STEPS; ++k) load_matrices(held[i][k], place(threadIdx.x % 32, i, k));
+                for (int k = 0; k < STEPS; ++k) load_matrices(held[i][k], place(begin(threadIdx.x % 32), i, k));
             }
         }
     }
+    // Where a lane begins.
+    __device__ __forceinline__ u32 begin(int lane) const { return shared_address(tile) + Layout::chunk(lane % 16, lane / 16); }
     // Rows 8 apart are swapped alike.
-    __device__ __forceinline__ u32 place(int lane, int i, int k) const {
-        return shared_address(tile) + Layout::chunk(lane % 16, 2 * k + lane / 16) + i * 16 * Layout::PITCH;
+    static __device__ __forceinline__ u32 place(u32 begin, int i, int k) {
+        return Layout::behind(begin, 2 * k) + i * 16 * Layout::PITCH;
     }
-    __device__ __forceinline__ void part(u32 (&to)[4], int lane, int i, int k) const {
+    __device__ __forceinline__ void part(u32 (&to)[4], u32 begin, int i, int k) const {
         if constexpr (HELD) {
 #pragma unroll
             for (int x = 0; x < 4; ++x) to[x] = held[i][k][x];
         } else {
-            load_matrices(to, place(lane, i, k));
+            load_matrices(to, place(begin, i, k));
         }
     }
 };
@@ -95,13 +97,13 @@ template <int DIM, int FROM, int TO, int TILES, int KEYS, bool HELD>
 __device__ __forceinline__ void add_dots(Parts<TILES, KEYS>& s, const Rows<DIM, TILES, HELD>& rows, const char* keys) {
     using Layout = Tile<DIM>;
     const int lane = anew(int(threadIdx.x % 32)), row = lane % 8 + lane / 16 * 8, half = lane / 8 % 2;
-    const u32 base = shared_address(keys);
+    const u32 begin = shared_address(keys) + Layout::chunk(row, half), of_rows = HELD ? 0 : rows.begin(lane);
 #pragma unroll
     for (int k = FROM; k < TO; ++k) {
         u32 a[TILES][4];
 #pragma unroll
-        for (int i = 0; i < TILES; ++i) rows.part(a[i], lane, i, k);
-        const u32 from = base + Layout::chunk(row, 2 * k + half);
+        for (int i = 0; i < TILES; ++i) rows.part(a[i], of_rows, i, k);
+        const u32 from = Layout::behind(begin, 2 * k);
 #pragma unroll
         for (int n = 0; n < KEYS / 8; n += 2) {
             u32 b[4];
@@ -189,7 +191,7 @@ __device__ __forceinline__ void add_rows(Parts<TILES, COLUMNS>& o, const Parts<T
     using Layout = Tile<DIM>;
     if constexpr (TENSOR_CORES) {
         const int lane = anew(int(threadIdx.x % 32));
-        const u32 base = shared_address(values);
+        const u32 begin = shared_address(values) + Layout::chunk(lane % 16, lane / 16);
 #pragma unroll
         for (int k = 0; k < KEYS / 8; k += 2) {
             u32 a[TILES][4];
@@ -204,7 +206,7 @@ __device__ __forceinline__ void add_rows(Parts<TILES, COLUMNS>& o, const Parts<T
 #pragma unroll
             for (int n = 0; n < COLUMNS / 8; n += 2) {
                 u32 b[4];
-                load_transposed(b, base + Layout::chunk(lane % 16, FIRST / 8 + n + lane / 16) + k * 8 * Layout::PITCH);
+                load_transposed(b, Layout::behind(begin, FIRST / 8 + n) + k * 8 * Layout::PITCH);
 #pragma unroll
                 for (int i = 0; i < TILES; ++i) {
                     multiply<Element>(o[i][n], a[i], b[0], b[1]);

@@ -7,7 +7,8 @@
 constexpr int PARTS_OF_GROUP = ceil_div(GROUP, 16);
 constexpr int HEADS_PER_TILE = ceil_div(GROUP, PARTS_OF_GROUP);
 constexpr int ROWS = 16;
-constexpr int LIST_BYTES = round_up(QUERIES * SELECT_COUNT * 4, 16);
+// What lies behind begins where tiles may.
+constexpr int LIST_BYTES = round_up(QUERIES * SELECT_COUNT * 4, 128);
 constexpr int NO_MORE = 0x7fffffff;
 static_assert(ROWS_OF_PAGE % SELECT_BLOCK == 0 || PAGE_ROWS == 0, "a block lies in one page");
 static_assert(QUERIES * HEADS_PER_TILE <= ROWS, "a tile has 16 rows");

@@ -5,8 +5,8 @@
 // atomics but on counts and masks, where their order changes nothing. A CTA then takes a block of keys (or a share of one of
 // more than 16 WARPS keys) and up to work_queries of its queries, gathers their rows, and has dk and dv in registers. Blocks
 // with more queries (a forced block has all) are several works, whose gradients are added in order by a kernel at the end.
-// Shared memory, bytes at D = 128 in bf16: dq, a warp: 2 stages x 16 x 512, q and do 16 x 512, the list 64; dk and dv as in
-// band_bwd.cu.
+// Shared memory, bytes at D = 128 in bf16: dq, a warp: 2 stages x 16 x 512, q and do 16 x 512, the list 128; dk and dv as in
+// band_bwd.cu, and products of four warps together as there on sm_90a.
 // Registers: as in band_bwd.cu.
 // Roofline, a query and KV head: dq 2 R (2 Dk + Dv) n l' FLOP, bound by the cache as the forward; dk and dv 4 R (Dk + Dv) n l'
 // FLOP, for 2 R (Dk + Dv) bytes a query and block.
@@ -16,12 +16,14 @@
 // Edges: as in slc_fwd.cu. Blocks that no query has selected have gradients of 0.
 //
 // budget: kernel=slc_row_facts threads=256 registers=40 spills=0 shared=0
-// budget: kernel=slc_query_gradients threads=128 registers=255 spills=0 shared=98560
+// budget: kernel=slc_query_gradients threads=128 registers=255 spills=0 shared=98816
 // budget: kernel=slc_count threads=256 registers=40 spills=0 shared=0
 // budget: kernel=slc_sum_parts threads=1024 registers=64 spills=0 shared=4096
 // budget: kernel=slc_sum_blocks threads=1024 registers=64 spills=0 shared=256
+// budget: kernel=slc_sum_blocks arch=sm_90a threads=1024 registers=64 spills=0 shared=1024
 // budget: kernel=slc_scatter threads=256 registers=40 spills=0 shared=0
 // budget: kernel=slc_key_gradients threads=128 registers=255 spills=0 shared=66560
+// budget: kernel=slc_key_gradients arch=sm_90a threads=128 registers=255 spills=0 shared=100352
 // budget: kernel=slc_add_works threads=256 registers=64 spills=0 shared=0
 #include "element.cuh"
 #include "config.cuh"
@@ -35,7 +37,7 @@ constexpr int THREADS = 32 * WARPS;
 // Rows of a block of keys that one CTA takes, and CTAs a block.
 constexpr int SHARES = ceil_div(SELECT_BLOCK, KEY_ROWS);
 
-extern __shared__ __align__(128) char shared[];
+extern __shared__ __align__(TILE_ALIGNMENT) char shared[];
 
 extern "C" __global__ void __launch_bounds__(256) slc_row_facts(const __grid_constant__ SlcBackwardParams p) {
     row_facts(p.common);
@@ -279,14 +281,10 @@ template <bool K, bool V>
 __device__ __forceinline__ void key_gradients(const SlcBackwardParams& params, const KeyWork& work, int share) {
     const BandBackwardParams& p = params.common;
     const int keys = work.end - work.key, rows = work.count * GROUP, base = threadIdx.x / 32 * 16, own = keys - base;
-    char* const values = shared + KEY_ROWS * Keys::PITCH;
     char* const stages = shared + OWN_BYTES;
     const KeyRows<HEAD_DIM_QK> k(p.k, nullptr, work.sequence.key, work.head);
     const KeyRows<HEAD_DIM_V> v(p.v, nullptr, work.sequence.key, work.head);
-    load_rows<HEAD_DIM_QK, KEY_ROWS, THREADS, QK_COPY_BYTES>(shared_address(shared), threadIdx.x, keys, k.from(work.key));
-    if constexpr (K) {
-        load_rows<HEAD_DIM_V, KEY_ROWS, THREADS, V_COPY_BYTES>(shared_address(values), threadIdx.x, keys, v.from(work.key));
-    }
+    load_key_rows<K>(shared, keys, k.from(work.key), v.from(work.key));
     const auto load = [&](int first, int stage) {
         load_query_rows(p, shared_address(stages) + stage * QUERY_STAGE_BYTES, first, rows, [&](int row) { return work.row(row); });
     };
@@ -295,16 +293,15 @@ __device__ __forceinline__ void key_gradients(const SlcBackwardParams& params, c
     copy_commit();
     const int mine = work.key + base;
     for (int first = 0, stage = 0; first < rows; first += QUERY_ROWS, stage ^= 1) {
-        copy_wait<0>();
-        __syncthreads();
+        wait_for_tiles();
         if (first + QUERY_ROWS < rows) load(first + QUERY_ROWS, stage ^ 1);
         copy_commit();
-        if (own <= 0) continue;
+        // Warps whose products are made together leave together.
+        if (first_together(base) >= keys) continue;
         // The first query of the stage is the one that sees least.
         const int t = work.sequence.context + work.queries[first / GROUP] - work.sequence.query;
         const bool whole = first + QUERY_ROWS <= rows && mine + 16 <= t + 1;
-        gradients.add(shared + base * Keys::PITCH, values + base * Values::PITCH, stages + stage * QUERY_STAGE_BYTES, p.scale,
-                      whole, [&](int t, int at) { return mine + at <= t; });
+        gradients.add(shared, shared + KEY_ROWS * Keys::PITCH, base, stages + stage * QUERY_STAGE_BYTES, p.scale, whole, [&](int t, int at) { return mine + at <= t; });
     }
     copy_wait<0>();
     if (work.index == 0) {

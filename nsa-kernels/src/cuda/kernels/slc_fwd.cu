@@ -5,8 +5,8 @@
 // the warp's own shared memory; no barrier between warps.
 //
 // Grid: x: WARPS tiles of queries, y: KV heads; neighbouring queries share blocks in the caches.
-// Shared memory, bytes at D = 128 in bf16, a warp: 2 stages x 16 x 512 (queries come and outputs go through them), the lists 64;
-// four warps 65,792.
+// Shared memory, bytes at D = 128 in bf16, a warp: 2 stages x 16 x 512 (queries come and outputs go through them), the lists 128;
+// four warps 66,048.
 // Registers: o 64, queries 32, scores 8, the rest addresses.
 // Roofline, a query and KV head: 4 R D n l' FLOP, 2 (Dk + Dv) n l' bytes of k and v from the L2 cache: R FLOP a byte. Bound
 // by the cache: 16 FLOP a byte where an A100 computes 43 in that time. From memory q, o, k, v once.
@@ -21,7 +21,7 @@
 // Order of summation: flash.cuh, blocks in order.
 // Edges: a list ends at its first -1, and at a block that is no candidate; a query without blocks: o = 0, lse = -infinity.
 //
-// budget: kernel=slc_forward threads=128 registers=200 spills=0 shared=65792
+// budget: kernel=slc_forward threads=128 registers=200 spills=0 shared=66048
 // Neighbouring queries, whose warps run side by side, have blocks in common.
 #define COPY_CACHE "ca"
 #include "element.cuh"
