@@ -117,7 +117,9 @@ __device__ __forceinline__ void load_keys(u32 to, int count, const KeyRows<DIM>&
     if constexpr (PAGE_ROWS == 0) {
         // As many threads as divide the rows.
         constexpr int LOADERS = WARPS % 3 == 0 ? THREADS / 3 * 2 : THREADS;
-        if (LOADERS == THREADS || thread < LOADERS) load_tile<SharedTile<DIM, KEYS>, KEYS, LOADERS, BYTES>(to, thread, count, rows.from(key));
+        if (LOADERS == THREADS || thread < LOADERS) {
+            load_tile<SharedTile<DIM, KEYS>, KEYS, LOADERS, BYTES>(to, thread, count, rows.from(key));
+        }
     } else {
         // Tiles behind the last row are zeros, but an address is looked up all the same: that of the first row.
         const int first = count > 0 ? key : 0;
@@ -149,9 +151,7 @@ __device__ __forceinline__ void walk_keys(const P& p, const BandTile& tile, cons
     ready();
     for (int key = begin; key < end; key += KEYS) {
         const int index = (key - begin) / KEYS;
-        if (index > 0) {
-            wait_for_tiles();
-        }
+        if (index > 0) wait_for_tiles();
         if (key + KEYS < end) load(key + KEYS, (index + 1) % 2);
         if (warp.end == 0 || key >= warp.end + EXTRA || key + KEYS <= warp.first) continue;
         see(key, index, stages + index % 2 * STAGE_BYTES);

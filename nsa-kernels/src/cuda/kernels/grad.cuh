@@ -137,6 +137,7 @@ struct KeyGradients {
     __device__ __forceinline__ void add(const char* keys, const char* values, int base, const char* stage, float scale, bool whole,
                                         const Sees& sees) {
         QueryScores p, ds;
+        // Both go on together; a warp alone, which has done the first before it begins the second, saves the registers.
         begin_dots_with<HEAD_DIM_QK, KEY_ROWS, QUERY_ROWS>(p, keys, base, stage);
         if constexpr (K && WARPGROUPS) begin_dots_with<HEAD_DIM_V, KEY_ROWS, QUERY_ROWS>(ds, values, base, d_o_of(stage));
         end_products<K ? 1 : 0>(p);

@@ -6,7 +6,6 @@
 
 // Rows of a tile whose products are made by one warp alone, or by four together (WARPGROUPS, as the device can).
 constexpr int ROWS_TOGETHER = WARPGROUPS ? 64 : 16;
-constexpr int THREADS_TOGETHER = 2 * ROWS_TOGETHER;
 // Tiles begin at multiples of so many bytes.
 constexpr int TILE_ALIGNMENT = WARPGROUPS ? 1024 : 128;
 
