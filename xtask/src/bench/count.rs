@@ -26,6 +26,7 @@ use nsa_kernels::Backend;
 use nsa_tests::sim;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::str::FromStr;
 
 /// Options of `cargo xtask bench count`.
 #[derive(Args, Debug)]
@@ -41,6 +42,9 @@ pub struct Options {
     /// What to count
     #[arg(long, value_enum, value_delimiter = ',', default_values_t = Pass::ALL)]
     pass: Vec<Pass>,
+    /// Devices to count and estimate for
+    #[arg(long, value_delimiter = ',', default_value = "a100,h100", conflicts_with = "peer")]
+    device: Vec<Device>,
     /// Count a package's Triton kernels beside ours, instead of our whole passes: compressed attention, with blocks as long
     /// as those that are selected and no overlap, and selected attention
     #[arg(long, value_enum, conflicts_with = "estimate")]
@@ -88,6 +92,7 @@ fn jobs(passes: &[Pass]) -> Vec<Job> {
 type Counted = BTreeMap<(usize, String), Vec<(usize, Counts)>>;
 
 /// A device to estimate for. Rates in units a second.
+#[derive(Clone, Copy, Debug, PartialEq)]
 struct Device {
     name: &'static str,
     /// What the simulator calls it.
@@ -109,6 +114,15 @@ const DEVICES: [Device; 2] = [
 ];
 /// Instructions of warps that a multiprocessor issues in a cycle.
 const ISSUES: f64 = 4.0;
+
+impl FromStr for Device {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        let found = DEVICES.into_iter().find(|device| device.simulated == name);
+        found.ok_or_else(|| format!("there are {}", DEVICES.map(|device| device.simulated).join(" and ")))
+    }
+}
 
 impl Device {
     /// The least time of a kernel, and what takes it.
@@ -138,8 +152,8 @@ pub fn run(options: &Options) -> Result<()> {
         return work(options, &config);
     }
     let mut counted = Vec::new();
-    for device in &DEVICES {
-        counted.push((device, count(options, device)?));
+    for &device in &options.device {
+        counted.push((device, count(options, &device)?));
     }
     let report = Report { options, config: &config, counted };
     report.write()
@@ -228,7 +242,7 @@ fn count(options: &Options, device: &Device) -> Result<Counted> {
 struct Report<'a> {
     options: &'a Options,
     config: &'a NsaConfig,
-    counted: Vec<(&'static Device, Counted)>,
+    counted: Vec<(Device, Counted)>,
 }
 
 /// Sums over the kernels of a job, by `of` a kernel's counters.
@@ -298,7 +312,7 @@ impl Report<'_> {
     fn estimates(&self, jobs: &[Job]) -> comfy_table::Table {
         let header = ["pass", "device", "tensor GFLOP", "MB touched", "MB asked", "at least", "most by", "dense / nsa"];
         let mut table = columns::table(&header, 2);
-        let times = |(device, counted): &(&Device, Counted), job: usize| -> BTreeMap<&'static str, f64> {
+        let times = |(device, counted): &(Device, Counted), job: usize| -> BTreeMap<&'static str, f64> {
             let mut by = BTreeMap::new();
             for (_, counts) in counted.iter().filter(|((of, _), _)| *of == job) {
                 let (seconds, resource) = device.time(&extrapolate(counts, self.options.estimate));
@@ -423,6 +437,8 @@ mod tests {
             ("--tokens 64,64", ["--tokens", "two lengths"]),
             ("--estimate 4294967296", ["--estimate 4294967296", "at most 2147483647"]),
             ("--kv-heads 3", ["--kv-heads 3", "num_kv_heads"]),
+            ("--device a100,v100", ["--device", "a100 and h100"]),
+            ("--peer fla --device h100", ["--peer", "--device"]),
             ("--peer torch", ["--peer torch", "must be fla"]),
             ("--peer fla --pass decode", ["--pass decode", "forward or backward"]),
             ("--peer fla --estimate 100", ["--peer", "--estimate"]),

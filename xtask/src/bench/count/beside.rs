@@ -306,6 +306,7 @@ mod tests {
             heads: Default::default(),
             pass: vec![Pass::Forward],
             peer: Some(Peer::Fla),
+            device: Vec::new(),
             peer_python: None,
             out: None,
         };
