@@ -101,6 +101,8 @@ impl Sequences {
 /// Keys and values of a call: where they are, and per sequence its first row or page and its rows.
 struct Keys {
     packed: [u64; 2],
+    /// A multiple of what all of their addresses are multiples of.
+    aligned: [u64; 2],
     pages: Option<[Scratch<u64>; 2]>,
     page_rows: usize,
     sequences: Vec<(usize, usize)>,
@@ -114,7 +116,8 @@ impl Keys {
             {
                 let k: In<Stored> = call.input(k.0, k_tensor)?;
                 let v: In<Stored> = call.input(v.0, v_tensor)?;
-                Ok(Self { packed: [k.0, v.0], pages: None, page_rows: 0, sequences: packed_sequences(offsets) })
+                let (packed, sequences) = ([k.0, v.0], packed_sequences(offsets));
+                Ok(Self { packed, aligned: packed, pages: None, page_rows: 0, sequences })
             }
             (Rows::Paged(k_tables), Rows::Paged(v_tables)) => Self::paged(call, (k.0, k_tables), (v.0, v_tables)),
             _ => {
@@ -136,16 +139,19 @@ impl Keys {
                     all.push(page.on_device(call.op(), arg, call.cuda())?.address());
                 }
             }
-            call.upload(&all)
+            let aligned = all.iter().fold(0, |bits, address| bits | address);
+            Ok::<_, Error>((call.upload(&all)?, aligned))
         };
-        let pages = [addresses(k)?, addresses(v)?];
+        let ((k_pages, k_aligned), (v_pages, v_aligned)) = (addresses(k)?, addresses(v)?);
         let mut first = 0;
         let place = |pages: &Pages<'_, T>| {
             let at = first;
             first += pages.len.div_ceil(page_rows);
             (at, pages.len)
         };
-        Ok(Self { packed: [0, 0], sequences: k.1.iter().map(place).collect(), pages: Some(pages), page_rows })
+        let sequences = k.1.iter().map(place).collect();
+        let pages = Some([k_pages, v_pages]);
+        Ok(Self { packed: [0, 0], aligned: [k_aligned, v_aligned], pages, page_rows, sequences })
     }
 
     /// Addresses of the page tables.
@@ -209,7 +215,7 @@ pub(super) fn prepare_with<'c, T: Element>(
         unscale_low: (unscale - f64::from(unscale as f32)) as f32,
     };
     let page_rows = keys.page_rows;
-    let addresses = [&[params.q.0, params.k.0][..], &[params.v.0, params.o.0]];
+    let addresses = [&[params.q.0, keys.aligned[0]][..], &[keys.aligned[1], params.o.0]];
     let call = call.constants(|constants| copies::<T>(constants.config(config), config, addresses, page_rows));
     Ok(Prepared { call, params, page_rows, keys, sequences })
 }

@@ -18,31 +18,41 @@ pub(super) fn numbers<T: Element>(count: usize, step: usize) -> Vec<T> {
     (0..count).map(|i| T::from_f64(((i * step + 7) % 193) as f64 / 97.0 - 1.0)).collect()
 }
 
-/// A page table a sequence; behind the last row of each there is NaN.
+/// A page table a sequence; before each page and behind the last row there is NaN.
 struct Tables<T> {
     pages: Vec<Vec<Buffer<T>>>,
+    /// Elements before a page: how its address is aligned.
+    lead: usize,
     lens: Vec<usize>,
     page_rows: usize,
     row_shape: [usize; 2],
 }
 
 impl<T: Element> Tables<T> {
-    fn new(backend: &Backend, data: &[T], offsets: &CuSeqlens, page_rows: usize, row_shape: [usize; 2]) -> Self {
+    fn new(
+        backend: &Backend,
+        data: &[T],
+        offsets: &CuSeqlens,
+        (page_rows, lead): (usize, usize),
+        row_shape: [usize; 2],
+    ) -> Self {
         let row: usize = row_shape.iter().product();
+        let nan = T::from_f64(f64::NAN);
+        let page = |rows: &[T]| backend.upload(&[&vec![nan; lead][..], rows].concat());
         let of = |s| {
             let range = offsets.range(s);
             let mut rows = data[range.start * row..range.end * row].to_vec();
-            rows.resize(range.len().next_multiple_of(page_rows) * row, T::from_f64(f64::NAN));
-            rows.chunks(page_rows * row).map(|page| backend.upload(page)).collect()
+            rows.resize(range.len().next_multiple_of(page_rows) * row, nan);
+            rows.chunks(page_rows * row).map(page).collect()
         };
         let lens = (0..offsets.num_seqs()).map(|s| offsets.range(s).len()).collect();
-        Self { pages: (0..offsets.num_seqs()).map(of).collect(), lens, page_rows, row_shape }
+        Self { pages: (0..offsets.num_seqs()).map(of).collect(), lead, lens, page_rows, row_shape }
     }
 
     fn rows(&self) -> Vec<Pages<'_, T>> {
         std::iter::zip(&self.pages, &self.lens)
             .map(|(pages, &len)| Pages {
-                pages: pages.iter().map(Buffer::mem).collect(),
+                pages: pages.iter().map(|page| page.mem_at(self.lead).unwrap()).collect(),
                 page_rows: self.page_rows,
                 len,
                 row_shape: self.row_shape,
@@ -51,7 +61,8 @@ impl<T: Element> Tables<T> {
     }
 }
 
-/// The bits of o, lse and what else `forward` writes, on packed rows and on pages of `page_rows`.
+/// The bits of o, lse and what else `forward` writes, on packed rows and on pages of `page_rows`, at addresses that allow wide
+/// copies and at others.
 fn assert_same<T: Element<Acc = f32>>(
     name: &str,
     config: &NsaConfig,
@@ -71,18 +82,22 @@ fn assert_same<T: Element<Acc = f32>>(
     let data = [(shapes[0], 17), (shapes[1], 23)]
         .map(|(shape, step)| numbers::<T>(offsets.total() * shape[0] * shape[1], step));
     let buffers = data.each_ref().map(|data| backend.upload(data));
-    let tables = [0, 1].map(|i| Tables::new(&backend, &data[i], &offsets, page_rows, shapes[i]));
-    let pages = tables.each_ref().map(Tables::rows);
+    let tables =
+        [0, 1].map(|lead| [0, 1].map(|i| Tables::new(&backend, &data[i], &offsets, (page_rows, lead), shapes[i])));
+    let pages = tables.each_ref().map(|tables| tables.each_ref().map(Tables::rows));
     let packed = [0, 1].map(|i| {
         let [groups, dim] = shapes[i];
         Rows::packed(buffers[i].tensor([offsets.total(), groups, dim]).unwrap(), &offsets)
     });
-    let results = [packed, [Rows::Paged(&pages[0]), Rows::Paged(&pages[1])]].map(|rows| {
+    let paged = |lead: usize| [Rows::Paged(&pages[lead][0]), Rows::Paged(&pages[lead][1])];
+    let results = [packed, paged(0), paged(1)].map(|rows| {
         let mut outputs = Outputs::new(&backend, config, tokens);
         forward(&backend, &packing, &q, rows, &mut outputs).unwrap();
         outputs.bits()
     });
-    assert!(results[0] == results[1], "{name}: pages of {page_rows} rows");
+    for (lead, paged) in results[1..].iter().enumerate() {
+        assert!(results[0] == *paged, "{name}: pages of {page_rows} rows, {lead} elements behind an aligned address");
+    }
     assert!(results[0].0.iter().all(|o| o.is_finite()) && results[0].0.iter().any(|&o| o != 0.0), "{name}");
 }
 
