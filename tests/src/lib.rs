@@ -15,6 +15,7 @@ pub mod operator;
 pub mod reference;
 pub mod select;
 pub mod sim;
+pub mod ties;
 
 pub use case::Case;
 use nsa_kernels::Isa;

@@ -7,7 +7,7 @@ use nsa_tests::compare::unit_roundoff;
 use nsa_tests::generate::{self, Guarded};
 use nsa_tests::kernels::{Attention, Pattern};
 use nsa_tests::operator::{self, Inputs};
-use nsa_tests::{Case, case, decode};
+use nsa_tests::{Case, case, decode, ties};
 
 fn backend() -> Backend {
     Backend::pick(None).unwrap().0
@@ -84,30 +84,11 @@ fn with_room_for_every_block_every_block_is_selected() {
     assert_eq!(compressed.forward(&backend()).unwrap().block_indices, all_blocks(&case));
 }
 
-/// With queries of zero every visible block is as likely as another, so that whole selection blocks tie exactly.
 #[test]
 fn exact_ties_go_to_the_lower_block() {
-    let builder = NsaConfig::small().to_builder().select_initial(0).select_local(1).select_count(3);
-    let case = Case::new("ties", builder, [200, 77]);
-    let mut inputs: Attention<f32> = attention_inputs(&case, Pattern::Cmp);
-    inputs.q.fill(0.0);
-    let lists = inputs.forward(&backend()).unwrap().block_indices;
-    let config = &case.config;
-    let rows = case.lengths.iter().flat_map(|&length| 0..length);
-    for (t, lists) in rows.zip(lists.chunks(config.num_kv_heads() * config.select_count())) {
-        let blocks = nsa_core::index::visible_blocks(config, t);
-        let weight = |j| (0..blocks).map(|i| nsa_core::index::importance_weight(config, i, j)).sum::<usize>();
-        let mut free: Vec<usize> = (0..nsa_core::index::num_candidates(config, t) - 1).collect();
-        free.sort_by_key(|&j| (usize::MAX - weight(j), j));
-        free.truncate(config.select_count() - 1);
-        free.push(t / config.select_block());
-        free.sort_unstable();
-        let mut expected: Vec<i32> = free.into_iter().map(|j| j as i32).collect();
-        expected.resize(config.select_count(), -1);
-        for list in lists.chunks(config.select_count()) {
-            assert_eq!(list, expected, "position {t}");
-        }
-    }
+    let few = NsaConfig::small().to_builder().select_initial(0).select_local(1).select_count(3);
+    ties::assert_lower_blocks::<f32>(&backend(), few, &[200, 77]);
+    ties::assert_lower_blocks::<f32>(&backend(), NsaConfig::small().to_builder(), &[111]);
 }
 
 /// Chunks of a prefill, each continuing the tokens before it, give the rows of the whole.

@@ -7,11 +7,12 @@ mod layer;
 mod pages;
 mod workspace;
 
+use half::bf16;
 use nsa_core::{CompressKind, DType, NsaConfig, NsaConfigBuilder};
 use nsa_kernels::Backend;
 use nsa_tests::check::{self, Op};
 use nsa_tests::sim::{self, BITS, on_simulator};
-use nsa_tests::{Case, case};
+use nsa_tests::{Case, case, ties};
 
 /// Every case of an operation, in the three types that GPUs compute.
 fn assert_op(op: Op) {
@@ -75,6 +76,20 @@ fn gate() {
 #[test]
 fn cmp() {
     on_simulator("cmp", || assert_op(Op::Cmp));
+}
+
+/// Blocks that are summed in registers and such that are not, one free place a lane and more.
+#[test]
+fn exact_ties_go_to_the_lower_block() {
+    on_simulator("exact_ties_go_to_the_lower_block", || {
+        let backend = Backend::cuda(0).expect("the simulator");
+        let small = || NsaConfig::small().to_builder();
+        let few = || small().select_initial(0).select_local(1).select_count(3);
+        ties::assert_lower_blocks::<f32>(&backend, few(), &[200, 77]);
+        ties::assert_lower_blocks::<bf16>(&backend, small().compress_stride(2), &[150]);
+        ties::assert_lower_blocks::<bf16>(&backend, paper(4, 1, 64, 64).select_count(5), &[900]);
+        ties::assert_lower_blocks::<f32>(&backend, small().select_count(40), &[800]);
+    });
 }
 
 #[test]
