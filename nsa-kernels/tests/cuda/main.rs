@@ -68,6 +68,17 @@ fn assert_few_bytes(name: &str, launches: &[String], least: f64) {
     assert!(touched <= 1.15 && moved <= 1.25 && passes <= 1.1, "{name}: {launches:?}");
 }
 
+/// Groups whose heads fill more than 64 rows: gradients of two warpgroups, where the device has them.
+#[test]
+fn wide_groups() {
+    on_simulator("wide_groups", || {
+        for op in [Op::Cmp, Op::Slc, Op::Win, Op::Dense] {
+            let config = paper(70, 1, 64, 64).compress_block(8).compress_stride(4).select_block(16).window(24);
+            assert_cases(op, vec![Case::new("group-70", config.select_count(3), [70])]);
+        }
+    });
+}
+
 #[test]
 fn gate() {
     on_simulator("gate", || assert_op(Op::Gate));
