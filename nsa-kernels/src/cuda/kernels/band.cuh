@@ -34,7 +34,7 @@ struct BandTile {
         // The tiles with most keys come first.
         const int tile = p.tiles - 1 - int(work / KV_HEADS);
         head = int(work % KV_HEADS);
-        sequence = find_sequence<5>(p.sequences, p.num_sequences, tile);
+        sequence = sequence_of_block<5>(p.sequences, p.num_sequences, tile);
         query = (tile - sequence.tile) * QUERIES;
         const int left = sequence.queries - query;
         rows = (left < QUERIES ? left : QUERIES) * GROUP;
@@ -58,7 +58,7 @@ struct WarpSpan {
         rows = tile.rows - base < WARP_ROWS ? tile.rows - base : WARP_ROWS;
         const int before = tile.position(base), after = tile.position(base + (rows > 0 ? rows : 1) - 1);
         common_first = span.first(after), common_end = span.end(before);
-        const int theirs = WARPGROUPS ? first_together(base) : base, behind = theirs + (WARPGROUPS ? ROWS_TOGETHER : WARP_ROWS);
+        const int theirs = WARPGROUPS ? first_together<ROWS>(base) : base, behind = theirs + (WARPGROUPS ? ROWS_TOGETHER : WARP_ROWS);
         first = span.first(tile.position(theirs));
         end = theirs < tile.rows ? span.end(tile.position((behind < tile.rows ? behind : tile.rows) - 1)) : 0;
     }
@@ -177,7 +177,7 @@ __device__ __forceinline__ void attend(const P& p, const BandTile& tile, const S
     const auto see = [&](int key, int index, const char* stage) {
         BandScores s;
         if constexpr (WARPGROUPS) {
-            dots_together<HEAD_DIM_QK, ROWS, KEYS, TILES>(s, shared, first_together(warp.base), stage);
+            dots_together<HEAD_DIM_QK, ROWS, KEYS, TILES>(s, shared, first_together<ROWS>(warp.base), stage);
         } else {
             flash.multiply_keys(s, q, stage);
         }

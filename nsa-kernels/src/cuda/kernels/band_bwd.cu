@@ -55,17 +55,17 @@ struct QueryRun {
     int query;  // first, within the sequence
 
     __device__ __forceinline__ int position(int row) const { return sequence.context + query + row / GROUP; }
+    // Row of the i-th query in [N].
+    __device__ __forceinline__ int token(int i) const { return sequence.query + query + i; }
     // In tensors [N, HEADS].
-    __device__ __forceinline__ i64 row(int at) const {
-        return i64(sequence.query + query + at / GROUP) * HEADS + head * GROUP + at % GROUP;
-    }
+    __device__ __forceinline__ i64 row(int at) const { return i64(token(at / GROUP)) * HEADS + head * GROUP + at % GROUP; }
 };
 
 // dq of a tile of queries, over its keys.
 template <class Span>
 __device__ __forceinline__ void query_gradients(const BandBackwardParams& p) {
     const int tile = p.query_tiles - 1 - int(blockIdx.x / KV_HEADS);
-    const Sequence seq = find_sequence<5>(p.sequences, p.num_sequences, tile);
+    const Sequence seq = sequence_of_block<5>(p.sequences, p.num_sequences, tile);
     const QueryRun run{seq, int(blockIdx.x % KV_HEADS), (tile - seq.tile) * QUERIES};
     const int left = seq.queries - run.query, rows = (left < QUERIES ? left : QUERIES) * GROUP;
     const Span span(seq);
@@ -84,7 +84,7 @@ __device__ __forceinline__ void query_gradients(const BandBackwardParams& p) {
     }
     const int before = run.position(base), after = run.position(base + (own > 0 ? own : 1) - 1);
     // Those whose products are made together skip the same tiles.
-    const int theirs = first_together(base), last = rows - theirs < ROWS_TOGETHER ? rows : theirs + ROWS_TOGETHER;
+    const int theirs = first_together<ROWS>(base), last = rows - theirs < ROWS_TOGETHER ? rows : theirs + ROWS_TOGETHER;
     const int first_key = span.first(run.position(theirs)), end_key = theirs < rows ? span.end(run.position(last - 1)) : 0;
     const int begin = span.first(run.position(0)), end = span.end(run.position(rows - 1));
     const KeyRows<HEAD_DIM_QK> k(p.k, nullptr, seq.key, run.head);
@@ -105,23 +105,31 @@ __device__ __forceinline__ void query_gradients(const BandBackwardParams& p) {
         copy_commit();
         if (key >= end_key || key + KEYS <= first_key) continue;
         const char* const keys = stages + stage * STAGE_BYTES;
-        const bool whole = key >= span.first(after) && key + KEYS <= span.end(before);
+        const bool whole = uniform(key >= span.first(after) && key + KEYS <= span.end(before));
         Parts<1, KEYS> s, ds;
         begin_dots_with<HEAD_DIM_QK, ROWS, KEYS>(s, shared, base, keys);
         begin_dots_with<HEAD_DIM_V, ROWS, KEYS>(ds, d_o, base, keys + KEYS * Keys::PITCH);
         end_products<1>(s);
         end_products<0>(ds);
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
-            const int t = position_of(facts[h]), first = span.first(t) - key, last = t < 0 ? 0 : span.end(t) - key;
+        for (int n = 0; n < KEYS / 8; ++n) {
 #pragma unroll
-            for (int n = 0; n < KEYS / 8; ++n) {
+            for (int c = 0; c < 4; ++c) {
+                const RowFacts& row = facts[c / 2];
+                ds[0][n][c] = score_gradient(probability(s[0][n][c], p.scale, row), ds[0][n][c], p.scale * row.z, row);
+            }
+        }
+        if (!whole) {
 #pragma unroll
-                for (int c = 2 * h; c < 2 * h + 2; ++c) {
-                    const int at = n * 8 + threadIdx.x % 4 * 2 + c % 2;
-                    const bool seen = whole || (at >= first && at < last);
-                    const float probable = seen ? probability(s[0][n][c], p.scale, facts[h]) : 0.0f;
-                    ds[0][n][c] = p.scale * (probable * (facts[h].z * ds[0][n][c] - facts[h].y));
+            for (int h = 0; h < 2; ++h) {
+                const int t = position_of(facts[h]), first = span.first(t) - key, last = t < 0 ? 0 : span.end(t) - key;
+#pragma unroll
+                for (int n = 0; n < KEYS / 8; ++n) {
+#pragma unroll
+                    for (int c = 2 * h; c < 2 * h + 2; ++c) {
+                        const int at = n * 8 + lane % 4 * 2 + c % 2;
+                        if (at < first || at >= last) ds[0][n][c] = 0.0f;
+                    }
                 }
             }
         }
@@ -139,7 +147,7 @@ template <bool K, bool V, class Span>
 __device__ __forceinline__ void key_gradients(const BandBackwardParams& p) {
     // The first keys are seen by most queries.
     const int tile = int(blockIdx.x / KV_HEADS), head = int(blockIdx.x % KV_HEADS);
-    const Sequence seq = find_sequence<5>(p.key_sequences, p.num_sequences, tile);
+    const Sequence seq = sequence_of_block<5>(p.key_sequences, p.num_sequences, tile);
     const Span span(seq);
     const int key = (tile - seq.tile) * KEY_ROWS, keys = seq.keys - key < KEY_ROWS ? seq.keys - key : KEY_ROWS;
     char* const stages = shared + OWN_BYTES;
@@ -152,7 +160,7 @@ __device__ __forceinline__ void key_gradients(const BandBackwardParams& p) {
     const int part = all > 0 ? ceil_div(ceil_div(all, QUERY_ROWS), int(gridDim.z)) * QUERY_ROWS : 0;
     const int begin = int(blockIdx.z) * part, rows = all < begin + part ? all : begin + part;
     const auto load = [&](int first, int stage) {
-        load_query_rows(p, shared_address(stages) + stage * QUERY_STAGE_BYTES, first, rows, [&](int row) { return run.row(row); });
+        load_query_rows(p, shared_address(stages) + stage * QUERY_STAGE_BYTES, first, rows, head, [&](int i) { return run.token(i); });
     };
     KeyGradients<K, V> gradients;
     if (begin < rows) load(begin, 0);
@@ -165,10 +173,11 @@ __device__ __forceinline__ void key_gradients(const BandBackwardParams& p) {
         const int base = anew(int(threadIdx.x)) / 32 * 16, mine = key + base;
         const int before = run.position(first), after = run.position(last - 1);
         // Those whose products are made together leave together.
-        const int theirs = first_together(base), seen = key + theirs;
+        const int theirs = first_together<KEY_ROWS>(base), seen = key + theirs;
         if (theirs >= keys || seen >= span.end(after) || seen + ROWS_TOGETHER <= span.first(before)) continue;
         const bool whole = first + QUERY_ROWS <= rows && mine + 16 <= span.end(before) && mine >= span.first(after);
-        gradients.add(shared, shared + KEY_ROWS * Keys::PITCH, base, stages + stage * QUERY_STAGE_BYTES, p.scale, whole, [&](int t, int at) { return mine + at >= span.first(t) && mine + at < span.end(t); });
+        gradients.add(shared, shared + KEY_ROWS * Keys::PITCH, base, stages + stage * QUERY_STAGE_BYTES, p.scale, whole,
+                      [&](int t) { return make_int2(span.first(t) - mine, span.end(t) - mine); });
     }
     copy_wait<0>();
     // Found anew: it took registers in the loop.

@@ -10,7 +10,8 @@ constexpr float LOG2_E = 1.4426950408889634f;
 using Keys = Tile<HEAD_DIM_QK>;
 using Values = Tile<HEAD_DIM_V>;
 
-// Of a row: lse (0 without keys), delta, g, and the query's position plus one, which is 0 of rows that are none.
+// Of a row: lse (0 without keys), scale delta, g, and the query's position plus one, which is 0 of rows that are none. Tensor
+// cores' operands are rounded far above what a product of constants loses: for them lse is in powers of two.
 using RowFacts = float4;
 
 // Those of all rows, [N, HEADS].
@@ -21,9 +22,14 @@ __device__ __forceinline__ RowFacts* facts_of(const P& p) {
 
 __device__ __forceinline__ int position_of(const RowFacts& facts) { return __float_as_int(facts.w) - 1; }
 
-// p of a score; a masked score is minus infinity.
+// p of a score.
 __device__ __forceinline__ float probability(float score, float scale, const RowFacts& facts) {
-    return exp2_approx(fmaf(score, scale, -facts.x) * LOG2_E);
+    return exp2_approx(TENSOR_CORES ? fmaf(score, scale * LOG2_E, -facts.x) : fmaf(score, scale, -facts.x) * LOG2_E);
+}
+
+// ds of a pair from p and do v; `scaled_gate` is scale g of the row.
+__device__ __forceinline__ float score_gradient(float p, float d_p, float scaled_gate, const RowFacts& facts) {
+    return p * fmaf(scaled_gate, d_p, -facts.y);
 }
 
 // Facts of all rows; a warp takes one, lanes go along it.
@@ -43,8 +49,8 @@ __device__ __forceinline__ void row_facts(const P& p) {
         const int token = int(row / HEADS);
         const Sequence seq = find_sequence<0>(p.sequences, p.num_sequences, token);
         const int position = seq.context + token - seq.query;
-        const float lse = p.lse[row];
-        facts_of(p)[row] = make_float4(lse == negative_infinity() ? 0.0f : lse, sum, gate, __int_as_float(position + 1));
+        const float natural = p.lse[row], lse = TENSOR_CORES ? natural * LOG2_E : natural;
+        facts_of(p)[row] = make_float4(natural == negative_infinity() ? 0.0f : lse, p.scale * sum, gate, __int_as_float(position + 1));
     }
 }
 
@@ -74,18 +80,25 @@ constexpr int OWN_BYTES = KEY_ROWS * (Keys::PITCH + Values::PITCH);
 // Where dk and dv do not fit into the registers of one warp, two blocks take one each.
 constexpr bool APART = Keys::PADDED + Values::PADDED > 320;
 
-// Starts to copy rows `first`.. of the queries to a stage: q, do, facts. `row(i)` is the place of row i in tensors [N, HEADS].
-template <class P, class Row>
-__device__ __forceinline__ void load_query_rows(const P& p, u32 to, int first, int rows, const Row& row) {
+// Starts to copy rows `first`.. of `rows` of the queries with a KV head to a stage: q, do, facts. R rows a query; `token(i)` is the
+// i-th query's row in [N].
+template <class P, class Token>
+__device__ __forceinline__ void load_query_rows(const P& p, u32 to, int first, int rows, int head, const Token& token) {
     const int thread = anew(int(threadIdx.x)), count = rows - first;
-    const auto place = [&](int r) { return row(first + r); };
     load_tile<SharedTile<HEAD_DIM_QK, QUERY_ROWS>, QUERY_ROWS, 32 * WARPS, QK_COPY_BYTES>(
-        to, thread, count, [&](int r) { return p.q + place(r) * HEAD_DIM_QK; });
+        to, thread, count, QueryRows<HEAD_DIM_QK, Token>{p.q + i64(head) * GROUP * HEAD_DIM_QK, first, token});
     load_tile<SharedTile<HEAD_DIM_V, QUERY_ROWS>, QUERY_ROWS, 32 * WARPS, V_COPY_BYTES>(
-        to + QUERY_ROWS * Keys::PITCH, thread, count, [&](int r) { return p.d_o + place(r) * HEAD_DIM_V; });
-    for (int r = thread; r < QUERY_ROWS; r += 32 * WARPS) {
+        to + QUERY_ROWS * Keys::PITCH, thread, count, QueryRows<HEAD_DIM_V, Token>{p.d_o + i64(head) * GROUP * HEAD_DIM_V, first, token});
+    const auto load_facts = [&](int r) {
         const bool there = r < count;
-        copy_async<16>(to + QUERY_ROWS * (Keys::PITCH + Values::PITCH) + r * 16, facts_of(p) + place(there ? r : 0), there);
+        const int row = there ? first + r : first;
+        const RowFacts* const from = facts_of(p) + i64(token(row / GROUP)) * HEADS + head * GROUP + row % GROUP;
+        copy_async<16>(to + QUERY_ROWS * (Keys::PITCH + Values::PITCH) + r * 16, from, there);
+    };
+    if constexpr (QUERY_ROWS <= 32 * WARPS) {
+        if (thread < QUERY_ROWS) load_facts(thread);
+    } else {
+        for (int r = thread; r < QUERY_ROWS; r += 32 * WARPS) load_facts(r);
     }
 }
 
@@ -131,17 +144,18 @@ struct KeyGradients {
         if constexpr (V) clear<1, Values::PADDED>(dv);
     }
 
-    // Of QUERY_ROWS rows in a stage, for the warp's keys, which are rows base.. of the tiles; `sees(position, key)` for keys from
-    // that of the warp's first row on.
-    template <class Sees>
+    // Of QUERY_ROWS rows in a stage, for the warp's keys, which are rows base.. of the tiles. Unless all see all (`whole`, the same in
+    // all lanes), the query at position t sees those keys that `run(t)` says, counted from the warp's first one.
+    template <class Run>
     __device__ __forceinline__ void add(const char* keys, const char* values, int base, const char* stage, float scale, bool whole,
-                                        const Sees& sees) {
+                                        const Run& run) {
         QueryScores p, ds;
         // Both go on together; a warp alone, which has done the first before it begins the second, saves the registers.
         begin_dots_with<HEAD_DIM_QK, KEY_ROWS, QUERY_ROWS>(p, keys, base, stage);
         if constexpr (K && WARPGROUPS) begin_dots_with<HEAD_DIM_V, KEY_ROWS, QUERY_ROWS>(ds, values, base, d_o_of(stage));
         end_products<K ? 1 : 0>(p);
-        probabilities(p, stage, scale, whole, sees);
+        probabilities(p, stage, scale);
+        if (!uniform(whole)) mask(p, stage, run);
         if constexpr (K) {
             if constexpr (!WARPGROUPS) begin_dots_with<HEAD_DIM_V, KEY_ROWS, QUERY_ROWS>(ds, values, base, d_o_of(stage));
             end_products<0>(ds);
@@ -149,8 +163,7 @@ struct KeyGradients {
             begin_rows_of<HEAD_DIM_QK, QUERY_ROWS>(dk, ds, stage);
         }
         if constexpr (V) {
-            weigh(p, stage);
-            begin_rows_of<HEAD_DIM_V, QUERY_ROWS>(dv, p, d_o_of(stage));
+            add_values(p, stage);
             end_products<0>(dv);
         }
         if constexpr (K) end_products<0>(dk);
@@ -192,42 +205,60 @@ private:
         return reinterpret_cast<const RowFacts*>(facts)[n * 8 + anew(int(threadIdx.x % 4)) * 2 + c];
     }
 
+    // p of keys that a query does not see becomes 0.
+    template <class Run>
+    static __device__ __forceinline__ void mask(QueryScores& p, const char* stage, const Run& run) {
+        const int key = int(u32(anew(int(threadIdx.x % 32))) / 4);
+#pragma unroll
+        for (int n = 0; n < QUERY_ROWS / 8; ++n) {
+#pragma unroll
+            for (int c = 0; c < 2; ++c) {
+                const int t = position_of(facts_at(stage, n, c));
+                const int2 seen = run(t);
+#pragma unroll
+                for (int h = 0; h < 2; ++h) {
+                    const int at = key + h * 8;
+                    if (t < 0 || at < seen.x || at >= seen.y) p[0][n][2 * h + c] = 0.0f;
+                }
+            }
+        }
+    }
     // Scores become p.
-    template <class Sees>
-    static __device__ __forceinline__ void probabilities(QueryScores& p, const char* stage, float scale, bool whole, const Sees& sees) {
-        const int lane = anew(int(threadIdx.x % 32));
+    static __device__ __forceinline__ void probabilities(QueryScores& p, const char* stage, float scale) {
 #pragma unroll
         for (int n = 0; n < QUERY_ROWS / 8; ++n) {
 #pragma unroll
             for (int c = 0; c < 2; ++c) {
                 const RowFacts row = facts_at(stage, n, c);
-                const int t = position_of(row);
 #pragma unroll
-                for (int h = 0; h < 2; ++h) {
-                    float& score = p[0][n][2 * h + c];
-                    const bool seen = whole || (t >= 0 && sees(t, h * 8 + lane / 4));
-                    score = seen ? probability(score, scale, row) : 0.0f;
-                }
+                for (int h = 0; h < 2; ++h) p[0][n][2 * h + c] = probability(p[0][n][2 * h + c], scale, row);
             }
         }
+    }
+    // Begins dv += (g p) do.
+    __device__ __forceinline__ void add_values(const QueryScores& p, const char* stage) {
+        QueryScores weights;
+#pragma unroll
+        for (int n = 0; n < QUERY_ROWS / 8; ++n) {
+#pragma unroll
+            for (int x = 0; x < 4; ++x) weights[0][n][x] = p[0][n][x] * facts_at(stage, n, x % 2).z;
+        }
+        begin_rows_of<HEAD_DIM_V, QUERY_ROWS>(dv, weights, d_o_of(stage));
     }
     // Products of v and do become ds.
     static __device__ __forceinline__ void score_gradients(QueryScores& ds, const QueryScores& p, const char* stage, float scale) {
 #pragma unroll
         for (int n = 0; n < QUERY_ROWS / 8; ++n) {
 #pragma unroll
-            for (int x = 0; x < 4; ++x) {
-                const RowFacts row = facts_at(stage, n, x % 2);
-                ds[0][n][x] = scale * (p[0][n][x] * (row.z * ds[0][n][x] - row.y));
+            for (int c = 0; c < 2; ++c) {
+                const RowFacts row = facts_at(stage, n, c);
+                const float scaled_gate = scale * row.z;
+#pragma unroll
+                for (int h = 0; h < 2; ++h) {
+                    float& x = ds[0][n][2 * h + c];
+                    x = score_gradient(p[0][n][2 * h + c], x, scaled_gate, row);
+                }
             }
-        }
-    }
-    // p becomes g p.
-    static __device__ __forceinline__ void weigh(QueryScores& p, const char* stage) {
-#pragma unroll
-        for (int n = 0; n < QUERY_ROWS / 8; ++n) {
-#pragma unroll
-            for (int x = 0; x < 4; ++x) p[0][n][x] *= facts_at(stage, n, x % 2).z;
         }
     }
 };

@@ -14,6 +14,9 @@ __device__ __forceinline__ int anew(int x) {
     return x;
 }
 
+// A value that is the same in all lanes: the compiler learns it, and computes what follows once for the warp.
+__device__ __forceinline__ int uniform(int x) { return __shfl_sync(ALL_LANES, x, 0); }
+
 // The address that instructions for shared memory take.
 __device__ __forceinline__ u32 shared_address(const void* pointer) { return u32(__cvta_generic_to_shared(pointer)); }
 

@@ -31,6 +31,14 @@ __device__ __forceinline__ Sequence find_sequence(const int* sequences, int coun
     return {at[0], at[1], at[2], at[3], at[4], at[5]};
 }
 
+// The same for all of a block of threads, which ask with the same value.
+template <int COLUMN>
+__device__ __forceinline__ Sequence sequence_of_block(const int* sequences, int count, int value) {
+    const Sequence found = find_sequence<COLUMN>(sequences, count, value);
+    return {uniform(found.query), uniform(found.queries), uniform(found.context), uniform(found.key), uniform(found.keys),
+            uniform(found.tile)};
+}
+
 constexpr int ROWS_OF_PAGE = PAGE_ROWS > 0 ? PAGE_ROWS : 1;
 
 // A sequence's rows of one KV head: of a packed tensor `[rows, KV_HEADS, DIM]`, or in pages of PAGE_ROWS rows.
@@ -54,3 +62,54 @@ struct KeyRows {
     // Rows from `row` on that lie in one page.
     __device__ __forceinline__ EvenRows<STRIDE> from(int row) const { return {(*this)(row)}; }
 };
+
+// Rows of queries with one KV head, R a query: those from row `first` on in the order of queries, then heads. `token(i)` is the i-th
+// query's row in [N]; `head` the first of the KV head's rows in a tensor [N, HEADS, DIM].
+template <int DIM, class Token>
+struct QueryRows {
+    const Element* head;
+    int first;
+    const Token& token;
+
+    __device__ __forceinline__ const Element* operator()(int row) const {
+        return head + (i64(token((first + row) / GROUP)) * HEADS + (first + row) % GROUP) * DIM;
+    }
+};
+
+// As load_tile of even rows. Where tiles begin with a query's first head, each thread keeps its chunk and its head, or goes from
+// head to head.
+template <class Layout, int ROWS, int THREADS, int BYTES, int DIM, class Token>
+__device__ __forceinline__ void load_tile(u32 tile, int thread, int count, const QueryRows<DIM, Token>& rows) {
+    constexpr int PIECES = Layout::PITCH / BYTES, DOWN = THREADS / PIECES;
+    constexpr bool WHOLE = THREADS % PIECES == 0 && ROWS % DOWN == 0 && (DOWN & (DOWN - 1)) == 0;
+    constexpr bool ALIKE = ROWS % GROUP == 0 && (GROUP % DOWN == 0 || DOWN % GROUP == 0);
+    if constexpr (BYTES == 16 && DIM == Layout::PADDED && WHOLE && ALIKE) {
+        constexpr int SAME = GROUP > DOWN ? GROUP : DOWN;  // rows from which on a thread comes to another query
+        const int row = int(u32(thread) / PIECES), piece = int(u32(thread) % PIECES), before = GROUP < DOWN ? int(u32(row) / GROUP) : 0;
+        const u32 to = tile + Layout::chunk(row, piece);
+        const Element* const from = rows.head + (row - before * GROUP) * DIM + piece * Layout::PER_CHUNK;
+        const auto copy = [&](auto whole) {
+#pragma unroll
+            for (int i = 0; i < ROWS; i += SAME) {
+                const bool there = whole.value || row + i < count;
+                const int query = rows.first / GROUP + (there ? before + i / GROUP : 0);
+                const Element* const at = from + i64(rows.token(query)) * (HEADS * DIM);
+#pragma unroll
+                for (int j = 0; j < SAME; j += DOWN) {
+                    if constexpr (whole.value) {
+                        copy_chunk(below<Layout>(to, i + j), at + j * DIM);
+                    } else {
+                        copy_async<16>(below<Layout>(to, i + j), at + j * DIM, there);
+                    }
+                }
+            }
+        };
+        if (count >= ROWS) {
+            copy(Size<1>());
+        } else {
+            copy(Size<0>());
+        }
+    } else {
+        load_tile<Layout, ROWS, THREADS, BYTES, QueryRows<DIM, Token>>(tile, thread, count, rows);
+    }
+}

@@ -57,7 +57,7 @@ __device__ __forceinline__ void score_gradients(Parts<1, KEYS>& ds, const Parts<
             for (int c = 2 * h; c < 2 * h + 2; ++c) {
                 const bool seen = whole || n * 8 + lane % 4 * 2 + c % 2 < end;
                 const float p = seen ? probability(s[0][n][c], scale, facts[h]) : 0.0f;
-                ds[0][n][c] = scale * (p * (facts[h].z * ds[0][n][c] - facts[h].y));
+                ds[0][n][c] = score_gradient(p, ds[0][n][c], scale * facts[h].z, facts[h]);
             }
         }
     }
@@ -255,22 +255,19 @@ struct KeyWork {
     int count;
 
     __device__ __forceinline__ KeyWork(const SlcBackwardParams& p, int work, int share) {
-        block = p.works[work];
+        block = uniform(p.works[work]);
         head = block / p.blocks;
-        index = work - p.work_starts[block];
-        works = p.work_starts[block + 1] - p.work_starts[block];
-        sequence = find_sequence<5>(p.common.key_sequences, p.common.num_sequences, block % p.blocks);
+        const int first_work = uniform(p.work_starts[block]);
+        index = work - first_work;
+        works = uniform(p.work_starts[block + 1]) - first_work;
+        sequence = sequence_of_block<5>(p.common.key_sequences, p.common.num_sequences, block % p.blocks);
         const int first = (block % p.blocks - sequence.tile) * SELECT_BLOCK;
         key = first + share * KEY_ROWS;
         const int last = first + SELECT_BLOCK < key + KEY_ROWS ? first + SELECT_BLOCK : key + KEY_ROWS;
         end = last < sequence.keys ? last : sequence.keys;
-        const int total = p.totals[block], from = index * p.work_queries;
-        queries = p.lists + p.starts[block] + from;
+        const int total = uniform(p.totals[block]), from = index * p.work_queries;
+        queries = p.lists + uniform(p.starts[block]) + from;
         count = total - from < p.work_queries ? total - from : p.work_queries;
-    }
-    // Place of row i of the queries in tensors [N, HEADS].
-    __device__ __forceinline__ i64 row(int at) const {
-        return i64(queries[at / GROUP]) * HEADS + head * GROUP + at % GROUP;
     }
 };
 
@@ -286,7 +283,7 @@ __device__ __forceinline__ void key_gradients(const SlcBackwardParams& params, c
     const KeyRows<HEAD_DIM_V> v(p.v, nullptr, work.sequence.key, work.head);
     load_key_rows<K>(shared, keys, k.from(work.key), v.from(work.key));
     const auto load = [&](int first, int stage) {
-        load_query_rows(p, shared_address(stages) + stage * QUERY_STAGE_BYTES, first, rows, [&](int row) { return work.row(row); });
+        load_query_rows(p, shared_address(stages) + stage * QUERY_STAGE_BYTES, first, rows, work.head, [&](int i) { return work.queries[i]; });
     };
     KeyGradients<K, V> gradients;
     if (rows > 0) load(0, 0);
@@ -297,11 +294,12 @@ __device__ __forceinline__ void key_gradients(const SlcBackwardParams& params, c
         if (first + QUERY_ROWS < rows) load(first + QUERY_ROWS, stage ^ 1);
         copy_commit();
         // Warps whose products are made together leave together.
-        if (first_together(base) >= keys) continue;
+        if (first_together<KEY_ROWS>(base) >= keys) continue;
         // The first query of the stage is the one that sees least.
         const int t = work.sequence.context + work.queries[first / GROUP] - work.sequence.query;
         const bool whole = first + QUERY_ROWS <= rows && mine + 16 <= t + 1;
-        gradients.add(shared, shared + KEY_ROWS * Keys::PITCH, base, stages + stage * QUERY_STAGE_BYTES, p.scale, whole, [&](int t, int at) { return mine + at <= t; });
+        gradients.add(shared, shared + KEY_ROWS * Keys::PITCH, base, stages + stage * QUERY_STAGE_BYTES, p.scale, whole,
+                      [&](int t) { return make_int2(0, t + 1 - mine); });
     }
     copy_wait<0>();
     if (work.index == 0) {

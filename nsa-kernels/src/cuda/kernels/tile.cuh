@@ -66,7 +66,7 @@ __device__ __forceinline__ void load_tile(u32 tile, int thread, int count, const
     constexpr int PIECES = Layout::PITCH / BYTES, DOWN = THREADS / PIECES;
     constexpr bool WHOLE = THREADS % PIECES == 0 && ROWS % DOWN == 0 && (DOWN & (DOWN - 1)) == 0;
     if constexpr (BYTES == 16 && Layout::COLUMNS == Layout::PADDED && WHOLE) {
-        const int first = thread / PIECES, piece = thread % PIECES;
+        const int first = int(u32(thread) / PIECES), piece = int(u32(thread) % PIECES);
         const u32 to = tile + Layout::chunk(first, piece);
         const Element* const from = rows(first) + piece * Layout::PER_CHUNK;
         if (count >= ROWS) {

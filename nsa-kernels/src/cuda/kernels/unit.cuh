@@ -28,15 +28,18 @@ __device__ __forceinline__ void wait_for_tiles() {
     __syncthreads();
 }
 
-// The first row of those whose products are made together.
-__device__ __forceinline__ int first_together(int row) { return row / ROWS_TOGETHER * ROWS_TOGETHER; }
+// The first row of those whose products are made together, of a tile of ROWS.
+template <int ROWS>
+__device__ __forceinline__ int first_together(int row) {
+    return ROWS <= ROWS_TOGETHER ? 0 : uniform(row / ROWS_TOGETHER * ROWS_TOGETHER);
+}
 
 // Begins s = rows keys^T with the warp's 16 rows from row `base` of a tile of ROWS on, and all rows of another tile.
 template <int DIM, int ROWS, int N>
 __device__ __forceinline__ void begin_dots_with(Parts<1, N>& s, const char* rows, int base, const char* keys) {
     if constexpr (WARPGROUPS) {
         begin_products();
-        begin_dots<DIM, ROWS, N>(s, rows, first_together(base), keys);
+        begin_dots<DIM, ROWS, N>(s, rows, first_together<ROWS>(base), keys);
         commit_products();
     } else {
         dot_rows<DIM, 1, N, false>(s, Rows<DIM, 1, false>(rows + base * Tile<DIM>::PITCH), keys);

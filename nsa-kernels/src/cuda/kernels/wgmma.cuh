@@ -25,14 +25,14 @@ struct Panels {
     }
 };
 
-// Where the lines of a matrix lie: LEADING bytes from 64 columns to the next (where columns are its lines), 1,024 bytes from
-// eight rows to the next.
-__device__ __forceinline__ u64 matrix_at(u32 address, int leading) {
+// Where the lines of a matrix lie: LEADING bytes from 64 columns to the next (where columns are its lines). The lower half of
+// what instructions take.
+__device__ __forceinline__ u32 matrix_at(u32 address, int leading) { return (address & 0x3ffff) >> 4 | u32(leading) >> 4 << 16; }
+// The whole of the same matrix from BYTES further on; 1,024 bytes from eight rows to the next.
+__device__ __forceinline__ u64 further(u32 matrix, int bytes) {
     constexpr u64 SWAPPED_128 = u64(1) << 62;
-    return u64((address & 0x3ffff) >> 4) | u64(u32(leading) >> 4) << 16 | u64(1024 >> 4) << 32 | SWAPPED_128;
+    return u64(matrix + u32(bytes >> 4)) | u64(1024 >> 4) << 32 | SWAPPED_128;
 }
-// The same matrix from BYTES further on.
-__device__ __forceinline__ u64 further(u64 matrix, int bytes) { return matrix + u64(bytes >> 4); }
 
 __device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
@@ -100,7 +100,7 @@ template <int DIM, int LEFT_ROWS, int KEYS, int FROM = 0, int TO = DIM / 16>
 __device__ __forceinline__ void begin_dots(Parts<1, KEYS>& s, const char* rows, int first, const char* keys) {
     using Left = Panels<DIM, LEFT_ROWS>;
     using Right = Panels<DIM, KEYS>;
-    const u64 a = matrix_at(shared_address(rows) + first * Left::ROW_BYTES, 0), b = matrix_at(shared_address(keys), 0);
+    const u32 a = matrix_at(shared_address(rows) + first * Left::ROW_BYTES, 0), b = matrix_at(shared_address(keys), 0);
 #pragma unroll
     for (int k = FROM; k < TO; ++k) {
         Wgmma<Element, KEYS>::along(s[0], further(a, k / 4 * Left::PANEL_BYTES + k % 4 * 32),
@@ -146,7 +146,7 @@ __device__ __forceinline__ void round_parts(Operands<KEYS>& to, const Parts<1, K
 
 // Begins to add rows of a tile, weighted by p: COUNT columns from FROM on.
 template <int DIM, int FROM, int COUNT, int KEYS>
-__device__ __forceinline__ void begin_columns(Parts<1, DIM>& o, const Operands<KEYS>& p, u64 values) {
+__device__ __forceinline__ void begin_columns(Parts<1, DIM>& o, const Operands<KEYS>& p, u32 values) {
     using Layout = Panels<DIM, KEYS>;
 #pragma unroll
     for (int k = 0; k < KEYS / 16; ++k) {
@@ -158,7 +158,7 @@ __device__ __forceinline__ void begin_columns(Parts<1, DIM>& o, const Operands<K
 // Begins o += p values: rows of a tile of KEYS rows, weighted by p.
 template <int DIM, int KEYS>
 __device__ __forceinline__ void begin_rows(Parts<1, DIM>& o, const Operands<KEYS>& p, const char* values) {
-    const u64 at = matrix_at(shared_address(values), Panels<DIM, KEYS>::PANEL_BYTES);
+    const u32 at = matrix_at(shared_address(values), Panels<DIM, KEYS>::PANEL_BYTES);
     if constexpr (DIM >= 128) begin_columns<DIM, 0, 128, KEYS>(o, p, at);
     if constexpr (DIM >= 256) begin_columns<DIM, 128, 128, KEYS>(o, p, at);
     if constexpr (DIM % 128 == 64) begin_columns<DIM, DIM - 64, 64, KEYS>(o, p, at);
