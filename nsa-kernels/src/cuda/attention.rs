@@ -263,9 +263,9 @@ pub(crate) fn builds(config: &NsaConfig, dtype: DType, unit: Unit) -> Vec<Build>
             |&name: &&'static str| Launched { name, threads: geometry.threads, shared_bytes: geometry.shared_bytes };
         Build { program, constants: constants.clone(), kernels: names.iter().map(launched).collect() }
     };
-    let (banded, of_blocks) = (band.bake(constants.clone()), compressed.bake(constants.clone()));
-    let mut kept = compressed.geometry(1, 1);
-    kept.shared_bytes = KeptScores::new(config, &compressed, usize::MAX >> 32, (1, 0)).shared_bytes as u32;
+    let scores = KeptScores::new(config, compressed, usize::MAX >> 32, (1, 0));
+    let (banded, of_blocks) = (band.bake(constants.clone()), scores.tiles.bake(constants.clone()));
+    let kept = Geometry { shared_bytes: scores.shared_bytes as u32, ..scores.tiles.geometry(1, 1) };
     let step = StepTiles::new(config, size, false);
     let stepped = step.bake(constants.clone(), config, size, [0, 0]);
     vec![
@@ -302,7 +302,7 @@ impl BandTiles {
     /// With the sizes of tiles.
     pub(super) fn bake(&self, constants: Constants) -> Constants {
         let constants = constants.with("WARPS", self.warps).with("TILES", self.tiles).with("KEYS", self.keys);
-        let constants = constants.with("QUERIES_HELD", usize::from(self.held));
+        let constants = constants.with("COPIED", self.copied).with("QUERIES_HELD", usize::from(self.held));
         constants.with("WARPGROUPS", usize::from(self.unit == Unit::Warpgroup))
     }
 

@@ -41,7 +41,7 @@ pub(crate) fn forward<T: Element>(cuda: &Cuda, args: Forward<'_, T>) -> Result<(
     let call = prepared.call;
     let most = packing.seqs().map(|seq| index::num_blocks(config, seq.end())).max().unwrap_or(0);
     let device = cuda.device();
-    let kept = KeptScores::new(config, &tiles, most, (device.multiprocessors, device.shared_bytes));
+    let kept = KeptScores::new(config, tiles, most, (device.multiprocessors, device.shared_bytes));
     let mut geometry = tiles.geometry(prepared.sequences.tiles, config.num_kv_heads());
     geometry.shared_bytes = kept.shared_bytes as u32;
     if kept.slots > 0 {
@@ -56,7 +56,7 @@ pub(crate) fn forward<T: Element>(cuda: &Cuda, args: Forward<'_, T>) -> Result<(
         slot_floats: kept.floats as i64,
         in_shared: i32::from(kept.slots == 0),
     };
-    let call = call.constants(|constants| tiles.bake(constants));
+    let call = call.constants(|constants| kept.tiles.bake(constants));
     call.launch(&PROGRAM, "cmp_forward", geometry, params)
 }
 

@@ -115,6 +115,8 @@ pub(crate) struct BandTiles {
     pub(crate) tiles: usize,
     /// Keys of a tile.
     pub(crate) keys: usize,
+    /// Tiles of keys that are copied at once.
+    pub(crate) copied: usize,
     /// Whether queries stay in registers.
     pub(crate) held: bool,
     /// Queries of a block; 0 if it cannot hold all heads of a group.
@@ -156,6 +158,7 @@ impl BandTiles {
             warps,
             tiles,
             keys,
+            copied: 1,
             held: size == 2 && tiles == 1 && k <= 128,
             queries: warps * tiles * 16 / config.group_size(),
             shared_bytes: (warps * tiles * 16 * k.max(v) + 2 * keys * (k + v)) * size,
@@ -175,6 +178,7 @@ impl BandTiles {
             warps,
             tiles: 1,
             keys,
+            copied: 1,
             held: false,
             queries: warps * 16 / config.group_size(),
             shared_bytes: (warps * 16 * k.max(v) + 2 * keys * (k + v)) * 2,
@@ -182,6 +186,15 @@ impl BandTiles {
         let fits = |tiles: &Self| tiles.shared_bytes <= WARPGROUP_SHARED_BYTES;
         let found = warps.iter().map(with_warps).find(fits);
         found.filter(|tiles| tiles.queries > 0).unwrap_or_else(|| Self::of_warps(config, 2))
+    }
+
+    /// With two tiles of keys copied at once, where warpgroups have the shared memory for them.
+    fn with_two_copied(self, config: &NsaConfig) -> Self {
+        let more = 2 * self.keys * padded(config).iter().sum::<usize>() * 2;
+        // Rows have more beside the tiles.
+        let bytes = self.shared_bytes + more;
+        let fits = self.unit == Unit::Warpgroup && bytes + self.rows() * 8 + 16 <= WARPGROUP_SHARED_BYTES;
+        if fits { Self { copied: 2, shared_bytes: bytes, ..self } } else { self }
     }
 
     /// Rows of a block.
@@ -213,6 +226,8 @@ fn folds(config: &NsaConfig, keys: usize) -> bool {
 /// How `cmp_forward` keeps scores until the denominators of the softmax are known (`kernels/cmp_fwd.cu`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct KeptScores {
+    /// The tiles, of which two are copied at once where shared memory is left for that.
+    pub(crate) tiles: BandTiles,
     /// Numbers that a block keeps.
     pub(crate) floats: usize,
     /// Blocks that run at once, each with a slot in the workspace; 0 if scores are kept in shared memory.
@@ -225,19 +240,20 @@ impl KeptScores {
     /// For sequences of at most `blocks` compression blocks, on a device with so many multiprocessors and bytes of shared
     /// memory a block. Shared memory it is where as many blocks still fit on a multiprocessor as their registers allow: two,
     /// or one of warpgroups.
-    pub(crate) fn new(config: &NsaConfig, tiles: &BandTiles, blocks: usize, device: (usize, usize)) -> Self {
+    pub(crate) fn new(config: &NsaConfig, tiles: BandTiles, blocks: usize, device: (usize, usize)) -> Self {
         let (chunks, span) = chunks_and_span(config);
         let (columns, extra) =
             if folds(config, tiles.keys) { (tiles.keys / chunks, span - 1) } else { (tiles.keys, 0) };
         let floats = (blocks + extra).div_ceil(tiles.keys) * tiles.rows() * (columns + 1);
         // m and 1 / l of each row, and the tile in turn.
-        let own = tiles.shared_bytes + tiles.rows() * 8 + 16;
+        let own = |tiles: &BandTiles| tiles.shared_bytes + tiles.rows() * 8 + 16;
         let (multiprocessors, shared) = device;
         let at_once = if tiles.unit == Unit::Warp { 2 } else { 1 };
-        if own + 4 * floats <= (shared / at_once).max(own) {
-            return Self { floats, slots: 0, shared_bytes: own + 4 * floats };
+        if own(&tiles) + 4 * floats <= (shared / at_once).max(own(&tiles)) {
+            return Self { tiles, floats, slots: 0, shared_bytes: own(&tiles) + 4 * floats };
         }
-        Self { floats, slots: at_once * multiprocessors, shared_bytes: own }
+        let tiles = tiles.with_two_copied(config);
+        Self { tiles, floats, slots: at_once * multiprocessors, shared_bytes: own(&tiles) }
     }
 }
 
@@ -502,7 +518,11 @@ mod tests {
     fn scores_are_kept_in_shared_memory_while_two_blocks_fit() {
         let config = config(16, (128, 128));
         let tiles = BandTiles::new(&config, 2, Unit::Warp);
-        let kept = |blocks, shared| KeptScores::new(&config, &tiles, blocks, (108, shared));
+        let kept = |blocks, shared| KeptScores::new(&config, tiles, blocks, (108, shared));
+        let warpgroups = BandTiles::compressed(&config, 2, Unit::Warpgroup);
+        let kept_by_them = |blocks| KeptScores::new(&config, warpgroups, blocks, (132, 227 << 10));
+        assert_eq!((kept_by_them(62).tiles.copied, kept_by_them(4095).tiles.copied), (1, 2));
+        assert!(kept_by_them(4095).shared_bytes <= 227 << 10);
         // 32 compressed keys are 8 selection blocks; one more key is looked at.
         assert_eq!(kept(31, 163 << 10).floats, 128 * 9);
         assert_eq!(kept(32, 163 << 10).floats, 2 * 128 * 9);

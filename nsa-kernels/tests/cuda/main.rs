@@ -79,6 +79,15 @@ fn wide_groups() {
     });
 }
 
+/// So many compressed blocks that their scores are kept in the workspace.
+#[test]
+fn scores_in_memory() {
+    on_simulator("scores_in_memory", || {
+        let config = paper(1, 1, 64, 64).compress_block(2).compress_stride(1).select_block(4).window(8);
+        assert_cases(Op::Cmp, vec![Case::new("scores-in-memory", config.select_count(5), [880, 40])]);
+    });
+}
+
 #[test]
 fn gate() {
     on_simulator("gate", || assert_op(Op::Gate));

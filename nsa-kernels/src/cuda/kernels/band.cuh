@@ -1,8 +1,9 @@
 // Attention in which a query sees one run of keys that only grows at its end with the query: `dense`, `win`, `cmp`.
 //
 // A block of WARPS x TILES x 16 rows holds QUERIES queries with all R heads of a group, so that a key is read once for all of
-// them: row = query R + head. Keys and values come in tiles of KEYS rows through two stages of shared memory.
-// Shared memory, bytes: queries ROWS max(pitch of k, pitch of v); 2 stages x KEYS (pitch of k + pitch of v).
+// them: row = query R + head. Keys and values come in tiles of KEYS rows, COPIED at once, through two stages of shared memory:
+// warps wait for each other once a stage, and between its tiles multiply while others take exponentials.
+// Shared memory, bytes: queries ROWS max(pitch of k, pitch of v); 2 stages x COPIED x KEYS (pitch of k + pitch of v).
 #pragma once
 #include "flash.cuh"
 #include "span.cuh"
@@ -13,7 +14,8 @@ constexpr int ROWS = WARPS * WARP_ROWS;
 constexpr int QUERIES = ROWS / GROUP;
 constexpr int THREADS = 32 * WARPS;
 constexpr int ROWS_BYTES = ROWS * (Keys::PITCH > Values::PITCH ? Keys::PITCH : Values::PITCH);
-constexpr int STAGE_BYTES = KEYS * (Keys::PITCH + Values::PITCH);
+constexpr int TILE_BYTES = KEYS * (Keys::PITCH + Values::PITCH);
+constexpr int STAGE_BYTES = COPIED * TILE_BYTES;
 constexpr bool HELD = QUERIES_HELD && TENSOR_CORES;
 static_assert(QUERIES > 0, "a block holds all heads of a query");
 
@@ -139,22 +141,29 @@ __device__ __forceinline__ void walk_keys(const P& p, const BandTile& tile, cons
     const KeyRows<HEAD_DIM_QK> k(p.k, p.k_pages, seq.key, tile.head);
     const KeyRows<HEAD_DIM_V> v(p.v, p.v_pages, seq.key, tile.head);
     const auto load = [&](int key, int stage) {
-        const u32 to = shared_address(stages) + stage * STAGE_BYTES;
-        const int count = end - EXTRA - key;
-        load_keys<HEAD_DIM_QK, QK_COPY_BYTES>(to, count, k, key);
-        load_keys<HEAD_DIM_V, V_COPY_BYTES>(to + KEYS * Keys::PITCH, count, v, key);
+#pragma unroll
+        for (int at = 0; at < COPIED; ++at) {
+            const u32 to = shared_address(stages) + stage * STAGE_BYTES + at * TILE_BYTES;
+            const int first = key + at * KEYS, count = end - EXTRA - first;
+            if (COPIED > 1 && first >= end) break;
+            load_keys<HEAD_DIM_QK, QK_COPY_BYTES>(to, count, k, first);
+            load_keys<HEAD_DIM_V, V_COPY_BYTES>(to + KEYS * Keys::PITCH, count, v, first);
+        }
         copy_commit();
     };
     if (begin < end) load(begin, 0);
     copy_commit();
     wait_for_tiles();
     ready();
-    for (int key = begin; key < end; key += KEYS) {
-        const int index = (key - begin) / KEYS;
-        if (index > 0) wait_for_tiles();
-        if (key + KEYS < end) load(key + KEYS, (index + 1) % 2);
-        if (warp.end == 0 || key >= warp.end + EXTRA || key + KEYS <= warp.first) continue;
-        see(key, index, stages + index % 2 * STAGE_BYTES);
+    for (int key = begin, stage = 0; key < end; key += COPIED * KEYS, stage ^= 1) {
+        if (key > begin) wait_for_tiles();
+        if (key + COPIED * KEYS < end) load(key + COPIED * KEYS, stage ^ 1);
+#pragma unroll 1
+        for (int at = 0; at < COPIED; ++at) {
+            const int first = key + at * KEYS;
+            if (warp.end == 0 || first >= warp.end + EXTRA || first + KEYS <= warp.first) continue;
+            see(first, (first - begin) / KEYS, stages + stage * STAGE_BYTES + at * TILE_BYTES);
+        }
     }
 }
 

@@ -27,7 +27,7 @@
 //
 // budget: kernel=cmp_forward threads=128 registers=255 spills=0 shared=66576
 // budget: kernel=cmp_forward arch=sm_100 threads=128 registers=255 spills=40 shared=66576
-// budget: kernel=cmp_forward arch=sm_90a threads=384 registers=168 spills=0 shared=116240
+// budget: kernel=cmp_forward arch=sm_90a threads=384 registers=168 spills=0 shared=181776
 #include "element.cuh"
 #include "config.cuh"
 #include "params.cuh"
