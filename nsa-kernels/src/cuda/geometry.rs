@@ -257,8 +257,8 @@ impl KeptScores {
     }
 }
 
-/// Blocks of gradients of keys that fill a device: several a multiprocessor, so that short ones make up for long ones.
-const KEY_BLOCKS: usize = 1024;
+/// Warps of gradients of keys that fill a device: several blocks a multiprocessor, so that short ones make up for long ones.
+const KEY_WARPS: usize = 4096;
 /// Steps of a block of gradients of keys, at least, where several share a tile's queries.
 const PART_STEPS: usize = 16;
 
@@ -267,12 +267,16 @@ const PART_STEPS: usize = 16;
 pub(crate) struct GradientTiles {
     /// Who makes the products.
     pub(crate) unit: Unit,
-    /// Warps of a block, each with 16 rows of queries or of keys.
+    /// Warps of a block of gradients of keys, each with 16 of them.
     pub(crate) warps: usize,
+    /// Warps of a block of gradients of queries, each with 16 rows.
+    pub(crate) query_warps: usize,
     /// Keys of a tile that queries meet.
     pub(crate) keys: usize,
     /// Rows of queries of a tile that keys meet.
     pub(crate) query_rows: usize,
+    /// Tiles of rows of queries that are copied at once.
+    pub(crate) copied: usize,
     /// Queries of a block; 0 if it cannot hold all heads of a group.
     pub(crate) queries: usize,
     /// Bytes of a row of k and of one of v together.
@@ -282,7 +286,7 @@ pub(crate) struct GradientTiles {
 }
 
 impl GradientTiles {
-    /// For a configuration and elements of `size` bytes, on a device with such a unit.
+    /// For a configuration and elements of `size` bytes, on a device with such a unit; blocks are as small as products allow.
     pub(crate) fn new(config: &NsaConfig, size: usize, unit: Unit) -> Self {
         let unit = unit.fitting(config, size);
         let row_bytes = pitch(config.head_dim_qk(), size) + pitch(config.head_dim_v(), size);
@@ -292,7 +296,9 @@ impl GradientTiles {
             Unit::Warp => (rows_below(1024), rows_below(640)),
             Unit::Warpgroup => (if row_bytes > 768 { 32 } else { 64 }, if row_bytes > 512 { 32 } else { 64 }),
         };
-        let mut tiles = Self { unit, warps: 4, keys, query_rows, queries: 0, row_bytes, apart: row_bytes / size > 320 };
+        let apart = row_bytes / size > 320;
+        let mut tiles =
+            Self { unit, warps: 4, query_warps: 4, keys, query_rows, copied: 1, queries: 0, row_bytes, apart };
         let holds = |warps: usize| warps * 16 >= config.group_size();
         let least = unit.least_warps();
         while tiles.warps > least && tiles.shared_bytes() > unit.shared_bytes() && holds(tiles.warps / 2) {
@@ -301,35 +307,59 @@ impl GradientTiles {
         while tiles.warps < 8 && !holds(tiles.warps) {
             tiles.warps *= 2;
         }
-        tiles.queries = tiles.rows() / config.group_size();
-        tiles
+        tiles.with_query_warps(tiles.warps, config)
     }
 
-    /// Rows of a block.
+    /// Of a query that sees one run of keys. Warpgroups share blocks then: each row of queries and each key that the second cache
+    /// gives meets two or three of them, which else is what they wait for.
+    pub(crate) fn banded(config: &NsaConfig, size: usize, unit: Unit) -> Self {
+        let tiles = Self::new(config, size, unit);
+        if tiles.unit == Unit::Warp {
+            return tiles;
+        }
+        let fits = |tiles: &Self| tiles.shared_bytes() <= WARPGROUP_SHARED_BYTES;
+        let of_keys = [2, 1].map(|copied| Self { warps: 8, copied, ..tiles });
+        let tiles = of_keys.into_iter().find(fits).unwrap_or(tiles);
+        // As registers allow.
+        let most = if config.head_dim_qk().max(config.head_dim_v()) <= 128 { 12 } else { 8 };
+        let of_queries = [most, 8].map(|warps| tiles.with_query_warps(warps, config));
+        of_queries.into_iter().find(fits).unwrap_or(tiles)
+    }
+
+    fn with_query_warps(self, query_warps: usize, config: &NsaConfig) -> Self {
+        Self { query_warps, queries: 16 * query_warps / config.group_size(), ..self }
+    }
+
+    /// Keys of a block.
     pub(crate) fn rows(&self) -> usize {
         16 * self.warps
     }
 
     /// Bytes of shared memory of a block of either kernel.
     pub(crate) fn shared_bytes(&self) -> usize {
-        self.rows() * self.row_bytes + (2 * self.keys * self.row_bytes).max(self.query_stages())
+        self.bytes_of_keys().max(self.bytes_of_queries())
     }
 
-    fn query_stages(&self) -> usize {
-        2 * (self.query_rows * (self.row_bytes + 16)).next_multiple_of(self.unit.alignment())
+    fn bytes_of_keys(&self) -> usize {
+        let stage = (self.query_rows * (self.row_bytes + 16)).next_multiple_of(self.unit.alignment());
+        self.rows() * self.row_bytes + 2 * self.copied * stage
+    }
+
+    fn bytes_of_queries(&self) -> usize {
+        (16 * self.query_warps + 2 * self.keys) * self.row_bytes
     }
 
     /// A launch over tiles of queries.
     pub(crate) fn of_queries(&self, tiles: usize, heads: usize) -> Geometry {
-        let shared_bytes = self.rows() * self.row_bytes + 2 * self.keys * self.row_bytes;
-        self.geometry([tiles as u64 * heads as u64, 1, 1], shared_bytes)
+        let (grid, threads) = ([tiles as u64 * heads as u64, 1, 1], 32 * self.query_warps as u32);
+        Geometry { grid, threads, shared_bytes: self.bytes_of_queries() as u32 }
     }
 
     /// Parts that the rows of queries of each tile of keys are cut into, `rows` of the tile with most: enough blocks for any
     /// device, none of them too short.
     pub(crate) fn parts(&self, tiles: usize, rows: usize) -> usize {
         let longest = rows / (PART_STEPS * self.query_rows);
-        KEY_BLOCKS.div_ceil(tiles.max(1)).min(longest).max(1)
+        KEY_WARPS.div_ceil(self.warps * tiles.max(1)).min(longest).max(1)
     }
 
     /// Numbers of a tile's gradients of keys and values.
@@ -345,11 +375,7 @@ impl GradientTiles {
     /// A launch over `parts` of the queries of tiles of keys.
     pub(crate) fn of_keys(&self, tiles: usize, heads: usize, parts: usize) -> Geometry {
         let grid = [tiles as u64 * heads as u64, if self.apart { 2 } else { 1 }, parts as u64];
-        self.geometry(grid, self.rows() * self.row_bytes + self.query_stages())
-    }
-
-    fn geometry(&self, grid: [u64; 3], shared_bytes: usize) -> Geometry {
-        Geometry { grid, threads: 32 * self.warps as u32, shared_bytes: shared_bytes as u32 }
+        Geometry { grid, threads: 32 * self.warps as u32, shared_bytes: self.bytes_of_keys() as u32 }
     }
 }
 
@@ -462,7 +488,6 @@ mod tests {
             for dims in [(5, 3), (64, 64), (96, 96), (128, 128), (192, 128), (256, 256)] {
                 for (size, unit) in [(2, Unit::Warp), (4, Unit::Warp), (2, Unit::Warpgroup), (4, Unit::Warpgroup)] {
                     let config = config(heads, dims);
-                    let gradients = GradientTiles::new(&config, size, unit);
                     let select = SelectTiles::new(&config, size);
                     for band in [BandTiles::new(&config, size, unit), BandTiles::compressed(&config, size, unit)] {
                         assert!(band.queries > 0 && band.queries * heads <= band.rows(), "{heads} {dims:?} {band:?}");
@@ -470,10 +495,19 @@ mod tests {
                         let limit = band.unit.shared_bytes();
                         assert!(heads > 16 || band.shared_bytes <= limit, "{heads} {dims:?} {band:?}");
                     }
-                    assert!(gradients.queries * heads <= gradients.rows(), "{heads} {dims:?} {gradients:?}");
-                    assert!(gradients.warps.is_multiple_of(gradients.unit.least_warps()), "{heads} {gradients:?}");
-                    let limit = gradients.unit.shared_bytes();
-                    assert!(heads > 16 || gradients.shared_bytes() <= limit, "{dims:?} {gradients:?}");
+                    for gradients in
+                        [GradientTiles::new(&config, size, unit), GradientTiles::banded(&config, size, unit)]
+                    {
+                        assert!(
+                            gradients.queries * heads <= 16 * gradients.query_warps,
+                            "{heads} {dims:?} {gradients:?}"
+                        );
+                        for warps in [gradients.warps, gradients.query_warps] {
+                            assert!(warps.is_multiple_of(gradients.unit.least_warps()), "{heads} {gradients:?}");
+                        }
+                        let limit = gradients.unit.shared_bytes();
+                        assert!(heads > 16 || gradients.shared_bytes() <= limit, "{dims:?} {gradients:?}");
+                    }
                     assert!(select.queries * heads.div_ceil(select.parts) <= 16, "{heads} {dims:?} {select:?}");
                     assert!(select.shared_bytes <= SHARED_BYTES, "{heads} {dims:?} {select:?}");
                 }
@@ -497,6 +531,8 @@ mod tests {
         assert_eq!((band.rows(), compressed.rows(), compressed.queries), (128, 192, 12));
         let gradients = GradientTiles::new(&config, 2, Unit::Warpgroup);
         assert_eq!((gradients.rows(), gradients.keys, gradients.query_rows), (64, 64, 64));
+        let shared = GradientTiles::banded(&config, 2, Unit::Warpgroup);
+        assert_eq!((shared.rows(), shared.query_warps, shared.copied), (128, 12, 2));
     }
 
     #[test]

@@ -160,7 +160,7 @@ pub(super) fn backward<T: Element>(
     offsets: &CuSeqlens,
 ) -> Result<()> {
     let config = args.config;
-    let tiles = GradientTiles::new(config, size_of::<T>(), cuda.unit());
+    let tiles = GradientTiles::banded(config, size_of::<T>(), cuda.unit());
     if tiles.queries == 0 || tiles.shared_bytes() > cuda.device().shared_bytes {
         let what = format!("{} query heads a KV head with these dims", config.group_size());
         return Err(unsupported(cuda, op, &what, "use the backend `cpu`"));
@@ -186,15 +186,17 @@ pub(super) fn backward<T: Element>(
 impl GradientTiles {
     /// With the sizes of tiles.
     pub(super) fn bake(&self, constants: Constants) -> Constants {
-        let constants = constants.with("WARPS", self.warps).with("KEYS", self.keys);
-        constants.with("QUERY_ROWS", self.query_rows).with("WARPGROUPS", usize::from(self.unit == Unit::Warpgroup))
+        let constants =
+            constants.with("WARPS", self.warps).with("QUERY_WARPS", self.query_warps).with("KEYS", self.keys);
+        let constants = constants.with("QUERY_ROWS", self.query_rows).with("COPIED", self.copied);
+        constants.with("WARPGROUPS", usize::from(self.unit == Unit::Warpgroup))
     }
 }
 
 /// What the gradients run.
 pub(crate) fn builds(config: &NsaConfig, dtype: DType, unit: Unit) -> Vec<Build> {
     let size = dtype.size_bytes();
-    let tiles = GradientTiles::new(config, size, unit);
+    let tiles = GradientTiles::banded(config, size, unit);
     let aligned = [&[0][..], &[0]];
     let constants = super::attention::copies_of(Constants::new(dtype).config(config), config, size, aligned, 0);
     let launched =

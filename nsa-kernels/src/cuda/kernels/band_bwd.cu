@@ -20,17 +20,17 @@
 //
 // budget: kernel=band_row_facts threads=256 registers=40 spills=0 shared=0
 // budget: kernel=dense_query_gradients threads=128 registers=255 spills=0 shared=65536
-// budget: kernel=dense_query_gradients arch=sm_90a threads=128 registers=255 spills=0 shared=98304
+// budget: kernel=dense_query_gradients arch=sm_90a threads=384 registers=168 spills=0 shared=163840
 // budget: kernel=dense_key_gradients threads=128 registers=255 spills=0 shared=66560
-// budget: kernel=dense_key_gradients arch=sm_90a threads=128 registers=255 spills=0 shared=100352
+// budget: kernel=dense_key_gradients arch=sm_90a threads=256 registers=255 spills=0 shared=200704
 // budget: kernel=win_query_gradients threads=128 registers=255 spills=0 shared=65536
-// budget: kernel=win_query_gradients arch=sm_90a threads=128 registers=255 spills=0 shared=98304
+// budget: kernel=win_query_gradients arch=sm_90a threads=384 registers=168 spills=0 shared=163840
 // budget: kernel=win_key_gradients threads=128 registers=255 spills=0 shared=66560
-// budget: kernel=win_key_gradients arch=sm_90a threads=128 registers=255 spills=0 shared=100352
+// budget: kernel=win_key_gradients arch=sm_90a threads=256 registers=255 spills=0 shared=200704
 // budget: kernel=cmp_query_gradients threads=128 registers=255 spills=0 shared=65536
-// budget: kernel=cmp_query_gradients arch=sm_90a threads=128 registers=255 spills=0 shared=98304
+// budget: kernel=cmp_query_gradients arch=sm_90a threads=384 registers=168 spills=0 shared=163840
 // budget: kernel=cmp_key_gradients threads=128 registers=255 spills=0 shared=66560
-// budget: kernel=cmp_key_gradients arch=sm_90a threads=128 registers=255 spills=0 shared=100352
+// budget: kernel=cmp_key_gradients arch=sm_90a threads=256 registers=255 spills=0 shared=200704
 // budget: kernel=band_add_parts threads=256 registers=64 spills=0 shared=0
 #include "element.cuh"
 #include "config.cuh"
@@ -38,9 +38,12 @@
 #include "grad.cuh"
 #include "span.cuh"
 
-constexpr int THREADS = 32 * WARPS;
-constexpr int ROWS = 16 * WARPS;
+constexpr int QUERY_THREADS = 32 * QUERY_WARPS;
+constexpr int KEY_THREADS = 32 * WARPS;
+constexpr int ROWS = 16 * QUERY_WARPS;
 constexpr int QUERIES = ROWS / GROUP;
+// As many threads as divide the rows of a tile of keys.
+constexpr int LOADERS = QUERY_WARPS % 3 == 0 ? QUERY_THREADS / 3 * 2 : QUERY_THREADS;
 constexpr int STAGE_BYTES = KEYS * (Keys::PITCH + Values::PITCH);
 static_assert(QUERIES > 0, "a block holds all heads of a query");
 
@@ -71,9 +74,9 @@ __device__ __forceinline__ void query_gradients(const BandBackwardParams& p) {
     const Span span(seq);
     char* const d_o = shared + ROWS * Keys::PITCH;
     char* const stages = d_o + ROWS * Values::PITCH;
-    load_tile<SharedTile<HEAD_DIM_QK, ROWS>, ROWS, THREADS, QK_COPY_BYTES>(
+    load_tile<SharedTile<HEAD_DIM_QK, ROWS>, ROWS, QUERY_THREADS, QK_COPY_BYTES>(
         shared_address(shared), threadIdx.x, rows, [&](int r) { return p.q + run.row(r) * HEAD_DIM_QK; });
-    load_tile<SharedTile<HEAD_DIM_V, ROWS>, ROWS, THREADS, V_COPY_BYTES>(
+    load_tile<SharedTile<HEAD_DIM_V, ROWS>, ROWS, QUERY_THREADS, V_COPY_BYTES>(
         shared_address(d_o), threadIdx.x, rows, [&](int r) { return p.d_o + run.row(r) * HEAD_DIM_V; });
     const int base = threadIdx.x / 32 * 16, own = rows - base < 16 ? rows - base : 16, lane = threadIdx.x % 32;
     RowFacts facts[2];
@@ -92,8 +95,9 @@ __device__ __forceinline__ void query_gradients(const BandBackwardParams& p) {
     const auto load = [&](int key, int stage) {
         const u32 to = shared_address(stages) + stage * STAGE_BYTES;
         const int thread = anew(int(threadIdx.x));
-        load_tile<SharedTile<HEAD_DIM_QK, KEYS>, KEYS, THREADS, QK_COPY_BYTES>(to, thread, end - key, k.from(key));
-        load_tile<SharedTile<HEAD_DIM_V, KEYS>, KEYS, THREADS, V_COPY_BYTES>(to + KEYS * Keys::PITCH, thread, end - key, v.from(key));
+        if (LOADERS < QUERY_THREADS && thread >= LOADERS) return;
+        load_tile<SharedTile<HEAD_DIM_QK, KEYS>, KEYS, LOADERS, QK_COPY_BYTES>(to, thread, end - key, k.from(key));
+        load_tile<SharedTile<HEAD_DIM_V, KEYS>, KEYS, LOADERS, V_COPY_BYTES>(to + KEYS * Keys::PITCH, thread, end - key, v.from(key));
     };
     float dq[1][Keys::PADDED / 8][4];
     clear<1, Keys::PADDED>(dq);
@@ -160,24 +164,35 @@ __device__ __forceinline__ void key_gradients(const BandBackwardParams& p) {
     const int part = all > 0 ? ceil_div(ceil_div(all, QUERY_ROWS), int(gridDim.z)) * QUERY_ROWS : 0;
     const int begin = int(blockIdx.z) * part, rows = all < begin + part ? all : begin + part;
     const auto load = [&](int first, int stage) {
-        load_query_rows(p, shared_address(stages) + stage * QUERY_STAGE_BYTES, first, rows, head, [&](int i) { return run.token(i); });
+#pragma unroll
+        for (int i = 0; i < COPIED; ++i) {
+            const int tile = stage * COPIED + i, row = first + i * QUERY_ROWS;
+            if (COPIED > 1 && row >= rows) break;
+            load_query_rows(p, shared_address(stages) + tile * QUERY_STAGE_BYTES, row, rows, head, [&](int i) { return run.token(i); });
+        }
     };
     KeyGradients<K, V> gradients;
     if (begin < rows) load(begin, 0);
     copy_commit();
-    for (int first = begin, stage = 0; first < rows; first += QUERY_ROWS, stage ^= 1) {
-        wait_for_tiles();
-        if (first + QUERY_ROWS < rows) load(first + QUERY_ROWS, stage ^ 1);
-        copy_commit();
+    const auto meet = [&](int first, const char* stage) {
         const int last = first + QUERY_ROWS < rows ? first + QUERY_ROWS : rows;
         const int base = anew(int(threadIdx.x)) / 32 * 16, mine = key + base;
         const int before = run.position(first), after = run.position(last - 1);
         // Those whose products are made together leave together.
         const int theirs = first_together<KEY_ROWS>(base), seen = key + theirs;
-        if (theirs >= keys || seen >= span.end(after) || seen + ROWS_TOGETHER <= span.first(before)) continue;
+        if (theirs >= keys || seen >= span.end(after) || seen + ROWS_TOGETHER <= span.first(before)) return;
         const bool whole = first + QUERY_ROWS <= rows && mine + 16 <= span.end(before) && mine >= span.first(after);
-        gradients.add(shared, shared + KEY_ROWS * Keys::PITCH, base, stages + stage * QUERY_STAGE_BYTES, p.scale, whole,
+        gradients.add(shared, shared + KEY_ROWS * Keys::PITCH, base, stage, p.scale, whole,
                       [&](int t) { return make_int2(span.first(t) - mine, span.end(t) - mine); });
+    };
+    for (int first = begin, stage = 0; first < rows; first += COPIED * QUERY_ROWS, stage ^= 1) {
+        wait_for_tiles();
+        if (first + COPIED * QUERY_ROWS < rows) load(first + COPIED * QUERY_ROWS, stage ^ 1);
+        copy_commit();
+#pragma unroll 1
+        for (int i = 0; i < COPIED && first + i * QUERY_ROWS < rows; ++i) {
+            meet(first + i * QUERY_ROWS, stages + (stage * COPIED + i) * QUERY_STAGE_BYTES);
+        }
     }
     copy_wait<0>();
     // Found anew: it took registers in the loop.
@@ -213,32 +228,32 @@ __device__ __forceinline__ void key_gradients_of(const BandBackwardParams& p) {
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
+extern "C" __global__ void __launch_bounds__(QUERY_THREADS, 1)
     dense_query_gradients(const __grid_constant__ BandBackwardParams p) {
     query_gradients<Dense>(p);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
+extern "C" __global__ void __launch_bounds__(KEY_THREADS, 1)
     dense_key_gradients(const __grid_constant__ BandBackwardParams p) {
     key_gradients_of<Dense>(p);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
+extern "C" __global__ void __launch_bounds__(QUERY_THREADS, 1)
     win_query_gradients(const __grid_constant__ BandBackwardParams p) {
     query_gradients<Window>(p);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
+extern "C" __global__ void __launch_bounds__(KEY_THREADS, 1)
     win_key_gradients(const __grid_constant__ BandBackwardParams p) {
     key_gradients_of<Window>(p);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
+extern "C" __global__ void __launch_bounds__(QUERY_THREADS, 1)
     cmp_query_gradients(const __grid_constant__ BandBackwardParams p) {
     query_gradients<Visible>(p);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
+extern "C" __global__ void __launch_bounds__(KEY_THREADS, 1)
     cmp_key_gradients(const __grid_constant__ BandBackwardParams p) {
     key_gradients_of<Visible>(p);
 }

@@ -82,8 +82,8 @@ template <class Layout, int ROWS, int THREADS, int BYTES, int DIM, class Token>
 __device__ __forceinline__ void load_tile(u32 tile, int thread, int count, const QueryRows<DIM, Token>& rows) {
     constexpr int PIECES = Layout::PITCH / BYTES, DOWN = THREADS / PIECES;
     constexpr bool WHOLE = THREADS % PIECES == 0 && ROWS % DOWN == 0 && (DOWN & (DOWN - 1)) == 0;
-    constexpr bool ALIKE = ROWS % GROUP == 0 && (GROUP % DOWN == 0 || DOWN % GROUP == 0);
-    if constexpr (BYTES == 16 && DIM == Layout::PADDED && WHOLE && ALIKE) {
+    constexpr bool ALIKE = WHOLE && ROWS % GROUP == 0 && (GROUP % DOWN == 0 || DOWN % GROUP == 0);
+    if constexpr (BYTES == 16 && DIM == Layout::PADDED && ALIKE) {
         constexpr int SAME = GROUP > DOWN ? GROUP : DOWN;  // rows from which on a thread comes to another query
         const int row = int(u32(thread) / PIECES), piece = int(u32(thread) % PIECES), before = GROUP < DOWN ? int(u32(row) / GROUP) : 0;
         const u32 to = tile + Layout::chunk(row, piece);
