@@ -264,7 +264,7 @@ pub(crate) fn builds(config: &NsaConfig, dtype: DType, unit: Unit) -> Vec<Build>
         Build { program, constants: constants.clone(), kernels: names.iter().map(launched).collect() }
     };
     let scores = KeptScores::new(config, compressed, usize::MAX >> 32, (1, 0));
-    let (banded, of_blocks) = (band.bake(constants.clone()), scores.tiles.bake(constants.clone()));
+    let (banded, of_blocks) = (band.bake(constants.clone()), scores.bake(constants.clone()));
     let kept = Geometry { shared_bytes: scores.shared_bytes as u32, ..scores.tiles.geometry(1, 1) };
     let step = StepTiles::new(config, size, false);
     let stepped = step.bake(constants.clone(), config, size, [0, 0]);
@@ -295,6 +295,13 @@ impl StepTiles {
             .with("QUERIES_HELD", usize::from(self.held))
             .with("QUERY_COPY_BYTES", copy_bytes(dim_k, size, &[q]))
             .with("OUTPUT_VECTOR", if wide { 4 } else { 1 })
+    }
+}
+
+impl KeptScores {
+    /// With the sizes of tiles, and what is kept of them.
+    pub(super) fn bake(&self, constants: Constants) -> Constants {
+        self.tiles.bake(constants).with("TWICE", usize::from(self.twice))
     }
 }
 

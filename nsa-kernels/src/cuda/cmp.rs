@@ -56,7 +56,7 @@ pub(crate) fn forward<T: Element>(cuda: &Cuda, args: Forward<'_, T>) -> Result<(
         slot_floats: kept.floats as i64,
         in_shared: i32::from(kept.slots == 0),
     };
-    let call = call.constants(|constants| kept.tiles.bake(constants));
+    let call = call.constants(|constants| kept.bake(constants));
     call.launch(&PROGRAM, "cmp_forward", geometry, params)
 }
 

@@ -223,11 +223,14 @@ fn folds(config: &NsaConfig, keys: usize) -> bool {
     matches!(chunks, 2 | 4 | 8) && span <= 2 && (keys / 8).is_multiple_of(chunks / 2)
 }
 
-/// How `cmp_forward` keeps scores until the denominators of the softmax are known (`kernels/cmp_fwd.cu`).
+/// How `cmp_forward` keeps scores for the importance (`kernels/cmp_fwd.cu`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct KeptScores {
     /// The tiles, of which two are copied at once where shared memory is left for that.
     pub(crate) tiles: BandTiles,
+    /// Whether scores are computed a second time, once the denominators of the softmax are known, and summed over heads before they
+    /// are kept; else those of each row are kept until then.
+    pub(crate) twice: bool,
     /// Numbers that a block keeps.
     pub(crate) floats: usize,
     /// Blocks that run at once, each with a slot in the workspace; 0 if scores are kept in shared memory.
@@ -239,21 +242,32 @@ pub(crate) struct KeptScores {
 impl KeptScores {
     /// For sequences of at most `blocks` compression blocks, on a device with so many multiprocessors and bytes of shared
     /// memory a block. Shared memory it is where as many blocks still fit on a multiprocessor as their registers allow: two,
-    /// or one of warpgroups.
+    /// or one of warpgroups. Those have the tensor cores for a second product, and heads within their warps.
     pub(crate) fn new(config: &NsaConfig, tiles: BandTiles, blocks: usize, device: (usize, usize)) -> Self {
         let (chunks, span) = chunks_and_span(config);
-        let (columns, extra) =
-            if folds(config, tiles.keys) { (tiles.keys / chunks, span - 1) } else { (tiles.keys, 0) };
-        let floats = (blocks + extra).div_ceil(tiles.keys) * tiles.rows() * (columns + 1);
+        let (folded, heads) = (folds(config, tiles.keys), config.group_size());
+        let (columns, extra) = if folded { (tiles.keys / chunks, span - 1) } else { (tiles.keys, 0) };
+        let within_warps = 16usize.is_multiple_of(heads) || heads.is_multiple_of(16);
+        let twice = tiles.unit == Unit::Warpgroup && folded && within_warps;
+        let of_tile = if twice { tiles.queries * heads.div_ceil(16) * columns } else { tiles.rows() * (columns + 1) };
+        let floats = (blocks + extra).div_ceil(tiles.keys) * of_tile;
         // m and 1 / l of each row, and the tile in turn.
         let own = |tiles: &BandTiles| tiles.shared_bytes + tiles.rows() * 8 + 16;
         let (multiprocessors, shared) = device;
         let at_once = if tiles.unit == Unit::Warp { 2 } else { 1 };
-        if own(&tiles) + 4 * floats <= (shared / at_once).max(own(&tiles)) {
-            return Self { tiles, floats, slots: 0, shared_bytes: own(&tiles) + 4 * floats };
+        let kept = |tiles: BandTiles, floats_in_shared, slots| Self {
+            tiles,
+            twice,
+            floats,
+            slots,
+            shared_bytes: own(&tiles) + 4 * floats_in_shared,
+        };
+        let more = tiles.with_two_copied(config);
+        let fits = |tiles: &BandTiles| own(tiles) + 4 * floats <= (shared / at_once).max(own(tiles));
+        match [more, tiles].into_iter().find(fits) {
+            Some(tiles) => kept(tiles, floats, 0),
+            None => kept(more, 0, at_once * multiprocessors),
         }
-        let tiles = tiles.with_two_copied(config);
-        Self { tiles, floats, slots: at_once * multiprocessors, shared_bytes: own(&tiles) }
     }
 }
 
@@ -557,8 +571,14 @@ mod tests {
         let kept = |blocks, shared| KeptScores::new(&config, tiles, blocks, (108, shared));
         let warpgroups = BandTiles::compressed(&config, 2, Unit::Warpgroup);
         let kept_by_them = |blocks| KeptScores::new(&config, warpgroups, blocks, (132, 227 << 10));
-        assert_eq!((kept_by_them(62).tiles.copied, kept_by_them(4095).tiles.copied), (1, 2));
-        assert!(kept_by_them(4095).shared_bytes <= 227 << 10);
+        // Sums of 12 queries: 16 blocks of each of 64 tiles of keys.
+        assert_eq!(
+            (kept_by_them(4095).floats, kept_by_them(4095).slots, kept_by_them(4095).tiles.copied),
+            (12_288, 0, 2)
+        );
+        assert_eq!((kept_by_them(6000).slots, kept_by_them(6000).tiles.copied), (0, 1));
+        assert_eq!((kept_by_them(16_000).slots, kept_by_them(16_000).tiles.copied), (132, 2));
+        assert!([62, 4095, 6000, 16_000].iter().all(|&blocks| kept_by_them(blocks).shared_bytes <= 227 << 10));
         // 32 compressed keys are 8 selection blocks; one more key is looked at.
         assert_eq!(kept(31, 163 << 10).floats, 128 * 9);
         assert_eq!(kept(32, 163 << 10).floats, 2 * 128 * 9);

@@ -130,9 +130,9 @@ __device__ __forceinline__ void load_keys(u32 to, int count, const KeyRows<DIM>&
 }
 
 // Over a tile of queries' keys, from the first tile of keys on: `see(key, index, stage)` for each tile from `key` on that rows of the
-// warp see, k and behind it v in `stage`. EXTRA keys more are walked over, which are zeros. Other copies that are under way
-// are waited for first, and `ready()` is called when they are there.
-template <int EXTRA, class P, class Span, class Ready, class See>
+// warp see, k and behind it v, if they are wanted, in `stage`. EXTRA keys more are walked over, which are zeros. Other copies that
+// are under way are waited for first, and `ready()` is called when they are there.
+template <int EXTRA, bool WITH_VALUES, class P, class Span, class Ready, class See>
 __device__ __forceinline__ void walk_keys(const P& p, const BandTile& tile, const Span& span, const WarpSpan<Span>& warp,
                                           char* stages, const Ready& ready, See& see) {
     const Sequence& seq = tile.sequence;
@@ -147,7 +147,7 @@ __device__ __forceinline__ void walk_keys(const P& p, const BandTile& tile, cons
             const int first = key + at * KEYS, count = end - EXTRA - first;
             if (COPIED > 1 && first >= end) break;
             load_keys<HEAD_DIM_QK, QK_COPY_BYTES>(to, count, k, first);
-            load_keys<HEAD_DIM_V, V_COPY_BYTES>(to + KEYS * Keys::PITCH, count, v, first);
+            if constexpr (WITH_VALUES) load_keys<HEAD_DIM_V, V_COPY_BYTES>(to + KEYS * Keys::PITCH, count, v, first);
         }
         copy_commit();
     };
@@ -175,6 +175,18 @@ __device__ __forceinline__ void load_queries(const P& p, const BandTile& tile, c
         [&](int row) { return p.q + (tile.token(row) * HEADS + tile.query_head(row)) * HEAD_DIM_QK; });
 }
 
+// Scores of a warp's rows with a tile of keys from `key` on, minus infinity where they are not seen; `q` is what warps alone read.
+template <class Span>
+__device__ __forceinline__ void score_keys(BandScores& s, BandFlash& flash, const Queries<TILES, HELD>& q, const BandTile& tile,
+                                           const WarpSpan<Span>& warp, const Span& span, int key, const char* keys) {
+    if constexpr (WARPGROUPS) {
+        dots_together<HEAD_DIM_QK, ROWS, KEYS, TILES>(s, shared, first_together<ROWS>(warp.base), keys);
+    } else {
+        flash.multiply_keys(s, q, keys);
+    }
+    if (key < warp.common_first || key + KEYS > warp.common_end) mask(s, tile, warp, span, key);
+}
+
 // One tile of queries over its keys. `look(flash, s, index, rescaled, factor)` is shown each tile's p, and those of EXTRA keys
 // more, which are 0.
 template <int EXTRA, class P, class Span, class Look>
@@ -185,19 +197,14 @@ __device__ __forceinline__ void attend(const P& p, const BandTile& tile, const S
     Queries<TILES, HELD> q(shared + warp.base * Keys::PITCH);
     const auto see = [&](int key, int index, const char* stage) {
         BandScores s;
-        if constexpr (WARPGROUPS) {
-            dots_together<HEAD_DIM_QK, ROWS, KEYS, TILES>(s, shared, first_together<ROWS>(warp.base), stage);
-        } else {
-            flash.multiply_keys(s, q, stage);
-        }
-        if (key < warp.common_first || key + KEYS > warp.common_end) mask(s, tile, warp, span, key);
+        score_keys(s, flash, q, tile, warp, span, key, stage);
         float factor[TILES][2];
         const bool rescaled = flash.exponentials(s, p.scale_log2, factor);
         look(flash, s, index, rescaled, factor);
         begin_rows_of<HEAD_DIM_V, KEYS, TILES>(flash.o, s, stage + KEYS * Keys::PITCH);
         end_products<0>(flash.o);
     };
-    walk_keys<EXTRA>(p, tile, span, warp, shared + ROWS_BYTES, [&] { q.take(); }, see);
+    walk_keys<EXTRA, true>(p, tile, span, warp, shared + ROWS_BYTES, [&] { q.take(); }, see);
     flash.finish();
     // All have read the queries and the last tile.
     __syncthreads();

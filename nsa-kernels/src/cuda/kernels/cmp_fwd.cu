@@ -1,29 +1,33 @@
 // Attention over compressed blocks, the importance of selection blocks, and the choice of n of them (SPEC 2.1, 2.2).
 //
 // o and lse as in band_fwd.cu, keys being compressed blocks. The importance of a block is the sum over the R heads of
-// p = 2^(s - m) 2^m / l, whose m and l are known at the end only. Scores are not computed twice: each row's p is summed to
-// selection blocks in registers (weights 1 2 2 2 1 at 32/16/64; a fourth of the scores), relative to the m of its tile of
-// keys, and kept with that m. At the end a warp a query sums the heads with their factors, and takes the n best online.
+// p = 2^(s - m) / l, whose m and l are known at the end only. Where a warp alone multiplies, scores are not computed twice: each
+// row's p is summed to selection blocks in registers (weights 1 2 2 2 1 at 32/16/64; a fourth of the scores), relative to the m of
+// its tile of keys, and kept with that m; at the end a warp a query sums the heads with their factors. On sm_90a, whose tensor
+// cores have time for it, scores are computed a second time (TWICE): p is then final, and is summed to blocks and over the
+// heads before one number a query and block is kept, in shared memory up to some 80,000 tokens. Either way a warp a query takes the
+// n best online.
 //
 // Grid: a CTA a tile of ROWS / R queries and KV head, the last tiles first; where scores are kept in the workspace, as many
 // CTAs as run at once, each of which takes every so manyth tile.
 // Shared memory, bytes at D = 128 in bf16: as band_fwd.cu, m and 1 / l of each row, 8 x 128, the tile in turn, 16; then, if two
-// CTAs still fit, the kept scores: 4 x 128 x 9 a tile of 32 compressed keys.
+// CTAs still fit, the kept scores: 4 x 128 x 9 a tile of 32 compressed keys (on sm_90a, where one CTA is enough: 4 x 12 x 16 a tile
+// of 64).
 // Registers: as band_fwd.cu, and the last p of each row, which counts for the next tile's first block. On sm_90a o, scores and
 // what is kept of them take 160: one CTA of 12 warps, so that a tile of keys meets 192 rows. On sm_100 ten registers more than
 // there are, which are kept in memory from one tile of keys to the next.
 // Roofline, a KV head: 2 R (Dk + Dv) FLOP a query and visible block (T / 2d of them at the end of T tokens on average);
-// keeping scores instead of a second product with k saves a third of that, and costs 9/8 numbers of 4 bytes each way a
-// row and selection block, from the L2 cache as long as it holds them.
+// keeping scores instead of a second product with k saves a third of that (2 R Dk more), and costs 9/8 numbers of 4 bytes each way
+// a row and selection block, from the L2 cache as long as it holds them: at T = 65,536 4.6 GB that go to memory and come back.
 // Counted at R = 16, D = 128: 1.53 of these FLOP at T = 1,024, 1.26 at 2,048 (62 and 126 blocks in tiles of 32; the excess
 // is half a tile a query), bytes from memory 1.00 of the least; 1.02 of the passes over shared memory without conflicts.
 // Order of summation: flash.cuh for o; importance: within a row strides of a block from left to right by lanes of the quad,
-// heads first + 4 i in order, then the tree over first. Kept numbers do not depend on the number of CTAs.
+// heads first + 4 i in order, then the tree over first; TWICE: rows 8 apart, then a tree over the rest. Kept numbers do not depend
+// on the number of CTAs.
 // Selection: exact on these f32 sums: higher first, of equal ones the lower block, NaN as 0; forced blocks first. Equal keys
-// have equal p as long as m has not followed a greater score between them.
+// have equal p, where p is kept as long as m has not followed a greater score between them.
 // Edges: rows without a visible block: o = 0, lse = -infinity; queries with at most n candidates take them all, unscored.
-// Tried: a second pass over k with the final lse (1.5 times the FLOP); p kept a compressed block (4 times the memory), which
-// is what is done where blocks do not fold (strides of other shapes).
+// Tried: p kept a compressed block (4 times the memory), which is what is done where blocks do not fold (strides of other shapes).
 //
 // budget: kernel=cmp_forward threads=128 registers=255 spills=0 shared=66576
 // budget: kernel=cmp_forward arch=sm_100 threads=128 registers=255 spills=40 shared=66576
@@ -45,8 +49,11 @@ constexpr int OWN = FOLDED ? KEYS / 8 / SHARING : 1;
 constexpr int BLOCKS_OF_PART = FOLDED ? 8 / CHUNKS : 1;
 // A compression block counts for the selection block behind it too, which may lie in the next tile.
 constexpr int EXTRA = FOLDED ? SPAN - 1 : 0;
-// What is kept of a tile of keys: [ROWS, COLUMNS], and m, [ROWS].
-constexpr int KEPT = ROWS * (COLUMNS + 1);
+// Where p is computed a second time: warps that share the heads of a query, each of which sums its own.
+constexpr int SHARERS = ceil_div(GROUP, 16);
+// What is kept of a tile of keys: [ROWS, COLUMNS], and m, [ROWS]; or sums over heads, [QUERIES, SHARERS, COLUMNS].
+constexpr int KEPT = TWICE ? QUERIES * SHARERS * COLUMNS : ROWS * (COLUMNS + 1);
+static_assert(!TWICE || (FOLDED && TILES == 1 && (16 % GROUP == 0 || GROUP % 16 == 0)), "the heads of a query in a warp");
 // Tiles whose scores are summed over heads at once.
 constexpr int AT_ONCE = 4;
 constexpr int FREE = SELECT_COUNT - SELECT_INITIAL - SELECT_LOCAL;
@@ -86,7 +93,9 @@ struct Keep {
                 float* const to = tile + row * COLUMNS;
                 if constexpr (FOLDED) {
                     if (rescaled) carry[i][h] *= factor[i][h];
-                    fold(p[i], h, carry[i][h], to);
+                    float own[OWN];
+                    fold(own, p[i], h, carry[i][h]);
+                    put(to, own);
                     carry[i][h] = p[i][KEYS / 8 - 1][2 * h + 1];
                 } else {
 #pragma unroll
@@ -98,8 +107,8 @@ struct Keep {
         }
     }
 
-    // One row's sums, in the order that `slot` undoes: lanes that have the same sums share the writing.
-    static __device__ __forceinline__ void fold(const float (&p)[KEYS / 8][4], int h, float before, float* to) {
+    // One row's sums, in the order that `slot` undoes: lanes that have the same sums share them.
+    static __device__ __forceinline__ void fold(float (&own)[OWN], const float (&p)[KEYS / 8][4], int h, float before) {
         const int lane = threadIdx.x % 4;
         float sums[KEYS / 8];
 #pragma unroll
@@ -115,7 +124,6 @@ struct Keep {
 #pragma unroll
             for (int step = 1; step < SHARING; step *= 2) sums[n] += __shfl_xor_sync(ALL_LANES, sums[n], step);
         }
-        float own[OWN];
 #pragma unroll
         for (int x = 0; x < OWN; ++x) {
             own[x] = sums[x];
@@ -125,6 +133,9 @@ struct Keep {
                 own[x] = lane % SHARING == other ? theirs : mine;
             }
         }
+    }
+    static __device__ __forceinline__ void put(float* to, const float (&own)[OWN]) {
+        const int lane = threadIdx.x % 4;
         if constexpr (OWN == 4) {
             *reinterpret_cast<float4*>(to + lane * 4) = make_float4(own[0], own[1], own[2], own[3]);
         } else if constexpr (OWN == 2) {
@@ -140,6 +151,53 @@ struct Keep {
         return lane * OWN + part % OWN;
     }
 };
+
+// The importance a second time over the keys: p of a warp's rows, whose m and l are known, is summed to selection blocks and over
+// the heads, and kept.
+__device__ __forceinline__ void sum_again(const CmpForwardParams& p, const BandTile& tile, BandFlash& flash) {
+    const Visible span(tile.sequence);
+    const WarpSpan<Visible> warp(tile, span);
+    const Queries<TILES, HELD> q(shared);
+    float carry[2] = {};
+    const auto see = [&](int key, int index, const char* stage) {
+        BandScores s;
+        score_keys(s, flash, q, tile, warp, span, key, stage);
+        const int lane = anew(int(threadIdx.x % 32));
+        float own[2][OWN];
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            const float base = flash.l[0][h] == 0.0f ? 0.0f : flash.m[0][h], inverse = flash.inverse(0, h);
+#pragma unroll
+            for (int n = 0; n < KEYS / 8; ++n) {
+#pragma unroll
+                for (int c = 2 * h; c < 2 * h + 2; ++c) s[0][n][c] = exp2_approx(fmaf(s[0][n][c], p.common.scale_log2, -base));
+            }
+            Keep::fold(own[h], s[0], h, carry[h]);
+            carry[h] = s[0][KEYS / 8 - 1][2 * h + 1];
+#pragma unroll
+            for (int x = 0; x < OWN; ++x) own[h][x] *= inverse;
+        }
+        // Rows 8 apart, then those of the lanes: in the order of a tree.
+        constexpr int HALVES = GROUP < 16 ? 2 : 1, ROWS_OF_HALF = GROUP < 8 ? GROUP : 8;
+#pragma unroll
+        for (int h = 0; h < HALVES; ++h) {
+#pragma unroll
+            for (int x = 0; x < OWN; ++x) {
+                if (HALVES == 1) own[h][x] += own[1][x];
+#pragma unroll
+                for (int step = 4; step < 4 * ROWS_OF_HALF; step *= 2) own[h][x] += __shfl_xor_sync(ALL_LANES, own[h][x], step);
+            }
+            const int row = warp.base + h * 8 + lane / 4;
+            // The last rows may be no query's.
+            if (lane / 4 % ROWS_OF_HALF == 0 && row < QUERIES * GROUP) {
+                Keep::put(kept_scores(p) + i64(index) * KEPT + (GROUP < 16 ? row / GROUP : row / 16) * COLUMNS, own[h]);
+            }
+        }
+    };
+    walk_keys<EXTRA, false>(p.common, tile, span, warp, shared + ROWS_BYTES, [] {}, see);
+    // All have read the queries.
+    __syncthreads();
+}
 
 // Scores of a query's candidates, from what is kept of its rows.
 struct Importance {
@@ -176,7 +234,12 @@ struct Importance {
         float sum = 0.0f;
         if constexpr (FOLDED) {
             const int tile = block / COLUMNS;
-            if (tile < tiles) sum = rows[i64(tile) * KEPT + Keep::slot(block % COLUMNS)];
+            if (tile < tiles) {
+                const float* const at = rows + i64(tile) * KEPT + Keep::slot(block % COLUMNS);
+                sum = *at;
+#pragma unroll
+                for (int x = 1; x < (TWICE ? SHARERS : 1); ++x) sum += at[x * COLUMNS];
+            }
         } else {
             for (int m = 0; m < CHUNKS; ++m) {
                 for (int r = 0; r < SPAN; ++r) {
@@ -272,8 +335,8 @@ __device__ __forceinline__ void select(const CmpForwardParams& p, const BandTile
     if constexpr (FREE > 0) {
         const int visible = Visible(tile.sequence).end(t);
         const int tiles = visible > 0 ? ceil_div(visible + EXTRA, KEYS) : 0;
-        const Importance importance{kept + row * COLUMNS, visible, tiles};
-        importance.sum_heads(kept + ROWS * COLUMNS + row, factors + 2 * row);
+        const Importance importance{kept + (TWICE ? query * SHARERS : row) * COLUMNS, visible, tiles};
+        if constexpr (!TWICE) importance.sum_heads(kept + ROWS * COLUMNS + row, factors + 2 * row);
         Best best(importance);
         best.offer(importance, SELECT_INITIAL + FREE, candidates - SELECT_LOCAL);
         best.write(list + SELECT_INITIAL);
@@ -286,13 +349,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) cmp_forward(const __gri
         BandTile tile(p.common, work);
         const bool selects = p.block_indices != nullptr;
         const bool scores = selects && FREE > 0 && tile.position(tile.rows - 1) / SELECT_BLOCK + 1 > SELECT_COUNT;
-        Keep keep(p, scores);
+        Keep keep(p, scores && !TWICE);
         BandFlash flash;
-        attend<EXTRA>(p.common, tile, Visible(tile.sequence), flash, keep);
+        attend<TWICE ? 0 : EXTRA>(p.common, tile, Visible(tile.sequence), flash, keep);
+        if constexpr (TWICE) {
+            if (scores) sum_again(p, tile, flash);
+        }
         work = *work_in_turn();
         tile = BandTile(p.common, work);
         const int thread = anew(int(threadIdx.x)), base = thread / 32 * WARP_ROWS, lane = thread % 32;
-        if (lane % 4 == 0) {
+        if (!TWICE && lane % 4 == 0) {
 #pragma unroll
             for (int i = 0; i < TILES; ++i) {
 #pragma unroll

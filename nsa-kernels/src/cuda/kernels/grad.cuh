@@ -54,21 +54,30 @@ __device__ __forceinline__ void row_facts(const P& p) {
     }
 }
 
-// Adds a warp's rows to dq.
+// Adds a warp's rows to dq. Loads of a row are under way together: a store may not pass a load that it could change.
 template <class Place>
 __device__ __forceinline__ void add_query_gradients(const Parts<1, Keys::PADDED>& dq, const Place& place) {
+    constexpr int PARTS = Keys::PADDED / 8, TURN = PARTS < 16 ? PARTS : 16;
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
         float* const to = place(h * 8 + lane / 4);
         if (to == nullptr) continue;
 #pragma unroll
-        for (int n = 0; n < Keys::PADDED / 8; ++n) {
+        for (int from = 0; from < PARTS; from += TURN) {
+            float sums[TURN][2];
+            const auto each = [&](const auto& act) {
 #pragma unroll
-            for (int c = 0; c < 2; ++c) {
-                const int d = n * 8 + lane % 4 * 2 + c;
-                if (d < HEAD_DIM_QK) to[d] += dq[0][n][2 * h + c];
-            }
+                for (int n = 0; n < TURN; ++n) {
+#pragma unroll
+                    for (int c = 0; c < 2; ++c) {
+                        const int d = (from + n) * 8 + lane % 4 * 2 + c;
+                        if (from + n < PARTS && d < HEAD_DIM_QK) act(to[d], sums[n][c], dq[0][from + n < PARTS ? from + n : 0][2 * h + c]);
+                    }
+                }
+            };
+            each([](float& place, float& sum, float) { sum = place; });
+            each([](float& place, float& sum, float x) { place = sum + x; });
         }
     }
 }
