@@ -256,7 +256,7 @@ pub(super) fn copies_of(
 pub(crate) fn builds(config: &NsaConfig, dtype: DType, unit: Unit) -> Vec<Build> {
     let size = dtype.size_bytes();
     let (band, compressed) = (BandTiles::new(config, size, unit), BandTiles::compressed(config, size, unit));
-    let select = SelectTiles::new(config, size);
+    let select = SelectTiles::new(config, size, unit);
     let constants = copies_of(Constants::new(dtype).config(config), config, size, [&[0], &[0]], 0);
     let build = |program: &'static Program, constants: &Constants, names: &[&'static str], geometry: Geometry| {
         let launched =
@@ -279,8 +279,10 @@ pub(crate) fn builds(config: &NsaConfig, dtype: DType, unit: Unit) -> Vec<Build>
 impl SelectTiles {
     /// With the sizes of tiles.
     pub(super) fn bake(&self, constants: Constants) -> Constants {
-        let constants = constants.with("WARPS", self.warps).with("KEYS", self.keys).with("STAGES", self.stages);
-        constants.with("QUERIES", self.queries).with("QUERIES_HELD", usize::from(self.held))
+        let constants = constants.with("WARPS", self.warps).with("ROWS", self.rows).with("KEYS", self.keys);
+        let constants = constants.with("STAGES", self.stages).with("QUERIES", self.queries);
+        let constants = constants.with("QUERIES_HELD", usize::from(self.held));
+        constants.with("WARPGROUPS", usize::from(self.unit == Unit::Warpgroup))
     }
 }
 

@@ -393,30 +393,38 @@ impl GradientTiles {
     }
 }
 
-/// Warps that share the heads of a query, and queries of a warp's 16 rows. Queries that share a warp walk over the union of
+/// Tiles of `rows` rows that share the heads of a query, and queries of a tile. Those of a warp's 16 rows walk over the union of
 /// their blocks, which is never more work than each one's own with the other rows empty.
-fn select_rows(config: &NsaConfig) -> (usize, usize) {
-    let parts = config.group_size().div_ceil(16);
-    (parts, 16 / config.group_size().div_ceil(parts))
+fn select_rows(config: &NsaConfig, rows: usize) -> (usize, usize) {
+    let parts = config.group_size().div_ceil(rows);
+    (parts, rows / config.group_size().div_ceil(parts))
 }
+
+/// Heads of a group, at least, for which warpgroups walk over the union of selected blocks: of more than eight queries it grows faster
+/// than what their rows gain, as long as their blocks have little in common.
+const UNION_HEADS: usize = 8;
 
 /// Bytes of the lists of a warp's queries: tiles begin behind them.
 fn list_bytes(config: &NsaConfig, queries: usize) -> usize {
     (queries * config.select_count() * 4).next_multiple_of(Unit::Warp.alignment())
 }
 
-/// Tiles of `slc_forward` (`kernels/slc_fwd.cu`): a warp works alone.
+/// Tiles of `slc_forward` (`kernels/slc_fwd.cu`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct SelectTiles {
+    /// Who makes the products, and walks over blocks.
+    pub(crate) unit: Unit,
     /// Warps of a block.
     pub(crate) warps: usize,
+    /// Rows of a tile: of a warp, or of four.
+    pub(crate) rows: usize,
     /// Keys of a step.
     pub(crate) keys: usize,
     /// Steps in shared memory.
     pub(crate) stages: usize,
-    /// Queries of a warp.
+    /// Queries of a tile.
     pub(crate) queries: usize,
-    /// Warps that share a query's heads.
+    /// Tiles that share a query's heads.
     pub(crate) parts: usize,
     /// Whether queries stay in registers.
     pub(crate) held: bool,
@@ -425,11 +433,32 @@ pub(crate) struct SelectTiles {
 }
 
 impl SelectTiles {
-    /// For a configuration and elements of `size` bytes.
-    pub(crate) fn new(config: &NsaConfig, size: usize) -> Self {
+    /// For a configuration and elements of `size` bytes, on a device with such a unit. Queries of a warpgroup's rows read each block
+    /// that several of them have selected once: what the second cache gives is what selected attention waits for.
+    pub(crate) fn new(config: &NsaConfig, size: usize, unit: Unit) -> Self {
+        match unit.fitting(config, size) {
+            Unit::Warpgroup if config.select_block().is_multiple_of(32) && config.group_size() >= UNION_HEADS => {
+                Self::of_warpgroups(config)
+            }
+            _ => Self::of_warps(config, size),
+        }
+    }
+
+    fn of_warpgroups(config: &NsaConfig) -> Self {
+        const ROWS: usize = 64;
+        let (k, v) = (pitch(config.head_dim_qk(), 2), pitch(config.head_dim_v(), 2));
+        let (parts, queries) = select_rows(config, ROWS);
+        let wide = config.select_block().is_multiple_of(64) && k.max(v) <= 256;
+        let keys = if wide { 64 } else { 32 };
+        let shared_bytes = 2 * keys * (k + v) + ROWS * k.max(v) + list_bytes(config, queries);
+        let unit = Unit::Warpgroup;
+        Self { unit, warps: 4, rows: ROWS, keys, stages: 2, queries, parts, held: false, shared_bytes }
+    }
+
+    fn of_warps(config: &NsaConfig, size: usize) -> Self {
         const STAGES: usize = 2;
         let (k, v) = (pitch(config.head_dim_qk(), size), pitch(config.head_dim_v(), size));
-        let (parts, queries) = select_rows(config);
+        let (parts, queries) = select_rows(config, 16);
         let keys = if config.select_block() >= 32 && k + v <= 256 { 32 } else { 16 };
         let stages = STAGES * keys * (k + v);
         let rows = 16 * k.max(v);
@@ -439,21 +468,23 @@ impl SelectTiles {
         while warps > 1 && warps * warp > SHARED_BYTES {
             warps /= 2;
         }
-        Self { warps, keys, stages: STAGES, queries, parts, held, shared_bytes: warps * warp }
+        let unit = Unit::Warp;
+        Self { unit, warps, rows: 16, keys, stages: STAGES, queries, parts, held, shared_bytes: warps * warp }
     }
 
     /// For gradients of queries, in blocks of `warps` warps.
     pub(crate) fn gradients(config: &NsaConfig, size: usize, warps: usize) -> Self {
         let bytes = pitch(config.head_dim_qk(), size) + pitch(config.head_dim_v(), size);
-        let ((parts, queries), keys) = (select_rows(config), 16);
+        let ((parts, queries), keys) = (select_rows(config, 16), 16);
         let warp = (2 * keys + 16) * bytes + list_bytes(config, queries);
-        Self { warps, keys, stages: 2, queries, parts, held: false, shared_bytes: warps * warp }
+        let unit = Unit::Warp;
+        Self { unit, warps, rows: 16, keys, stages: 2, queries, parts, held: false, shared_bytes: warps * warp }
     }
 
     /// A launch over `tiles` tiles of queries with `heads` KV heads each.
     pub(crate) fn geometry(&self, tiles: usize, heads: usize) -> Geometry {
         Geometry {
-            grid: [(tiles * self.parts).div_ceil(self.warps) as u64, heads as u64, 1],
+            grid: [(tiles * self.parts).div_ceil(16 * self.warps / self.rows) as u64, heads as u64, 1],
             threads: 32 * self.warps as u32,
             shared_bytes: self.shared_bytes as u32,
         }
@@ -502,7 +533,7 @@ mod tests {
             for dims in [(5, 3), (64, 64), (96, 96), (128, 128), (192, 128), (256, 256)] {
                 for (size, unit) in [(2, Unit::Warp), (4, Unit::Warp), (2, Unit::Warpgroup), (4, Unit::Warpgroup)] {
                     let config = config(heads, dims);
-                    let select = SelectTiles::new(&config, size);
+                    let select = SelectTiles::new(&config, size, unit);
                     for band in [BandTiles::new(&config, size, unit), BandTiles::compressed(&config, size, unit)] {
                         assert!(band.queries > 0 && band.queries * heads <= band.rows(), "{heads} {dims:?} {band:?}");
                         assert!(band.warps.is_multiple_of(band.unit.least_warps()), "{heads} {dims:?} {band:?}");
@@ -522,8 +553,12 @@ mod tests {
                         let limit = gradients.unit.shared_bytes();
                         assert!(heads > 16 || gradients.shared_bytes() <= limit, "{dims:?} {gradients:?}");
                     }
-                    assert!(select.queries * heads.div_ceil(select.parts) <= 16, "{heads} {dims:?} {select:?}");
-                    assert!(select.shared_bytes <= SHARED_BYTES, "{heads} {dims:?} {select:?}");
+                    assert!(select.queries > 0, "{heads} {dims:?} {select:?}");
+                    assert!(
+                        select.queries * heads.div_ceil(select.parts) <= select.rows,
+                        "{heads} {dims:?} {select:?}"
+                    );
+                    assert!(select.shared_bytes <= select.unit.shared_bytes(), "{heads} {dims:?} {select:?}");
                 }
             }
         }
@@ -560,8 +595,12 @@ mod tests {
 
     #[test]
     fn queries_of_small_groups_share_a_warp() {
-        let rows = |heads| select_rows(&config(heads, (64, 64)));
+        let rows = |heads| select_rows(&config(heads, (64, 64)), 16);
         assert_eq!([1, 4, 5, 16, 17, 64].map(rows), [(1, 16), (1, 4), (1, 3), (1, 1), (2, 1), (4, 1)]);
+        let rows = |heads| select_rows(&config(heads, (64, 64)), 64);
+        assert_eq!([8, 16, 17, 64, 70].map(rows), [(1, 8), (1, 4), (1, 3), (1, 1), (2, 1)]);
+        let unit = |heads| SelectTiles::new(&config(heads, (64, 64)), 2, Unit::Warpgroup).unit;
+        assert_eq!([4, 7, 8, 16].map(unit), [Unit::Warp, Unit::Warp, Unit::Warpgroup, Unit::Warpgroup]);
     }
 
     #[test]

@@ -84,7 +84,7 @@ params! {
 pub(crate) fn forward<T: Element>(cuda: &Cuda, args: Forward<'_, T>) -> Result<()> {
     const OP: &str = "slc::forward";
     let Forward { config, packing, q, k, v, block_indices, o, lse } = args;
-    let tiles = SelectTiles::new(config, size_of::<T>());
+    let tiles = SelectTiles::new(config, size_of::<T>(), cuda.unit());
     let args = attention::Forward { config, packing, q, k: ("k", k), v: ("v", v), o, lse };
     let prepared = attention::prepare(cuda, OP, args, tiles.queries)?;
     let call = prepared.call;
@@ -194,7 +194,8 @@ impl BackwardTiles {
     }
 
     fn bake(&self, constants: Constants) -> Constants {
-        let constants = constants.with("WARPS", self.select.warps).with("KEYS", self.select.keys);
+        let constants = constants.with("WARPS", self.select.warps).with("ROWS", self.select.rows);
+        let constants = constants.with("KEYS", self.select.keys);
         let constants = constants.with("QUERIES", self.select.queries).with("QUERY_ROWS", self.keys.query_rows);
         constants.with("WARPGROUPS", usize::from(self.keys.unit == Unit::Warpgroup))
     }

@@ -79,6 +79,21 @@ fn wide_groups() {
     });
 }
 
+/// Groups whose queries walk over the union of their blocks together, where the device has warpgroups: four queries, eight, seven
+/// and one row that is none, one of two tiles.
+#[test]
+fn unions_of_lists() {
+    on_simulator("unions_of_lists", || {
+        let config =
+            |heads, block| paper(heads, 1, 64, 64).compress_block(8).compress_stride(4).select_block(block).window(24);
+        let case = |heads, block, lengths: &[usize]| {
+            Case::new(&format!("group-{heads}"), config(heads, block).select_count(3), lengths.to_vec())
+        };
+        let cases = vec![case(16, 64, &[270, 45]), case(8, 32, &[120]), case(9, 32, &[100]), case(70, 32, &[100])];
+        assert_cases(Op::Slc, cases);
+    });
+}
+
 /// So many compressed blocks that their scores are kept in the workspace.
 #[test]
 fn scores_in_memory() {

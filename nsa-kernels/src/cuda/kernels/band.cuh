@@ -36,7 +36,7 @@ struct BandTile {
         // The tiles with most keys come first.
         const int tile = p.tiles - 1 - int(work / KV_HEADS);
         head = int(work % KV_HEADS);
-        sequence = sequence_of_block<5>(p.sequences, p.num_sequences, tile);
+        sequence = sequence_of_warp<5>(p.sequences, p.num_sequences, tile);
         query = (tile - sequence.tile) * QUERIES;
         const int left = sequence.queries - query;
         rows = (left < QUERIES ? left : QUERIES) * GROUP;

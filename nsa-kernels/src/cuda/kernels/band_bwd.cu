@@ -68,7 +68,7 @@ struct QueryRun {
 template <class Span>
 __device__ __forceinline__ void query_gradients(const BandBackwardParams& p) {
     const int tile = p.query_tiles - 1 - int(blockIdx.x / KV_HEADS);
-    const Sequence seq = sequence_of_block<5>(p.sequences, p.num_sequences, tile);
+    const Sequence seq = sequence_of_warp<5>(p.sequences, p.num_sequences, tile);
     const QueryRun run{seq, int(blockIdx.x % KV_HEADS), (tile - seq.tile) * QUERIES};
     const int left = seq.queries - run.query, rows = (left < QUERIES ? left : QUERIES) * GROUP;
     const Span span(seq);
@@ -151,7 +151,7 @@ template <bool K, bool V, class Span>
 __device__ __forceinline__ void key_gradients(const BandBackwardParams& p) {
     // The first keys are seen by most queries.
     const int tile = int(blockIdx.x / KV_HEADS), head = int(blockIdx.x % KV_HEADS);
-    const Sequence seq = sequence_of_block<5>(p.key_sequences, p.num_sequences, tile);
+    const Sequence seq = sequence_of_warp<5>(p.key_sequences, p.num_sequences, tile);
     const Span span(seq);
     const int key = (tile - seq.tile) * KEY_ROWS, keys = seq.keys - key < KEY_ROWS ? seq.keys - key : KEY_ROWS;
     char* const stages = shared + OWN_BYTES;

@@ -1,17 +1,17 @@
-// A tile of queries over the blocks that they have selected. A warp works alone: QUERIES queries with HEADS_PER_TILE of their
-// heads are its 16 rows.
+// A tile of queries over the blocks that they have selected: QUERIES queries with HEADS_PER_TILE of their heads are the ROWS rows of
+// a warp alone (16), or of four together (64).
 #pragma once
-#include "product.cuh"
+#include "unit.cuh"
 #include "sequence.cuh"
 
-constexpr int PARTS_OF_GROUP = ceil_div(GROUP, 16);
+constexpr int PARTS_OF_GROUP = ceil_div(GROUP, ROWS);
 constexpr int HEADS_PER_TILE = ceil_div(GROUP, PARTS_OF_GROUP);
-constexpr int ROWS = 16;
+constexpr int TILE_THREADS = 2 * ROWS;
 // What lies behind begins where tiles may.
 constexpr int LIST_BYTES = round_up(QUERIES * SELECT_COUNT * 4, 128);
 constexpr int NO_MORE = 0x7fffffff;
 static_assert(ROWS_OF_PAGE % SELECT_BLOCK == 0 || PAGE_ROWS == 0, "a block lies in one page");
-static_assert(QUERIES * HEADS_PER_TILE <= ROWS, "a tile has 16 rows");
+static_assert(QUERIES * HEADS_PER_TILE <= ROWS && QUERIES <= 32, "a tile has so many rows, a lane a query");
 
 // The blocks that at least one of a tile's queries has selected, in order, in steps of KEYS tokens.
 struct Blocks {
@@ -79,7 +79,7 @@ struct Blocks {
     }
 };
 
-// The rows of a warp.
+// The rows of a warp, or of four.
 struct SelectTile {
     Sequence sequence;
     int head;     // KV head
@@ -88,22 +88,22 @@ struct SelectTile {
     int first;    // head of the group
     int heads;    // of the group
 
-    // Of the warp, with the KV head of the block; without queries behind the last tile.
+    // Of the thread's tile, with the KV head of the block; without queries behind the last tile.
     __device__ __forceinline__ SelectTile(const int* sequences, int count, int tiles) {
-        const i64 work = i64(blockIdx.x) * WARPS + threadIdx.x / 32;
+        const i64 work = i64(blockIdx.x) * (32 * WARPS / TILE_THREADS) + threadIdx.x / TILE_THREADS;
         const i64 index = work / PARTS_OF_GROUP;
         head = blockIdx.y;
         first = int(work % PARTS_OF_GROUP) * HEADS_PER_TILE;
         heads = GROUP - first < HEADS_PER_TILE ? GROUP - first : HEADS_PER_TILE;
         queries = 0;
         if (index >= tiles) return;
-        sequence = find_sequence<5>(sequences, count, int(index));
+        sequence = sequence_of_warp<5>(sequences, count, int(index));
         query = int(index - sequence.tile) * QUERIES;
         queries = sequence.queries - query < QUERIES ? sequence.queries - query : QUERIES;
     }
     // The queries' lists to shared memory.
     __device__ __forceinline__ void load_lists(int* lists, const int* block_indices) const {
-        for (int i = threadIdx.x % 32; i < queries * SELECT_COUNT; i += 32) {
+        for (int i = threadIdx.x % TILE_THREADS; i < queries * SELECT_COUNT; i += TILE_THREADS) {
             const i64 list = (token(0) + i / SELECT_COUNT) * KV_HEADS + head;
             lists[i] = block_indices[list * SELECT_COUNT + i % SELECT_COUNT];
         }

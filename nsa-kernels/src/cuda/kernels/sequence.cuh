@@ -31,9 +31,9 @@ __device__ __forceinline__ Sequence find_sequence(const int* sequences, int coun
     return {at[0], at[1], at[2], at[3], at[4], at[5]};
 }
 
-// The same for all of a block of threads, which ask with the same value.
+// The same for all of a warp, which ask with the same value.
 template <int COLUMN>
-__device__ __forceinline__ Sequence sequence_of_block(const int* sequences, int count, int value) {
+__device__ __forceinline__ Sequence sequence_of_warp(const int* sequences, int count, int value) {
     const Sequence found = find_sequence<COLUMN>(sequences, count, value);
     return {uniform(found.query), uniform(found.queries), uniform(found.context), uniform(found.key), uniform(found.keys),
             uniform(found.tile)};

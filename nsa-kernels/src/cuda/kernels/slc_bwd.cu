@@ -260,7 +260,7 @@ struct KeyWork {
         const int first_work = uniform(p.work_starts[block]);
         index = work - first_work;
         works = uniform(p.work_starts[block + 1]) - first_work;
-        sequence = sequence_of_block<5>(p.common.key_sequences, p.common.num_sequences, block % p.blocks);
+        sequence = sequence_of_warp<5>(p.common.key_sequences, p.common.num_sequences, block % p.blocks);
         const int first = (block % p.blocks - sequence.tile) * SELECT_BLOCK;
         key = first + share * KEY_ROWS;
         const int last = first + SELECT_BLOCK < key + KEY_ROWS ? first + SELECT_BLOCK : key + KEY_ROWS;

@@ -22,6 +22,7 @@
 // Edges: a list ends at its first -1, and at a block that is no candidate; a query without blocks: o = 0, lse = -infinity.
 //
 // budget: kernel=slc_forward threads=128 registers=200 spills=0 shared=66048
+// budget: kernel=slc_forward arch=sm_90a threads=128 registers=200 spills=0 shared=82176
 // Neighbouring queries, whose warps run side by side, have blocks in common.
 #define COPY_CACHE "ca"
 #include "element.cuh"
@@ -34,15 +35,36 @@ constexpr int STAGE_BYTES = KEYS * (Keys::PITCH + Values::PITCH);
 constexpr int HEAD_BYTES = ROWS * (Keys::PITCH > Values::PITCH ? Keys::PITCH : Values::PITCH);
 // Queries that are held in registers come through the stages, and outputs leave through them.
 constexpr bool HELD = QUERIES_HELD && TENSOR_CORES && HEAD_BYTES <= STAGES * STAGE_BYTES;
-constexpr int WARP_BYTES = STAGES * STAGE_BYTES + (HELD ? 0 : HEAD_BYTES) + LIST_BYTES;
+constexpr int OWN_BYTES = STAGES * STAGE_BYTES + (HELD ? 0 : HEAD_BYTES) + LIST_BYTES;
 
-extern __shared__ __align__(128) char shared[];
+extern __shared__ __align__(TILE_ALIGNMENT) char shared[];
+
+// The warp's first row of its tile.
+__device__ __forceinline__ int first_row() { return int(threadIdx.x % TILE_THREADS / 32 * 16); }
+
+// Copies of this thread but the last PENDING, and those of all others of its tile, are there; all have left what they read before.
+template <int PENDING>
+__device__ __forceinline__ void wait_for_stage() {
+    copy_wait<PENDING>();
+    if constexpr (WARPGROUPS) {
+        publish_to_products();
+        __syncthreads();
+    } else {
+        __syncwarp();
+    }
+}
+
+// Starts to copy rows of the tile's own.
+template <int DIM, int COUNT, int BYTES, class Row>
+__device__ __forceinline__ void load_own(u32 to, int count, const Row& row) {
+    load_tile<SharedTile<DIM, COUNT>, COUNT, TILE_THREADS, BYTES>(to, anew(int(threadIdx.x % TILE_THREADS)), count, row);
+}
 
 __device__ __forceinline__ void mask(Scores<1, KEYS>& s, const Blocks& blocks, const SelectTile& tile) {
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-        const int end = blocks.count_of(tile.query_of(h * 8 + lane / 4)) - lane % 4 * 2;
+        const int end = blocks.count_of(tile.query_of(first_row() + h * 8 + lane / 4)) - lane % 4 * 2;
 #pragma unroll
         for (int n = 0; n < KEYS / 8; ++n) {
 #pragma unroll
@@ -53,39 +75,46 @@ __device__ __forceinline__ void mask(Scores<1, KEYS>& s, const Blocks& blocks, c
     }
 }
 
+// Whether one of the warp's queries has selected the block: others of its tile may have.
+__device__ __forceinline__ bool sees(const Blocks& blocks, const SelectTile& tile) {
+    if constexpr (!WARPGROUPS) return true;
+    const int first = tile.query_of(first_row()), last = tile.query_of(first_row() + 15);
+    return uniform((blocks.selected >> first & ((2u << (last - first)) - 1)) != 0);
+}
+
 __device__ __forceinline__ void write_rows(const BandForwardParams& p, const SelectTile& tile, const Flash<1, KEYS>& flash, char* own) {
-    const int lane = threadIdx.x % 32;
+    const int lane = threadIdx.x % 32, base = first_row(), rows = tile.queries * tile.heads - base;
     const float unscale[2] = {p.unscale_high, p.unscale_low};
+    own += base * Values::PITCH;
     flash.put(own);
     __syncwarp();
     if (lane % 4 == 0) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-            const int row = h * 8 + lane / 4;
+            const int row = base + h * 8 + lane / 4;
             if (tile.has(row)) p.lse[tile.token(row) * HEADS + tile.query_head(row)] = flash.lse(0, h, unscale);
         }
     }
-    store_rows<HEAD_DIM_V, 32, V_COPY_BYTES>(own, lane, tile.queries * tile.heads, [&](int row) {
-        return p.o + (tile.token(row) * HEADS + tile.query_head(row)) * HEAD_DIM_V;
+    store_rows<HEAD_DIM_V, 32, V_COPY_BYTES>(own, lane, rows < 16 ? rows : 16, [&](int row) {
+        return p.o + (tile.token(base + row) * HEADS + tile.query_head(base + row)) * HEAD_DIM_V;
     });
 }
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS) slc_forward(const __grid_constant__ SlcForwardParams params) {
     const BandForwardParams& p = params.common;
-    const int lane = threadIdx.x % 32;
     const SelectTile tile(p.sequences, p.num_sequences, p.tiles);
     if (tile.queries == 0) return;
-    char* const own = shared + threadIdx.x / 32 * WARP_BYTES;
+    char* const own = shared + uniform(int(threadIdx.x / TILE_THREADS)) * OWN_BYTES;
     char* const rows = own + (HELD ? 0 : STAGES * STAGE_BYTES);
-    int* const lists = reinterpret_cast<int*>(own + WARP_BYTES - LIST_BYTES);
-    load_rows<HEAD_DIM_QK, ROWS, 32, QK_COPY_BYTES>(shared_address(rows), lane, tile.queries * HEADS_PER_TILE, [&](int row) {
+    int* const lists = reinterpret_cast<int*>(own + OWN_BYTES - LIST_BYTES);
+    load_own<HEAD_DIM_QK, ROWS, QK_COPY_BYTES>(shared_address(rows), tile.queries * HEADS_PER_TILE, [&](int row) {
         const int at = tile.has(row) ? row : 0;
         return p.q + (tile.token(at) * HEADS + tile.query_head(at)) * HEAD_DIM_QK;
     });
     copy_commit();
     tile.load_lists(lists, params.block_indices);
-    copy_wait<0>();
-    __syncwarp();
+    wait_for_stage<0>();
+    // Read by warps alone.
     Queries<1, HELD> q(rows);
     q.take();
     __syncwarp();
@@ -96,8 +125,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) slc_forward(const __gri
         if (!blocks.done()) {
             const int token = blocks.token(), count = blocks.count();
             const u32 to = shared_address(own) + stage * STAGE_BYTES;
-            load_rows<HEAD_DIM_QK, KEYS, 32, QK_COPY_BYTES>(to, lane, count, k.from(token));
-            load_rows<HEAD_DIM_V, KEYS, 32, V_COPY_BYTES>(to + KEYS * Keys::PITCH, lane, count, v.from(token));
+            load_own<HEAD_DIM_QK, KEYS, QK_COPY_BYTES>(to, count, k.from(token));
+            load_own<HEAD_DIM_V, KEYS, V_COPY_BYTES>(to + KEYS * Keys::PITCH, count, v.from(token));
         }
         copy_commit();
     };
@@ -110,21 +139,28 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) slc_forward(const __gri
     }
     Flash<1, KEYS> flash;
     for (int stage = 0; !now.done(); now.next()) {
-        copy_wait<STAGES - 2>();
-        __syncwarp();
+        wait_for_stage<STAGES - 2>();
         load(ahead, (stage + STAGES - 1) % STAGES);
         if (!ahead.done()) ahead.next();
         const char* const at = own + stage * STAGE_BYTES;
         stage = (stage + 1) % STAGES;
         Scores<1, KEYS> s;
-        flash.multiply_keys(s, q, at);
-        if (!now.whole()) mask(s, now, tile);
-        float factor[1][2];
-        flash.exponentials(s, p.scale_log2, factor);
-        flash.multiply_values(s, at + KEYS * Keys::PITCH);
+        if constexpr (WARPGROUPS) {
+            dots_together<HEAD_DIM_QK, ROWS, KEYS, 1>(s, rows, 0, at);
+        } else {
+            flash.multiply_keys(s, q, at);
+        }
+        if (sees(now, tile)) {
+            if (!uniform(now.whole())) mask(s, now, tile);
+            float factor[1][2];
+            flash.exponentials(s, p.scale_log2, factor);
+        } else {
+            clear<1, KEYS>(s);
+        }
+        begin_rows_of<HEAD_DIM_V, KEYS, 1>(flash.o, s, at + KEYS * Keys::PITCH);
+        end_products<0>(flash.o);
     }
-    copy_wait<0>();
-    __syncwarp();
+    wait_for_stage<0>();
     flash.finish();
     write_rows(p, tile, flash, own);
 }
