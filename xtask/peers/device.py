@@ -40,6 +40,14 @@ def random(dtype, *shape):
 
 def turn(attend, inputs, grad, backward):
     """Seconds of a forward pass, and of the backward pass after it."""
+    if is_cuda():
+        # The first launches after another process has used the device pay for the switch: as much as short passes take.
+        passes(attend, inputs, grad, backward)
+    return passes(attend, inputs, grad, backward)
+
+
+def passes(attend, inputs, grad, backward):
+    """The same, as the device happens to be."""
     with torch.set_grad_enabled(backward):
         inputs = [x.detach().requires_grad_(backward) for x in inputs]
         start = now()

@@ -11,7 +11,7 @@ mod ours;
 mod process;
 
 use super::columns::{self, seconds};
-use super::decode::Decoding;
+use super::decode::{Decoding, Size};
 use super::fit::{self, Point};
 use super::heads::Heads;
 use super::peer::Peer;
@@ -199,7 +199,8 @@ fn work(options: &Options, config: &NsaConfig) -> Result<()> {
     let done = |job: Job, tokens: usize| process::done(&backend, &name(job), tokens);
     let contexts = if options.pass.contains(&Pass::Decode) { options.contexts() } else { Vec::new() };
     for tokens in contexts {
-        let mut decoding = Decoding::<bf16>::with_layers(&backend, config, tokens, 1)?;
+        let size = Size { batch: 1, context: tokens };
+        let mut decoding = Decoding::<bf16>::with_layers(&backend, config, size, 1)?;
         decoding.nsa_step(0)?;
         done((Who::Nsa, Pass::Decode), tokens)?;
         decoding.dense_step(0)?;

@@ -199,13 +199,15 @@ pub struct Job {
     window: usize,
     dtype: &'static str,
     backward: bool,
+    /// Sequences of a decoding step.
+    batch: usize,
     /// Layers of the caches of decoding.
     copies: usize,
 }
 
 impl Job {
-    /// The shapes of a configuration.
-    pub fn new(config: &NsaConfig, tokens: usize, dtype: &'static str, backward: bool, copies: usize) -> Self {
+    /// The shapes of a configuration: one sequence, no layers of caches.
+    pub fn new(config: &NsaConfig, tokens: usize, dtype: &'static str, backward: bool) -> Self {
         Self {
             tokens,
             heads: config.num_heads(),
@@ -219,8 +221,14 @@ impl Job {
             window: config.window(),
             dtype,
             backward,
-            copies,
+            batch: 1,
+            copies: 0,
         }
+    }
+
+    /// Of decoding steps of so many sequences, with so many layers of caches.
+    pub const fn decoding(self, batch: usize, copies: usize) -> Self {
+        Self { batch, copies, ..self }
     }
 }
 

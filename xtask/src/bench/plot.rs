@@ -37,7 +37,7 @@ pub fn svg(report: &Report<'_>, dtype: &str) -> Result<String> {
         .collect();
     let mut text = String::new();
     let size = (PANEL.0 * panels.len().max(1) as u32, PANEL.1);
-    draw(SVGBackend::with_string(&mut text, size).into_drawing_area(), &panels, dtype)
+    draw(SVGBackend::with_string(&mut text, size).into_drawing_area(), &panels, (dtype, report.batch))
         .map_err(|error| anyhow!("cannot draw the plot: {error}"))?;
     Ok(text)
 }
@@ -60,10 +60,18 @@ fn series(report: &Report<'_>, dtype: &str, pass: Pass) -> Vec<Series> {
     all
 }
 
-fn draw(area: DrawingArea<SVGBackend<'_>, Shift>, panels: &[(Pass, Vec<Series>)], dtype: &str) -> Drawn<()> {
+fn draw(
+    area: DrawingArea<SVGBackend<'_>, Shift>,
+    panels: &[(Pass, Vec<Series>)],
+    (dtype, batch): (&str, usize),
+) -> Drawn<()> {
     area.fill(&WHITE)?;
     for (panel, (pass, series)) in area.split_evenly((1, panels.len().max(1))).iter().zip(panels) {
-        let unit = if *pass == Pass::Decode { "one decoding step" } else { pass.name() };
+        let unit = match (pass, batch) {
+            (Pass::Decode, 1) => "one decoding step".to_owned(),
+            (Pass::Decode, _) => format!("one decoding step of {batch} sequences"),
+            _ => pass.name().to_owned(),
+        };
         draw_panel(panel, &format!("{unit}, {dtype}"), series)?;
     }
     area.present()?;
@@ -144,12 +152,12 @@ mod tests {
             let note = String::new();
             rows.push(Row { tokens, dtype: "f32", element_bytes: 4, pass: Pass::Forward, who, times, note });
         }
-        let svg = svg(&Report { config: &config, rows }, "f32").expect("it is drawn");
+        let svg = svg(&Report { config: &config, batch: 1, rows }, "f32").expect("it is drawn");
         for text in ["forward, f32", "NSA", "full attention", "work at full", "1k", "2k"] {
             assert!(svg.contains(text), "no {text}");
         }
         assert!(!svg.contains("decoding") && !svg.contains("backward"));
-        assert!(super::svg(&Report { config: &config, rows: Vec::new() }, "f32").is_ok());
+        assert!(super::svg(&Report { config: &config, batch: 1, rows: Vec::new() }, "f32").is_ok());
     }
 
     #[test]

@@ -57,6 +57,8 @@ pub struct Row {
 pub struct Report<'a> {
     /// The shapes.
     pub config: &'a NsaConfig,
+    /// Sequences of a decoding step.
+    pub batch: usize,
     /// In the order of the table.
     pub rows: Vec<Row>,
 }
@@ -74,6 +76,19 @@ struct Figures {
 }
 
 impl Report<'_> {
+    /// Sequences of a pass.
+    fn batch(&self, pass: Pass) -> usize {
+        if pass == Pass::Decode { self.batch } else { 1 }
+    }
+
+    /// A pass, with its sequences if they are several.
+    pub fn pass_name(&self, pass: Pass) -> String {
+        match self.batch(pass) {
+            1 => pass.name().to_owned(),
+            batch => format!("{} of {batch}", pass.name()),
+        }
+    }
+
     fn figures(&self, row: &Row) -> Figures {
         let pairs = Pairs::of(self.config, row.pass, row.tokens);
         let own = match row.who {
@@ -81,6 +96,7 @@ impl Report<'_> {
             Who::Dense | Who::PeerDense(_) => Some(pairs.dense),
             Who::PeerSparse(_) => None,
         };
+        let own = own.map(|pairs| pairs * self.batch(row.pass) as u64);
         let decode = own.filter(|_| row.pass == Pass::Decode);
         let faster = |is: fn(&Who) -> bool| {
             let same = |r: &&Row| r.tokens == row.tokens && r.dtype == row.dtype && r.pass == row.pass && is(&r.who);
@@ -105,7 +121,8 @@ impl Report<'_> {
             let figures = self.figures(row);
             let ratio = |value: Option<f64>| value.map_or(String::new(), |value| format!("{value:.2}"));
             let limit = (row.who == Who::Nsa).then_some(figures.limit);
-            let names = [&row.tokens.to_string(), row.dtype, row.pass.name(), row.who.name()].map(str::to_owned);
+            let pass = self.pass_name(row.pass);
+            let names = [&row.tokens.to_string(), row.dtype, &pass, row.who.name()].map(str::to_owned);
             let ratios = [ratio(figures.over_dense), ratio(figures.over_peer), ratio(limit)];
             let times = columns::time_cells(row.times);
             table.add_row(names.into_iter().chain(times).chain([rate(row, &figures)]).chain(ratios));
@@ -118,7 +135,7 @@ impl Report<'_> {
         let noted = || self.rows.iter().filter(|row| !row.note.is_empty());
         let line = |row: &Row| {
             let mark = if row.times.is_none() { "- " } else { "" };
-            (format!("{mark}{} {} {}", row.who.name(), row.pass.name(), row.dtype), row.note.clone())
+            (format!("{mark}{} {} {}", row.who.name(), self.pass_name(row.pass), row.dtype), row.note.clone())
         };
         let tokens = |of: &(String, String)| {
             noted().filter(|row| line(row) == *of).map(|row| row.tokens.to_string()).collect::<Vec<_>>().join(", ")
@@ -140,7 +157,7 @@ impl Report<'_> {
                     let even = (who != Who::Nsa).then(|| fit::break_even(&nsa, &points)).flatten();
                     table.add_row([
                         dtype.to_owned(),
-                        passes.iter().map(|pass| pass.name()).collect::<Vec<_>>().join(" + "),
+                        passes.iter().map(|&pass| self.pass_name(pass)).collect::<Vec<_>>().join(" + "),
                         who.name().to_owned(),
                         format!("{time:.2}"),
                         work.map_or(String::new(), |work| format!("{work:.2}")),
@@ -204,13 +221,14 @@ impl Report<'_> {
 
     /// Everything, one line a row.
     pub fn csv(&self) -> Result<String> {
-        let names = ["tokens", "dtype", "pass", "who"];
+        let names = ["tokens", "dtype", "pass", "batch", "who"];
         let rates = ["flop", "gflop_per_s", "bytes", "gb_per_s"];
         let ratios = ["speedup_over_dense", "speedup_over_peer", "work_limit", "note"];
         let fields = |row: &Row| {
             let figures = self.figures(row);
             let rate = |amount: Option<f64>| field(amount.zip(row.times).map(|(a, times)| a / times.median_s / 1e9));
-            let names = [&row.tokens.to_string(), row.dtype, row.pass.name(), row.who.name()].map(str::to_owned);
+            let (tokens, batch) = (row.tokens.to_string(), self.batch(row.pass).to_string());
+            let names = [&tokens, row.dtype, row.pass.name(), &batch, row.who.name()].map(str::to_owned);
             let rates = [field(figures.flop), rate(figures.flop), field(figures.bytes), rate(figures.bytes)];
             let ratios = [figures.over_dense, figures.over_peer, Some(figures.limit)].map(field);
             let times = columns::time_fields(row.times);
@@ -281,7 +299,7 @@ mod tests {
             rows.push(row(tokens, Pass::Decode, Who::Nsa, Some(1e-3)));
             rows.push(row(tokens, Pass::Decode, Who::PeerSparse("LR".to_owned()), Some(4e-3)));
         }
-        Report { config, rows }
+        Report { config, batch: 1, rows }
     }
 
     fn config() -> NsaConfig {
@@ -305,6 +323,24 @@ mod tests {
         assert!((decode.limit - 8192.0 / 2047.0).abs() < 1e-12);
         let sparse = report.figures(&report.rows[9]);
         assert!(sparse.flop.is_none() && sparse.bytes.is_none() && sparse.over_dense.is_none());
+    }
+
+    #[test]
+    fn a_step_of_several_sequences_says_so_and_counts_all_of_them() {
+        let config = config();
+        let (one, three) = (report(&config), Report { batch: 3, ..report(&config) });
+        for (row, times) in [(0, 1.0), (3, 3.0)] {
+            let [one, three] = [&one, &three].map(|report| report.figures(&report.rows[row]));
+            assert_eq!(three.flop, one.flop.map(|flop| times * flop));
+            assert_eq!(three.bytes, one.bytes.map(|bytes| times * bytes));
+            assert_eq!((three.over_dense, three.limit), (one.over_dense, one.limit));
+        }
+        let (table, csv) = (three.table().to_string(), three.csv().expect("text"));
+        assert!(table.contains("decode of 3") && !table.contains("forward of"), "{table}");
+        assert!(three.laws().expect("two lengths").to_string().contains("decode of 3"));
+        assert!(csv.contains("\n4096,bf16,forward,1,nsa,") && csv.contains("\n4096,bf16,decode,3,nsa,"), "{csv}");
+        let plot = super::super::plot::svg(&three, "bf16").expect("it is drawn");
+        assert!(plot.contains("one decoding step of 3 sequences, bf16"), "{plot}");
     }
 
     #[test]
@@ -357,7 +393,7 @@ mod tests {
                 .iter()
                 .all(|line| line.split(',').count() == columns || line.contains("\"beyond, \"\"the\"\" limit\""))
         );
-        assert!(lines[1].starts_with("4096,bf16,forward,nsa,3,1.000000e0,5.000000e-1,2.000000e0,"), "{}", lines[1]);
-        assert!(lines[7].starts_with("8192,bf16,forward,dense,0,,,,"), "{}", lines[7]);
+        assert!(lines[1].starts_with("4096,bf16,forward,1,nsa,3,1.000000e0,5.000000e-1,2.000000e0,"), "{}", lines[1]);
+        assert!(lines[7].starts_with("8192,bf16,forward,1,dense,0,,,,"), "{}", lines[7]);
     }
 }

@@ -116,7 +116,7 @@ impl Theirs<'_> {
         let mut progress = Progress::new();
         progress.show(format!("{} compiles for {tokens} tokens", self.peer.title));
         let backward = ops.contains(&Op::SlcBackward);
-        let job = Job::new(self.config, tokens, "bf16", backward, 0);
+        let job = Job::new(self.config, tokens, "bf16", backward);
         let request = Request { job, capability: foreign::capability(), chosen: &self.chosen };
         let kernels = Kernels::read(self.peer.kernels(&request)?)?;
         let file = crate::files::read(&ours::file(self.folder, tokens))?;
