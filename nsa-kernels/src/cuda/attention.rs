@@ -256,7 +256,9 @@ pub(super) fn copies_of(
 pub(crate) fn builds(config: &NsaConfig, dtype: DType, unit: Unit) -> Vec<Build> {
     let size = dtype.size_bytes();
     let (band, compressed) = (BandTiles::new(config, size, unit), BandTiles::compressed(config, size, unit));
-    let select = SelectTiles::new(config, size, unit);
+    // Of short sequences, and of long ones where those differ.
+    let [short, long] = [0, usize::MAX].map(|longest| SelectTiles::new(config, size, unit, longest));
+    let selects = if short == long { vec![long] } else { vec![short, long] };
     let constants = copies_of(Constants::new(dtype).config(config), config, size, [&[0], &[0]], 0);
     let build = |program: &'static Program, constants: &Constants, names: &[&'static str], geometry: Geometry| {
         let launched =
@@ -268,12 +270,17 @@ pub(crate) fn builds(config: &NsaConfig, dtype: DType, unit: Unit) -> Vec<Build>
     let kept = Geometry { shared_bytes: scores.shared_bytes as u32, ..scores.tiles.geometry(1, 1) };
     let step = StepTiles::new(config, size, false);
     let stepped = step.bake(constants.clone(), config, size, [0, 0]);
-    vec![
+    let mut builds = vec![
         build(&dense::PROGRAM, &banded, &["dense_forward", "win_forward"], band.geometry(1, 1)),
         build(&dense::STEP, &stepped, &["dense_step"], step.geometry(config, 1, step.attend_bytes())),
         build(&cmp::PROGRAM, &of_blocks, &["cmp_forward"], kept),
-        build(&slc::PROGRAM, &select.bake(constants), &["slc_forward"], select.geometry(1, 1)),
-    ]
+    ];
+    builds.extend(
+        selects.iter().map(|select| {
+            build(&slc::PROGRAM, &select.bake(constants.clone()), &["slc_forward"], select.geometry(1, 1))
+        }),
+    );
+    builds
 }
 
 impl SelectTiles {

@@ -141,8 +141,10 @@ impl BandTiles {
         match unit.fitting(config, size) {
             Unit::Warp => Self::of_warps(config, size),
             Unit::Warpgroup => {
-                // Scores of more than 128 dims are two sums at first, for which 12 warps have no registers.
-                let warps: &[usize] = if config.head_dim_qk() > 128 { &[8, 4] } else { &[12, 8, 4] };
+                // Scores of more than 128 dims are two sums at first, for which 12 warps have no registers. Two blocks of eight
+                // share a multiprocessor where scores are computed twice.
+                let eight = config.head_dim_qk() > 128 || scores_twice(config, 64);
+                let warps: &[usize] = if eight { &[8, 4] } else { &[12, 8, 4] };
                 Self::of_warpgroups(config, warps, if folds(config, 64) { 64 } else { 32 })
             }
         }
@@ -223,6 +225,12 @@ fn folds(config: &NsaConfig, keys: usize) -> bool {
     matches!(chunks, 2 | 4 | 8) && span <= 2 && (keys / 8).is_multiple_of(chunks / 2)
 }
 
+/// Whether `cmp_forward` of warpgroups computes scores twice: sums over heads stay within a warp's rows.
+fn scores_twice(config: &NsaConfig, keys: usize) -> bool {
+    let heads = config.group_size();
+    folds(config, keys) && (16usize.is_multiple_of(heads) || heads.is_multiple_of(16))
+}
+
 /// How `cmp_forward` keeps scores for the importance (`kernels/cmp_fwd.cu`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct KeptScores {
@@ -241,20 +249,19 @@ pub(crate) struct KeptScores {
 
 impl KeptScores {
     /// For sequences of at most `blocks` compression blocks, on a device with so many multiprocessors and bytes of shared
-    /// memory a block. Shared memory it is where as many blocks still fit on a multiprocessor as their registers allow: two,
-    /// or one of warpgroups. Those have the tensor cores for a second product, and heads within their warps.
+    /// memory a block. Shared memory it is where as many blocks still fit on a multiprocessor as their registers allow.
     pub(crate) fn new(config: &NsaConfig, tiles: BandTiles, blocks: usize, device: (usize, usize)) -> Self {
         let (chunks, span) = chunks_and_span(config);
         let (folded, heads) = (folds(config, tiles.keys), config.group_size());
         let (columns, extra) = if folded { (tiles.keys / chunks, span - 1) } else { (tiles.keys, 0) };
-        let within_warps = 16usize.is_multiple_of(heads) || heads.is_multiple_of(16);
-        let twice = tiles.unit == Unit::Warpgroup && folded && within_warps;
+        let twice = tiles.unit == Unit::Warpgroup && scores_twice(config, tiles.keys);
         let of_tile = if twice { tiles.queries * heads.div_ceil(16) * columns } else { tiles.rows() * (columns + 1) };
         let floats = (blocks + extra).div_ceil(tiles.keys) * of_tile;
         // m and 1 / l of each row, and the tile in turn.
         let own = |tiles: &BandTiles| tiles.shared_bytes + tiles.rows() * 8 + 16;
         let (multiprocessors, shared) = device;
-        let at_once = if tiles.unit == Unit::Warp { 2 } else { 1 };
+        let narrow = config.head_dim_qk().max(config.head_dim_v()) <= 128;
+        let at_once = if tiles.unit == Unit::Warp || (twice && narrow) { 2 } else { 1 };
         let kept = |tiles: BandTiles, floats_in_shared, slots| Self {
             tiles,
             twice,
@@ -262,7 +269,7 @@ impl KeptScores {
             slots,
             shared_bytes: own(&tiles) + 4 * floats_in_shared,
         };
-        let more = tiles.with_two_copied(config);
+        let more = if at_once == 1 { tiles.with_two_copied(config) } else { tiles };
         let fits = |tiles: &BandTiles| own(tiles) + 4 * floats <= (shared / at_once).max(own(tiles));
         match [more, tiles].into_iter().find(fits) {
             Some(tiles) => kept(tiles, floats, 0),
@@ -403,6 +410,10 @@ fn select_rows(config: &NsaConfig, rows: usize) -> (usize, usize) {
 /// Heads of a group, at least, for which warpgroups walk over the union of selected blocks: of more than eight queries it grows faster
 /// than what their rows gain, as long as their blocks have little in common.
 const UNION_HEADS: usize = 8;
+/// How many times as many blocks as a query selects a sequence may have for it: neighbours then have blocks in common even if they
+/// choose at random. Measured on an H100 so, the forward of NSA, 16 blocks of 64 tokens, with unions and without: 166 and 195 us at
+/// 2,048 tokens, 767 and 772 at 8,192, 11.2 and 10.0 ms at 65,536.
+const UNION_BLOCKS: usize = 8;
 
 /// Bytes of the lists of a warp's queries: tiles begin behind them.
 fn list_bytes(config: &NsaConfig, queries: usize) -> usize {
@@ -433,13 +444,14 @@ pub(crate) struct SelectTiles {
 }
 
 impl SelectTiles {
-    /// For a configuration and elements of `size` bytes, on a device with such a unit. Queries of a warpgroup's rows read each block
-    /// that several of them have selected once: what the second cache gives is what selected attention waits for.
-    pub(crate) fn new(config: &NsaConfig, size: usize, unit: Unit) -> Self {
+    /// For a configuration and elements of `size` bytes, on a device with such a unit, and sequences of at most `longest` tokens.
+    /// Queries of a warpgroup's rows read each block that several of them have selected once: what the second cache gives is what
+    /// selected attention waits for.
+    pub(crate) fn new(config: &NsaConfig, size: usize, unit: Unit, longest: usize) -> Self {
+        let blocks_fit = config.select_block().is_multiple_of(32) && config.group_size() >= UNION_HEADS;
+        let in_common = longest <= UNION_BLOCKS * config.select_count() * config.select_block();
         match unit.fitting(config, size) {
-            Unit::Warpgroup if config.select_block().is_multiple_of(32) && config.group_size() >= UNION_HEADS => {
-                Self::of_warpgroups(config)
-            }
+            Unit::Warpgroup if blocks_fit && in_common => Self::of_warpgroups(config),
             _ => Self::of_warps(config, size),
         }
     }
@@ -533,7 +545,7 @@ mod tests {
             for dims in [(5, 3), (64, 64), (96, 96), (128, 128), (192, 128), (256, 256)] {
                 for (size, unit) in [(2, Unit::Warp), (4, Unit::Warp), (2, Unit::Warpgroup), (4, Unit::Warpgroup)] {
                     let config = config(heads, dims);
-                    let select = SelectTiles::new(&config, size, unit);
+                    let select = SelectTiles::new(&config, size, unit, 1024);
                     for band in [BandTiles::new(&config, size, unit), BandTiles::compressed(&config, size, unit)] {
                         assert!(band.queries > 0 && band.queries * heads <= band.rows(), "{heads} {dims:?} {band:?}");
                         assert!(band.warps.is_multiple_of(band.unit.least_warps()), "{heads} {dims:?} {band:?}");
@@ -577,7 +589,8 @@ mod tests {
         let config = config(16, (128, 128));
         let (band, compressed) =
             (BandTiles::new(&config, 2, Unit::Warpgroup), BandTiles::compressed(&config, 2, Unit::Warpgroup));
-        assert_eq!((band.rows(), compressed.rows(), compressed.queries), (128, 192, 12));
+        assert_eq!((band.rows(), compressed.rows(), compressed.queries), (128, 128, 8));
+        assert_eq!(BandTiles::compressed(&self::config(7, (128, 128)), 2, Unit::Warpgroup).rows(), 192);
         let gradients = GradientTiles::new(&config, 2, Unit::Warpgroup);
         assert_eq!((gradients.rows(), gradients.keys, gradients.query_rows), (64, 64, 64));
         let shared = GradientTiles::banded(&config, 2, Unit::Warpgroup);
@@ -599,8 +612,9 @@ mod tests {
         assert_eq!([1, 4, 5, 16, 17, 64].map(rows), [(1, 16), (1, 4), (1, 3), (1, 1), (2, 1), (4, 1)]);
         let rows = |heads| select_rows(&config(heads, (64, 64)), 64);
         assert_eq!([8, 16, 17, 64, 70].map(rows), [(1, 8), (1, 4), (1, 3), (1, 1), (2, 1)]);
-        let unit = |heads| SelectTiles::new(&config(heads, (64, 64)), 2, Unit::Warpgroup).unit;
-        assert_eq!([4, 7, 8, 16].map(unit), [Unit::Warp, Unit::Warp, Unit::Warpgroup, Unit::Warpgroup]);
+        let unit = |heads, longest| SelectTiles::new(&config(heads, (64, 64)), 2, Unit::Warpgroup, longest).unit;
+        assert_eq!([4, 7, 8, 16].map(|heads| unit(heads, 8192) == Unit::Warpgroup), [false, false, true, true]);
+        assert_eq!(unit(16, 8193), Unit::Warp);
     }
 
     #[test]
@@ -610,14 +624,17 @@ mod tests {
         let kept = |blocks, shared| KeptScores::new(&config, tiles, blocks, (108, shared));
         let warpgroups = BandTiles::compressed(&config, 2, Unit::Warpgroup);
         let kept_by_them = |blocks| KeptScores::new(&config, warpgroups, blocks, (132, 227 << 10));
-        // Sums of 12 queries: 16 blocks of each of 64 tiles of keys.
-        assert_eq!(
-            (kept_by_them(4095).floats, kept_by_them(4095).slots, kept_by_them(4095).tiles.copied),
-            (12_288, 0, 2)
-        );
-        assert_eq!((kept_by_them(6000).slots, kept_by_them(6000).tiles.copied), (0, 1));
-        assert_eq!((kept_by_them(16_000).slots, kept_by_them(16_000).tiles.copied), (132, 2));
-        assert!([62, 4095, 6000, 16_000].iter().all(|&blocks| kept_by_them(blocks).shared_bytes <= 227 << 10));
+        // Sums of eight queries: 16 blocks of each of 64 tiles of keys.
+        assert_eq!((kept_by_them(4095).floats, kept_by_them(4095).slots), (8_192, 264));
+        assert_eq!((kept_by_them(1023).floats, kept_by_them(1023).slots), (2_048, 0));
+        assert!([62, 1023, 4095].iter().all(|&blocks| kept_by_them(blocks).shared_bytes <= 227 << 9));
+        // Heads that are not within a warp's rows are kept a row, by blocks of twelve warps that have a multiprocessor each.
+        let seven = self::config(7, (128, 128));
+        let warpgroups = BandTiles::compressed(&seven, 2, Unit::Warpgroup);
+        let kept_by_them = |blocks| KeptScores::new(&seven, warpgroups, blocks, (132, 227 << 10));
+        assert_eq!((kept_by_them(62).slots, kept_by_them(62).tiles.copied), (0, 2));
+        assert_eq!((kept_by_them(4095).slots, kept_by_them(4095).tiles.copied), (132, 2));
+        assert!([62, 4095].iter().all(|&blocks| kept_by_them(blocks).shared_bytes <= 227 << 10));
         // 32 compressed keys are 8 selection blocks; one more key is looked at.
         assert_eq!(kept(31, 163 << 10).floats, 128 * 9);
         assert_eq!(kept(32, 163 << 10).floats, 2 * 128 * 9);

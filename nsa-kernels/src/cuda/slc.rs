@@ -84,7 +84,8 @@ params! {
 pub(crate) fn forward<T: Element>(cuda: &Cuda, args: Forward<'_, T>) -> Result<()> {
     const OP: &str = "slc::forward";
     let Forward { config, packing, q, k, v, block_indices, o, lse } = args;
-    let tiles = SelectTiles::new(config, size_of::<T>(), cuda.unit());
+    let longest = packing.seqs().map(|seq| seq.end()).max().unwrap_or(0);
+    let tiles = SelectTiles::new(config, size_of::<T>(), cuda.unit(), longest);
     let args = attention::Forward { config, packing, q, k: ("k", k), v: ("v", v), o, lse };
     let prepared = attention::prepare(cuda, OP, args, tiles.queries)?;
     let call = prepared.call;

@@ -87,10 +87,23 @@ fn unions_of_lists() {
         let config =
             |heads, block| paper(heads, 1, 64, 64).compress_block(8).compress_stride(4).select_block(block).window(24);
         let case = |heads, block, lengths: &[usize]| {
-            Case::new(&format!("group-{heads}"), config(heads, block).select_count(3), lengths.to_vec())
+            Case::new(format!("group-{heads}"), config(heads, block).select_count(3), lengths.to_vec())
         };
         let cases = vec![case(16, 64, &[270, 45]), case(8, 32, &[120]), case(9, 32, &[100]), case(70, 32, &[100])];
         assert_cases(Op::Slc, cases);
+    });
+}
+
+/// Groups whose scores are computed twice and summed within a warp, where the device has warpgroups: half of a warp's rows, all, two
+/// warps'.
+#[test]
+fn importance_over_heads() {
+    on_simulator("importance_over_heads", || {
+        let case = |heads, lengths: &[usize]| {
+            let config = paper(heads, 1, 64, 64).compress_block(8).compress_stride(4).select_block(16).window(24);
+            Case::new(format!("group-{heads}"), config.select_count(3), lengths.to_vec())
+        };
+        assert_cases(Op::Cmp, vec![case(8, &[120, 35]), case(16, &[130]), case(32, &[100])]);
     });
 }
 

@@ -43,7 +43,7 @@ __device__ __forceinline__ void band_forward(const BandForwardParams& p) {
     Nothing nothing;
     attend<0>(p, tile, span, flash, nothing);
     const int base = threadIdx.x / 32 * WARP_ROWS;
-    write_rows(p, tile, flash, base, tile.rows - base < WARP_ROWS ? tile.rows - base : WARP_ROWS);
+    write_rows(p, tile, flash, base, tile.rows - base < WARP_ROWS ? tile.rows - base : WARP_ROWS, shared);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, LEAST_BLOCKS) dense_forward(const __grid_constant__ BandForwardParams p) {

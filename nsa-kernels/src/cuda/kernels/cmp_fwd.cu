@@ -31,7 +31,7 @@
 //
 // budget: kernel=cmp_forward threads=128 registers=255 spills=0 shared=66576
 // budget: kernel=cmp_forward arch=sm_100 threads=128 registers=255 spills=40 shared=66576
-// budget: kernel=cmp_forward arch=sm_90a threads=384 registers=168 spills=0 shared=181776
+// budget: kernel=cmp_forward arch=sm_90a threads=256 registers=128 spills=0 shared=99344
 #include "element.cuh"
 #include "config.cuh"
 #include "params.cuh"
@@ -53,6 +53,11 @@ constexpr int EXTRA = FOLDED ? SPAN - 1 : 0;
 constexpr int SHARERS = ceil_div(GROUP, 16);
 // What is kept of a tile of keys: [ROWS, COLUMNS], and m, [ROWS]; or sums over heads, [QUERIES, SHARERS, COLUMNS].
 constexpr int KEPT = TWICE ? QUERIES * SHARERS * COLUMNS : ROWS * (COLUMNS + 1);
+// As many blocks share a multiprocessor: one sums or selects while the other multiplies.
+constexpr int LEAST_BLOCKS = TWICE && Keys::PADDED <= 128 && Values::PADDED <= 128 ? 2 : 1;
+// Outputs leave before scores are computed again, for which the queries stay.
+constexpr int OUTPUTS = TWICE ? ROWS_BYTES : 0;
+static_assert(!TWICE || ROWS * Values::PITCH <= 2 * STAGE_BYTES, "outputs go through the stages");
 static_assert(!TWICE || (FOLDED && TILES == 1 && (16 % GROUP == 0 || GROUP % 16 == 0)), "the heads of a query in a warp");
 // Tiles whose scores are summed over heads at once.
 constexpr int AT_ONCE = 4;
@@ -343,7 +348,7 @@ __device__ __forceinline__ void select(const CmpForwardParams& p, const BandTile
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1) cmp_forward(const __grid_constant__ CmpForwardParams p) {
+extern "C" __global__ void __launch_bounds__(THREADS, LEAST_BLOCKS) cmp_forward(const __grid_constant__ CmpForwardParams p) {
     for (u32 work = blockIdx.x; work < u32(p.common.tiles * KV_HEADS); work += gridDim.x) {
         if (threadIdx.x == 0) *work_in_turn() = work;
         BandTile tile(p.common, work);
@@ -352,9 +357,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) cmp_forward(const __gri
         Keep keep(p, scores && !TWICE);
         BandFlash flash;
         attend<TWICE ? 0 : EXTRA>(p.common, tile, Visible(tile.sequence), flash, keep);
-        if constexpr (TWICE) {
-            if (scores) sum_again(p, tile, flash);
-        }
         work = *work_in_turn();
         tile = BandTile(p.common, work);
         const int thread = anew(int(threadIdx.x)), base = thread / 32 * WARP_ROWS, lane = thread % 32;
@@ -369,8 +371,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) cmp_forward(const __gri
                 }
             }
         }
-        write_rows(p.common, tile, flash, base, tile.rows - base < WARP_ROWS ? tile.rows - base : WARP_ROWS);
+        const int rows = tile.rows - base < WARP_ROWS ? tile.rows - base : WARP_ROWS;
+        write_rows(p.common, tile, flash, base, rows, shared + OUTPUTS);
         __syncthreads();
+        if constexpr (TWICE) {
+            if (scores) sum_again(p, tile, flash);
+        }
         if (selects) {
             for (int query = thread / 32; query < tile.rows / GROUP; query += WARPS) {
                 select(p, tile, query, kept_scores(p), factors_of_rows());

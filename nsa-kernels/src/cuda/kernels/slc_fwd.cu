@@ -1,8 +1,8 @@
 // Attention over selected blocks (SPEC 2.2).
 //
-// A warp works alone: the R heads of a query are its 16 rows (or QUERIES queries with R heads each: it then walks over the union
-// of their blocks, and masks rows that have not selected one). Blocks come in steps of KEYS tokens through STAGES stages of
-// the warp's own shared memory; no barrier between warps.
+// A warp works alone (or four together, see below): the R heads of a query are its 16 rows, or QUERIES queries with R heads each: it
+// then walks over the union of their blocks, and masks rows that have not selected one. Blocks come in steps of KEYS tokens
+// through STAGES stages of the warp's own shared memory; no barrier between warps.
 //
 // Grid: x: WARPS tiles of queries, y: KV heads; neighbouring queries share blocks in the caches.
 // Shared memory, bytes at D = 128 in bf16, a warp: 2 stages x 16 x 512 (queries come and outputs go through them), the lists 128;
@@ -17,7 +17,9 @@
 // blocks do not meet (55 blocks of four lists at 65,536 tokens); those of a model do.
 // Measured on an H100 at R = 16, D = 128, T = 16,384, lists drawn at random: 1.07 ms with copies that pass the first cache by,
 // 0.87 ms with ones that stay there: the forced blocks, 3 of 16, are the same ones for all queries of a CTA. Either way the
-// second cache is what it waits for (83 % of its rate).
+// second cache is what it waits for (83 % of its rate). On sm_90a the 64 rows of four warps may be queries that walk over the union
+// of their blocks together, each of which is read once: where sequences are short enough for such lists to have blocks in common
+// (SelectTiles::new has the figures).
 // Order of summation: flash.cuh, blocks in order.
 // Edges: a list ends at its first -1, and at a block that is no candidate; a query without blocks: o = 0, lse = -infinity.
 //
