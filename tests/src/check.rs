@@ -1,6 +1,6 @@
 //! One operation on one case against the reference: what the tests and `cargo xtask check` run.
 
-use crate::compare::{Compared, Outcome};
+use crate::compare::{Compared, Outcome, compared, rms};
 use crate::fault::Fault;
 use crate::gate::Gate;
 use crate::generate::{self, Side, Weights, widen};
@@ -145,27 +145,16 @@ fn run<T: Kind>(op: Op, case: &Case, backend: &Backend, fault: Option<Fault>) ->
     }
 }
 
-/// An output's versions: truth, two rounded, the kernel's.
-fn compared<T: Element>(name: &str, versions: [Vec<f64>; 4], row: usize, magnitude: f64) -> Compared {
-    let [truth, first, second, kernel] = versions;
-    Compared {
-        tensor: name.to_owned(),
-        truth,
-        rounded: vec![first, second],
-        kernel,
-        row,
-        storage: T::DTYPE,
-        accumulator: <T::Acc as Element>::DTYPE,
-        magnitude,
-        draws: usize::MAX,
-        approximated: 0.0,
-    }
-}
-
 /// What a GPU's exponential (`ex2.approx`) errs by its documentation, relative: a sum of them too, and its logarithm as much
 /// absolute. The simulator's is exact.
 fn exponential_error(backend: &Backend) -> f64 {
     if matches!(backend, Backend::Cuda(_)) && !sim::inside() { 2f64.powi(-22) } else { 0.0 }
+}
+
+/// With room for gelu, through which the output comes: erfc and the derivative have an exponential each, so that every term of
+/// the output errs by as much relative. Errors of random sign add up as the terms do, to as much of the output's RMS.
+fn through_gelu(backend: &Backend, compared: Compared) -> Compared {
+    Compared { approximated: exponential_error(backend) * rms(compared.truth.iter().copied()), ..compared }
 }
 
 /// The verdicts on the outputs of a call of `tokens` tokens.
@@ -356,14 +345,17 @@ fn compress<T: Kind>(case: &Case, backend: &Backend, fault: Option<Fault>) -> Ve
         let largest = row_norm(&honest.x, 1);
         let name = format!("{}_cmp", side.letter());
         let versions = [truth.0, first.0, second.0, widen(&blocks)];
-        let blocks = compared::<T>(&format!("{name}_blocks"), versions, shape[2], largest);
+        let mut blocks = compared::<T>(&format!("{name}_blocks"), versions, shape[2], largest);
+        if matches!(honest.weights, Weights::Mlp { .. }) {
+            blocks = through_gelu(backend, blocks);
+        }
         let kernel = CompressGrads {
             x: widen(&grads.x),
             position: grads.position.as_deref().map(widen),
             weights: grads.weights.map(widen),
         };
-        let list =
-            compress_grads::<T::Acc>(side, shape, [truth.1.into(), first.1.into(), second.1.into(), kernel.into()]);
+        let grads = [truth.1.into(), first.1.into(), second.1.into(), kernel.into()];
+        let list = compress_grads::<T::Acc>(backend, side, shape, grads);
         report.outcomes.extend(judge(&[vec![blocks], list].concat(), case.tokens()));
     }
     Ok(applies.then_some(report))
@@ -372,23 +364,29 @@ fn compress<T: Kind>(case: &Case, backend: &Backend, fault: Option<Fault>) -> Ve
 /// Gradients of the compressed side, through blocks of shape `[M, G, D]`. All that comes through φ shares the rounding of
 /// the blocks' gradients; the embedding sums them over the blocks, so its l rows are one row's draws.
 fn compress_grads<T: Element>(
+    backend: &Backend,
     side: Side,
     [blocks, groups, dim]: [usize; 3],
     grads: [Compressed<f64>; 4],
 ) -> Vec<Compared> {
     let letter = side.letter();
+    let mlp = matches!(grads[0], Compressed::Tokens { phi: Weights::Mlp { .. }, .. });
     let [truth, first, second, kernel] = grads.map(parts);
     let all = truth.into_iter().zip(first).zip(second).zip(kernel);
     all.map(|((((name, truth), (_, first)), (_, second)), (_, kernel))| {
         let draws = if name == POSITION { blocks.min(groups * dim) } else { blocks };
-        let name = name.replace('*', letter);
-        Compared { draws, ..compared::<T>(&name, [truth, first, second, kernel], dim, 0.0) }
+        let versions = [truth, first, second, kernel];
+        let grad = Compared { draws, ..compared::<T>(&name.replace('*', letter), versions, dim, 0.0) };
+        if mlp && name != LAST_BIAS { through_gelu(backend, grad) } else { grad }
     })
     .collect()
 }
 
 /// Gradient of the position embedding.
 const POSITION: &str = "dpe_*";
+
+/// Gradient of an mlp's last bias, the only one that does not come through gelu.
+const LAST_BIAS: &str = "dphi_*.2.bias";
 
 fn parts(grads: Compressed<f64>) -> Vec<(&'static str, Vec<f64>)> {
     let (x, position, phi) = match grads {
@@ -403,7 +401,7 @@ fn parts(grads: Compressed<f64>) -> Vec<(&'static str, Vec<f64>)> {
         Weights::Mlp { weight1, bias1, weight2, bias2 } => {
             list.extend([("dphi_*.0.weight", weight1), ("dphi_*.2.weight", weight2)]);
             list.extend(bias1.map(|bias| ("dphi_*.0.bias", bias)));
-            list.extend(bias2.map(|bias| ("dphi_*.2.bias", bias)));
+            list.extend(bias2.map(|bias| (LAST_BIAS, bias)));
         }
     }
     list
@@ -521,7 +519,8 @@ fn compare_outputs<T: Kind>(backend: &Backend, inputs: &Inputs<T>, versions: [Ou
         let win = each(&|g| of(g).win);
         list.push(compared::<T::Acc>(&format!("d{letter}_win"), win, dim, magnitude(&sizes[2])));
         let shape = [blocks, config.num_kv_heads(), dim];
-        let mut cmp = compress_grads::<T::Acc>(side, shape, [truth, first, second, kernel].map(|g| of(g).cmp));
+        let grads = [truth, first, second, kernel].map(|g| of(g).cmp);
+        let mut cmp = compress_grads::<T::Acc>(backend, side, shape, grads);
         cmp.iter_mut().for_each(|c| c.magnitude = magnitude(&sizes[0]));
         list.extend(cmp);
     }

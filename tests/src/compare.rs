@@ -3,7 +3,7 @@
 //! with its reason.
 
 use crate::generate;
-use nsa_core::DType;
+use nsa_core::{DType, Element};
 
 /// A kernel's largest error, and its worst row's RMS error, over the rounded reference's.
 pub const WORST_RATIO: f64 = 1.5;
@@ -110,6 +110,23 @@ pub fn unit_roundoff(dtype: DType) -> f64 {
         DType::F64 => 53,
     };
     0.5f64.powi(bits)
+}
+
+/// An output of storage type `T` in its versions: truth, two rounded, the kernel's.
+pub(crate) fn compared<T: Element>(name: &str, versions: [Vec<f64>; 4], row: usize, magnitude: f64) -> Compared {
+    let [truth, first, second, kernel] = versions;
+    Compared {
+        tensor: name.to_owned(),
+        truth,
+        rounded: vec![first, second],
+        kernel,
+        row,
+        storage: T::DTYPE,
+        accumulator: <T::Acc as Element>::DTYPE,
+        magnitude,
+        draws: usize::MAX,
+        approximated: 0.0,
+    }
 }
 
 impl Compared {
@@ -223,7 +240,7 @@ impl Compared {
     }
 }
 
-fn rms(values: impl Iterator<Item = f64>) -> f64 {
+pub(crate) fn rms(values: impl Iterator<Item = f64>) -> f64 {
     let (sum, count) = values.fold((0.0, 0usize), |(sum, count), x| (sum + x * x, count + 1));
     (sum / count.max(1) as f64).sqrt()
 }
