@@ -1,21 +1,24 @@
 // Gradients of attention over a run of keys: `dense`, `win`, `cmp` (SPEC 3; see grad.cuh).
 //
 // Kernels of an operation: what is known of each row of queries (lse, delta, gate, position); dq, a CTA a tile of ROWS / R
-// queries, over its keys; dk and dv, a CTA a tile of 16 WARPS keys, over the rows of the queries that see them. Where tiles of
-// keys are too few for a device (compressed ones are few, and the first are seen by all), the rows of each are cut into equal
+// queries, over its keys; dk and dv, a CTA a tile of 16 WARPS keys, over the rows of the queries that see them, COPIED tiles of
+// which come at once. Where tiles of keys are too few for a device (compressed ones are few, and the first are seen by all), the rows of each are cut into equal
 // parts, a CTA a part, whose gradients are added in order at the end. No atomics, nothing of size T x T.
 // Shared memory, bytes at D = 128 in bf16: 64 rows of q and do (or of k and v) 32,768; 2 stages of 32 rows of k and v 32,768 (or
-// of q, do and facts 33,792). On sm_90a, where four warps multiply together, stages have 64 rows: 98,304 (100,352).
+// of q, do and facts 33,792). On sm_90a, where four warps multiply together, tiles have 64 rows; dq is the work of twelve warps: 98,304
+// and 65,536; dk and dv that of eight: 65,536, and 2 stages of two tiles, 135,168.
 // Registers: dq 64, scores and their gradients 32; dk and dv 128, scores and their gradients 32. With Dk + Dv above 320 dk and
-// dv are two CTAs' work, which costs the scores a second time. On sm_90a scores and their gradients 64.
+// dv are two CTAs' work, which costs the scores a second time. On sm_90a scores and their gradients 64; dv's product comes after that
+// of dk there: the other order overlaps more, and spills.
 // Passes over shared memory, 64 keys and 64 rows at D = 128: mma.sync reads its right side for each warp, 288 KiB; wgmma reads it
 // once for four, 96 KiB in products that take 1,024 cycles of tensor cores.
 // Roofline, a query row and key that it sees: dq 2 (2 Dk + Dv) FLOP, dk and dv 4 (Dk + Dv); from memory q, k, v, o, do once,
 // and dq twice, dk and dv once in f32.
 // Order of summation: dq: tiles of keys in order; dk, dv: rows in the order of tokens, then heads; parts in order. Their number
 // follows from the shapes.
-// Measured on an H100, cmp at 16,384 tokens, R = 16, D = 128, one KV head: 16 tiles of keys as one CTA each took 17.2 ms, of
-// 25 of the whole backward.
+// Measured on an H100, R = 16, D = 128, one KV head: cmp at 16,384 tokens, 16 tiles of keys as one CTA each took 17.2 ms, of 25 of
+// the whole backward. At 65,536: dk and dv of cmp 9.8 ms by blocks of four warps whose descriptors and addresses each thread
+// computed, 5.1 ms now (docs/performance-cuda.md).
 // Edges: as in band_fwd.cu. Keys that no query sees have gradients of 0.
 //
 // budget: kernel=band_row_facts threads=256 registers=40 spills=0 shared=0

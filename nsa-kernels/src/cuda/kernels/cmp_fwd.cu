@@ -5,17 +5,15 @@
 // row's p is summed to selection blocks in registers (weights 1 2 2 2 1 at 32/16/64; a fourth of the scores), relative to the m of
 // its tile of keys, and kept with that m; at the end a warp a query sums the heads with their factors. On sm_90a, whose tensor
 // cores have time for it, scores are computed a second time (TWICE): p is then final, and is summed to blocks and over the
-// heads before one number a query and block is kept, in shared memory up to some 80,000 tokens. Either way a warp a query takes the
-// n best online.
+// heads before one number a query and block is kept. Either way a warp a query takes the n best online.
 //
 // Grid: a CTA a tile of ROWS / R queries and KV head, the last tiles first; where scores are kept in the workspace, as many
 // CTAs as run at once, each of which takes every so manyth tile.
 // Shared memory, bytes at D = 128 in bf16: as band_fwd.cu, m and 1 / l of each row, 8 x 128, the tile in turn, 16; then, if two
-// CTAs still fit, the kept scores: 4 x 128 x 9 a tile of 32 compressed keys (on sm_90a, where one CTA is enough: 4 x 12 x 16 a tile
-// of 64).
+// CTAs still fit, the kept scores: 4 x 128 x 9 a tile of 32 compressed keys (TWICE: 4 x 8 x 16 a tile of 64).
 // Registers: as band_fwd.cu, and the last p of each row, which counts for the next tile's first block. On sm_90a o, scores and
-// what is kept of them take 160: one CTA of 12 warps, so that a tile of keys meets 192 rows. On sm_100 ten registers more than
-// there are, which are kept in memory from one tile of keys to the next.
+// what is kept of them take 160: one CTA of 12 warps; TWICE they leave o behind before they sum: two CTAs of 8. On sm_100 ten
+// registers more than there are, which are kept in memory from one tile of keys to the next.
 // Roofline, a KV head: 2 R (Dk + Dv) FLOP a query and visible block (T / 2d of them at the end of T tokens on average);
 // keeping scores instead of a second product with k saves a third of that (2 R Dk more), and costs 9/8 numbers of 4 bytes each way
 // a row and selection block, from the L2 cache as long as it holds them: at T = 65,536 4.6 GB that go to memory and come back.
