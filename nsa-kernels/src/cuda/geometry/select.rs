@@ -1,0 +1,124 @@
+//! Tiles of the kernels that walk over selected blocks, as pure functions.
+
+use super::{Geometry, SHARED_BYTES, Unit, pitch};
+use nsa_core::NsaConfig;
+
+/// Tiles of `rows` rows that share the heads of a query, and queries of a tile. Those of a warp's 16 rows walk over the union of
+/// their blocks, which is never more work than each one's own with the other rows empty.
+fn select_rows(config: &NsaConfig, rows: usize) -> (usize, usize) {
+    let parts = config.group_size().div_ceil(rows);
+    (parts, rows / config.group_size().div_ceil(parts))
+}
+
+/// Heads of a group, at least, for which warpgroups walk over the union of selected blocks: of more than eight queries it grows faster
+/// than what their rows gain, as long as their blocks have little in common.
+const UNION_HEADS: usize = 8;
+/// How many times as many blocks as a query selects a sequence may have for it: neighbours then have blocks in common even if they
+/// choose at random. Measured on an H100 so, the forward of NSA, 16 blocks of 64 tokens, with unions and without: 166 and 195 us at
+/// 2,048 tokens, 767 and 772 at 8,192, 11.2 and 10.0 ms at 65,536.
+const UNION_BLOCKS: usize = 8;
+
+/// Bytes of the lists of a warp's queries: tiles begin behind them.
+fn list_bytes(config: &NsaConfig, queries: usize) -> usize {
+    (queries * config.select_count() * 4).next_multiple_of(Unit::Warp.alignment())
+}
+
+/// Tiles of `slc_forward` (`kernels/slc_fwd.cu`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct SelectTiles {
+    /// Who makes the products, and walks over blocks.
+    pub(crate) unit: Unit,
+    /// Warps of a block.
+    pub(crate) warps: usize,
+    /// Rows of a tile: of a warp, or of four.
+    pub(crate) rows: usize,
+    /// Keys of a step.
+    pub(crate) keys: usize,
+    /// Steps in shared memory.
+    pub(crate) stages: usize,
+    /// Queries of a tile.
+    pub(crate) queries: usize,
+    /// Tiles that share a query's heads.
+    pub(crate) parts: usize,
+    /// Whether queries stay in registers.
+    pub(crate) held: bool,
+    /// Bytes of shared memory of a block.
+    pub(crate) shared_bytes: usize,
+}
+
+impl SelectTiles {
+    /// For a configuration and elements of `size` bytes, on a device with such a unit, and sequences of at most `longest` tokens.
+    /// Queries of a warpgroup's rows read each block that several of them have selected once: what the second cache gives is what
+    /// selected attention waits for.
+    pub(crate) fn new(config: &NsaConfig, size: usize, unit: Unit, longest: usize) -> Self {
+        let blocks_fit = config.select_block().is_multiple_of(32) && config.group_size() >= UNION_HEADS;
+        let in_common = longest <= UNION_BLOCKS * config.select_count() * config.select_block();
+        match unit.fitting(config, size) {
+            Unit::Warpgroup if blocks_fit && in_common => Self::of_warpgroups(config),
+            _ => Self::of_warps(config, size),
+        }
+    }
+
+    fn of_warpgroups(config: &NsaConfig) -> Self {
+        const ROWS: usize = 64;
+        let (k, v) = (pitch(config.head_dim_qk(), 2), pitch(config.head_dim_v(), 2));
+        let (parts, queries) = select_rows(config, ROWS);
+        let wide = config.select_block().is_multiple_of(64) && k.max(v) <= 256;
+        let keys = if wide { 64 } else { 32 };
+        let shared_bytes = 2 * keys * (k + v) + ROWS * k.max(v) + list_bytes(config, queries);
+        let unit = Unit::Warpgroup;
+        Self { unit, warps: 4, rows: ROWS, keys, stages: 2, queries, parts, held: false, shared_bytes }
+    }
+
+    fn of_warps(config: &NsaConfig, size: usize) -> Self {
+        const STAGES: usize = 2;
+        let (k, v) = (pitch(config.head_dim_qk(), size), pitch(config.head_dim_v(), size));
+        let (parts, queries) = select_rows(config, 16);
+        let keys = if config.select_block() >= 32 && k + v <= 256 { 32 } else { 16 };
+        let stages = STAGES * keys * (k + v);
+        let rows = 16 * k.max(v);
+        let held = size == 2 && k + v < 1024 && rows <= stages;
+        let warp = stages + if held { 0 } else { rows } + list_bytes(config, queries);
+        let mut warps = 4;
+        while warps > 1 && warps * warp > SHARED_BYTES {
+            warps /= 2;
+        }
+        let unit = Unit::Warp;
+        Self { unit, warps, rows: 16, keys, stages: STAGES, queries, parts, held, shared_bytes: warps * warp }
+    }
+
+    /// For gradients of queries, in blocks of `warps` warps.
+    pub(crate) fn gradients(config: &NsaConfig, size: usize, warps: usize) -> Self {
+        let bytes = pitch(config.head_dim_qk(), size) + pitch(config.head_dim_v(), size);
+        let ((parts, queries), keys) = (select_rows(config, 16), 16);
+        let warp = (2 * keys + 16) * bytes + list_bytes(config, queries);
+        let unit = Unit::Warp;
+        Self { unit, warps, rows: 16, keys, stages: 2, queries, parts, held: false, shared_bytes: warps * warp }
+    }
+
+    /// A launch over `tiles` tiles of queries with `heads` KV heads each.
+    pub(crate) fn geometry(&self, tiles: usize, heads: usize) -> Geometry {
+        Geometry {
+            grid: [(tiles * self.parts).div_ceil(16 * self.warps / self.rows) as u64, heads as u64, 1],
+            threads: 32 * self.warps as u32,
+            shared_bytes: self.shared_bytes as u32,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::config;
+    use super::*;
+
+    #[test]
+    fn queries_of_small_groups_share_a_warp() {
+        let rows = |heads| select_rows(&config(heads, (64, 64)), 16);
+        assert_eq!([1, 4, 5, 16, 17, 64].map(rows), [(1, 16), (1, 4), (1, 3), (1, 1), (2, 1), (4, 1)]);
+        let rows = |heads| select_rows(&config(heads, (64, 64)), 64);
+        assert_eq!([8, 16, 17, 64, 70].map(rows), [(1, 8), (1, 4), (1, 3), (1, 1), (2, 1)]);
+        let unit = |heads, longest| SelectTiles::new(&config(heads, (64, 64)), 2, Unit::Warpgroup, longest).unit;
+        assert_eq!([4, 7, 8, 16].map(|heads| unit(heads, 8192) == Unit::Warpgroup), [false, false, true, true]);
+        assert_eq!(unit(16, 8193), Unit::Warp);
+    }
+}
