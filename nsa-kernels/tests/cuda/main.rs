@@ -101,7 +101,7 @@ fn importance_over_heads() {
     on_simulator("importance_over_heads", || {
         let case = |heads, lengths: &[usize]| {
             let config = paper(heads, 1, 64, 64).compress_block(8).compress_stride(4).select_block(16).window(24);
-            Case::new(format!("group-{heads}"), config.select_count(3), lengths.to_vec())
+            Case::new(format!("group-{heads}"), config.select_count(6), lengths.to_vec())
         };
         assert_cases(Op::Cmp, vec![case(8, &[120, 35]), case(16, &[130]), case(32, &[100])]);
     });
