@@ -59,7 +59,7 @@ __device__ __forceinline__ void wait_for_stage() {
 // Starts to copy rows of the tile's own.
 template <int DIM, int COUNT, int BYTES, class Row>
 __device__ __forceinline__ void load_own(u32 to, int count, const Row& row) {
-    load_tile<SharedTile<DIM, COUNT>, COUNT, TILE_THREADS, BYTES>(to, anew(int(threadIdx.x % TILE_THREADS)), count, row);
+    load_tile<SharedTile<DIM, COUNT>, COUNT, TILE_THREADS, BYTES>(to, int(threadIdx.x % TILE_THREADS), count, row);
 }
 
 __device__ __forceinline__ void mask(Scores<1, KEYS>& s, const Blocks& blocks, const SelectTile& tile) {
