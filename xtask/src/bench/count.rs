@@ -267,10 +267,14 @@ impl Report<'_> {
         let (jobs, longest) = (jobs(&self.options.pass), *self.options.lengths().last().expect("two at least"));
         println!("bf16, {longest} tokens; touched: each sector once a launch; asked: by every load and store");
         for (device, counted) in &self.counted {
-            let mut kernels = columns::table(&[&[device.name, "kernel"][..], &Counts::CELLS].concat(), 2);
+            let estimate = format!("at {} at least", self.options.estimate);
+            let header = [&[device.name, "kernel"][..], &Counts::CELLS, &[&estimate, "by"]].concat();
+            let mut kernels = columns::table(&header, 2);
             for ((job, kernel), counts) in counted {
                 let Some((_, c)) = counts.iter().find(|(tokens, _)| *tokens == longest) else { continue };
-                kernels.add_row([&[name(jobs[*job]), kernel.clone()][..], &c.cells()].concat());
+                let (time, resource) = device.time(&extrapolate(counts, self.options.estimate));
+                let estimate = [seconds(time), resource.to_owned()];
+                kernels.add_row([&[name(jobs[*job]), kernel.clone()][..], &c.cells(), &estimate].concat());
             }
             println!("{kernels}");
         }
