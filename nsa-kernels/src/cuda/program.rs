@@ -9,13 +9,15 @@ use nsa_core::{DType, NsaConfig};
 use std::fmt::Write as _;
 
 /// The headers that kernels share.
-const HEADERS: [(&str, &str); 16] = [
+const HEADERS: [(&str, &str); 18] = [
     ("band.cuh", include_str!("kernels/band.cuh")),
     ("decode.cuh", include_str!("kernels/decode.cuh")),
     ("decode_select.cuh", include_str!("kernels/decode_select.cuh")),
     ("element.cuh", include_str!("kernels/element.cuh")),
     ("flash.cuh", include_str!("kernels/flash.cuh")),
     ("grad.cuh", include_str!("kernels/grad.cuh")),
+    ("inverse.cuh", include_str!("kernels/inverse.cuh")),
+    ("joined.cuh", include_str!("kernels/joined.cuh")),
     ("mma.cuh", include_str!("kernels/mma.cuh")),
     ("product.cuh", include_str!("kernels/product.cuh")),
     ("reduce.cuh", include_str!("kernels/reduce.cuh")),
