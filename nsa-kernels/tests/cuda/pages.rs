@@ -10,8 +10,8 @@ use nsa_tests::sim::on_simulator;
 type Sequences = [(usize, usize); 3];
 
 const SEQUENCES: Sequences = [(9, 40), (0, 3), (70, 0)];
-/// Longer than queries select blocks of: blocks of keys gather queries.
-const FAR: Sequences = [(40, 120), (0, 3), (70, 0)];
+/// Of so many blocks that blocks of keys gather queries.
+const FAR: Sequences = [(40, 320), (0, 3), (70, 0)];
 /// Single queries, over keys of one chunk and of several, and other sequences beside them.
 const STEPS: [Sequences; 2] = [[(1, 40), (0, 3), (1, 700)], [(1, 300), (7, 30), (1, 0)]];
 

@@ -1,16 +1,22 @@
 //! Tiles of the kernel whose blocks of threads own selected blocks of keys, and the runs of queries that it takes, as pure functions.
 
+use super::select::select_rows;
 use super::{Geometry, SHARED_BYTES, pitch};
 use nsa_core::{NsaConfig, Packing};
 
-/// Heads of a group, at most, for which blocks of keys gather queries.
-const TURNED_HEADS: usize = 4;
-/// How many times as many blocks as a query selects a sequence has for it, at least.
-const TURNED_BLOCKS: usize = 2;
+/// How many times as long as a list the union of the lists is, at least, that a warp's queries would walk over: if these choose at
+/// random. Where lists have more in common the walk takes less time, what is turned as much as ever.
+const UNION_LENGTHS: f64 = 3.0;
 /// Rows of queries, at least, that a block of keys has in a run, if queries choose evenly: its keys are read for them.
 const TURNED_ROWS: usize = 16;
 /// Rows of queries of a work, about: a block of keys is read for so many.
 const WORK_ROWS: usize = 512;
+
+/// How many of `blocks` blocks the lists of `queries` queries name together, each `selected` of them at random.
+fn union(blocks: usize, selected: usize, queries: usize) -> f64 {
+    let missed = blocks.saturating_sub(selected) as f64 / blocks.max(1) as f64;
+    blocks as f64 * (1.0 - missed.powf(queries as f64))
+}
 
 /// Tiles of `slc_turned` (`kernels/slc_turned.cu`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,10 +39,9 @@ impl TurnedTiles {
         const WARPS: usize = 4;
         let (k, v) = (pitch(config.head_dim_qk(), size), pitch(config.head_dim_v(), size));
         let block = config.select_block();
-        // As registers allow.
         let keys = match block {
-            _ if block.is_multiple_of(64) && k + v <= 512 => 64,
-            32.. if k + v <= 640 => 32,
+            _ if block.is_multiple_of(64) => 64,
+            32.. => 32,
             _ => 16,
         };
         let shared_bytes = block.next_multiple_of(keys) * (k + v) + WARPS * 16 * k;
@@ -49,11 +54,11 @@ impl TurnedTiles {
     pub(crate) fn chosen(config: &NsaConfig, size: usize, packing: &Packing, share_bytes: usize) -> Option<Self> {
         let longest = packing.seqs().max_by_key(|seq| seq.end())?;
         let (selected, blocks) = (config.select_count(), longest.end() / config.select_block());
-        let small = config.group_size() <= TURNED_HEADS;
-        let far = blocks >= TURNED_BLOCKS * selected;
+        let union = union(blocks, selected, select_rows(config, 16).1);
+        let long = union >= UNION_LENGTHS * selected as f64;
         let queries = longest.rows.len().min(Self::run_tokens(config, share_bytes));
         let met = queries * config.group_size() * selected >= TURNED_ROWS * blocks;
-        if small && far && met { Self::new(config, size) } else { None }
+        if long && met { Self::new(config, size) } else { None }
     }
 
     /// Numbers of a share of o.
@@ -159,7 +164,8 @@ mod tests {
             TurnedTiles::chosen(&config(heads, (128, 128)), 2, &packing(sequences), 256 << 20).is_some()
         };
         assert_eq!([1, 2, 4, 5, 16].map(|heads| chosen(heads, &[(8192, 0)])), [true, true, true, false, false]);
-        assert_eq!([2047, 2048].map(|tokens| chosen(4, &[(tokens, 0)])), [false, true]);
+        assert_eq!([3072, 3328, 4096, 5632].map(|tokens| chosen(1, &[(tokens, 0)])), [false, true, true, true]);
+        assert_eq!([3072, 3328, 4096, 5632].map(|tokens| chosen(4, &[(tokens, 0)])), [false, false, false, true]);
         // Too few queries for the blocks of their context, and enough.
         assert_eq!([63, 64].map(|queries| chosen(4, &[(queries, 16_320), (7, 0)])), [false, true]);
         assert!(!chosen(4, &[]));
@@ -170,8 +176,8 @@ mod tests {
         let tiles =
             |dims, size| TurnedTiles::new(&config(4, dims), size).map(|tiles| (tiles.keys, tiles.held, tiles.queries));
         assert_eq!(tiles((128, 128), 2), Some((64, true, 128)));
-        assert_eq!(tiles((192, 128), 2), Some((32, true, 128)));
-        assert_eq!(tiles((256, 256), 2), Some((16, false, 128)));
-        assert_eq!((tiles((128, 128), 4), tiles((256, 256), 4)), (Some((16, false, 128)), None));
+        assert_eq!(tiles((192, 128), 2), Some((64, true, 128)));
+        assert_eq!(tiles((256, 256), 2), Some((64, false, 128)));
+        assert_eq!((tiles((128, 128), 4), tiles((256, 256), 4)), (Some((64, false, 128)), None));
     }
 }

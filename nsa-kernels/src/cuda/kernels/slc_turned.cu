@@ -19,7 +19,7 @@
 // Edges: lists end as inverse.cuh says; a query without blocks: o = 0, lse = -infinity. A block's keys behind the last query of a
 // work are not read.
 //
-// budget: kernel=slc_turned threads=128 registers=200 spills=0 shared=49152
+// budget: kernel=slc_turned threads=128 registers=168 spills=0 shared=49152
 // budget: kernel=slc_merge threads=256 registers=64 spills=0 shared=0
 #include "element.cuh"
 #include "config.cuh"
@@ -33,6 +33,8 @@ constexpr int SPAN = round_up(SELECT_BLOCK, KEYS);
 constexpr int BLOCK_BYTES = SPAN * (Keys::PITCH + Values::PITCH);
 constexpr int QUERY_BYTES = 16 * Keys::PITCH;
 constexpr bool HELD = QUERIES_HELD && TENSOR_CORES;
+// Three CTAs share a multiprocessor where registers leave room: one loads its block while others multiply.
+constexpr int LEAST_BLOCKS = TENSOR_CORES && SPAN == KEYS && Keys::PADDED <= 128 && Values::PADDED <= 128 ? 3 : 1;
 
 extern __shared__ __align__(128) char shared[];
 
@@ -48,13 +50,14 @@ struct Selected {
 struct TurnedWork : BlockWork {
     const SlcTurnedParams& p;
     int rows;
+    int ahead;  // rows of the sequence's keys from the block's first one up to the index's first query
 
-    __device__ __forceinline__ TurnedWork(const SlcTurnedParams& p_, int work) : BlockWork(p_.index, work), p(p_), rows(count * GROUP) {}
+    __device__ __forceinline__ TurnedWork(const SlcTurnedParams& p_, int work)
+        : BlockWork(p_.index, work), p(p_), rows(count * GROUP), ahead(sequence.context + p.index.first_token - sequence.query + 1 - key) {}
     __device__ __forceinline__ Selected selected(int row) const { return Selected(entries[row / GROUP]); }
     // Rows of the block that the query sees.
     __device__ __forceinline__ int seen(int query) const {
-        const int end = sequence.context + p.index.first_token + query - sequence.query + 1 - key;
-        return end < SELECT_BLOCK ? end : SELECT_BLOCK;
+        return ahead + query < SELECT_BLOCK ? ahead + query : SELECT_BLOCK;
     }
     // Starts to copy rows `first`.. of the queries to the warp's tile.
     __device__ __forceinline__ void load_queries(char* to, int first) const {
@@ -109,7 +112,7 @@ __device__ __forceinline__ void mask(Scores<1, KEYS>& s, const TurnedWork& work,
     }
 }
 
-extern "C" __global__ void __launch_bounds__(32 * WARPS) slc_turned(const __grid_constant__ SlcTurnedParams p) {
+extern "C" __global__ void __launch_bounds__(THREADS, LEAST_BLOCKS) slc_turned(const __grid_constant__ SlcTurnedParams p) {
     if (int(blockIdx.x) >= p.index.work_starts[KV_HEADS * p.index.blocks]) return;
     const TurnedWork work(p, blockIdx.x);
     const int warp = uniform(int(threadIdx.x / 32));
@@ -130,7 +133,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) slc_turned(const __grid
         // The first of the rows sees least, the last one most.
         const int least = uniform(work.seen(work.selected(first).query));
         const int last = first + 15 < work.rows ? first + 15 : work.rows - 1;
-        const int most = uniform(work.seen(work.selected(last).query));
+        const int most = SPAN == KEYS ? KEYS : uniform(work.seen(work.selected(last).query));
         Flash<1, KEYS> flash;
         for (int from = 0; from < most; from += KEYS) {
             Scores<1, KEYS> s;
