@@ -9,7 +9,7 @@ use nsa_core::{DType, NsaConfig};
 use std::fmt::Write as _;
 
 /// The headers that kernels share.
-const HEADERS: [(&str, &str); 18] = [
+const HEADERS: [(&str, &str); 19] = [
     ("band.cuh", include_str!("kernels/band.cuh")),
     ("decode.cuh", include_str!("kernels/decode.cuh")),
     ("decode_select.cuh", include_str!("kernels/decode_select.cuh")),
@@ -26,6 +26,7 @@ const HEADERS: [(&str, &str); 18] = [
     ("span.cuh", include_str!("kernels/span.cuh")),
     ("step.cuh", include_str!("kernels/step.cuh")),
     ("tile.cuh", include_str!("kernels/tile.cuh")),
+    ("turned.cuh", include_str!("kernels/turned.cuh")),
     ("unit.cuh", include_str!("kernels/unit.cuh")),
     ("wgmma.cuh", include_str!("kernels/wgmma.cuh")),
 ];

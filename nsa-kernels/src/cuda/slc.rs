@@ -13,7 +13,8 @@ use super::program::{Constants, Program};
 use crate::op::slc::{Backward, Forward};
 use crate::{Element, Result};
 use index::{Index, Lists, SlcIndex, Works};
-use nsa_core::{DType, NsaConfig};
+use nsa_core::{DType, NsaConfig, Packing};
+use turned::Turned;
 
 /// The kernels.
 pub(crate) static PROGRAM: Program = Program {
@@ -59,8 +60,7 @@ params! {
 pub(crate) fn forward<T: Element>(cuda: &Cuda, args: Forward<'_, T>) -> Result<()> {
     const OP: &str = "slc::forward";
     let Forward { config, packing, q, k, v, block_indices, o, lse } = args;
-    let share_bytes = cuda.share_bytes();
-    let turned = TurnedTiles::chosen(config, size_of::<T>(), packing, share_bytes);
+    let turned = turned(cuda, config, packing, TurnedTiles::forward(config, size_of::<T>()));
     let longest = packing.seqs().map(|seq| seq.end()).max().unwrap_or(0);
     let tiles = SelectTiles::new(config, size_of::<T>(), cuda.unit(), longest);
     let args = attention::Forward { config, packing, q, k: ("k", k), v: ("v", v), o, lse };
@@ -74,12 +74,24 @@ pub(crate) fn forward<T: Element>(cuda: &Cuda, args: Forward<'_, T>) -> Result<(
     }
     let block_indices = prepared.call.input("block_indices", &block_indices)?;
     if let Some(turned) = turned {
-        return turned::forward(&prepared, (config, packing), block_indices, turned, share_bytes);
+        return turned.forward(&prepared, block_indices);
     }
     let params = SlcForward { common: prepared.params, block_indices };
     let geometry = tiles.geometry(prepared.sequences.tiles, config.num_kv_heads());
     let call = prepared.call.constants(|constants| tiles.bake(constants));
     call.launch(&PROGRAM, "slc_forward", geometry, params)
+}
+
+/// How a call is turned round with such tiles, if that is faster.
+fn turned<'a>(
+    cuda: &Cuda,
+    config: &'a NsaConfig,
+    packing: &'a Packing,
+    tiles: Option<TurnedTiles>,
+) -> Option<Turned<'a>> {
+    let share_bytes = cuda.share_bytes();
+    let tiles = tiles?.where_faster(config, packing, share_bytes)?;
+    Some(Turned { config, packing, tiles, share_bytes })
 }
 
 pub(crate) fn backward<T: Element>(cuda: &Cuda, args: Backward<'_, T>) -> Result<()> {
@@ -125,7 +137,10 @@ pub(crate) fn backward<T: Element>(cuda: &Cuda, args: Backward<'_, T>) -> Result
     };
     let launch = |kernel, geometry| call.launch(&BACKWARD, kernel, geometry, params);
     launch("slc_row_facts", prepared.facts_geometry())?;
-    launch("slc_query_gradients", tiles.of_queries(prepared.queries.tiles, heads))?;
+    match turned(cuda, config, packing, TurnedTiles::gradients(config, size_of::<T>())) {
+        Some(turned) => turned.query_gradients(&prepared, lists)?,
+        None => launch("slc_query_gradients", tiles.of_queries(prepared.queries.tiles, heads))?,
+    }
     launch("slc_key_gradients", tiles.of_keys(index.works))?;
     if more_works == 0 {
         return Ok(());
@@ -184,7 +199,7 @@ impl BackwardTiles {
     }
 }
 
-/// What the backward runs, and the forward of small groups.
+/// What the backward runs, and small groups.
 pub(crate) fn builds(config: &NsaConfig, dtype: DType, unit: Unit) -> Vec<Build> {
     let size = dtype.size_bytes();
     let tiles = BackwardTiles::new(config, size, unit);
@@ -198,7 +213,7 @@ pub(crate) fn builds(config: &NsaConfig, dtype: DType, unit: Unit) -> Vec<Build>
     let launched = |(name, threads, shared_bytes)| Launched { name, threads, shared_bytes };
     let kernels = kernels.map(launched).to_vec();
     let backward = Build { program: &BACKWARD, constants: tiles.bake(constants.clone()), kernels };
-    let mut builds = vec![backward, index::build(&constants, works(0).0)];
+    let mut builds = vec![backward, index::build(constants.clone(), works(0).0)];
     builds.extend(turned::builds(config, size, &constants));
     builds
 }

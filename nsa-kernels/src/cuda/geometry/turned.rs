@@ -1,7 +1,8 @@
-//! Tiles of the kernel whose blocks of threads own selected blocks of keys, and the runs of queries that it takes, as pure functions.
+//! Tiles of the kernel whose blocks of threads own selected blocks of keys, and the runs of queries that it takes, as pure
+//! functions.
 
 use super::select::select_rows;
-use super::{Geometry, SHARED_BYTES, pitch};
+use super::{Geometry, SHARED_BYTES, padded, pitch};
 use nsa_core::{NsaConfig, Packing};
 
 /// How many times as long as a list the union of the lists is, at least, that a warp's queries would walk over: if these choose at
@@ -18,7 +19,7 @@ fn union(blocks: usize, selected: usize, queries: usize) -> f64 {
     blocks as f64 * (1.0 - missed.powf(queries as f64))
 }
 
-/// Tiles of `slc_turned` (`kernels/slc_turned.cu`).
+/// Tiles of `slc_turned` (`kernels/slc_turned.cu`) and `slc_turned_gradients` (`kernels/slc_turned_bwd.cu`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct TurnedTiles {
     /// Warps of a block.
@@ -29,46 +30,58 @@ pub(crate) struct TurnedTiles {
     pub(crate) held: bool,
     /// Queries of a work.
     pub(crate) queries: usize,
+    /// Columns of a share.
+    pub(crate) columns: usize,
+    /// Numbers of a share beside them.
+    pub(crate) statistics: usize,
     /// Bytes of shared memory of a block.
     pub(crate) shared_bytes: usize,
 }
 
 impl TurnedTiles {
     /// For a configuration and elements of `size` bytes, if shared memory holds a block of keys.
-    pub(crate) fn new(config: &NsaConfig, size: usize) -> Option<Self> {
-        const WARPS: usize = 4;
+    pub(crate) fn forward(config: &NsaConfig, size: usize) -> Option<Self> {
         let (k, v) = (pitch(config.head_dim_qk(), size), pitch(config.head_dim_v(), size));
+        let [_, columns] = padded(config);
+        Some(Self { held: size == 2 && k + v < 1024, columns, statistics: 2, ..Self::with_rows(config, size, k)? })
+    }
+
+    /// The same for gradients of queries.
+    pub(crate) fn gradients(config: &NsaConfig, size: usize) -> Option<Self> {
+        let (k, v) = (pitch(config.head_dim_qk(), size), pitch(config.head_dim_v(), size));
+        let [columns, _] = padded(config);
+        Some(Self { columns, ..Self::with_rows(config, size, k + v)? })
+    }
+
+    /// With so many bytes of each row of queries.
+    fn with_rows(config: &NsaConfig, size: usize, row_bytes: usize) -> Option<Self> {
         let block = config.select_block();
         let keys = match block {
             _ if block.is_multiple_of(64) => 64,
             32.. => 32,
             _ => 16,
         };
-        let shared_bytes = block.next_multiple_of(keys) * (k + v) + WARPS * 16 * k;
+        let of_key = pitch(config.head_dim_qk(), size) + pitch(config.head_dim_v(), size);
+        let bytes = |warps| block.next_multiple_of(keys) * of_key + warps * 16 * row_bytes;
+        let warps = [4, 2].into_iter().find(|&warps| bytes(warps) <= SHARED_BYTES)?;
         let queries = (WORK_ROWS / config.group_size()).max(1);
-        let tiles = Self { warps: WARPS, keys, held: size == 2 && k + v < 1024, queries, shared_bytes };
-        (shared_bytes <= SHARED_BYTES).then_some(tiles)
+        Some(Self { warps, keys, held: false, queries, columns: 0, statistics: 0, shared_bytes: bytes(warps) })
     }
 
-    /// The same where this is the faster way, for runs of `share_bytes`.
-    pub(crate) fn chosen(config: &NsaConfig, size: usize, packing: &Packing, share_bytes: usize) -> Option<Self> {
+    /// These where this is the faster way, for runs of `share_bytes`.
+    pub(crate) fn where_faster(self, config: &NsaConfig, packing: &Packing, share_bytes: usize) -> Option<Self> {
         let longest = packing.seqs().max_by_key(|seq| seq.end())?;
         let (selected, blocks) = (config.select_count(), longest.end() / config.select_block());
         let union = union(blocks, selected, select_rows(config, 16).1);
         let long = union >= UNION_LENGTHS * selected as f64;
-        let queries = longest.rows.len().min(Self::run_tokens(config, share_bytes));
+        let queries = longest.rows.len().min(self.run_tokens(config, share_bytes));
         let met = queries * config.group_size() * selected >= TURNED_ROWS * blocks;
-        if long && met { Self::new(config, size) } else { None }
-    }
-
-    /// Numbers of a share of o.
-    pub(crate) fn share_floats(config: &NsaConfig) -> usize {
-        config.head_dim_v().next_multiple_of(16)
+        (long && met).then_some(self)
     }
 
     /// Queries whose shares take at most so many bytes, at least one; whole masks of the index, where there are more.
-    pub(crate) fn run_tokens(config: &NsaConfig, share_bytes: usize) -> usize {
-        let of_token = config.num_heads() * config.select_count() * 4 * (Self::share_floats(config) + 2);
+    pub(crate) fn run_tokens(&self, config: &NsaConfig, share_bytes: usize) -> usize {
+        let of_token = config.num_heads() * config.select_count() * 4 * (self.columns + self.statistics);
         match share_bytes / of_token {
             few @ 0..32 => few.max(1),
             many => many / 32 * 32,
@@ -76,8 +89,8 @@ impl TurnedTiles {
     }
 
     /// Lanes of a row in `slc_merge`.
-    pub(crate) fn merge_lanes(config: &NsaConfig) -> usize {
-        (Self::share_floats(config) / 4).next_power_of_two().clamp(8, 32)
+    pub(crate) fn merge_lanes(&self) -> usize {
+        (self.columns / 4).next_power_of_two().clamp(8, 32)
     }
 
     /// A launch over `works` works.
@@ -150,34 +163,42 @@ mod tests {
     #[test]
     fn shares_of_a_run_take_what_they_may() {
         let config = config(16, (128, 128));
+        let tiles = TurnedTiles::forward(&config, 2).unwrap();
         let of_token = 16 * 16 * 4 * 130;
-        assert_eq!(TurnedTiles::run_tokens(&config, 256 << 20), 2016);
-        assert_eq!(
-            [0, 1, 31, 32, 63, 64].map(|n| TurnedTiles::run_tokens(&config, n * of_token)),
-            [1, 1, 31, 32, 32, 64]
-        );
+        assert_eq!(tiles.run_tokens(&config, 256 << 20), 2016);
+        assert_eq!(TurnedTiles::gradients(&config, 2).unwrap().run_tokens(&config, 256 << 20), 2048);
+        assert_eq!([0, 1, 31, 32, 63, 64].map(|n| tiles.run_tokens(&config, n * of_token)), [1, 1, 31, 32, 32, 64]);
     }
 
     #[test]
     fn small_groups_in_long_sequences_are_turned() {
-        let chosen = |heads, sequences: &[(usize, usize)]| {
-            TurnedTiles::chosen(&config(heads, (128, 128)), 2, &packing(sequences), 256 << 20).is_some()
+        let turned = |heads, sequences: &[(usize, usize)]| {
+            let config = config(heads, (128, 128));
+            let ways = [TurnedTiles::forward(&config, 2), TurnedTiles::gradients(&config, 2)];
+            let [forward, gradients] =
+                ways.map(|tiles| tiles.unwrap().where_faster(&config, &packing(sequences), 256 << 20).is_some());
+            assert_eq!(forward, gradients);
+            forward
         };
-        assert_eq!([1, 2, 4, 5, 16].map(|heads| chosen(heads, &[(8192, 0)])), [true, true, true, false, false]);
-        assert_eq!([3072, 3328, 4096, 5632].map(|tokens| chosen(1, &[(tokens, 0)])), [false, true, true, true]);
-        assert_eq!([3072, 3328, 4096, 5632].map(|tokens| chosen(4, &[(tokens, 0)])), [false, false, false, true]);
+        assert_eq!([1, 2, 4, 5, 16].map(|heads| turned(heads, &[(8192, 0)])), [true, true, true, false, false]);
+        assert_eq!([3072, 3328, 4096, 5632].map(|tokens| turned(1, &[(tokens, 0)])), [false, true, true, true]);
+        assert_eq!([3072, 3328, 4096, 5632].map(|tokens| turned(4, &[(tokens, 0)])), [false, false, false, true]);
         // Too few queries for the blocks of their context, and enough.
-        assert_eq!([63, 64].map(|queries| chosen(4, &[(queries, 16_320), (7, 0)])), [false, true]);
-        assert!(!chosen(4, &[]));
+        assert_eq!([63, 64].map(|queries| turned(4, &[(queries, 16_320), (7, 0)])), [false, true]);
+        assert!(!turned(4, &[]));
     }
 
     #[test]
     fn a_block_of_keys_that_does_not_fit_is_not_turned() {
-        let tiles =
-            |dims, size| TurnedTiles::new(&config(4, dims), size).map(|tiles| (tiles.keys, tiles.held, tiles.queries));
-        assert_eq!(tiles((128, 128), 2), Some((64, true, 128)));
-        assert_eq!(tiles((192, 128), 2), Some((64, true, 128)));
-        assert_eq!(tiles((256, 256), 2), Some((64, false, 128)));
-        assert_eq!((tiles((128, 128), 4), tiles((256, 256), 4)), (Some((64, false, 128)), None));
+        let of = |tiles: Option<TurnedTiles>| tiles.map(|tiles| (tiles.warps, tiles.keys, tiles.held, tiles.queries));
+        let forward = |dims, size| of(TurnedTiles::forward(&config(4, dims), size));
+        let gradients = |dims, size| of(TurnedTiles::gradients(&config(4, dims), size));
+        assert_eq!(forward((128, 128), 2), Some((4, 64, true, 128)));
+        assert_eq!(forward((192, 128), 2), Some((4, 64, true, 128)));
+        assert_eq!(forward((256, 256), 2), Some((4, 64, false, 128)));
+        assert_eq!((forward((128, 128), 4), forward((256, 256), 4)), (Some((4, 64, false, 128)), None));
+        assert_eq!(gradients((192, 128), 2), Some((4, 64, false, 128)));
+        assert_eq!(gradients((256, 256), 2), Some((2, 64, false, 128)));
+        assert_eq!((gradients((128, 128), 4), gradients((192, 128), 4)), (Some((2, 64, false, 128)), None));
     }
 }

@@ -1,5 +1,5 @@
-// The inverse of the lists of selected blocks: for every block of keys, KV heads outermost, which queries have selected it, in order.
-// slc_index.cu makes it; kernels whose CTAs own blocks of keys read it.
+// The inverse of the lists of selected blocks: for every block of keys, KV heads outermost, which queries have selected it, in
+// order. slc_index.cu makes it; kernels whose CTAs own blocks of keys read it.
 #pragma once
 #include "sequence.cuh"
 

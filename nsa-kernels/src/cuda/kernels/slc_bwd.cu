@@ -120,7 +120,8 @@ struct KeyWork : BlockWork {
     int end;  // rows key..end of the sequence's keys
     const int* queries;
 
-    __device__ __forceinline__ KeyWork(const SlcBackwardParams& p, int work, int share) : BlockWork(p.index, work), queries(entries) {
+    __device__ __forceinline__ KeyWork(const SlcBackwardParams& p, int work, int share)
+        : BlockWork(p.index, work), queries(entries) {
         const int last = share * KEY_ROWS + KEY_ROWS < SELECT_BLOCK ? key + share * KEY_ROWS + KEY_ROWS : key + SELECT_BLOCK;
         key += share * KEY_ROWS;
         end = last < sequence.keys ? last : sequence.keys;

@@ -1,6 +1,6 @@
-// The inverse of the lists of selected blocks (inverse.cuh): a counting sort of parts of the queries (count, sum over parts, sum over
-// blocks, scatter), O(N n) memory and no atomics but on counts and masks, where their order changes nothing. Of all queries, or of a
-// run of them with the blocks that these may have selected.
+// The inverse of the lists of selected blocks (inverse.cuh): a counting sort of parts of the queries (count, sum over parts, sum
+// over blocks, scatter), O(N n) memory and no atomics but on counts and masks, where their order changes nothing. Of all queries,
+// or of a run of them with the blocks that these may have selected.
 //
 // The queries of each block are cut into works, of one CTA each. Of a query lists hold its row in [N], or (PLACES) its entry: its
 // number from the first query of the index on, times n, plus the block's place in its own list.

@@ -13,7 +13,8 @@ use nsa_core::NsaConfig;
 pub(super) static PROGRAM: Program =
     Program { file: "slc_index.cu", text: include_str!("../kernels/slc_index.cu"), params: &[SlcIndex::declaration] };
 
-/// The most parts that queries are cut into, and what the queries of a part are a multiple of: a mask has a bit for each of so many.
+/// The most parts that queries are cut into, and what the queries of a part are a multiple of: a mask has a bit for each of so
+/// many.
 const PARTS: (usize, usize) = (512, 32);
 
 /// Threads of the blocks that count and scatter, and of those that sum over parts and blocks.
@@ -160,12 +161,12 @@ impl Index {
 }
 
 /// What makes an index, with the config's constants.
-pub(super) fn build(constants: &Constants, works: Works) -> Build {
+pub(super) fn build(constants: Constants, works: Works) -> Build {
     let kernels = [
         ("slc_count", THREADS),
         ("slc_sum_parts", SUM_THREADS),
         ("slc_sum_blocks", SUM_THREADS),
         ("slc_scatter", THREADS),
     ];
-    Build::new(&PROGRAM, works.bake(constants.clone()), &kernels)
+    Build::new(&PROGRAM, works.bake(constants), &kernels)
 }
