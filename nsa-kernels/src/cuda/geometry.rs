@@ -5,10 +5,12 @@ pub(crate) mod decode;
 mod gradients;
 mod select;
 pub(crate) mod step;
+mod turned;
 
 pub(crate) use band::{BandTiles, KeptScores};
 pub(crate) use gradients::GradientTiles;
 pub(crate) use select::SelectTiles;
+pub(crate) use turned::{Extent, TurnedTiles, extents};
 
 use nsa_core::NsaConfig;
 

@@ -47,6 +47,7 @@ use cudarc::driver::sys::{CUdevice_attribute_enum as Attribute, cudaError_enum};
 use cudarc::driver::{CudaContext, CudaStream, DriverError};
 use launch::Modules;
 use std::fmt;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use workspace::Lent;
 
@@ -67,7 +68,12 @@ struct Inner {
     blas: OnceLock<Result<CudaBlas>>,
     /// The workspace that operations are in, if any.
     lent: Mutex<Option<Lent>>,
+    /// See [`Cuda::limit_shares`].
+    share_bytes: AtomicUsize,
 }
+
+/// What [`Cuda::limit_shares`] is at first: so many queries that each block of keys is read for many of them.
+const SHARE_BYTES: usize = 256 << 20;
 
 /// What a device is and has.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -136,6 +142,7 @@ impl Cuda {
                 modules: Modules::default(),
                 blas: OnceLock::new(),
                 lent: Mutex::default(),
+                share_bytes: AtomicUsize::new(SHARE_BYTES),
             }),
         })
     }
@@ -153,6 +160,17 @@ impl Cuda {
     /// Who makes products of matrices.
     pub(crate) fn unit(&self) -> geometry::Unit {
         geometry::Unit::of(self.device().capability)
+    }
+
+    /// Lets operations that keep shares of their outputs until these are joined, and can do so in runs of queries, take at most about
+    /// so many bytes for the shares of a run, of memory or of a [`workspace`]; 256 MiB unless it is said. Selected attention of small
+    /// groups does so. Clones take part.
+    pub fn limit_shares(&self, bytes: usize) {
+        self.inner.share_bytes.store(bytes, Ordering::Relaxed);
+    }
+
+    pub(crate) fn share_bytes(&self) -> usize {
+        self.inner.share_bytes.load(Ordering::Relaxed)
     }
 
     /// The stream that all work goes to.

@@ -9,7 +9,7 @@ use nsa_core::{DType, NsaConfig};
 use std::fmt::Write as _;
 
 /// The headers that kernels share.
-const HEADERS: [(&str, &str); 18] = [
+const HEADERS: &[(&str, &str)] = &[
     ("band.cuh", include_str!("kernels/band.cuh")),
     ("band_fwd.cuh", include_str!("kernels/band_fwd.cuh")),
     ("decode.cuh", include_str!("kernels/decode.cuh")),
@@ -18,6 +18,8 @@ const HEADERS: [(&str, &str); 18] = [
     ("flash.cuh", include_str!("kernels/flash.cuh")),
     ("gate.cuh", include_str!("kernels/gate.cuh")),
     ("grad.cuh", include_str!("kernels/grad.cuh")),
+    ("inverse.cuh", include_str!("kernels/inverse.cuh")),
+    ("joined.cuh", include_str!("kernels/joined.cuh")),
     ("mma.cuh", include_str!("kernels/mma.cuh")),
     ("product.cuh", include_str!("kernels/product.cuh")),
     ("reduce.cuh", include_str!("kernels/reduce.cuh")),
@@ -26,6 +28,7 @@ const HEADERS: [(&str, &str); 18] = [
     ("span.cuh", include_str!("kernels/span.cuh")),
     ("step.cuh", include_str!("kernels/step.cuh")),
     ("tile.cuh", include_str!("kernels/tile.cuh")),
+    ("turned.cuh", include_str!("kernels/turned.cuh")),
     ("unit.cuh", include_str!("kernels/unit.cuh")),
     ("wgmma.cuh", include_str!("kernels/wgmma.cuh")),
 ];

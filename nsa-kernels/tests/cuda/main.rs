@@ -5,6 +5,7 @@ mod decode;
 mod dense;
 mod layer;
 mod pages;
+mod turned;
 mod workspace;
 
 use half::bf16;
@@ -20,11 +21,14 @@ fn assert_op(op: Op) {
 }
 
 fn assert_cases(op: Op, cases: Vec<Case>) {
-    let backend = Backend::cuda(0).expect("the simulator");
+    assert_cases_on(&Backend::cuda(0).expect("the simulator"), op, &cases);
+}
+
+fn assert_cases_on(backend: &Backend, op: Op, cases: &[Case]) {
     let mut red = Vec::new();
     for dtype in [DType::F32, DType::Bf16, DType::F16] {
-        for case in &cases {
-            let report = check::check(op, case, dtype, &backend);
+        for case in cases {
+            let report = check::check(op, case, dtype, backend);
             println!("{BITS}{op} {} {dtype}: {:016x}", case.name, report.bits());
             red.extend(report.failures().into_iter().map(|failure| format!("{op} {} {dtype}: {failure}", case.name)));
         }

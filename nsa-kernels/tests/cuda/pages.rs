@@ -10,6 +10,8 @@ use nsa_tests::sim::on_simulator;
 type Sequences = [(usize, usize); 3];
 
 const SEQUENCES: Sequences = [(9, 40), (0, 3), (70, 0)];
+/// Of so many blocks that blocks of keys gather queries.
+const FAR: Sequences = [(40, 320), (0, 3), (70, 0)];
 /// Single queries, over keys of one chunk and of several, and other sequences beside them.
 const STEPS: [Sequences; 2] = [[(1, 40), (0, 3), (1, 700)], [(1, 300), (7, 30), (1, 0)]];
 
@@ -170,8 +172,9 @@ fn every_branch<T: Element<Acc = f32>>() {
         );
     }
     // Selected blocks must lie in one page each.
-    for page_rows in [16, 64] {
-        assert_same::<T>("slc", &config, SEQUENCES, all, page_rows, |backend, packing, q, [k, v], out| {
+    for (page_rows, sequences) in [(16, SEQUENCES), (64, SEQUENCES), (16, FAR), (64, FAR)] {
+        assert_same::<T>("slc", &config, sequences, all, page_rows, |backend, packing, q, [k, v], out| {
+            let n = packing.num_tokens();
             let positions = packing.seqs().flat_map(|seq| seq.context..seq.end());
             // The first block and the query's own.
             let list = |t: usize| match t / config.select_block() {
@@ -180,8 +183,9 @@ fn every_branch<T: Element<Acc = f32>>() {
             };
             let listed: Vec<i32> = positions.flat_map(|t| [list(t); 2]).flatten().collect();
             out.block_indices.write(&listed)?;
-            let (o, lse) = (out.o.tensor_mut(shapes.1)?, out.lse.tensor_mut([n, heads])?);
-            let (q, block_indices) = (q.tensor(shapes.0)?, out.block_indices.tensor(lists)?);
+            let (o, lse) = (out.o.tensor_mut([n, heads, shapes.1[2]])?, out.lse.tensor_mut([n, heads])?);
+            let block_indices = out.block_indices.tensor([n, groups, config.select_count()])?;
+            let q = q.tensor([n, heads, shapes.0[2]])?;
             slc::forward(backend, slc::Forward { config: &config, packing, q, k, v, block_indices, o, lse })
         });
     }

@@ -228,13 +228,13 @@ fn bits(all: &[f64]) -> Vec<u64> {
     all.iter().map(|x| x.to_bits()).collect()
 }
 
-/// Forward and backward give the same bits with memory of their own, in a workspace, and as a graph that was recorded in it;
+/// Forward, whose selected blocks gather queries, and backward give the same bits with memory of their own, in a workspace, and as a graph that was recorded in it;
 /// and in a workspace that has been lent to other shapes before.
 #[test]
 fn the_operator_is_recorded() {
     on_simulator("workspace::the_operator_is_recorded", || {
         let (backend, cuda) = device();
-        let mut operator = Operator::new(&backend, &[150, 0, 1, 70]);
+        let mut operator = Operator::new(&backend, &[355, 0, 1, 20]);
         operator.run().expect("runs");
         let expected = bits(&operator.take());
         let mut workspace = Workspace::new(&cuda);

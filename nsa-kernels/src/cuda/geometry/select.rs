@@ -5,7 +5,7 @@ use nsa_core::NsaConfig;
 
 /// Tiles of `rows` rows that share the heads of a query, and queries of a tile. Those of a warp's 16 rows walk over the union of
 /// their blocks, which is never more work than each one's own with the other rows empty.
-fn select_rows(config: &NsaConfig, rows: usize) -> (usize, usize) {
+pub(super) fn select_rows(config: &NsaConfig, rows: usize) -> (usize, usize) {
     let parts = config.group_size().div_ceil(rows);
     (parts, rows / config.group_size().div_ceil(parts))
 }

@@ -77,8 +77,8 @@ __device__ __forceinline__ void join(const DenseStepParams& p, const Place& plac
         __syncwarp();
         if (!there || lane > 0) continue;
         if constexpr (LAST) {
-            const float lse = fmaf(all.base, p.common.unscale_high, fmaf(all.base, p.common.unscale_low, logf(all.sum)));
-            p.common.lse[place.query_head() + r] = all.sum == 0.0f ? negative_infinity() : lse;
+            const float unscale[2] = {p.common.unscale_high, p.common.unscale_low};
+            p.common.lse[place.query_head() + r] = all.lse(unscale);
         } else {
             const float m = all.sum == 0.0f ? negative_infinity() : all.base;
             __stcg(reinterpret_cast<float2*>(own), make_float2(m, all.sum));

@@ -24,6 +24,19 @@ using Queries = Rows<HEAD_DIM_QK, TILES, HELD>;
 template <int TILES, int KEYS>
 using Scores = Parts<TILES, KEYS>;
 
+// 1 / l, 0 for a row without keys; a NaN goes on to the output.
+__device__ __forceinline__ float inverse_of(float l) { return l == 0.0f ? 0.0f : 1.0f / l; }
+
+// Natural logarithm of the softmax's denominator. m is a score times scale_log2, which is rounded: `unscale` is
+// scale / scale_log2 in two parts, so that m becomes scale times the score again.
+__device__ __forceinline__ float lse_of(float m, float l, const float (&unscale)[2]) {
+    if (l == 0.0f) return negative_infinity();
+    return fmaf(m, unscale[0], fmaf(m, unscale[1], logf(l)));
+}
+
+// What exponents are relative to.
+__device__ __forceinline__ float base_of(float m) { return m == negative_infinity() ? 0.0f : m; }
+
 template <int TILES, int KEYS>
 struct Flash {
     static constexpr int PARTS = KEYS / 8;
@@ -73,7 +86,7 @@ struct Flash {
         for (int i = 0; i < TILES; ++i) {
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
-                const float base = m[i][h] == negative_infinity() ? 0.0f : m[i][h];
+                const float base = base_of(m[i][h]);
                 float sum = 0.0f;
 #pragma unroll
                 for (int n = 0; n < PARTS; ++n) {
@@ -106,15 +119,9 @@ struct Flash {
         }
     }
 
-    // 1 / l, 0 for a row without keys; a NaN goes on to the output.
-    __device__ __forceinline__ float inverse(int i, int h) const { return l[i][h] == 0.0f ? 0.0f : 1.0f / l[i][h]; }
+    __device__ __forceinline__ float inverse(int i, int h) const { return inverse_of(l[i][h]); }
 
-    // Natural logarithm of the softmax's denominator. m is a score times scale_log2, which is rounded: `unscale` is
-    // scale / scale_log2 in two parts, so that m becomes scale times the score again.
-    __device__ __forceinline__ float lse(int i, int h, const float (&unscale)[2]) const {
-        if (l[i][h] == 0.0f) return negative_infinity();
-        return fmaf(m[i][h], unscale[0], fmaf(m[i][h], unscale[1], logf(l[i][h])));
-    }
+    __device__ __forceinline__ float lse(int i, int h, const float (&unscale)[2]) const { return lse_of(m[i][h], l[i][h], unscale); }
 
     // o of rows 0..16 TILES to a tile of shared memory.
     __device__ __forceinline__ void put(char* tile) const {

@@ -1,10 +1,9 @@
 // Gradients of attention over selected blocks (SPEC 3; see grad.cuh).
 //
 // dq: a warp a query, as in slc_fwd.cu. dk and dv: the lists are inverted on the device first, to the queries of each block of keys,
-// in order: a counting sort of parts of the queries (count, sum over parts, sum over blocks, scatter), O(N n) memory and no
-// atomics but on counts and masks, where their order changes nothing. A CTA then takes a block of keys (or a share of one of
-// more than 16 WARPS keys) and up to work_queries of its queries, gathers their rows, and has dk and dv in registers. Blocks
-// with more queries (a forced block has all) are several works, whose gradients are added in order by a kernel at the end.
+// in order (slc_index.cu). A CTA then takes a block of keys (or a share of one of more than 16 WARPS keys) and up to work_queries
+// of its queries, gathers their rows, and has dk and dv in registers. Blocks with more queries (a forced block has all) are
+// several works, whose gradients are added in order by a kernel at the end.
 // Shared memory, bytes at D = 128 in bf16: dq, a warp: 2 stages x 16 x 512, q and do 16 x 512, the list 128; dk and dv as in
 // band_bwd.cu, and products of four warps together as there on sm_90a.
 // Registers: as in band_bwd.cu.
@@ -17,11 +16,6 @@
 //
 // budget: kernel=slc_row_facts threads=256 registers=40 spills=0 shared=0
 // budget: kernel=slc_query_gradients threads=128 registers=255 spills=0 shared=98816
-// budget: kernel=slc_count threads=256 registers=40 spills=0 shared=0
-// budget: kernel=slc_sum_parts threads=1024 registers=64 spills=0 shared=4096
-// budget: kernel=slc_sum_blocks threads=1024 registers=64 spills=0 shared=256
-// budget: kernel=slc_sum_blocks arch=sm_90a threads=1024 registers=64 spills=0 shared=1024
-// budget: kernel=slc_scatter threads=256 registers=40 spills=0 shared=0
 // budget: kernel=slc_key_gradients threads=128 registers=255 spills=0 shared=66560
 // budget: kernel=slc_key_gradients arch=sm_90a threads=128 registers=255 spills=0 shared=100352
 // budget: kernel=slc_add_works threads=256 registers=64 spills=0 shared=0
@@ -29,6 +23,7 @@
 #include "config.cuh"
 #include "params.cuh"
 #include "grad.cuh"
+#include "inverse.cuh"
 #include "select.cuh"
 
 constexpr int STAGE_BYTES = KEYS * (Keys::PITCH + Values::PITCH);
@@ -120,154 +115,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) slc_query_gradients(con
                         [&](int row) { return tile.has(row) ? p.dq + place(row) * HEAD_DIM_QK : nullptr; });
 }
 
-// The inverse index: for every block of keys, KV heads outermost, the queries that have selected it, in order. Queries are
-// cut into parts; each part counts its queries a block, sums over parts and blocks say where each part's go.
-
-// Place of a block in `[KV_HEADS, blocks]`; -1 if the list names none there.
-__device__ __forceinline__ int block_of(const SlcBackwardParams& p, int token, int head, int place) {
-    const int block = p.block_indices[(i64(token) * KV_HEADS + head) * SELECT_COUNT + place];
-    const Sequence seq = find_sequence<0>(p.common.key_sequences, p.common.num_sequences, token);
-    if (block < 0 || block > (seq.context + token - seq.query) / SELECT_BLOCK) return -1;
-    return head * p.blocks + seq.tile + block;
-}
-
-// counts [parts, KV_HEADS blocks], zero before. A thread an entry of the lists.
-extern "C" __global__ void __launch_bounds__(256) slc_count(const __grid_constant__ SlcBackwardParams p) {
-    const i64 entry = i64(blockIdx.x) * blockDim.x + threadIdx.x;
-    const int token = int(entry / (KV_HEADS * SELECT_COUNT)), rest = int(entry % (KV_HEADS * SELECT_COUNT));
-    if (token >= p.tokens) return;
-    const int block = block_of(p, token, rest / SELECT_COUNT, rest % SELECT_COUNT);
-    if (block >= 0) atomicAdd(p.counts + i64(token / p.part_tokens) * KV_HEADS * p.blocks + block, 1);
-}
-
-// Per block the sum over its parts, and in each part's place the sum before it. A CTA 32 blocks, whose counts lie side by side, a
-// warp some of their parts in a row; loads of several are under way together. Leaves empty masks for slc_scatter.
-extern "C" __global__ void __launch_bounds__(1024) slc_sum_parts(const __grid_constant__ SlcBackwardParams p) {
-    constexpr int TURN = 8;
-    __shared__ int sums[32][32];
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, all = KV_HEADS * p.blocks, block = blockIdx.x * 32 + lane;
-    const int own = ceil_div(p.parts, 32), end = own * (warp + 1) < p.parts ? own * (warp + 1) : p.parts;
-    const bool there = block < all;
-    int sum = 0;
-#pragma unroll 8
-    for (int part = own * warp; part < end; ++part) sum += there ? p.counts[i64(part) * all + block] : 0;
-    sums[warp][lane] = sum;
-    __syncthreads();
-    if (!there) return;
-    int before = 0;
-    for (int other = 0; other < warp; ++other) before += sums[other][lane];
-    if (warp == 31) p.totals[block] = before + sum;
-    for (int first = own * warp; first < end; first += TURN) {
-        int counts[TURN];
-#pragma unroll
-        for (int i = 0; i < TURN; ++i) counts[i] = first + i < end ? p.counts[i64(first + i) * all + block] : 0;
-#pragma unroll
-        for (int i = 0; i < TURN; ++i) {
-            if (first + i >= end) continue;
-            p.counts[i64(first + i) * all + block] = before;
-            p.masks[i64(first + i) * all + block] = 0;
-            before += counts[i];
-        }
-    }
-}
-
-// Of each lane, the sums up to its own.
-__device__ __forceinline__ int2 sum_to(int2 sum) {
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-        const int x = __shfl_up_sync(ALL_LANES, sum.x, step), y = __shfl_up_sync(ALL_LANES, sum.y, step);
-        if (int(threadIdx.x % 32) >= step) sum.x += x, sum.y += y;
-    }
-    return sum;
-}
-
-// Sums over the blocks before each: of queries, and of the works that its queries are cut into. One CTA.
-extern "C" __global__ void __launch_bounds__(1024) slc_sum_blocks(const __grid_constant__ SlcBackwardParams p) {
-    __shared__ int2 sums[32];
-    const int thread = threadIdx.x, lane = thread % 32, all = KV_HEADS * p.blocks;
-    int2 before = make_int2(0, 0);
-    for (int first = 0; first < all; first += 1024) {
-        const int block = first + thread, total = block < all ? p.totals[block] : 0;
-        const int works = block < all ? (total > p.work_queries ? ceil_div(total, p.work_queries) : 1) : 0;
-        const int2 sum = sum_to(make_int2(total, works));
-        if (lane == 31) sums[thread / 32] = sum;
-        __syncthreads();
-        const int2 chunk = sum_to(sums[lane]);
-        const int last = thread / 32 - 1;
-        const int2 mine = make_int2(__shfl_sync(ALL_LANES, chunk.x, last & 31), __shfl_sync(ALL_LANES, chunk.y, last & 31));
-        const int2 start = make_int2(before.x + (last < 0 ? 0 : mine.x), before.y + (last < 0 ? 0 : mine.y));
-        before.x += __shfl_sync(ALL_LANES, chunk.x, 31), before.y += __shfl_sync(ALL_LANES, chunk.y, 31);
-        __syncthreads();
-        if (block < all) {
-            p.starts[block] = start.x + sum.x - total;
-            const int first_work = start.y + sum.y - works;
-            p.work_starts[block] = first_work;
-            for (int i = 0; i < works; ++i) p.works[first_work + i] = block;
-        }
-    }
-    if (thread == 0) p.work_starts[all] = before.y;
-}
-
-// Queries that a mask has bits for.
-constexpr int MASK_TOKENS = 32;
-
-// Calls act(block, place among the queries from `first` on, token) for all blocks that these queries, before `end`, have selected.
-template <class Act>
-__device__ __forceinline__ void each_selected(const SlcBackwardParams& p, int head, int first, int end, const Act& act) {
-    for (int i = threadIdx.x; i < MASK_TOKENS * SELECT_COUNT; i += blockDim.x) {
-        const int at = i / SELECT_COUNT, block = first + at < end ? block_of(p, first + at, head, i % SELECT_COUNT) : -1;
-        if (block >= 0) act(block, at, first + at);
-    }
-}
-
-// Writes the queries to their places. A CTA a part and KV head, MASK_TOKENS queries at a time: each block has a mask of those that
-// have selected it, which says how many of them come before one.
-extern "C" __global__ void __launch_bounds__(256) slc_scatter(const __grid_constant__ SlcBackwardParams p) {
-    const int part = blockIdx.x, head = blockIdx.y;
-    int* const counts = p.counts + i64(part) * KV_HEADS * p.blocks;
-    u32* const masks = p.masks + i64(part) * KV_HEADS * p.blocks;
-    const int end = (part + 1) * p.part_tokens < p.tokens ? (part + 1) * p.part_tokens : p.tokens;
-    for (int first = part * p.part_tokens;; first += MASK_TOKENS) {
-        each_selected(p, head, first, end, [&](int block, int at, int) { atomicOr(masks + block, 1u << at); });
-        __syncthreads();
-        each_selected(p, head, first, end, [&](int block, int at, int token) {
-            const int before = __popc(__ldcg(masks + block) & ((1u << at) - 1));
-            p.lists[p.starts[block] + counts[block] + before] = token;
-        });
-        if (first + MASK_TOKENS >= end) return;
-        __syncthreads();
-        // One of a block's queries, whichever comes first, counts them all.
-        each_selected(p, head, first, end, [&](int block, int, int) {
-            const u32 mask = atomicExch(masks + block, 0);
-            if (mask != 0) counts[block] += __popc(mask);
-        });
-        __syncthreads();
-    }
-}
-
 // What a CTA of `slc_key_gradients` does: a share of a block's keys, some of the block's queries.
-struct KeyWork {
-    int block, head, index;  // the block in [KV_HEADS, blocks], its KV head, which of its works
-    int works;               // of the block
-    Sequence sequence;
-    int key, end;            // rows of the sequence's keys
+struct KeyWork : BlockWork {
+    int end;  // rows key..end of the sequence's keys
     const int* queries;
-    int count;
 
-    __device__ __forceinline__ KeyWork(const SlcBackwardParams& p, int work, int share) {
-        block = uniform(p.works[work]);
-        head = block / p.blocks;
-        const int first_work = uniform(p.work_starts[block]);
-        index = work - first_work;
-        works = uniform(p.work_starts[block + 1]) - first_work;
-        sequence = sequence_of_warp<5>(p.common.key_sequences, p.common.num_sequences, block % p.blocks);
-        const int first = (block % p.blocks - sequence.tile) * SELECT_BLOCK;
-        key = first + share * KEY_ROWS;
-        const int last = first + SELECT_BLOCK < key + KEY_ROWS ? first + SELECT_BLOCK : key + KEY_ROWS;
+    __device__ __forceinline__ KeyWork(const SlcBackwardParams& p, int work, int share)
+        : BlockWork(p.index, work), queries(entries) {
+        const int last = share * KEY_ROWS + KEY_ROWS < SELECT_BLOCK ? key + share * KEY_ROWS + KEY_ROWS : key + SELECT_BLOCK;
+        key += share * KEY_ROWS;
         end = last < sequence.keys ? last : sequence.keys;
-        const int total = uniform(p.totals[block]), from = index * p.work_queries;
-        queries = p.lists + uniform(p.starts[block]) + from;
-        count = total - from < p.work_queries ? total - from : p.work_queries;
     }
 };
 
@@ -307,14 +164,14 @@ __device__ __forceinline__ void key_gradients(const SlcBackwardParams& params, c
         gradients.template write<KV_HEADS>(p.dk + at * HEAD_DIM_QK, p.dv + at * HEAD_DIM_V, own);
     } else {
         // Works after the first of their blocks come in order: this is the place among them.
-        const i64 slot = i64(params.work_starts[work.block]) - work.block + work.index - 1;
+        const i64 slot = i64(params.index.work_starts[work.block]) - work.block + work.index - 1;
         gradients.write_partial(params.partial + slot * WORK_PARTIAL + share * PARTIAL, base, own);
     }
 }
 
 // Grid: works, shares of the block, (with dk and dv apart) which of them. There may be fewer works than CTAs.
 extern "C" __global__ void __launch_bounds__(THREADS, 1) slc_key_gradients(const __grid_constant__ SlcBackwardParams p) {
-    if (int(blockIdx.x) >= p.work_starts[KV_HEADS * p.blocks]) return;
+    if (int(blockIdx.x) >= p.index.work_starts[KV_HEADS * p.index.blocks]) return;
     const KeyWork work(p, blockIdx.x, blockIdx.y);
     if (work.key >= work.end) return;
     if constexpr (!APART) {
@@ -328,7 +185,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) slc_key_gradients(const
 
 // Adds what the other works of a block have to its first one's, in order. Grid: blocks, shares of them, CTAs a share.
 extern "C" __global__ void __launch_bounds__(256) slc_add_works(const __grid_constant__ SlcBackwardParams p) {
-    const int first = p.work_starts[blockIdx.x], works = p.work_starts[blockIdx.x + 1] - first;
+    const int first = p.index.work_starts[blockIdx.x], works = p.index.work_starts[blockIdx.x + 1] - first;
     if (works == 1) return;
     const KeyWork work(p, first, blockIdx.y);
     const float* const partial = p.partial + i64(first - int(blockIdx.x)) * WORK_PARTIAL + blockIdx.y * PARTIAL;

@@ -9,7 +9,7 @@
 // Shared memory, bytes: queries ROWS x pitch of k; then teams x STAGES x KEYS x (pitches of k and v), where after the last step
 // the teams' o lie, TEAMS x ROWS x (Dv + 8) x 4; then what a kernel keeps besides.
 #pragma once
-#include "flash.cuh"
+#include "joined.cuh"
 
 constexpr int ROWS = 16 * PARTS;                      // query heads of a block
 constexpr int GROUP_PARTS = ceil_div(GROUP, ROWS);    // blocks that share a group
@@ -167,19 +167,6 @@ __device__ __forceinline__ void attend(const Element* queries, int heads, float 
     copy_wait<0>();
 }
 
-// Sums of several softmaxes over the same denominator: sum of p = 2^(score - base).
-struct Joined {
-    float base;
-    float sum;
-
-    // What p relative to m counts.
-    __device__ __forceinline__ float weight(float m) const { return exp2_approx(m - base); }
-    // 1 / l, 0 without keys.
-    __device__ __forceinline__ float inverse() const { return sum == 0.0f ? 0.0f : 1.0f / sum; }
-    // The greatest m is so far the base, and no sum.
-    static __device__ __forceinline__ Joined of(float most) { return {most == negative_infinity() ? 0.0f : most, 0.0f}; }
-};
-
 // Of a row's teams.
 __device__ __forceinline__ Joined join_teams(const float (&teams)[TEAMS][ROWS][2], int row) {
     float most = negative_infinity();
@@ -188,27 +175,6 @@ __device__ __forceinline__ Joined join_teams(const float (&teams)[TEAMS][ROWS][2
     Joined all = Joined::of(most);
 #pragma unroll
     for (int team = 0; team < TEAMS; ++team) all.sum = fmaf(teams[team][row][1], all.weight(teams[team][row][0]), all.sum);
-    return all;
-}
-
-// Of `count` shares of a query head, whose m and l are `stride` floats apart, from these on; LANES neighbouring lanes' work, which
-// take turns. All lanes of a warp come here.
-template <int LANES>
-__device__ __forceinline__ Joined join_shares(const float* statistics, int count, i64 stride) {
-    const int lane = threadIdx.x % LANES;
-    float most = negative_infinity();
-#pragma unroll 4
-    for (int i = lane; i < count; i += LANES) most = fmaxf(most, statistics[i * stride]);
-#pragma unroll
-    for (int step = LANES / 2; step > 0; step /= 2) most = fmaxf(most, __shfl_xor_sync(ALL_LANES, most, step));
-    Joined all = Joined::of(most);
-#pragma unroll 4
-    for (int i = lane; i < count; i += LANES) {
-        const float2 next = *reinterpret_cast<const float2*>(statistics + i * stride);
-        all.sum = fmaf(next.y, all.weight(next.x), all.sum);
-    }
-#pragma unroll
-    for (int step = LANES / 2; step > 0; step /= 2) all.sum += __shfl_xor_sync(ALL_LANES, all.sum, step);
     return all;
 }
 
