@@ -35,8 +35,8 @@ pub struct Compared {
     pub tensor: String,
     /// In f64.
     pub truth: Vec<f64>,
-    /// Rounded where a kernel rounds: one version an order of summation. Two draws of rounding noise over few
-    /// independent sums differ by chance; more draws say what is usual.
+    /// Rounded where a kernel rounds: one version an order of summation and multiple of P and dS. Two draws of rounding noise over
+    /// few independent sums differ by chance; more draws say what is usual.
     pub rounded: Vec<Vec<f64>>,
     /// The kernel's.
     pub kernel: Vec<f64>,

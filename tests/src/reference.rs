@@ -16,6 +16,24 @@ pub enum Mode {
     Exact,
     /// Rounded where a kernel rounds.
     Rounded(Rounded),
+    /// The same, but for P and dS, of which a multiple is rounded.
+    Multiples(Rounded),
+}
+
+/// Rounds 3/2 of a probability or dS. Kernels round multiples of these, by a gate or by what the greatest score so far was: that
+/// is another draw of the same noise, which decides where a row has few terms.
+struct Multiples<'a>(&'a Rounded);
+
+impl Arithmetic for Multiples<'_> {
+    fn acc(&self, x: f64) -> f64 {
+        self.0.acc(x)
+    }
+    fn prob(&self, x: f64) -> f64 {
+        self.0.prob(1.5 * x) / 1.5
+    }
+    fn store(&self, x: f64) -> f64 {
+        self.0.store(x)
+    }
 }
 
 /// The arithmetic of a backend's kernels on tensors of this type. There is nothing finer than f64 to judge an f64 kernel
@@ -35,6 +53,10 @@ macro_rules! with_mode {
             }
             Mode::Rounded(ref rounded) => {
                 let $a = rounded;
+                $body
+            }
+            Mode::Multiples(ref rounded) => {
+                let $a = &Multiples(rounded);
                 $body
             }
         }
@@ -65,14 +87,14 @@ impl AttentionTruth {
     }
 }
 
-/// The rounded versions of an attention operation: in order, and with features in reverse.
+/// The rounded versions of an attention operation: in order, and with features in reverse and multiples rounded.
 ///
 /// # Errors
 /// If a shape does not fit.
 pub fn attention_rounded<T: Kind>(inputs: &Attention<T>, rounded: Rounded) -> Result<[AttentionTruth; 2], String> {
-    let mode = Mode::Rounded(rounded);
     let (dk, dv) = (inputs.config.head_dim_qk(), inputs.config.head_dim_v());
-    Ok([attention(inputs, mode)?, attention(&inputs.mirror(), mode)?.mirror(dk, dv)])
+    let mirrored = attention(&inputs.mirror(), Mode::Multiples(rounded))?.mirror(dk, dv);
+    Ok([attention(inputs, Mode::Rounded(rounded))?, mirrored])
 }
 
 /// Runs an attention operation, forward and backward.
@@ -239,13 +261,13 @@ pub fn compressed_rounded<T: Kind>(
     Ok([compressed(inputs, d_blocks, mode)?, mirrored])
 }
 
-/// The rounded versions of the whole operator: in order, and with features and hidden units in reverse.
+/// The rounded versions of the whole operator: in order, and with features and hidden units in reverse and multiples rounded.
 ///
 /// # Errors
 /// If a shape does not fit.
 pub fn run_rounded<T: Kind>(inputs: &Inputs<T>, rounded: Rounded) -> Result<[Outputs<f64, f64>; 2], String> {
-    let mode = Mode::Rounded(rounded);
-    Ok([run(inputs, mode)?, run(&inputs.mirror(), mode)?.mirror(&inputs.config)])
+    let mirrored = run(&inputs.mirror(), Mode::Multiples(rounded))?.mirror(&inputs.config);
+    Ok([run(inputs, Mode::Rounded(rounded))?, mirrored])
 }
 
 /// Runs the whole operator, and the gradients if `d_o` is there.
