@@ -175,14 +175,24 @@ __device__ __forceinline__ void load_queries(const P& p, const BandTile& tile, c
         [&](int row) { return p.q + (tile.token(row) * HEADS + tile.query_head(row)) * HEAD_DIM_QK; });
 }
 
+// Where a lane of a warp alone reads keys: bytes from where a tile of them begins. Other places are found anew: registers are for
+// products.
+struct BandLane {
+    u32 own = u32(anew(Right<HEAD_DIM_QK, false>::own(lane_anew())));
+
+    __device__ __forceinline__ Right<HEAD_DIM_QK, false> of_keys(const char* tile) const {
+        return {tile, Chunks<HEAD_DIM_QK>(shared_address(tile) + own)};
+    }
+};
+
 // Scores of a warp's rows with a tile of keys from `key` on, minus infinity where they are not seen; `q` is what warps alone read.
 template <class Span>
 __device__ __forceinline__ void score_keys(BandScores& s, BandFlash& flash, const Queries<TILES, HELD>& q, const BandTile& tile,
-                                           const WarpSpan<Span>& warp, const Span& span, int key, const char* keys) {
+                                           const WarpSpan<Span>& warp, const Span& span, int key, const char* keys, const BandLane& lane) {
     if constexpr (WARPGROUPS) {
         dots_together<HEAD_DIM_QK, ROWS, KEYS, TILES>(s, shared, first_together<ROWS>(warp.base), keys);
     } else {
-        flash.multiply_keys(s, q, keys);
+        flash.multiply_keys(s, q, lane.of_keys(keys));
     }
     if (key < warp.common_first || key + KEYS > warp.common_end) mask(s, tile, warp, span, key);
 }
@@ -195,13 +205,14 @@ __device__ __forceinline__ void attend(const P& p, const BandTile& tile, const S
     load_queries(p, tile, shared);
     // Read by warps alone.
     Queries<TILES, HELD> q(shared + warp.base * Keys::PITCH);
+    const BandLane lane;
     const auto see = [&](int key, int index, const char* stage) {
         BandScores s;
-        score_keys(s, flash, q, tile, warp, span, key, stage);
+        score_keys(s, flash, q, tile, warp, span, key, stage, lane);
         float factor[TILES][2];
         const bool rescaled = flash.exponentials(s, p.scale_log2, factor);
         look(flash, s, index, rescaled, factor);
-        begin_rows_of<HEAD_DIM_V, KEYS, TILES>(flash.o, s, stage + KEYS * Keys::PITCH);
+        begin_rows_of(flash.o, s, Right<HEAD_DIM_V, true>(stage + KEYS * Keys::PITCH));
         end_products<0>(flash.o);
     };
     walk_keys<EXTRA, true>(p, tile, span, warp, shared + ROWS_BYTES, [&] { q.take(); }, see);

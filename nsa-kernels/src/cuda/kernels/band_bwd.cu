@@ -47,7 +47,10 @@ constexpr int ROWS = 16 * QUERY_WARPS;
 constexpr int QUERIES = ROWS / GROUP;
 // As many threads as divide the rows of a tile of keys.
 constexpr int LOADERS = QUERY_WARPS % 3 == 0 ? QUERY_THREADS / 3 * 2 : QUERY_THREADS;
+// Rows of q are held in registers; those of do are read each time.
+constexpr bool HELD = TENSOR_CORES && !WARPGROUPS && Keys::PADDED + Values::PADDED <= 256;
 constexpr int STAGE_BYTES = KEYS * (Keys::PITCH + Values::PITCH);
+constexpr int VALUES = KEYS * Keys::PITCH;  // of a stage, behind its keys
 static_assert(QUERIES > 0, "a block holds all heads of a query");
 
 extern __shared__ __align__(TILE_ALIGNMENT) char shared[];
@@ -104,18 +107,30 @@ __device__ __forceinline__ void query_gradients(const BandBackwardParams& p) {
     };
     float dq[1][Keys::PADDED / 8][4];
     clear<1, Keys::PADDED>(dq);
+    copy_commit();
     if (begin < end) load(begin, 0);
     copy_commit();
+    Rows<HEAD_DIM_QK, 1, HELD> q(shared + base * Keys::PITCH);
+    if constexpr (HELD) {
+        copy_wait<1>();
+        __syncthreads();
+        q.take();
+    }
+    // Of the first stage.
+    const u32 of_keys = first_chunk<HEAD_DIM_QK, false>(stages), across = first_chunk<HEAD_DIM_QK, true>(stages);
+    const u32 of_values = first_chunk<HEAD_DIM_V, false>(stages + VALUES);
+    const auto rows_of_d_o = Right<HEAD_DIM_V, true>(d_o + base * Values::PITCH);
     for (int key = begin, stage = 0; key < end; key += KEYS, stage ^= 1) {
         wait_for_tiles();
         if (key + KEYS < end) load(key + KEYS, stage ^ 1);
         copy_commit();
         if (key >= end_key || key + KEYS <= first_key) continue;
-        const char* const keys = stages + stage * STAGE_BYTES;
+        const int behind = stage * STAGE_BYTES;
+        const Right<HEAD_DIM_QK, false> keys(stages + behind, Chunks<HEAD_DIM_QK>(of_keys + behind));
         const bool whole = uniform(key >= span.first(after) && key + KEYS <= span.end(before));
         Parts<1, KEYS> s, ds;
-        begin_dots_with<HEAD_DIM_QK, ROWS, KEYS>(s, shared, base, keys);
-        begin_dots_with<HEAD_DIM_V, ROWS, KEYS>(ds, d_o, base, keys + KEYS * Keys::PITCH);
+        begin_dots_with<ROWS>(s, shared, base, q, keys);
+        begin_dots_with<ROWS>(ds, d_o, base, rows_of_d_o, second_tile<HEAD_DIM_V, VALUES>(keys, of_values + behind));
         end_products<1>(s);
         end_products<0>(ds);
 #pragma unroll
@@ -140,7 +155,7 @@ __device__ __forceinline__ void query_gradients(const BandBackwardParams& p) {
                 }
             }
         }
-        begin_rows_of<HEAD_DIM_QK, KEYS>(dq, ds, keys);
+        begin_rows_of(dq, ds, Right<HEAD_DIM_QK, true>(stages + behind, Chunks<HEAD_DIM_QK>(across + behind)));
         end_products<0>(dq);
     }
     copy_wait<0>();
@@ -177,7 +192,8 @@ __device__ __forceinline__ void key_gradients(const BandBackwardParams& p) {
     KeyGradients<K, V> gradients;
     if (begin < rows) load(begin, 0);
     copy_commit();
-    const auto meet = [&](int first, const char* stage) {
+    const KeySides sides(shared, int(threadIdx.x) / 32 * 16, stages);
+    const auto meet = [&](int first, int behind) {
         const int last = first + QUERY_ROWS < rows ? first + QUERY_ROWS : rows;
         const int base = anew(int(threadIdx.x)) / 32 * 16, mine = key + base;
         const int before = run.position(first), after = run.position(last - 1);
@@ -185,7 +201,7 @@ __device__ __forceinline__ void key_gradients(const BandBackwardParams& p) {
         const int theirs = first_together<KEY_ROWS>(base), seen = key + theirs;
         if (theirs >= keys || seen >= span.end(after) || seen + ROWS_TOGETHER <= span.first(before)) return;
         const bool whole = first + QUERY_ROWS <= rows && mine + 16 <= span.end(before) && mine >= span.first(after);
-        gradients.add(shared, shared + KEY_ROWS * Keys::PITCH, base, stage, p.scale, whole,
+        gradients.add(sides, base, behind, p.scale, whole,
                       [&](int t) { return make_int2(span.first(t) - mine, span.end(t) - mine); });
     };
     for (int first = begin, stage = 0; first < rows; first += COPIED * QUERY_ROWS, stage ^= 1) {
@@ -194,7 +210,7 @@ __device__ __forceinline__ void key_gradients(const BandBackwardParams& p) {
         copy_commit();
 #pragma unroll 1
         for (int i = 0; i < COPIED && first + i * QUERY_ROWS < rows; ++i) {
-            meet(first + i * QUERY_ROWS, stages + (stage * COPIED + i) * QUERY_STAGE_BYTES);
+            meet(first + i * QUERY_ROWS, (stage * COPIED + i) * QUERY_STAGE_BYTES);
         }
     }
     copy_wait<0>();

@@ -41,14 +41,15 @@ struct Flash {
     }
 
     // s = q k^T.
-    template <bool HELD>
-    __device__ __forceinline__ void multiply_keys(Scores<TILES, KEYS>& s, const Queries<TILES, HELD>& q, const char* keys) {
-        dot_rows<HEAD_DIM_QK, TILES, KEYS, HELD, true>(s, q, keys);
+    template <class Left, int AT>
+    __device__ __forceinline__ void multiply_keys(Scores<TILES, KEYS>& s, const Left& q, const Right<HEAD_DIM_QK, false, AT>& keys) {
+        dot_rows<true>(s, q, keys);
     }
 
     // o += p v.
-    __device__ __forceinline__ void multiply_values(const Scores<TILES, KEYS>& p, const char* values) {
-        add_rows<HEAD_DIM_V, 0, Values::PADDED, TILES, KEYS>(o, p, values);
+    template <int AT>
+    __device__ __forceinline__ void multiply_values(const Scores<TILES, KEYS>& p, const Right<HEAD_DIM_V, true, AT>& values) {
+        add_rows<0>(o, p, values);
     }
 
     // Scores, minus infinity where masked, become p; l grows. Returns whether m has changed, and the factor by which, for
@@ -74,13 +75,13 @@ struct Flash {
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
                 const float base = m[i][h] == negative_infinity() ? 0.0f : m[i][h];
-                float sum = 0.0f;
+                float sum;
 #pragma unroll
                 for (int n = 0; n < PARTS; ++n) {
 #pragma unroll
                     for (int c = 2 * h; c < 2 * h + 2; ++c) {
                         s[i][n][c] = exp2_approx(fmaf(s[i][n][c], scale_log2, -base));
-                        sum += s[i][n][c];
+                        sum = n == 0 && c == 2 * h ? s[i][n][c] : sum + s[i][n][c];
                     }
                 }
                 l[i][h] += sum;
