@@ -7,9 +7,9 @@
 // Shared memory, bytes at D = 128 in bf16: 64 rows of q and do (or of k and v) 32,768; 2 stages of 32 rows of k and v 32,768 (or
 // of q, do and facts 33,792). On sm_90a, where four warps multiply together, tiles have 64 rows; dq is the work of twelve warps: 98,304
 // and 65,536; dk and dv that of eight: 65,536, and 2 stages of two tiles, 135,168.
-// Registers: dq 64, scores and their gradients 32; dk and dv 128, scores and their gradients 32. With Dk + Dv above 320 dk and
-// dv are two CTAs' work, which costs the scores a second time. On sm_90a scores and their gradients 64; dv's product comes after that
-// of dk there: the other order overlaps more, and spills.
+// Registers: dq 64, q 32 (where Dk + Dv <= 256), scores and their gradients 32; dk and dv 128, scores and their gradients 32. With
+// Dk + Dv above 320 dk and dv are two CTAs' work, which costs the scores a second time. On sm_90a scores and their gradients 64;
+// dv's product comes after that of dk there: the other order overlaps more, and spills.
 // Passes over shared memory, 64 keys and 64 rows at D = 128: mma.sync reads its right side for each warp, 288 KiB; wgmma reads it
 // once for four, 96 KiB in products that take 1,024 cycles of tensor cores.
 // Roofline, a query row and key that it sees: dq 2 (2 Dk + Dv) FLOP, dk and dv 4 (Dk + Dv); from memory q, k, v, o, do once,
@@ -63,11 +63,11 @@ struct QueryRun {
     int head;   // KV head
     int query;  // first, within the sequence
 
-    __device__ __forceinline__ int position(int row) const { return sequence.context + query + row / GROUP; }
+    __device__ __forceinline__ int position(int row) const { return sequence.context + query + int(u32(row) / GROUP); }
     // Row of the i-th query in [N].
     __device__ __forceinline__ int token(int i) const { return sequence.query + query + i; }
     // In tensors [N, HEADS].
-    __device__ __forceinline__ i64 row(int at) const { return i64(token(at / GROUP)) * HEADS + head * GROUP + at % GROUP; }
+    __device__ __forceinline__ i64 row(int at) const { return i64(token(int(u32(at) / GROUP))) * HEADS + head * GROUP + int(u32(at) % GROUP); }
 };
 
 // dq of a tile of queries, over its keys.
@@ -80,10 +80,8 @@ __device__ __forceinline__ void query_gradients(const BandBackwardParams& p) {
     const Span span(seq);
     char* const d_o = shared + ROWS * Keys::PITCH;
     char* const stages = d_o + ROWS * Values::PITCH;
-    load_tile<SharedTile<HEAD_DIM_QK, ROWS>, ROWS, QUERY_THREADS, QK_COPY_BYTES>(
-        shared_address(shared), threadIdx.x, rows, [&](int r) { return p.q + run.row(r) * HEAD_DIM_QK; });
-    load_tile<SharedTile<HEAD_DIM_V, ROWS>, ROWS, QUERY_THREADS, V_COPY_BYTES>(
-        shared_address(d_o), threadIdx.x, rows, [&](int r) { return p.d_o + run.row(r) * HEAD_DIM_V; });
+    load_gradient_rows<ROWS, QUERY_THREADS>(p, shared_address(shared), int(threadIdx.x), 0, rows, run.head,
+                                            [&](int i) { return run.token(i); });
     const int base = threadIdx.x / 32 * 16, own = rows - base < 16 ? rows - base : 16, lane = threadIdx.x % 32;
     RowFacts facts[2];
 #pragma unroll
@@ -100,7 +98,7 @@ __device__ __forceinline__ void query_gradients(const BandBackwardParams& p) {
     const KeyRows<HEAD_DIM_V> v(p.v, nullptr, seq.key, run.head);
     const auto load = [&](int key, int stage) {
         const u32 to = shared_address(stages) + stage * STAGE_BYTES;
-        const int thread = anew(int(threadIdx.x));
+        const int thread = int(threadIdx.x);
         if (LOADERS < QUERY_THREADS && thread >= LOADERS) return;
         load_tile<SharedTile<HEAD_DIM_QK, KEYS>, KEYS, LOADERS, QK_COPY_BYTES>(to, thread, end - key, k.from(key));
         load_tile<SharedTile<HEAD_DIM_V, KEYS>, KEYS, LOADERS, V_COPY_BYTES>(to + KEYS * Keys::PITCH, thread, end - key, v.from(key));
@@ -192,7 +190,7 @@ __device__ __forceinline__ void key_gradients(const BandBackwardParams& p) {
     KeyGradients<K, V> gradients;
     if (begin < rows) load(begin, 0);
     copy_commit();
-    const KeySides sides(shared, int(threadIdx.x) / 32 * 16, stages);
+    const KeySides sides(shared, stages);
     const auto meet = [&](int first, int behind) {
         const int last = first + QUERY_ROWS < rows ? first + QUERY_ROWS : rows;
         const int base = anew(int(threadIdx.x)) / 32 * 16, mine = key + base;

@@ -94,23 +94,28 @@ __device__ __forceinline__ const RowFacts* facts_in(const char* stage) {
     return reinterpret_cast<const RowFacts*>(stage + QUERY_ROWS * (Keys::PITCH + Values::PITCH));
 }
 
-// Starts to copy rows `first`.. of `rows` of the queries with a KV head to a stage: q, do, facts. R rows a query; `token(i)` is the
-// i-th query's row in [N].
+// Starts to copy `count` rows of q, and behind the tile of ROWS those of do: from row `first` on of the queries with a KV head, R rows
+// a query; `token(i)` is the i-th query's row in [N].
+template <int ROWS, int THREADS, class P, class Token>
+__device__ __forceinline__ void load_gradient_rows(const P& p, u32 to, int thread, int first, int count, int head, const Token& token) {
+    const Element *const q = p.q + i64(head) * GROUP * HEAD_DIM_QK, *const d_o = p.d_o + i64(head) * GROUP * HEAD_DIM_V;
+    using QueryTile = SharedTile<HEAD_DIM_QK, ROWS>;
+    using OutputTile = SharedTile<HEAD_DIM_V, ROWS>;
+    if constexpr (HEAD_DIM_QK == HEAD_DIM_V && QK_COPY_BYTES == V_COPY_BYTES) {
+        load_tiles<QueryTile, ROWS, THREADS, QK_COPY_BYTES>(to, thread, count,
+                                                            QueryRows<HEAD_DIM_QK, 2, Token>{{q, d_o}, first, token});
+    } else {
+        load_tiles<QueryTile, ROWS, THREADS, QK_COPY_BYTES>(to, thread, count, QueryRows<HEAD_DIM_QK, 1, Token>{{q}, first, token});
+        load_tiles<OutputTile, ROWS, THREADS, V_COPY_BYTES>(to + ROWS * Keys::PITCH, thread, count,
+                                                            QueryRows<HEAD_DIM_V, 1, Token>{{d_o}, first, token});
+    }
+}
+
+// Starts to copy rows `first`.. of `rows` of the queries with a KV head to a stage: q, do, facts.
 template <class P, class Token>
 __device__ __forceinline__ void load_query_rows(const P& p, u32 to, int first, int rows, int head, const Token& token) {
     const int thread = anew(int(threadIdx.x)), count = rows - first;
-    const Element *const q = p.q + i64(head) * GROUP * HEAD_DIM_QK, *const d_o = p.d_o + i64(head) * GROUP * HEAD_DIM_V;
-    using QueryTile = SharedTile<HEAD_DIM_QK, QUERY_ROWS>;
-    using OutputTile = SharedTile<HEAD_DIM_V, QUERY_ROWS>;
-    if constexpr (HEAD_DIM_QK == HEAD_DIM_V && QK_COPY_BYTES == V_COPY_BYTES) {
-        load_tiles<QueryTile, QUERY_ROWS, 32 * WARPS, QK_COPY_BYTES>(to, thread, count,
-                                                                     QueryRows<HEAD_DIM_QK, 2, Token>{{q, d_o}, first, token});
-    } else {
-        load_tiles<QueryTile, QUERY_ROWS, 32 * WARPS, QK_COPY_BYTES>(to, thread, count,
-                                                                     QueryRows<HEAD_DIM_QK, 1, Token>{{q}, first, token});
-        load_tiles<OutputTile, QUERY_ROWS, 32 * WARPS, V_COPY_BYTES>(to + QUERY_ROWS * Keys::PITCH, thread, count,
-                                                                     QueryRows<HEAD_DIM_V, 1, Token>{{d_o}, first, token});
-    }
+    load_gradient_rows<QUERY_ROWS, 32 * WARPS>(p, to, thread, first, count, head, token);
     const auto load_facts = [&](int r) {
         const bool there = r < count;
         const int row = there ? first + r : first;
@@ -155,42 +160,48 @@ __device__ __forceinline__ void add_partials(float* dk, float* dv, const float* 
 
 using QueryScores = Parts<1, QUERY_ROWS>;
 
-// Where a lane of a warp alone reads the block's own keys and values from row `base` on, and rows of queries in the first stage:
-// the first chunks.
+// Where a lane of a warp alone reads the block's own keys and values, and rows of queries in stages: bytes from where tiles begin.
 struct KeySides {
     static constexpr int VALUES = KEY_ROWS * Keys::PITCH, D_O = QUERY_ROWS * Keys::PITCH;
     const char* keys;
     const char* stages;
-    u32 k, v, q, q_across, d_o, d_o_across;
+    u32 along_q, along_d_o, across_q, across_d_o;
 
-    __device__ __forceinline__ KeySides(const char* own, int base, const char* first)
+    __device__ __forceinline__ KeySides(const char* own, const char* first)
         : keys(own),
           stages(first),
-          k(first_chunk<HEAD_DIM_QK, true>(own + base * Keys::PITCH)),
-          v(first_chunk<HEAD_DIM_V, true>(own + VALUES + base * Values::PITCH)),
-          q(first_chunk<HEAD_DIM_QK, false>(first)),
-          q_across(first_chunk<HEAD_DIM_QK, true>(first)),
-          d_o(first_chunk<HEAD_DIM_V, false>(first + D_O)),
-          d_o_across(first_chunk<HEAD_DIM_V, true>(first + D_O)) {}
+          along_q(u32(anew(Right<HEAD_DIM_QK, false>::own(lane_anew())))),
+          along_d_o(u32(anew(Right<HEAD_DIM_V, false>::own(lane_anew())))),
+          across_q(u32(anew(Right<HEAD_DIM_QK, true>::own(lane_anew())))),
+          across_d_o(u32(anew(Right<HEAD_DIM_V, true>::own(lane_anew())))) {}
 
-    __device__ __forceinline__ auto of_k(int base) const {
-        return Right<HEAD_DIM_QK, true>(keys + base * Keys::PITCH, Chunks<HEAD_DIM_QK>(k));
-    }
+    // Rows base.. of keys and values.
+    __device__ __forceinline__ auto of_k(int base) const { return at<HEAD_DIM_QK, true>(keys + base * Keys::PITCH, across_q); }
     __device__ __forceinline__ auto of_v(int base) const {
         if constexpr (HEAD_DIM_QK == HEAD_DIM_V) {
             return of_k(base).template further<VALUES>(0);
         } else {
-            return Right<HEAD_DIM_V, true>(keys + VALUES + base * Values::PITCH, Chunks<HEAD_DIM_V>(v));
+            return at<HEAD_DIM_V, true>(keys + VALUES + base * Values::PITCH, across_d_o);
         }
     }
     // Of the stage `behind` bytes behind the first one.
     template <bool ACROSS>
     __device__ __forceinline__ auto of_q(int behind) const {
-        return Right<HEAD_DIM_QK, ACROSS>(stages + behind, Chunks<HEAD_DIM_QK>((ACROSS ? q_across : q) + behind));
+        return at<HEAD_DIM_QK, ACROSS>(stages + behind, ACROSS ? across_q : along_q);
     }
     template <bool ACROSS>
     __device__ __forceinline__ auto of_d_o(int behind) const {
-        return second_tile<HEAD_DIM_V, D_O>(of_q<ACROSS>(behind), (ACROSS ? d_o_across : d_o) + behind);
+        if constexpr (HEAD_DIM_QK == HEAD_DIM_V) {
+            return of_q<ACROSS>(behind).template further<D_O>(0);
+        } else {
+            return at<HEAD_DIM_V, ACROSS>(stages + D_O + behind, ACROSS ? across_d_o : along_d_o);
+        }
+    }
+
+private:
+    template <int DIM, bool ACROSS>
+    static __device__ __forceinline__ Right<DIM, ACROSS> at(const char* tile, u32 own) {
+        return {tile, Chunks<DIM>(shared_address(tile) + own)};
     }
 };
 

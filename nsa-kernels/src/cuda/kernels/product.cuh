@@ -22,7 +22,7 @@ __device__ __forceinline__ void clear(Parts<TILES, COLUMNS>& parts) {
 }
 
 // The warp's lane, computed anew where it is used.
-__device__ __forceinline__ int lane_anew() { return anew(int(threadIdx.x % 32)); }
+__device__ __forceinline__ u32 lane_anew() { return u32(anew(int(threadIdx.x % 32))); }
 
 // A warp's rows as the left side of products: in registers, or read from shared memory each time.
 template <int DIM, int TILES, bool HELD>
@@ -37,7 +37,7 @@ struct Rows {
     // To registers, if they are to be held, once they are in shared memory.
     __device__ __forceinline__ void take() {
         if constexpr (HELD) {
-            const Chunks<DIM> chunks = begin(int(threadIdx.x % 32));
+            const Chunks<DIM> chunks = begin(threadIdx.x % 32);
             unroll<0, TILES>([&](auto tile) {
                 constexpr int I = tile.value;
                 unroll<0, STEPS>([&](auto step) { chunks.template load<step.value, I * 16, 0>(held[I][step.value]); });
@@ -58,8 +58,8 @@ struct Rows {
     }
 
 private:
-    __device__ __forceinline__ Chunks<DIM> begin(int lane) const {
-        return Chunks<DIM>(shared_address(tile) + Layout::chunk(lane % 16, lane / 16));
+    __device__ __forceinline__ Chunks<DIM> begin(u32 lane) const {
+        return Chunks<DIM>(shared_address(tile) + Layout::chunk(int(lane % 16), int(lane / 16)));
     }
 };
 
@@ -88,9 +88,10 @@ struct Right {
         from.template load<K, I * 16, AT>(to);
     }
     // Bytes from a tile to where a lane begins.
-    static __device__ __forceinline__ int own(int lane) {
+    static __device__ __forceinline__ int own(u32 lane) {
         using Layout = Tile<DIM>;
-        return ACROSS ? Layout::chunk(lane % 16, lane / 16) : Layout::chunk(lane % 8 + lane / 16 * 8, lane / 8 % 2);
+        const u32 row = ACROSS ? lane % 16 : lane % 8 + lane / 16 * 8, half = ACROSS ? lane / 16 : lane / 8 % 2;
+        return Layout::chunk(int(row), int(half));
     }
 };
 

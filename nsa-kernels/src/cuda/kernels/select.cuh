@@ -189,5 +189,19 @@ struct SelectTile {
     }
     __device__ __forceinline__ i64 token(int row) const { return sequence.query + query + query_of(row); }
     __device__ __forceinline__ int query_head(int row) const { return head * GROUP + first + row % HEADS_PER_TILE; }
+    // Row of tensors [N, HEADS].
+    __device__ __forceinline__ i64 place(int row) const { return token(row) * HEADS + query_head(row); }
+    // Starts to copy the tile's rows of a tensor [N, HEADS, DIM] to a tile that lies so. Heads of one query lie beside each other.
+    template <class Layout, int BYTES, int DIM = Layout::COLUMNS>
+    __device__ __forceinline__ void load_rows_of(const Element* tensor, u32 to) const {
+        const int thread = int(threadIdx.x % TILE_THREADS);
+        if constexpr (QUERIES == 1) {
+            load_tile<Layout, ROWS, TILE_THREADS, BYTES>(to, thread, heads, EvenRows<DIM>{tensor + place(0) * DIM});
+        } else {
+            // Rows that are none are not written: any will do.
+            load_tile<Layout, ROWS, TILE_THREADS, BYTES>(to, thread, queries * HEADS_PER_TILE,
+                                                         [&](int row) { return tensor + place(has(row) ? row : 0) * DIM; });
+        }
+    }
 };
 

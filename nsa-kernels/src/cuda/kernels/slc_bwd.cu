@@ -88,20 +88,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) slc_query_gradients(con
     char* const own = shared + uniform(int(threadIdx.x / 32)) * WARP_BYTES;
     char* const rows = own + (HELD ? 0 : STAGES * STAGE_BYTES);
     int* const lists = reinterpret_cast<int*>(own + WARP_BYTES - LIST_BYTES);
-    const auto place = [&](int row) { return tile.token(row) * HEADS + tile.query_head(row); };
-    const auto there = [&](int row) { return place(tile.has(row) ? row : 0); };
-    const int count = tile.queries * HEADS_PER_TILE;
-    load_rows<HEAD_DIM_QK, ROWS, 32, QK_COPY_BYTES>(shared_address(rows), lane, count,
-                                                    [&](int row) { return p.q + there(row) * HEAD_DIM_QK; });
-    load_rows<HEAD_DIM_V, ROWS, 32, V_COPY_BYTES>(shared_address(rows) + ROWS * Keys::PITCH, lane, count,
-                                                  [&](int row) { return p.d_o + there(row) * HEAD_DIM_V; });
+    tile.load_rows_of<Keys, QK_COPY_BYTES>(p.q, shared_address(rows));
+    tile.load_rows_of<Values, V_COPY_BYTES>(p.d_o, shared_address(rows) + ROWS * Keys::PITCH);
     copy_commit();
     tile.load_lists(lists, params.block_indices);
     RowFacts facts[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
         const int row = h * 8 + lane / 4;
-        facts[h] = tile.has(row) ? facts_of(p)[place(row)] : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        facts[h] = tile.has(row) ? facts_of(p)[tile.place(row)] : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     }
     wait_for_stage();
     Rows<HEAD_DIM_QK, 1, HELD> q(rows);
@@ -127,7 +122,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) slc_query_gradients(con
     walk(Blocks(lists, tile.queries, tile.position(0)), copies, [] { wait_for_stage(); }, meet);
     copy_wait<0>();
     add_query_gradients(dq,
-                        [&](int row) { return tile.has(row) ? p.dq + place(row) * HEAD_DIM_QK : nullptr; });
+                        [&](int row) { return tile.has(row) ? p.dq + tile.place(row) * HEAD_DIM_QK : nullptr; });
 }
 
 // The inverse index: for every block of keys, KV heads outermost, the queries that have selected it, in order. Queries are
@@ -287,19 +282,19 @@ constexpr i64 WORK_PARTIAL = i64(SHARES) * PARTIAL;
 template <bool K, bool V>
 __device__ __forceinline__ void key_gradients(const SlcBackwardParams& params, const KeyWork& work, int share) {
     const BandBackwardParams& p = params.common;
-    const int keys = work.end - work.key, rows = work.count * GROUP, base = threadIdx.x / 32 * 16, own = keys - base;
+    const int keys = work.end - work.key, rows = work.count * GROUP, base = threadIdx.x / 32 * 16, mine = work.key + base;
     char* const stages = shared + OWN_BYTES;
     const KeyRows<HEAD_DIM_QK> k(p.k, nullptr, work.sequence.key, work.head);
     const KeyRows<HEAD_DIM_V> v(p.v, nullptr, work.sequence.key, work.head);
     load_key_rows<K>(shared, keys, k.from(work.key), v.from(work.key));
     const auto load = [&](int first, int stage) {
-        load_query_rows(p, shared_address(stages) + stage * QUERY_STAGE_BYTES, first, rows, work.head, [&](int i) { return __ldg(work.queries + i); });
+        load_query_rows(p, shared_address(stages) + stage * QUERY_STAGE_BYTES, first, rows, work.head,
+                        [&](int i) { return __ldg(work.queries + i); });
     };
     KeyGradients<K, V> gradients;
-    const KeySides sides(shared, base, stages);
+    const KeySides sides(shared, stages);
     if (rows > 0) load(0, 0);
     copy_commit();
-    const int mine = work.key + base;
     for (int first = 0, stage = 0; first < rows; first += QUERY_ROWS, stage ^= 1) {
         wait_for_tiles();
         if (first + QUERY_ROWS < rows) load(first + QUERY_ROWS, stage ^ 1);
@@ -313,12 +308,15 @@ __device__ __forceinline__ void key_gradients(const SlcBackwardParams& params, c
                       [&](int t) { return make_int2(0, t + 1 - mine); });
     }
     copy_wait<0>();
-    if (work.index == 0) {
-        const i64 at = i64(work.sequence.key + mine) * KV_HEADS + work.head;
+    // Found anew: it took registers in the loop.
+    const KeyWork done(params, anew(int(blockIdx.x)), share);
+    const int own = done.end - done.key - base;
+    if (done.index == 0) {
+        const i64 at = i64(done.sequence.key + done.key + base) * KV_HEADS + done.head;
         gradients.template write<KV_HEADS>(p.dk + at * HEAD_DIM_QK, p.dv + at * HEAD_DIM_V, own);
     } else {
         // Works after the first of their blocks come in order: this is the place among them.
-        const i64 slot = i64(params.work_starts[work.block]) - work.block + work.index - 1;
+        const i64 slot = i64(params.work_starts[done.block]) - done.block + done.index - 1;
         gradients.write_partial(params.partial + slot * WORK_PARTIAL + share * PARTIAL, base, own);
     }
 }

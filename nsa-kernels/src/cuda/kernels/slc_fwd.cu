@@ -89,12 +89,15 @@ __device__ __forceinline__ void write_rows(const BandForwardParams& p, const Sel
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
             const int row = base + h * 8 + lane / 4;
-            if (tile.has(row)) p.lse[tile.token(row) * HEADS + tile.query_head(row)] = flash.lse(0, h, unscale);
+            if (tile.has(row)) p.lse[tile.place(row)] = flash.lse(0, h, unscale);
         }
     }
-    store_rows<HEAD_DIM_V, 32, V_COPY_BYTES>(own, lane, rows < 16 ? rows : 16, [&](int row) {
-        return p.o + (tile.token(base + row) * HEADS + tile.query_head(base + row)) * HEAD_DIM_V;
-    });
+    if constexpr (QUERIES == 1) {
+        store_even_rows<HEAD_DIM_V, 16, 32, V_COPY_BYTES>(own, lane, rows, p.o + tile.place(base) * HEAD_DIM_V);
+    } else {
+        store_rows<HEAD_DIM_V, 32, V_COPY_BYTES>(own, lane, rows < 16 ? rows : 16,
+                                                 [&](int row) { return p.o + tile.place(base + row) * HEAD_DIM_V; });
+    }
 }
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS) slc_forward(const __grid_constant__ SlcForwardParams params) {
@@ -104,11 +107,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) slc_forward(const __gri
     char* const own = shared + uniform(int(threadIdx.x / TILE_THREADS)) * OWN_BYTES;
     char* const rows = own + (HELD ? 0 : STAGES * STAGE_BYTES);
     int* const lists = reinterpret_cast<int*>(own + OWN_BYTES - LIST_BYTES);
-    load_tile<SharedTile<HEAD_DIM_QK, ROWS>, ROWS, TILE_THREADS, QK_COPY_BYTES>(
-        shared_address(rows), own_thread(), tile.queries * HEADS_PER_TILE, [&](int row) {
-            const int at = tile.has(row) ? row : 0;
-            return p.q + (tile.token(at) * HEADS + tile.query_head(at)) * HEAD_DIM_QK;
-        });
+    tile.load_rows_of<SharedTile<HEAD_DIM_QK, ROWS>, QK_COPY_BYTES>(p.q, shared_address(rows));
     copy_commit();
     tile.load_lists(lists, params.block_indices);
     wait_for_stage();
@@ -133,7 +132,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) slc_forward(const __gri
         if (sees(blocks, tile)) {
             if (!whole) mask(s, blocks, I, tile);
             float factor[1][2];
-            flash.exponentials(s, p.scale_log2, factor);
+            flash.exponentials<true>(s, p.scale_log2, factor);
         } else {
             clear<1, KEYS>(s);
         }

@@ -18,7 +18,7 @@ struct Tile {
     static constexpr int SWAPPED = CHUNKS % 8 == 0 ? 8 : CHUNKS % 4 == 0 ? 4 : 2;
     static constexpr int STEP = 8 / SWAPPED;
 
-    static __device__ __forceinline__ constexpr int swap(int row) { return (row / STEP) % SWAPPED; }
+    static __device__ __forceinline__ constexpr int swap(int row) { return int(u32(row) / STEP % SWAPPED); }
     // Byte of a chunk.
     static __device__ __forceinline__ int chunk(int row, int chunk) { return row * PITCH + ((chunk ^ swap(row)) * 16); }
     // Byte of an element.
@@ -130,6 +130,11 @@ struct EvenCopy {
     static __device__ __forceinline__ int begin(int thread) {
         return KEPT ? int(u32(thread) / PIECES * u32(STRIDE) + u32(thread) % PIECES * Layout::PER_CHUNK) : 0;
     }
+    // Where the thread's chunk of the row D below its own lies.
+    template <int D>
+    __device__ __forceinline__ u32 at() const {
+        return swapped<D>() + Below<Layout, D>::BYTES;
+    }
     // Starts to copy `count` of the rows from the FIRST-th on, zeros behind them, to the tile AT + `behind` bytes behind.
     template <int AT, int FIRST>
     __device__ __forceinline__ void copy(const Element* from, int count, u32 behind) const {
@@ -137,8 +142,7 @@ struct EvenCopy {
             const auto each = [&](const auto& act) {
                 unroll<0, ROWS, DOWN>([&](auto down) {
                     constexpr int D = down.value;
-                    act(down, Size<AT + Below<Layout, D>::BYTES>(), Size<int((D + FIRST) * STRIDE) * SIZE>(),
-                        to[Below<Layout, D>::SWAP / 16 / UNIT] + behind);
+                    act(down, Size<AT + Below<Layout, D>::BYTES>(), Size<int((D + FIRST) * STRIDE) * SIZE>(), swapped<D>() + behind);
                 });
             };
             if (count >= ROWS) {
@@ -151,6 +155,12 @@ struct EvenCopy {
         } else {
             load_tile<Layout, ROWS, THREADS, BYTES, EvenRows<STRIDE>>(to[0] + AT + behind, row, count, {from + FIRST * STRIDE});
         }
+    }
+
+private:
+    template <int D>
+    __device__ __forceinline__ u32 swapped() const {
+        return to[Below<Layout, D>::SWAP / 16 / UNIT];
     }
 };
 
@@ -185,5 +195,24 @@ __device__ __forceinline__ void store_rows(const char* tile, int thread, int cou
         } else {
             *reinterpret_cast<u16*>(to) = *reinterpret_cast<const u16*>(from);
         }
+    }
+}
+
+// The same of rows that lie beside each other, from `first` on, ROWS of them at most. Where the threads fill whole rows, each keeps
+// its chunk and goes down.
+template <int DIM, int ROWS, int THREADS, int BYTES>
+__device__ __forceinline__ void store_even_rows(const char* tile, int thread, int count, Element* first) {
+    using Copy = EvenCopy<Tile<DIM>, ROWS, THREADS, BYTES, DIM>;
+    if constexpr (Copy::KEPT) {
+        const Copy own(u32(0), thread);
+        Element* const to = first + Copy::begin(thread);
+        unroll<0, ROWS, Copy::DOWN>([&](auto down) {
+            constexpr int D = down.value;
+            if (own.row + D < count) {
+                *reinterpret_cast<uint4*>(to + D * DIM) = *reinterpret_cast<const uint4*>(tile + own.template at<D>());
+            }
+        });
+    } else {
+        store_rows<DIM, THREADS, BYTES>(tile, thread, count < ROWS ? count : ROWS, [&](int row) { return first + row * DIM; });
     }
 }
