@@ -181,7 +181,8 @@ impl BackwardTiles {
 
     fn bake(&self, constants: Constants) -> Constants {
         let constants = constants.with("WARPS", self.select.warps).with("ROWS", self.select.rows);
-        let constants = constants.with("KEYS", self.select.keys);
+        let constants = constants.with("KEYS", self.select.keys).with("STAGES", self.select.stages);
+        let constants = constants.with("QUERIES_HELD", usize::from(self.select.held));
         let constants = constants.with("QUERIES", self.select.queries).with("QUERY_ROWS", self.keys.query_rows);
         constants.with("WARPGROUPS", usize::from(self.keys.unit == Unit::Warpgroup))
     }

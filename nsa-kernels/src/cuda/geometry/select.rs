@@ -89,11 +89,14 @@ impl SelectTiles {
 
     /// For gradients of queries, in blocks of `warps` warps.
     pub(crate) fn gradients(config: &NsaConfig, size: usize, warps: usize) -> Self {
+        const STAGES: usize = 2;
         let bytes = pitch(config.head_dim_qk(), size) + pitch(config.head_dim_v(), size);
         let ((parts, queries), keys) = (select_rows(config, 16), 16);
-        let warp = (2 * keys + 16) * bytes + list_bytes(config, queries);
+        // Rows of q and do come through the stages then, and stay in registers.
+        let held = size == 2 && bytes <= 512;
+        let warp = (STAGES * keys + if held { 0 } else { 16 }) * bytes + list_bytes(config, queries);
         let unit = Unit::Warp;
-        Self { unit, warps, rows: 16, keys, stages: 2, queries, parts, held: false, shared_bytes: warps * warp }
+        Self { unit, warps, rows: 16, keys, stages: STAGES, queries, parts, held, shared_bytes: warps * warp }
     }
 
     /// A launch over `tiles` tiles of queries with `heads` KV heads each.

@@ -42,10 +42,10 @@ struct BandTile {
         rows = (left < QUERIES ? left : QUERIES) * GROUP;
     }
     // Position of a row's query.
-    __device__ __forceinline__ int position(int row) const { return sequence.context + query + row / GROUP; }
+    __device__ __forceinline__ int position(int row) const { return sequence.context + query + int(u32(row) / GROUP); }
     // Token and head of a row in tensors of HEADS heads.
-    __device__ __forceinline__ i64 token(int row) const { return sequence.query + query + row / GROUP; }
-    __device__ __forceinline__ int query_head(int row) const { return head * GROUP + row % GROUP; }
+    __device__ __forceinline__ i64 token(int row) const { return sequence.query + query + int(u32(row) / GROUP); }
+    __device__ __forceinline__ int query_head(int row) const { return head * GROUP + int(u32(row) % GROUP); }
 };
 
 // The rows of this warp that count, and the keys that they see.
@@ -68,13 +68,13 @@ struct WarpSpan {
 
 template <class Span>
 __device__ __forceinline__ void mask(BandScores& s, const BandTile& tile, const WarpSpan<Span>& warp, const Span& span, int key) {
-    const int lane = anew(int(threadIdx.x % 32));
+    const int lane = int(lane_anew()), row = lane / 4, column = lane % 4 * 2;
 #pragma unroll
     for (int i = 0; i < TILES; ++i) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-            const int t = tile.position(warp.base + i * 16 + h * 8 + lane / 4);
-            const int first = span.first(t) - key - lane % 4 * 2, end = span.end(t) - key - lane % 4 * 2;
+            const int t = tile.position(warp.base + i * 16 + h * 8 + row);
+            const int first = span.first(t) - key - column, end = span.end(t) - key - column;
 #pragma unroll
             for (int n = 0; n < KEYS / 8; ++n) {
 #pragma unroll
@@ -106,9 +106,17 @@ __device__ __forceinline__ void write_rows(const P& p, const BandTile& tile, con
         }
     }
     __syncwarp();
-    store_rows<HEAD_DIM_V, 32, V_COPY_BYTES>(own, lane, rows, [&](int row) {
-        return p.o + (tile.token(base + row) * HEADS + tile.query_head(base + row)) * HEAD_DIM_V;
-    });
+    const auto to = [&](int row) { return p.o + (tile.token(base + row) * HEADS + tile.query_head(base + row)) * HEAD_DIM_V; };
+    // Heads of one query lie beside each other.
+    constexpr int RUN = GROUP < WARP_ROWS ? GROUP : WARP_ROWS;
+    if constexpr (RUN % 8 == 0 && WARP_ROWS % RUN == 0 && GROUP % RUN == 0) {
+#pragma unroll
+        for (int row = 0; row < WARP_ROWS; row += RUN) {
+            store_even_rows<HEAD_DIM_V, RUN, 32, V_COPY_BYTES>(own + row * Values::PITCH, lane, rows - row, to(row));
+        }
+    } else {
+        store_rows<HEAD_DIM_V, 32, V_COPY_BYTES>(own, lane, rows, to);
+    }
 }
 
 // Starts to copy KEYS rows from `key` on.
@@ -169,19 +177,30 @@ __device__ __forceinline__ void walk_keys(const P& p, const BandTile& tile, cons
 // Starts to copy a tile's queries.
 template <class P>
 __device__ __forceinline__ void load_queries(const P& p, const BandTile& tile, char* to) {
-    load_tile<SharedTile<HEAD_DIM_QK, ROWS>, ROWS, THREADS, QK_COPY_BYTES>(
-        shared_address(to), anew(int(threadIdx.x)), tile.rows,
-        [&](int row) { return p.q + (tile.token(row) * HEADS + tile.query_head(row)) * HEAD_DIM_QK; });
+    const auto token = [&](int i) { return tile.sequence.query + tile.query + i; };
+    const Element* const q = p.q + i64(tile.head) * GROUP * HEAD_DIM_QK;
+    load_tiles<SharedTile<HEAD_DIM_QK, ROWS>, ROWS, THREADS, QK_COPY_BYTES>(
+        shared_address(to), anew(int(threadIdx.x)), tile.rows, QueryRows<HEAD_DIM_QK, 1, decltype(token)>{{q}, 0, token});
 }
+
+// Where a lane of a warp alone reads keys: bytes from where a tile of them begins. Other places are found anew: registers are for
+// products.
+struct BandLane {
+    u32 own = u32(anew(Right<HEAD_DIM_QK, false>::own(lane_anew())));
+
+    __device__ __forceinline__ Right<HEAD_DIM_QK, false> of_keys(const char* tile) const {
+        return {tile, Chunks<HEAD_DIM_QK>(shared_address(tile) + own)};
+    }
+};
 
 // Scores of a warp's rows with a tile of keys from `key` on, minus infinity where they are not seen; `q` is what warps alone read.
 template <class Span>
 __device__ __forceinline__ void score_keys(BandScores& s, BandFlash& flash, const Queries<TILES, HELD>& q, const BandTile& tile,
-                                           const WarpSpan<Span>& warp, const Span& span, int key, const char* keys) {
+                                           const WarpSpan<Span>& warp, const Span& span, int key, const char* keys, const BandLane& lane) {
     if constexpr (WARPGROUPS) {
         dots_together<HEAD_DIM_QK, ROWS, KEYS, TILES>(s, shared, first_together<ROWS>(warp.base), keys);
     } else {
-        flash.multiply_keys(s, q, keys);
+        flash.multiply_keys(s, q, lane.of_keys(keys));
     }
     if (key < warp.common_first || key + KEYS > warp.common_end) mask(s, tile, warp, span, key);
 }
@@ -194,13 +213,14 @@ __device__ __forceinline__ void attend(const P& p, const BandTile& tile, const S
     load_queries(p, tile, shared);
     // Read by warps alone.
     Queries<TILES, HELD> q(shared + warp.base * Keys::PITCH);
+    const BandLane lane;
     const auto see = [&](int key, int index, const char* stage) {
         BandScores s;
-        score_keys(s, flash, q, tile, warp, span, key, stage);
+        score_keys(s, flash, q, tile, warp, span, key, stage, lane);
         float factor[TILES][2];
         const bool rescaled = flash.exponentials(s, p.scale_log2, factor);
         look(flash, s, index, rescaled, factor);
-        begin_rows_of<HEAD_DIM_V, KEYS, TILES>(flash.o, s, stage + KEYS * Keys::PITCH);
+        begin_rows_of(flash.o, s, Right<HEAD_DIM_V, true>(stage + KEYS * Keys::PITCH));
         end_products<0>(flash.o);
     };
     walk_keys<EXTRA, true>(p, tile, span, warp, shared + ROWS_BYTES, [&] { q.take(); }, see);

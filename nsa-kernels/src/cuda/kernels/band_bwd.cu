@@ -7,9 +7,9 @@
 // Shared memory, bytes at D = 128 in bf16: 64 rows of q and do (or of k and v) 32,768; 2 stages of 32 rows of k and v 32,768 (or
 // of q, do and facts 33,792). On sm_90a, where four warps multiply together, tiles have 64 rows; dq is the work of twelve warps: 98,304
 // and 65,536; dk and dv that of eight: 65,536, and 2 stages of two tiles, 135,168.
-// Registers: dq 64, scores and their gradients 32; dk and dv 128, scores and their gradients 32. With Dk + Dv above 320 dk and
-// dv are two CTAs' work, which costs the scores a second time. On sm_90a scores and their gradients 64; dv's product comes after that
-// of dk there: the other order overlaps more, and spills.
+// Registers: dq 64, q 32 (where Dk + Dv <= 256), scores and their gradients 32; dk and dv 128, scores and their gradients 32. With
+// Dk + Dv above 320 dk and dv are two CTAs' work, which costs the scores a second time. On sm_90a scores and their gradients 64;
+// dv's product comes after that of dk there: the other order overlaps more, and spills.
 // Passes over shared memory, 64 keys and 64 rows at D = 128: mma.sync reads its right side for each warp, 288 KiB; wgmma reads it
 // once for four, 96 KiB in products that take 1,024 cycles of tensor cores.
 // Roofline, a query row and key that it sees: dq 2 (2 Dk + Dv) FLOP, dk and dv 4 (Dk + Dv); from memory q, k, v, o, do once,
@@ -47,7 +47,10 @@ constexpr int ROWS = 16 * QUERY_WARPS;
 constexpr int QUERIES = ROWS / GROUP;
 // As many threads as divide the rows of a tile of keys.
 constexpr int LOADERS = QUERY_WARPS % 3 == 0 ? QUERY_THREADS / 3 * 2 : QUERY_THREADS;
+// Rows of q are held in registers; those of do are read each time.
+constexpr bool HELD = TENSOR_CORES && !WARPGROUPS && Keys::PADDED + Values::PADDED <= 256;
 constexpr int STAGE_BYTES = KEYS * (Keys::PITCH + Values::PITCH);
+constexpr int VALUES = KEYS * Keys::PITCH;  // of a stage, behind its keys
 static_assert(QUERIES > 0, "a block holds all heads of a query");
 
 extern __shared__ __align__(TILE_ALIGNMENT) char shared[];
@@ -60,11 +63,11 @@ struct QueryRun {
     int head;   // KV head
     int query;  // first, within the sequence
 
-    __device__ __forceinline__ int position(int row) const { return sequence.context + query + row / GROUP; }
+    __device__ __forceinline__ int position(int row) const { return sequence.context + query + int(u32(row) / GROUP); }
     // Row of the i-th query in [N].
     __device__ __forceinline__ int token(int i) const { return sequence.query + query + i; }
     // In tensors [N, HEADS].
-    __device__ __forceinline__ i64 row(int at) const { return i64(token(at / GROUP)) * HEADS + head * GROUP + at % GROUP; }
+    __device__ __forceinline__ i64 row(int at) const { return i64(token(int(u32(at) / GROUP))) * HEADS + head * GROUP + int(u32(at) % GROUP); }
 };
 
 // dq of a tile of queries, over its keys.
@@ -77,10 +80,8 @@ __device__ __forceinline__ void query_gradients(const BandBackwardParams& p) {
     const Span span(seq);
     char* const d_o = shared + ROWS * Keys::PITCH;
     char* const stages = d_o + ROWS * Values::PITCH;
-    load_tile<SharedTile<HEAD_DIM_QK, ROWS>, ROWS, QUERY_THREADS, QK_COPY_BYTES>(
-        shared_address(shared), threadIdx.x, rows, [&](int r) { return p.q + run.row(r) * HEAD_DIM_QK; });
-    load_tile<SharedTile<HEAD_DIM_V, ROWS>, ROWS, QUERY_THREADS, V_COPY_BYTES>(
-        shared_address(d_o), threadIdx.x, rows, [&](int r) { return p.d_o + run.row(r) * HEAD_DIM_V; });
+    load_gradient_rows<ROWS, QUERY_THREADS>(p, shared_address(shared), int(threadIdx.x), 0, rows, run.head,
+                                            [&](int i) { return run.token(i); });
     const int base = threadIdx.x / 32 * 16, own = rows - base < 16 ? rows - base : 16, lane = threadIdx.x % 32;
     RowFacts facts[2];
 #pragma unroll
@@ -97,25 +98,37 @@ __device__ __forceinline__ void query_gradients(const BandBackwardParams& p) {
     const KeyRows<HEAD_DIM_V> v(p.v, nullptr, seq.key, run.head);
     const auto load = [&](int key, int stage) {
         const u32 to = shared_address(stages) + stage * STAGE_BYTES;
-        const int thread = anew(int(threadIdx.x));
+        const int thread = int(threadIdx.x);
         if (LOADERS < QUERY_THREADS && thread >= LOADERS) return;
         load_tile<SharedTile<HEAD_DIM_QK, KEYS>, KEYS, LOADERS, QK_COPY_BYTES>(to, thread, end - key, k.from(key));
         load_tile<SharedTile<HEAD_DIM_V, KEYS>, KEYS, LOADERS, V_COPY_BYTES>(to + KEYS * Keys::PITCH, thread, end - key, v.from(key));
     };
     float dq[1][Keys::PADDED / 8][4];
     clear<1, Keys::PADDED>(dq);
+    copy_commit();
     if (begin < end) load(begin, 0);
     copy_commit();
+    Rows<HEAD_DIM_QK, 1, HELD> q(shared + base * Keys::PITCH);
+    if constexpr (HELD) {
+        copy_wait<1>();
+        __syncthreads();
+        q.take();
+    }
+    // Of the first stage.
+    const u32 of_keys = first_chunk<HEAD_DIM_QK, false>(stages), across = first_chunk<HEAD_DIM_QK, true>(stages);
+    const u32 of_values = first_chunk<HEAD_DIM_V, false>(stages + VALUES);
+    const auto rows_of_d_o = Right<HEAD_DIM_V, true>(d_o + base * Values::PITCH);
     for (int key = begin, stage = 0; key < end; key += KEYS, stage ^= 1) {
         wait_for_tiles();
         if (key + KEYS < end) load(key + KEYS, stage ^ 1);
         copy_commit();
         if (key >= end_key || key + KEYS <= first_key) continue;
-        const char* const keys = stages + stage * STAGE_BYTES;
+        const int behind = stage * STAGE_BYTES;
+        const Right<HEAD_DIM_QK, false> keys(stages + behind, Chunks<HEAD_DIM_QK>(of_keys + behind));
         const bool whole = uniform(key >= span.first(after) && key + KEYS <= span.end(before));
         Parts<1, KEYS> s, ds;
-        begin_dots_with<HEAD_DIM_QK, ROWS, KEYS>(s, shared, base, keys);
-        begin_dots_with<HEAD_DIM_V, ROWS, KEYS>(ds, d_o, base, keys + KEYS * Keys::PITCH);
+        begin_dots_with<ROWS>(s, shared, base, q, keys);
+        begin_dots_with<ROWS>(ds, d_o, base, rows_of_d_o, second_tile<HEAD_DIM_V, VALUES>(keys, of_values + behind));
         end_products<1>(s);
         end_products<0>(ds);
 #pragma unroll
@@ -140,7 +153,7 @@ __device__ __forceinline__ void query_gradients(const BandBackwardParams& p) {
                 }
             }
         }
-        begin_rows_of<HEAD_DIM_QK, KEYS>(dq, ds, keys);
+        begin_rows_of(dq, ds, Right<HEAD_DIM_QK, true>(stages + behind, Chunks<HEAD_DIM_QK>(across + behind)));
         end_products<0>(dq);
     }
     copy_wait<0>();
@@ -177,7 +190,8 @@ __device__ __forceinline__ void key_gradients(const BandBackwardParams& p) {
     KeyGradients<K, V> gradients;
     if (begin < rows) load(begin, 0);
     copy_commit();
-    const auto meet = [&](int first, const char* stage) {
+    const KeySides sides(shared, stages);
+    const auto meet = [&](int first, int behind) {
         const int last = first + QUERY_ROWS < rows ? first + QUERY_ROWS : rows;
         const int base = anew(int(threadIdx.x)) / 32 * 16, mine = key + base;
         const int before = run.position(first), after = run.position(last - 1);
@@ -185,7 +199,7 @@ __device__ __forceinline__ void key_gradients(const BandBackwardParams& p) {
         const int theirs = first_together<KEY_ROWS>(base), seen = key + theirs;
         if (theirs >= keys || seen >= span.end(after) || seen + ROWS_TOGETHER <= span.first(before)) return;
         const bool whole = first + QUERY_ROWS <= rows && mine + 16 <= span.end(before) && mine >= span.first(after);
-        gradients.add(shared, shared + KEY_ROWS * Keys::PITCH, base, stage, p.scale, whole,
+        gradients.add(sides, base, behind, p.scale, whole,
                       [&](int t) { return make_int2(span.first(t) - mine, span.end(t) - mine); });
     };
     for (int first = begin, stage = 0; first < rows; first += COPIED * QUERY_ROWS, stage ^= 1) {
@@ -194,7 +208,7 @@ __device__ __forceinline__ void key_gradients(const BandBackwardParams& p) {
         copy_commit();
 #pragma unroll 1
         for (int i = 0; i < COPIED && first + i * QUERY_ROWS < rows; ++i) {
-            meet(first + i * QUERY_ROWS, stages + (stage * COPIED + i) * QUERY_STAGE_BYTES);
+            meet(first + i * QUERY_ROWS, (stage * COPIED + i) * QUERY_STAGE_BYTES);
         }
     }
     copy_wait<0>();

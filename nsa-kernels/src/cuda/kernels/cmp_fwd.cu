@@ -28,7 +28,6 @@
 // Tried: p kept a compressed block (4 times the memory), which is what is done where blocks do not fold (strides of other shapes).
 //
 // budget: kernel=cmp_forward threads=128 registers=255 spills=0 shared=66576
-// budget: kernel=cmp_forward arch=sm_100 threads=128 registers=255 spills=44 shared=66576
 // budget: kernel=cmp_forward arch=sm_90a threads=256 registers=128 spills=0 shared=99344
 #include "element.cuh"
 #include "config.cuh"
@@ -162,9 +161,10 @@ __device__ __forceinline__ void sum_again(const CmpForwardParams& p, const BandT
     const WarpSpan<Visible> warp(tile, span);
     const Queries<TILES, HELD> q(shared);
     float carry[2] = {};
+    const BandLane place;
     const auto see = [&](int key, int index, const char* stage) {
         BandScores s;
-        score_keys(s, flash, q, tile, warp, span, key, stage);
+        score_keys(s, flash, q, tile, warp, span, key, stage, place);
         const int lane = anew(int(threadIdx.x % 32));
         float own[2][OWN];
 #pragma unroll

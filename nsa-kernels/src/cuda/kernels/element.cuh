@@ -124,6 +124,15 @@ struct Size {
     static constexpr int value = N;
 };
 
+// Calls act(Size<FROM>()), and so on in steps of STEP below TO: numbers that instructions take as constants.
+template <int FROM, int TO, int STEP = 1, class Act>
+__device__ __forceinline__ void unroll(const Act& act) {
+    if constexpr (FROM < TO) {
+        act(Size<FROM>());
+        unroll<FROM + STEP, TO, STEP>(act);
+    }
+}
+
 // The sum over a warp's lanes, in all of them; the order of additions is that of the tree, the same in every run.
 __device__ __forceinline__ float warp_sum(float x) {
 #pragma unroll

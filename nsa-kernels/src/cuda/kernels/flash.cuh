@@ -54,21 +54,23 @@ struct Flash {
     }
 
     // s = q k^T.
-    template <bool HELD>
-    __device__ __forceinline__ void multiply_keys(Scores<TILES, KEYS>& s, const Queries<TILES, HELD>& q, const char* keys) {
-        dot_rows<HEAD_DIM_QK, TILES, KEYS, HELD, true>(s, q, keys);
+    template <class Left, int AT>
+    __device__ __forceinline__ void multiply_keys(Scores<TILES, KEYS>& s, const Left& q, const Right<HEAD_DIM_QK, false, AT>& keys) {
+        dot_rows<true>(s, q, keys);
     }
 
     // o += p v.
-    __device__ __forceinline__ void multiply_values(const Scores<TILES, KEYS>& p, const char* values) {
-        add_rows<HEAD_DIM_V, 0, Values::PADDED, TILES, KEYS>(o, p, values);
+    template <int AT>
+    __device__ __forceinline__ void multiply_values(const Scores<TILES, KEYS>& p, const Right<HEAD_DIM_V, true, AT>& values) {
+        add_rows<0>(o, p, values);
     }
 
-    // Scores, minus infinity where masked, become p; l grows. Returns whether m has changed, and the factor by which, for
-    // what else is kept relative to m.
+    // Scores, minus infinity where masked, become p; l grows. Returns whether m has changed, and the factor by which, for what else
+    // is kept relative to m. Lanes vote on all rows at once, or on eight at a time (APART): more votes, but fewer rows are scaled.
+    template <bool APART = false>
     __device__ __forceinline__ bool exponentials(Scores<TILES, KEYS>& s, float scale_log2, float (&factor)[TILES][2]) {
         float top[TILES][2];
-        bool grown = false;
+        bool grown[TILES][2], changed = false;
 #pragma unroll
         for (int i = 0; i < TILES; ++i) {
 #pragma unroll
@@ -77,23 +79,34 @@ struct Flash {
 #pragma unroll
                 for (int n = 1; n < PARTS; ++n) most = fmaxf(most, fmaxf(s[i][n][2 * h], s[i][n][2 * h + 1]));
                 top[i][h] = most * scale_log2;
-                grown |= top[i][h] > m[i][h];
+                grown[i][h] = top[i][h] > m[i][h];
+                if (APART) grown[i][h] = __any_sync(ALL_LANES, grown[i][h]);
+                changed |= grown[i][h];
             }
         }
-        const bool changed = __any_sync(ALL_LANES, grown);
-        if (changed) follow(top, factor);
+        if (!APART) changed = __any_sync(ALL_LANES, changed);
+        if (changed) {
+#pragma unroll
+            for (int i = 0; i < TILES; ++i) {
+#pragma unroll
+                for (int h = 0; h < 2; ++h) {
+                    factor[i][h] = 1.0f;
+                    if (!APART || grown[i][h]) factor[i][h] = follow(top[i][h], i, h);
+                }
+            }
+        }
 #pragma unroll
         for (int i = 0; i < TILES; ++i) {
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
                 const float base = base_of(m[i][h]);
-                float sum = 0.0f;
+                float sum;
 #pragma unroll
                 for (int n = 0; n < PARTS; ++n) {
 #pragma unroll
                     for (int c = 2 * h; c < 2 * h + 2; ++c) {
                         s[i][n][c] = exp2_approx(fmaf(s[i][n][c], scale_log2, -base));
-                        sum += s[i][n][c];
+                        sum = n == 0 && c == 2 * h ? s[i][n][c] : sum + s[i][n][c];
                     }
                 }
                 l[i][h] += sum;
@@ -126,37 +139,35 @@ struct Flash {
     // o of rows 0..16 TILES to a tile of shared memory.
     __device__ __forceinline__ void put(char* tile) const {
         const int lane = threadIdx.x % 32;
+        // Parts that lie at other chunks of those that are swapped; the others, and rows 8 apart, at constant distances from them.
+        constexpr int PERIOD = Values::SWAPPED * Values::PER_CHUNK / 8, PART_BYTES = 8 * int(sizeof(Element));
 #pragma unroll
-        for (int i = 0; i < TILES; ++i) {
+        for (int first = 0; first < PERIOD; ++first) {
+            char* const from = tile + Values::at(lane / 4, first * 8 + lane % 4 * 2);
 #pragma unroll
-            for (int n = 0; n < PARTS_V; ++n) {
+            for (int n = first; n < PARTS_V; n += PERIOD) {
 #pragma unroll
-                for (int h = 0; h < 2; ++h) {
-                    char* to = tile + Values::at(i * 16 + h * 8 + lane / 4, n * 8 + lane % 4 * 2);
-                    store_two<Element>(to, o[i][n][2 * h], o[i][n][2 * h + 1]);
+                for (int row = 0; row < 16 * TILES; row += 8) {
+                    const float* const two = &o[row / 16][n][row / 8 % 2 * 2];
+                    store_two<Element>(from + (n - first) * PART_BYTES + row * Values::PITCH, two[0], two[1]);
                 }
             }
         }
     }
 
 private:
-    // m becomes the greatest score of the rows that have grown; l and o follow.
-    __device__ __forceinline__ void follow(const float (&top)[TILES][2], float (&factor)[TILES][2]) {
+    // m becomes the greatest score of rows some of which have grown; l and o follow. Returns the factor.
+    __device__ __forceinline__ float follow(float top, int i, int h) {
+        const float most = quad_max(top);
+        const bool grown = most > m[i][h];
+        const float factor = grown ? exp2_approx(m[i][h] - most) : 1.0f;
+        m[i][h] = grown ? most : m[i][h];
+        l[i][h] *= factor;
 #pragma unroll
-        for (int i = 0; i < TILES; ++i) {
-#pragma unroll
-            for (int h = 0; h < 2; ++h) {
-                const float most = quad_max(top[i][h]);
-                const bool grown = most > m[i][h];
-                factor[i][h] = grown ? exp2_approx(m[i][h] - most) : 1.0f;
-                m[i][h] = grown ? most : m[i][h];
-                l[i][h] *= factor[i][h];
-#pragma unroll
-                for (int n = 0; n < PARTS_V; ++n) {
-                    o[i][n][2 * h] *= factor[i][h];
-                    o[i][n][2 * h + 1] *= factor[i][h];
-                }
-            }
+        for (int n = 0; n < PARTS_V; ++n) {
+            o[i][n][2 * h] *= factor;
+            o[i][n][2 * h + 1] *= factor;
         }
+        return factor;
     }
 };

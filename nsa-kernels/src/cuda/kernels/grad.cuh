@@ -95,15 +95,33 @@ constexpr int OWN_BYTES = KEY_ROWS * (Keys::PITCH + Values::PITCH);
 // Where dk and dv do not fit into the registers of one warp, two blocks take one each.
 constexpr bool APART = Keys::PADDED + Values::PADDED > 320;
 
-// Starts to copy rows `first`.. of `rows` of the queries with a KV head to a stage: q, do, facts. R rows a query; `token(i)` is the
-// i-th query's row in [N].
+// Facts of the rows in a stage.
+__device__ __forceinline__ const RowFacts* facts_in(const char* stage) {
+    return reinterpret_cast<const RowFacts*>(stage + QUERY_ROWS * (Keys::PITCH + Values::PITCH));
+}
+
+// Starts to copy `count` rows of q, and behind the tile of ROWS those of do: from row `first` on of the queries with a KV head, R rows
+// a query; `token(i)` is the i-th query's row in [N].
+template <int ROWS, int THREADS, class P, class Token>
+__device__ __forceinline__ void load_gradient_rows(const P& p, u32 to, int thread, int first, int count, int head, const Token& token) {
+    const Element *const q = p.q + i64(head) * GROUP * HEAD_DIM_QK, *const d_o = p.d_o + i64(head) * GROUP * HEAD_DIM_V;
+    using QueryTile = SharedTile<HEAD_DIM_QK, ROWS>;
+    using OutputTile = SharedTile<HEAD_DIM_V, ROWS>;
+    if constexpr (HEAD_DIM_QK == HEAD_DIM_V && QK_COPY_BYTES == V_COPY_BYTES) {
+        load_tiles<QueryTile, ROWS, THREADS, QK_COPY_BYTES>(to, thread, count,
+                                                            QueryRows<HEAD_DIM_QK, 2, Token>{{q, d_o}, first, token});
+    } else {
+        load_tiles<QueryTile, ROWS, THREADS, QK_COPY_BYTES>(to, thread, count, QueryRows<HEAD_DIM_QK, 1, Token>{{q}, first, token});
+        load_tiles<OutputTile, ROWS, THREADS, V_COPY_BYTES>(to + ROWS * Keys::PITCH, thread, count,
+                                                            QueryRows<HEAD_DIM_V, 1, Token>{{d_o}, first, token});
+    }
+}
+
+// Starts to copy rows `first`.. of `rows` of the queries with a KV head to a stage: q, do, facts.
 template <class P, class Token>
 __device__ __forceinline__ void load_query_rows(const P& p, u32 to, int first, int rows, int head, const Token& token) {
     const int thread = anew(int(threadIdx.x)), count = rows - first;
-    load_tile<SharedTile<HEAD_DIM_QK, QUERY_ROWS>, QUERY_ROWS, 32 * WARPS, QK_COPY_BYTES>(
-        to, thread, count, QueryRows<HEAD_DIM_QK, Token>{p.q + i64(head) * GROUP * HEAD_DIM_QK, first, token});
-    load_tile<SharedTile<HEAD_DIM_V, QUERY_ROWS>, QUERY_ROWS, 32 * WARPS, V_COPY_BYTES>(
-        to + QUERY_ROWS * Keys::PITCH, thread, count, QueryRows<HEAD_DIM_V, Token>{p.d_o + i64(head) * GROUP * HEAD_DIM_V, first, token});
+    load_gradient_rows<QUERY_ROWS, 32 * WARPS>(p, to, thread, first, count, head, token);
     const auto load_facts = [&](int r) {
         const bool there = r < count;
         const int row = there ? first + r : first;
@@ -148,6 +166,51 @@ __device__ __forceinline__ void add_partials(float* dk, float* dv, const float* 
 
 using QueryScores = Parts<1, QUERY_ROWS>;
 
+// Where a lane of a warp alone reads the block's own keys and values, and rows of queries in stages: bytes from where tiles begin.
+struct KeySides {
+    static constexpr int VALUES = KEY_ROWS * Keys::PITCH, D_O = QUERY_ROWS * Keys::PITCH;
+    const char* keys;
+    const char* stages;
+    u32 along_q, along_d_o, across_q, across_d_o;
+
+    __device__ __forceinline__ KeySides(const char* own, const char* first)
+        : keys(own),
+          stages(first),
+          along_q(u32(anew(Right<HEAD_DIM_QK, false>::own(lane_anew())))),
+          along_d_o(u32(anew(Right<HEAD_DIM_V, false>::own(lane_anew())))),
+          across_q(u32(anew(Right<HEAD_DIM_QK, true>::own(lane_anew())))),
+          across_d_o(u32(anew(Right<HEAD_DIM_V, true>::own(lane_anew())))) {}
+
+    // Rows base.. of keys and values.
+    __device__ __forceinline__ auto of_k(int base) const { return at<HEAD_DIM_QK, true>(keys + base * Keys::PITCH, across_q); }
+    __device__ __forceinline__ auto of_v(int base) const {
+        if constexpr (HEAD_DIM_QK == HEAD_DIM_V) {
+            return of_k(base).template further<VALUES>(0);
+        } else {
+            return at<HEAD_DIM_V, true>(keys + VALUES + base * Values::PITCH, across_d_o);
+        }
+    }
+    // Of the stage `behind` bytes behind the first one.
+    template <bool ACROSS>
+    __device__ __forceinline__ auto of_q(int behind) const {
+        return at<HEAD_DIM_QK, ACROSS>(stages + behind, ACROSS ? across_q : along_q);
+    }
+    template <bool ACROSS>
+    __device__ __forceinline__ auto of_d_o(int behind) const {
+        if constexpr (HEAD_DIM_QK == HEAD_DIM_V) {
+            return of_q<ACROSS>(behind).template further<D_O>(0);
+        } else {
+            return at<HEAD_DIM_V, ACROSS>(stages + D_O + behind, ACROSS ? across_d_o : along_d_o);
+        }
+    }
+
+private:
+    template <int DIM, bool ACROSS>
+    static __device__ __forceinline__ Right<DIM, ACROSS> at(const char* tile, u32 own) {
+        return {tile, Chunks<DIM>(shared_address(tile) + own)};
+    }
+};
+
 // Gradients of a warp's 16 keys.
 template <bool K, bool V>
 struct KeyGradients {
@@ -159,26 +222,31 @@ struct KeyGradients {
         if constexpr (V) clear<1, Values::PADDED>(dv);
     }
 
-    // Of QUERY_ROWS rows in a stage, for the warp's keys, which are rows base.. of the tiles. Unless all see all (`whole`, the same in
-    // all lanes), the query at position t sees those keys that `run(t)` says, counted from the warp's first one.
+    // Of QUERY_ROWS rows in a stage, which lies `behind` bytes behind the first one, for the warp's keys, which are rows base.. of the
+    // tiles. Unless all see all (`whole`, the same in all lanes), the query at position t sees those keys that `run(t)` says, counted
+    // from the warp's first one.
     template <class Run>
-    __device__ __forceinline__ void add(const char* keys, const char* values, int base, const char* stage, float scale, bool whole,
-                                        const Run& run) {
+    __device__ __forceinline__ void add(const KeySides& sides, int base, int behind, float scale, bool whole, const Run& run) {
+        const char *const keys = sides.keys, *const values = keys + KeySides::VALUES;
+        const auto q = sides.of_q<false>(behind);
+        const auto d_o = sides.of_d_o<false>(behind);
+        // Those of the lane's first column; the columns of part n are 8 n and 8 n + 1 further.
+        const RowFacts* const facts = facts_in(sides.stages + behind) + anew(int(threadIdx.x % 4)) * 2;
         QueryScores p, ds;
         // Both go on together; a warp alone, which has done the first before it begins the second, saves the registers.
-        begin_dots_with<HEAD_DIM_QK, KEY_ROWS, QUERY_ROWS>(p, keys, base, stage);
-        if constexpr (K && WARPGROUPS) begin_dots_with<HEAD_DIM_V, KEY_ROWS, QUERY_ROWS>(ds, values, base, d_o_of(stage));
+        begin_dots_with<KEY_ROWS>(p, keys, base, sides.of_k(base), q);
+        if constexpr (K && WARPGROUPS) begin_dots_with<KEY_ROWS>(ds, values, base, sides.of_v(base), d_o);
         end_products<K ? 1 : 0>(p);
-        probabilities(p, stage, scale);
-        if (!uniform(whole)) mask(p, stage, run);
+        probabilities(p, facts, scale);
+        if (!uniform(whole)) mask(p, facts, run);
         if constexpr (K) {
-            if constexpr (!WARPGROUPS) begin_dots_with<HEAD_DIM_V, KEY_ROWS, QUERY_ROWS>(ds, values, base, d_o_of(stage));
+            if constexpr (!WARPGROUPS) begin_dots_with<KEY_ROWS>(ds, values, base, sides.of_v(base), d_o);
             end_products<0>(ds);
-            score_gradients(ds, p, stage, scale);
-            begin_rows_of<HEAD_DIM_QK, QUERY_ROWS>(dk, ds, stage);
+            score_gradients(ds, p, facts, scale);
+            begin_rows_of(dk, ds, sides.of_q<true>(behind));
         }
         if constexpr (V) {
-            add_values(p, stage);
+            add_values(p, facts, sides.of_d_o<true>(behind));
             end_products<0>(dv);
         }
         if constexpr (K) end_products<0>(dk);
@@ -213,22 +281,15 @@ struct KeyGradients {
     }
 
 private:
-    static __device__ __forceinline__ const char* d_o_of(const char* stage) { return stage + QUERY_ROWS * Keys::PITCH; }
-    // Of a part's column c.
-    static __device__ __forceinline__ RowFacts facts_at(const char* stage, int n, int c) {
-        const char* const facts = d_o_of(stage) + QUERY_ROWS * Values::PITCH;
-        return reinterpret_cast<const RowFacts*>(facts)[n * 8 + anew(int(threadIdx.x % 4)) * 2 + c];
-    }
-
     // p of keys that a query does not see becomes 0.
     template <class Run>
-    static __device__ __forceinline__ void mask(QueryScores& p, const char* stage, const Run& run) {
+    static __device__ __forceinline__ void mask(QueryScores& p, const RowFacts* facts, const Run& run) {
         const int key = int(u32(anew(int(threadIdx.x % 32))) / 4);
 #pragma unroll
         for (int n = 0; n < QUERY_ROWS / 8; ++n) {
 #pragma unroll
             for (int c = 0; c < 2; ++c) {
-                const int t = position_of(facts_at(stage, n, c));
+                const int t = position_of(facts[n * 8 + c]);
                 const int2 seen = run(t);
 #pragma unroll
                 for (int h = 0; h < 2; ++h) {
@@ -239,34 +300,35 @@ private:
         }
     }
     // Scores become p.
-    static __device__ __forceinline__ void probabilities(QueryScores& p, const char* stage, float scale) {
+    static __device__ __forceinline__ void probabilities(QueryScores& p, const RowFacts* facts, float scale) {
 #pragma unroll
         for (int n = 0; n < QUERY_ROWS / 8; ++n) {
 #pragma unroll
             for (int c = 0; c < 2; ++c) {
-                const RowFacts row = facts_at(stage, n, c);
+                const RowFacts row = facts[n * 8 + c];
 #pragma unroll
                 for (int h = 0; h < 2; ++h) p[0][n][2 * h + c] = probability(p[0][n][2 * h + c], scale, row);
             }
         }
     }
     // Begins dv += (g p) do.
-    __device__ __forceinline__ void add_values(const QueryScores& p, const char* stage) {
+    template <int AT>
+    __device__ __forceinline__ void add_values(const QueryScores& p, const RowFacts* facts, const Right<HEAD_DIM_V, true, AT>& d_o) {
         QueryScores weights;
 #pragma unroll
         for (int n = 0; n < QUERY_ROWS / 8; ++n) {
 #pragma unroll
-            for (int x = 0; x < 4; ++x) weights[0][n][x] = p[0][n][x] * facts_at(stage, n, x % 2).z;
+            for (int x = 0; x < 4; ++x) weights[0][n][x] = p[0][n][x] * facts[n * 8 + x % 2].z;
         }
-        begin_rows_of<HEAD_DIM_V, QUERY_ROWS>(dv, weights, d_o_of(stage));
+        begin_rows_of(dv, weights, d_o);
     }
     // Products of v and do become ds.
-    static __device__ __forceinline__ void score_gradients(QueryScores& ds, const QueryScores& p, const char* stage, float scale) {
+    static __device__ __forceinline__ void score_gradients(QueryScores& ds, const QueryScores& p, const RowFacts* facts, float scale) {
 #pragma unroll
         for (int n = 0; n < QUERY_ROWS / 8; ++n) {
 #pragma unroll
             for (int c = 0; c < 2; ++c) {
-                const RowFacts row = facts_at(stage, n, c);
+                const RowFacts row = facts[n * 8 + c];
                 const float scaled_gate = scale * row.z;
 #pragma unroll
                 for (int h = 0; h < 2; ++h) {

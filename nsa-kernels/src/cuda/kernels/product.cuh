@@ -21,6 +21,9 @@ __device__ __forceinline__ void clear(Parts<TILES, COLUMNS>& parts) {
     }
 }
 
+// The warp's lane, computed anew where it is used.
+__device__ __forceinline__ u32 lane_anew() { return u32(anew(int(threadIdx.x % 32))); }
+
 // A warp's rows as the left side of products: in registers, or read from shared memory each time.
 template <int DIM, int TILES, bool HELD>
 struct Rows {
@@ -34,31 +37,83 @@ struct Rows {
     // To registers, if they are to be held, once they are in shared memory.
     __device__ __forceinline__ void take() {
         if constexpr (HELD) {
-#pragma unroll
-            for (int i = 0; i < TILES; ++i) {
-#pragma unroll
-                for (int k = 0; k < STEPS; ++k) load_matrices(held[i][k], place(begin(threadIdx.x % 32), i, k));
-            }
+            const Chunks<DIM> chunks = begin(threadIdx.x % 32);
+            unroll<0, TILES>([&](auto tile) {
+                constexpr int I = tile.value;
+                unroll<0, STEPS>([&](auto step) { chunks.template load<step.value, I * 16, 0>(held[I][step.value]); });
+            });
         }
     }
-    // Where a lane begins.
-    __device__ __forceinline__ u32 begin(int lane) const { return shared_address(tile) + Layout::chunk(lane % 16, lane / 16); }
-    // Rows 8 apart are swapped alike.
-    static __device__ __forceinline__ u32 place(u32 begin, int i, int k) {
-        return Layout::behind(begin, 2 * k) + i * 16 * Layout::PITCH;
-    }
-    __device__ __forceinline__ void part(u32 (&to)[4], u32 begin, int i, int k) const {
+    __device__ __forceinline__ const char* rows() const { return tile; }
+    // Where a lane reads them.
+    __device__ __forceinline__ Chunks<DIM> begin() const { return begin(HELD ? 0 : lane_anew()); }
+    template <int I, int K>
+    __device__ __forceinline__ void part(u32 (&to)[4], const Chunks<DIM>& chunks) const {
         if constexpr (HELD) {
 #pragma unroll
-            for (int x = 0; x < 4; ++x) to[x] = held[i][k][x];
+            for (int x = 0; x < 4; ++x) to[x] = held[I][K][x];
         } else {
-            load_matrices(to, place(begin, i, k));
+            chunks.template load<K, I * 16, 0>(to);
         }
+    }
+
+private:
+    __device__ __forceinline__ Chunks<DIM> begin(u32 lane) const {
+        return Chunks<DIM>(shared_address(tile) + Layout::chunk(int(lane % 16), int(lane / 16)));
     }
 };
 
-template <int DIM, int TILES, int KEYS, bool HELD>
-__device__ __forceinline__ void fused_dot_rows(Parts<TILES, KEYS>& s, const Rows<DIM, TILES, HELD>& rows, const char* keys) {
+// Where a lane reads a tile as the right side of products, whose columns are the tile's rows, or across: whose columns are the
+// tile's. A lane reads the rows of a left side as it reads across. The tile lies AT bytes behind `tile`.
+template <int DIM, bool ACROSS, int AT = 0>
+struct Right {
+    const char* tile;
+    Chunks<DIM> chunks;
+
+    __device__ __forceinline__ Right(const char* rows, const Chunks<DIM>& begin) : tile(rows), chunks(begin) {}
+    __device__ __forceinline__ explicit Right(const char* rows) : tile(rows), chunks(shared_address(rows) + own(lane_anew())) {}
+    // The same of the tile BYTES further on, and of the one `bytes` more.
+    template <int BYTES>
+    __device__ __forceinline__ Right<DIM, ACROSS, AT + BYTES> further(u32 bytes) const {
+        return {tile + bytes, chunks.behind(bytes)};
+    }
+    __device__ __forceinline__ const char* rows() const { return tile + AT; }
+    // The same, held in registers.
+    __device__ __forceinline__ Right pinned() const { return {tile, chunks.pinned()}; }
+    // As a left side, like `Rows`.
+    __device__ __forceinline__ const Chunks<DIM>& begin() const { return chunks; }
+    template <int I, int K>
+    __device__ __forceinline__ void part(u32 (&to)[4], const Chunks<DIM>& from) const {
+        static_assert(ACROSS, "how lanes read rows");
+        from.template load<K, I * 16, AT>(to);
+    }
+    // Bytes from a tile to where a lane begins.
+    static __device__ __forceinline__ int own(u32 lane) {
+        using Layout = Tile<DIM>;
+        const u32 row = ACROSS ? lane % 16 : lane % 8 + lane / 16 * 8, half = ACROSS ? lane / 16 : lane / 8 % 2;
+        return Layout::chunk(int(row), int(half));
+    }
+};
+
+// The first chunk that a lane reads so.
+template <int DIM, bool ACROSS>
+__device__ __forceinline__ u32 first_chunk(const char* tile) {
+    return Right<DIM, ACROSS>(tile).chunks.at[0];
+}
+
+// The tile of rows of DIM elements that lies BYTES behind another one, and whose own first chunk would be `begin`. Where their rows
+// lie alike, both are read from the same addresses.
+template <int DIM, int BYTES, int OTHER_DIM, bool ACROSS, int AT>
+__device__ __forceinline__ auto second_tile(const Right<OTHER_DIM, ACROSS, AT>& other, u32 begin) {
+    if constexpr (DIM == OTHER_DIM) {
+        return other.template further<BYTES>(0);
+    } else {
+        return Right<DIM, ACROSS>(other.rows() + BYTES, Chunks<DIM>(begin));
+    }
+}
+
+template <int DIM, int TILES, int KEYS>
+__device__ __forceinline__ void fused_dot_rows(Parts<TILES, KEYS>& s, const char* rows, const char* keys) {
     using Layout = Tile<DIM>;
     const int lane = threadIdx.x % 32;
 #pragma unroll 1
@@ -68,7 +123,7 @@ __device__ __forceinline__ void fused_dot_rows(Parts<TILES, KEYS>& s, const Rows
         for (int i = 0; i < TILES; ++i) {
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
-                q[i][h] = *reinterpret_cast<const float4*>(rows.tile + Layout::chunk(i * 16 + h * 8 + lane / 4, d));
+                q[i][h] = *reinterpret_cast<const float4*>(rows + Layout::chunk(i * 16 + h * 8 + lane / 4, d));
             }
         }
 #pragma unroll
@@ -92,50 +147,45 @@ __device__ __forceinline__ void fused_dot_rows(Parts<TILES, KEYS>& s, const Rows
     }
 }
 
-// Adds dims 16 FROM.. 16 TO of rows keys^T to s, on tensor cores.
-template <int DIM, int FROM, int TO, int TILES, int KEYS, bool HELD>
-__device__ __forceinline__ void add_dots(Parts<TILES, KEYS>& s, const Rows<DIM, TILES, HELD>& rows, const char* keys) {
-    using Layout = Tile<DIM>;
-    const int lane = anew(int(threadIdx.x % 32)), row = lane % 8 + lane / 16 * 8, half = lane / 8 % 2;
-    const u32 begin = shared_address(keys) + Layout::chunk(row, half), of_rows = HELD ? 0 : rows.begin(lane);
-#pragma unroll
-    for (int k = FROM; k < TO; ++k) {
+// s = rows keys^T over dims 16 FROM.. 16 TO, on tensor cores.
+template <int FROM, int TO, int DIM, int TILES, int PARTS, class Left, int AT>
+__device__ __forceinline__ void dot_dims(float (&s)[TILES][PARTS][4], const Left& rows, const Right<DIM, false, AT>& keys) {
+    const Chunks<DIM> of_rows = rows.begin();
+    unroll<FROM, TO>([&](auto step) {
+        constexpr int K = step.value;
         u32 a[TILES][4];
-#pragma unroll
-        for (int i = 0; i < TILES; ++i) rows.part(a[i], of_rows, i, k);
-        const u32 from = Layout::behind(begin, 2 * k);
-#pragma unroll
-        for (int n = 0; n < KEYS / 8; n += 2) {
+        unroll<0, TILES>([&](auto i) { rows.template part<i.value, K>(a[i.value], of_rows); });
+        unroll<0, PARTS, 2>([&](auto part) {
+            constexpr int N = part.value;
             u32 b[4];
-            load_matrices(b, from + n * 8 * Layout::PITCH);
+            keys.chunks.template load<K, N * 8, AT>(b);
 #pragma unroll
             for (int i = 0; i < TILES; ++i) {
-                multiply<Element>(s[i][n], a[i], b[0], b[1]);
-                multiply<Element>(s[i][n + 1], a[i], b[2], b[3]);
+                multiply<Element, (K > FROM)>(s[i][N], a[i], b[0], b[1]);
+                multiply<Element, (K > FROM)>(s[i][N + 1], a[i], b[2], b[3]);
             }
-        }
-    }
+        });
+    });
 }
 
-// s = rows keys^T: each of the warp's rows with each of KEYS rows of a tile. Tensor cores cut sums towards zero each time that
+// s = rows keys^T: each of the warp's rows with each of 8 PARTS rows of a tile. Tensor cores cut sums towards zero each time that
 // they add to them; with HALVES, sums over more than 128 dims are two, which are added as IEEE 754 asks.
-template <int DIM, int TILES, int KEYS, bool HELD, bool HALVES = false>
-__device__ __forceinline__ void dot_rows(Parts<TILES, KEYS>& s, const Rows<DIM, TILES, HELD>& rows, const char* keys) {
+template <bool HALVES = false, int DIM, int TILES, int PARTS, class Left, int AT>
+__device__ __forceinline__ void dot_rows(float (&s)[TILES][PARTS][4], const Left& rows, const Right<DIM, false, AT>& keys) {
     constexpr int STEPS = Tile<DIM>::PADDED / 16, FIRST = HALVES && STEPS > 8 ? STEPS / 2 : STEPS;
-    clear<TILES, KEYS>(s);
     if constexpr (TENSOR_CORES) {
-        add_dots<DIM, 0, FIRST, TILES, KEYS, HELD>(s, rows, keys);
+        dot_dims<0, FIRST>(s, rows, keys);
     } else {
-        fused_dot_rows<DIM, TILES, KEYS, HELD>(s, rows, keys);
+        clear<TILES, 8 * PARTS>(s);
+        fused_dot_rows<DIM, TILES, 8 * PARTS>(s, rows.rows(), keys.rows());
     }
     if constexpr (TENSOR_CORES && FIRST < STEPS) {
-        Parts<TILES, KEYS> rest;
-        clear<TILES, KEYS>(rest);
-        add_dots<DIM, FIRST, STEPS, TILES, KEYS, HELD>(rest, rows, keys);
+        float rest[TILES][PARTS][4];
+        dot_dims<FIRST, STEPS>(rest, rows, keys);
 #pragma unroll
         for (int i = 0; i < TILES; ++i) {
 #pragma unroll
-            for (int n = 0; n < KEYS / 8; ++n) {
+            for (int n = 0; n < PARTS; ++n) {
 #pragma unroll
                 for (int c = 0; c < 4; ++c) s[i][n][c] += rest[i][n][c];
             }
@@ -184,37 +234,35 @@ __device__ __forceinline__ void fused_add_rows(Parts<TILES, COLUMNS>& o, const P
     }
 }
 
-// o += p values: rows of a tile of KEYS rows, weighted by p, which is rounded to Element. o has columns FIRST.. of the
+// o += p values: rows of a tile, weighted by p, which is rounded to Element. o has columns FIRST.. of the
 // values.
-template <int DIM, int FIRST, int COLUMNS, int TILES, int KEYS>
-__device__ __forceinline__ void add_rows(Parts<TILES, COLUMNS>& o, const Parts<TILES, KEYS>& p, const char* values) {
-    using Layout = Tile<DIM>;
+template <int FIRST, int DIM, int TILES, int COLUMN_PARTS, int PARTS, int AT>
+__device__ __forceinline__ void add_rows(float (&o)[TILES][COLUMN_PARTS][4], const float (&p)[TILES][PARTS][4],
+                                         const Right<DIM, true, AT>& values) {
     if constexpr (TENSOR_CORES) {
-        const int lane = anew(int(threadIdx.x % 32));
-        const u32 begin = shared_address(values) + Layout::chunk(lane % 16, lane / 16);
-#pragma unroll
-        for (int k = 0; k < KEYS / 8; k += 2) {
+        unroll<0, PARTS, 2>([&](auto part) {
+            constexpr int K = part.value;
             u32 a[TILES][4];
 #pragma unroll
             for (int i = 0; i < TILES; ++i) {
 #pragma unroll
                 for (int x = 0; x < 4; ++x) {
-                    const float* two = &p[i][k + x / 2][x % 2 * 2];
+                    const float* two = &p[i][K + x / 2][x % 2 * 2];
                     a[i][x] = operand<Element>(two[0], two[1]);
                 }
             }
-#pragma unroll
-            for (int n = 0; n < COLUMNS / 8; n += 2) {
+            unroll<0, COLUMN_PARTS, 2>([&](auto column) {
+                constexpr int N = column.value;
                 u32 b[4];
-                load_transposed(b, Layout::behind(begin, FIRST / 8 + n) + k * 8 * Layout::PITCH);
+                values.chunks.template load_across<FIRST / 16 + N / 2, K * 8, AT>(b);
 #pragma unroll
                 for (int i = 0; i < TILES; ++i) {
-                    multiply<Element>(o[i][n], a[i], b[0], b[1]);
-                    multiply<Element>(o[i][n + 1], a[i], b[2], b[3]);
+                    multiply<Element, true>(o[i][N], a[i], b[0], b[1]);
+                    multiply<Element, true>(o[i][N + 1], a[i], b[2], b[3]);
                 }
-            }
-        }
+            });
+        });
     } else {
-        fused_add_rows<DIM, FIRST, COLUMNS, TILES, KEYS>(o, p, values);
+        fused_add_rows<DIM, FIRST, 8 * COLUMN_PARTS, TILES, 8 * PARTS>(o, p, values.rows());
     }
 }

@@ -13,7 +13,13 @@ constexpr int NO_MORE = 0x7fffffff;
 static_assert(ROWS_OF_PAGE % SELECT_BLOCK == 0 || PAGE_ROWS == 0, "a block lies in one page");
 static_assert(QUERIES * HEADS_PER_TILE <= ROWS && QUERIES <= 32, "a tile has so many rows, a lane a query");
 
-// The blocks that at least one of a tile's queries has selected, in order, in steps of KEYS tokens.
+// Steps of KEYS tokens go to stages of shared memory in turn. A turn is as many steps of one block as there are stages, so that
+// each knows its own, or one step, where a block's do not come out even.
+static_assert(STAGES == 2, "one step is on its way while another is met");
+constexpr int TURN_STEPS = ceil_div(SELECT_BLOCK, KEYS) % STAGES == 0 ? STAGES : 1;
+constexpr int TURN = TURN_STEPS * KEYS;
+
+// The blocks that at least one of a tile's queries has selected, in order, a turn at a time.
 struct Blocks {
     const int* lists;  // [QUERIES, SELECT_COUNT] in shared memory
     int queries;       // of the tile
@@ -22,7 +28,7 @@ struct Blocks {
     int mine;          // lane q: block at that place
     int block;         // in turn
     u32 selected;      // bit q: query q has selected it
-    int offset;        // of the step within the block
+    int offset;        // of the turn within the block
 
     __device__ __forceinline__ Blocks(const int* lists_, int queries_, int position_)
         : lists(lists_), queries(queries_), position(position_), place(0), offset(0) {
@@ -49,26 +55,20 @@ struct Blocks {
     __device__ __forceinline__ int token() const { return block * SELECT_BLOCK + offset; }
     // The position of the last query that has selected the block.
     __device__ __forceinline__ int last() const { return position + 31 - __clz(selected); }
-    // Tokens of the step that some query sees.
-    __device__ __forceinline__ int count() const {
-        const int rest = SELECT_BLOCK - offset < KEYS ? SELECT_BLOCK - offset : KEYS;
-        const int seen = last() + 1 - token();
-        return seen < rest ? seen : rest;
-    }
-    // Tokens of the step that query q sees, none if it has not selected the block.
+    // Tokens of the block from the turn's first on that some query sees.
+    __device__ __forceinline__ int count() const { return within(last() + 1 - token()); }
+    // Those that query q sees, none if it has not selected the block.
     __device__ __forceinline__ int count_of(int q) const {
-        if ((selected >> q & 1) == 0) return 0;
-        const int rest = SELECT_BLOCK - offset < KEYS ? SELECT_BLOCK - offset : KEYS;
-        const int seen = position + q + 1 - token();
-        return seen < rest ? seen : rest;
+        if (QUERIES > 1 && (selected >> q & 1) == 0) return 0;
+        return within(position + q + 1 - token());
     }
-    // Whether all rows see all KEYS tokens.
+    // Whether all rows see the whole turn.
     __device__ __forceinline__ bool whole() const {
         const u32 all = queries == 32 ? ALL_LANES : (1u << queries) - 1;
-        return selected == all && offset + KEYS <= SELECT_BLOCK && token() + KEYS <= position + 1;
+        return (QUERIES == 1 || selected == all) && within(position + 1 - token()) >= TURN;
     }
     __device__ __forceinline__ void next() {
-        offset += KEYS;
+        offset += TURN;
         if (offset < SELECT_BLOCK && token() <= last()) return;
         offset = 0;
         if (mine == block && !done()) {
@@ -77,7 +77,81 @@ struct Blocks {
         }
         choose();
     }
+
+private:
+    // Turns may go on behind the block's end.
+    __device__ __forceinline__ int within(int seen) const {
+        if (SELECT_BLOCK % TURN == 0) return seen;
+        return seen < SELECT_BLOCK - offset ? seen : SELECT_BLOCK - offset;
+    }
 };
+
+// Bytes of a step: keys, and values behind them.
+constexpr int STAGE_BYTES = KEYS * (Tile<HEAD_DIM_QK>::PITCH + Tile<HEAD_DIM_V>::PITCH);
+
+// A thread's part in copies of steps to the stages of its tile, where keys and values lie so.
+template <class KeyTile, class ValueTile>
+struct StepCopies {
+    using CopyKeys = EvenCopy<KeyTile, KEYS, TILE_THREADS, QK_COPY_BYTES, KeyRows<HEAD_DIM_QK>::STRIDE>;
+    using CopyValues = EvenCopy<ValueTile, KEYS, TILE_THREADS, V_COPY_BYTES, KeyRows<HEAD_DIM_V>::STRIDE>;
+    CopyKeys copy_keys;
+    CopyValues copy_values;
+    KeyRows<HEAD_DIM_QK> k;
+    KeyRows<HEAD_DIM_V> v;
+    // Of the turn: where this thread begins to read, tokens that are read.
+    const Element* keys;
+    const Element* values;
+    int count;
+
+    // Of the sequence's rows of k and v with a KV head, in tensors or pages.
+    __device__ __forceinline__ StepCopies(u32 stages, int thread, const Sequence& sequence, int head, const Element* k_rows,
+                                          const u64* k_pages, const Element* v_rows, const u64* v_pages)
+        : copy_keys(CopyKeys(stages, thread).pinned()),
+          copy_values(CopyValues(stages, thread).pinned()),
+          k(k_rows, k_pages, sequence.key, head, CopyKeys::begin(thread)),
+          v(v_rows, v_pages, sequence.key, head, CopyValues::begin(thread)) {}
+
+    // Starts to copy step STEP of a turn to that stage, `behind` bytes further.
+    template <int STEP>
+    __device__ __forceinline__ void start(const Blocks& blocks, u32 behind) {
+        const bool there = STEP == 0 ? !blocks.done() : count > STEP * KEYS;
+        if (STEP == 0 && there) {
+            keys = k(blocks.token()), values = v(blocks.token());
+            count = blocks.count();
+        }
+        if (there) {
+            constexpr int AT = STEP * STAGE_BYTES, FIRST = STEP * KEYS;
+            copy_keys.template copy<AT, FIRST>(keys, count - FIRST, behind);
+            copy_values.template copy<AT + KEYS * Tile<HEAD_DIM_QK>::PITCH, FIRST>(values, count - FIRST, behind);
+        }
+        copy_commit();
+    }
+};
+
+// Walks over blocks: `wait()` waits until the step that was copied last is there, and all have left the one before;
+// `meet(blocks, step, behind, whole)` meets it in stage `step.value`, `behind` bytes further. Of a turn that all rows see (`whole`,
+// the same in all lanes) there is nothing to mask.
+template <class Copies, class Wait, class Meet>
+__device__ __forceinline__ void walk(Blocks blocks, Copies& copies, const Wait& wait, const Meet& meet) {
+    copies.template start<0>(blocks, 0);
+    // Of turns of one step every other one lies in the other stage.
+    for (u32 turn = 0; !blocks.done(); turn = STAGE_BYTES - turn) {
+        const u32 behind = TURN_STEPS == 1 ? turn : 0;
+        const Blocks now = blocks;
+        const bool whole = uniform(now.whole());
+        unroll<0, TURN_STEPS>([&](auto step) {
+            constexpr int I = step.value;
+            wait();
+            if constexpr (I + 1 < TURN_STEPS) {
+                copies.template start<I + 1>(blocks, behind);
+            } else {
+                blocks.next();
+                copies.template start<0>(blocks, TURN_STEPS == 1 ? STAGE_BYTES - behind : 0);
+            }
+            if (I == 0 || whole || now.count() > I * KEYS) meet(now, step, behind, whole);
+        });
+    }
+}
 
 // The rows of a warp, or of four.
 struct SelectTile {
@@ -115,5 +189,19 @@ struct SelectTile {
     }
     __device__ __forceinline__ i64 token(int row) const { return sequence.query + query + query_of(row); }
     __device__ __forceinline__ int query_head(int row) const { return head * GROUP + first + row % HEADS_PER_TILE; }
+    // Row of tensors [N, HEADS].
+    __device__ __forceinline__ i64 place(int row) const { return token(row) * HEADS + query_head(row); }
+    // Starts to copy the tile's rows of a tensor [N, HEADS, DIM] to a tile that lies so. Heads of one query lie beside each other.
+    template <class Layout, int BYTES, int DIM = Layout::COLUMNS>
+    __device__ __forceinline__ void load_rows_of(const Element* tensor, u32 to) const {
+        const int thread = int(threadIdx.x % TILE_THREADS);
+        if constexpr (QUERIES == 1) {
+            load_tile<Layout, ROWS, TILE_THREADS, BYTES>(to, thread, heads, EvenRows<DIM>{tensor + place(0) * DIM});
+        } else {
+            // Rows that are none are not written: any will do.
+            load_tile<Layout, ROWS, TILE_THREADS, BYTES>(to, thread, queries * HEADS_PER_TILE,
+                                                         [&](int row) { return tensor + place(has(row) ? row : 0) * DIM; });
+        }
+    }
 };
 

@@ -47,16 +47,17 @@ struct KeyRows {
     static constexpr i64 STRIDE = i64(KV_HEADS) * DIM;
     const Element* base;
     const u64* pages;
-    int head;
+    int within;  // a row of a page
 
-    __device__ __forceinline__ KeyRows(const Element* tensor, const u64* table, int first, int kv_head)
-        : base(tensor + first * STRIDE + kv_head * DIM), pages(table + first), head(kv_head) {}
+    // From an element of the rows on.
+    __device__ __forceinline__ KeyRows(const Element* tensor, const u64* table, int first, int kv_head, int element = 0)
+        : base(tensor + first * STRIDE + kv_head * DIM + element), pages(table + first), within(kv_head * DIM + element) {}
     __device__ __forceinline__ const Element* operator()(int row) const {
         if constexpr (PAGE_ROWS == 0) {
             return base + row * STRIDE;
         } else {
             const Element* const page = reinterpret_cast<const Element*>(pages[row / ROWS_OF_PAGE]);
-            return page + row % ROWS_OF_PAGE * STRIDE + head * DIM;
+            return page + row % ROWS_OF_PAGE * STRIDE + within;
         }
     }
     // Rows from `row` on that lie in one page.
@@ -64,45 +65,51 @@ struct KeyRows {
 };
 
 // Rows of queries with one KV head, R a query: those from row `first` on in the order of queries, then heads. `token(i)` is the i-th
-// query's row in [N]; `head` the first of the KV head's rows in a tensor [N, HEADS, DIM].
-template <int DIM, class Token>
+// query's row in [N]; `heads` the first of the KV head's rows in each of N tensors [N, HEADS, DIM].
+template <int DIM, int N, class Token>
 struct QueryRows {
-    const Element* head;
+    const Element* heads[N];
     int first;
     const Token& token;
 
-    __device__ __forceinline__ const Element* operator()(int row) const {
-        return head + (i64(token((first + row) / GROUP)) * HEADS + (first + row) % GROUP) * DIM;
+    __device__ __forceinline__ const Element* operator()(int tensor, int row) const {
+        return heads[tensor] + (i64(token((first + row) / GROUP)) * HEADS + (first + row) % GROUP) * DIM;
     }
 };
 
-// As load_tile of even rows. Where tiles begin with a query's first head, each thread keeps its chunk and its head, or goes from
-// head to head.
-template <class Layout, int ROWS, int THREADS, int BYTES, int DIM, class Token>
-__device__ __forceinline__ void load_tile(u32 tile, int thread, int count, const QueryRows<DIM, Token>& rows) {
-    constexpr int PIECES = Layout::PITCH / BYTES, DOWN = THREADS / PIECES;
+// As load_tile, of such rows to a tile for each tensor, one behind the other. Where tiles begin with a query's first head, each
+// thread keeps its chunk and its head, or goes from head to head.
+template <class Layout, int ROWS, int THREADS, int BYTES, int DIM, int N, class Token>
+__device__ __forceinline__ void load_tiles(u32 tile, int thread, int count, const QueryRows<DIM, N, Token>& rows) {
+    constexpr int PIECES = Layout::PITCH / BYTES, DOWN = THREADS / PIECES, TILE_BYTES = ROWS * Layout::PITCH;
     constexpr bool WHOLE = THREADS % PIECES == 0 && ROWS % DOWN == 0 && (DOWN & (DOWN - 1)) == 0;
     constexpr bool ALIKE = WHOLE && ROWS % GROUP == 0 && (GROUP % DOWN == 0 || DOWN % GROUP == 0);
     if constexpr (BYTES == 16 && DIM == Layout::PADDED && ALIKE) {
         constexpr int SAME = GROUP > DOWN ? GROUP : DOWN;  // rows from which on a thread comes to another query
         const int row = int(u32(thread) / PIECES), piece = int(u32(thread) % PIECES), before = GROUP < DOWN ? int(u32(row) / GROUP) : 0;
         const u32 to = tile + Layout::chunk(row, piece);
-        const Element* const from = rows.head + (row - before * GROUP) * DIM + piece * Layout::PER_CHUNK;
+        const int own = (row - before * GROUP) * DIM + piece * Layout::PER_CHUNK;
         const auto copy = [&](auto whole) {
-#pragma unroll
-            for (int i = 0; i < ROWS; i += SAME) {
-                const bool there = whole.value || row + i < count;
-                const int query = rows.first / GROUP + (there ? before + i / GROUP : 0);
-                const Element* const at = from + i64(rows.token(query)) * (HEADS * DIM);
-#pragma unroll
-                for (int j = 0; j < SAME; j += DOWN) {
-                    if constexpr (whole.value) {
-                        copy_chunk(below<Layout>(to, i + j), at + j * DIM);
-                    } else {
-                        copy_async<16>(below<Layout>(to, i + j), at + j * DIM, there);
-                    }
-                }
-            }
+            constexpr bool ALL = whole.value != 0;
+            unroll<0, ROWS, SAME>([&](auto same) {
+                constexpr int I = same.value;
+                const bool there = ALL || row + I < count;
+                const int query = rows.first / GROUP + (there ? before + I / GROUP : 0);
+                const i64 from = i64(rows.token(query)) * (HEADS * DIM) + own;
+                unroll<0, N>([&](auto tensor) {
+                    constexpr int AT = tensor.value * TILE_BYTES;
+                    const Element* const at = rows.heads[tensor.value] + from;
+                    unroll<0, SAME, DOWN>([&](auto down) {
+                        constexpr int J = down.value;
+                        using To = Below<Layout, I + J>;
+                        if constexpr (ALL) {
+                            copy_chunk<To::BYTES + AT, J * DIM * int(sizeof(Element))>(to ^ To::SWAP, at);
+                        } else {
+                            copy_chunk<To::BYTES + AT, J * DIM * int(sizeof(Element))>(to ^ To::SWAP, at, there);
+                        }
+                    });
+                });
+            });
         };
         if (count >= ROWS) {
             copy(Size<1>());
@@ -110,6 +117,10 @@ __device__ __forceinline__ void load_tile(u32 tile, int thread, int count, const
             copy(Size<0>());
         }
     } else {
-        load_tile<Layout, ROWS, THREADS, BYTES, QueryRows<DIM, Token>>(tile, thread, count, rows);
+#pragma unroll
+        for (int tensor = 0; tensor < N; ++tensor) {
+            load_tile<Layout, ROWS, THREADS, BYTES>(tile + tensor * TILE_BYTES, thread, count,
+                                                    [&](int row) { return rows(tensor, row); });
+        }
     }
 }

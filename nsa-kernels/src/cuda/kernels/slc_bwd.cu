@@ -4,9 +4,10 @@
 // in order (slc_index.cu). A CTA then takes a block of keys (or a share of one of more than 16 WARPS keys) and up to work_queries
 // of its queries, gathers their rows, and has dk and dv in registers. Blocks with more queries (a forced block has all) are
 // several works, whose gradients are added in order by a kernel at the end.
-// Shared memory, bytes at D = 128 in bf16: dq, a warp: 2 stages x 16 x 512, q and do 16 x 512, the list 128; dk and dv as in
-// band_bwd.cu, and products of four warps together as there on sm_90a.
-// Registers: as in band_bwd.cu.
+// Shared memory, bytes at D = 128 in bf16: dq, a warp: 2 stages x 16 x 512 (q and do come through them, and stay in registers where
+// Dk + Dv <= 256; else 16 x 512 more), the list 128; dk and dv as in band_bwd.cu, and products of four warps together as there on
+// sm_90a.
+// Registers: dq 64, q and do 64, scores and their gradients 16, addresses of a lane's chunks 20; dk and dv as in band_bwd.cu.
 // Roofline, a query and KV head: dq 2 R (2 Dk + Dv) n l' FLOP, bound by the cache as the forward; dk and dv 4 R (Dk + Dv) n l'
 // FLOP, for 2 R (Dk + Dv) bytes a query and block.
 // Order of summation: dq: blocks in order; dk, dv: queries in order, then heads; works in order.
@@ -15,7 +16,7 @@
 // Edges: as in slc_fwd.cu. Blocks that no query has selected have gradients of 0.
 //
 // budget: kernel=slc_row_facts threads=256 registers=40 spills=0 shared=0
-// budget: kernel=slc_query_gradients threads=128 registers=255 spills=0 shared=98816
+// budget: kernel=slc_query_gradients threads=128 registers=248 spills=0 shared=66048
 // budget: kernel=slc_key_gradients threads=128 registers=255 spills=0 shared=66560
 // budget: kernel=slc_key_gradients arch=sm_90a threads=128 registers=255 spills=0 shared=100352
 // budget: kernel=slc_add_works threads=256 registers=64 spills=0 shared=0
@@ -26,8 +27,11 @@
 #include "inverse.cuh"
 #include "select.cuh"
 
-constexpr int STAGE_BYTES = KEYS * (Keys::PITCH + Values::PITCH);
-constexpr int WARP_BYTES = 2 * STAGE_BYTES + ROWS * (Keys::PITCH + Values::PITCH) + LIST_BYTES;
+// Rows of q and do that are held in registers come through a stage.
+constexpr bool HELD = QUERIES_HELD && TENSOR_CORES;
+constexpr int ROWS_BYTES = ROWS * (Keys::PITCH + Values::PITCH);
+constexpr int WARP_BYTES = STAGES * STAGE_BYTES + (HELD ? 0 : ROWS_BYTES) + LIST_BYTES;
+static_assert(ROWS_BYTES <= STAGES * STAGE_BYTES, "rows come through stages");
 constexpr int THREADS = 32 * WARPS;
 // Rows of a block of keys that one CTA takes, and CTAs a block.
 constexpr int SHARES = ceil_div(SELECT_BLOCK, KEY_ROWS);
@@ -38,24 +42,37 @@ extern "C" __global__ void __launch_bounds__(256) slc_row_facts(const __grid_con
     row_facts(p.common);
 }
 
-// ds of a step: from scores s and do v.
+// ds of a step: from scores s and do v. Rows see all of its keys (`whole`), or as many as they may.
 __device__ __forceinline__ void score_gradients(Parts<1, KEYS>& ds, const Parts<1, KEYS>& s, float scale, const RowFacts (&facts)[2],
-                                                const Blocks& blocks, const SelectTile& tile) {
+                                                bool whole, const Blocks& blocks, int step, const SelectTile& tile) {
+#pragma unroll
+    for (int n = 0; n < KEYS / 8; ++n) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+            const RowFacts& row = facts[c / 2];
+            ds[0][n][c] = score_gradient(probability(s[0][n][c], scale, row), ds[0][n][c], scale * row.z, row);
+        }
+    }
+    if (whole) return;
     const int lane = threadIdx.x % 32;
-    const bool whole = blocks.whole();
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-        const int row = h * 8 + lane / 4, end = tile.has(row) ? blocks.count_of(tile.query_of(row)) : 0;
+        const int row = h * 8 + lane / 4;
+        const int end = (tile.has(row) ? blocks.count_of(tile.query_of(row)) : 0) - step * KEYS - lane % 4 * 2;
 #pragma unroll
         for (int n = 0; n < KEYS / 8; ++n) {
 #pragma unroll
-            for (int c = 2 * h; c < 2 * h + 2; ++c) {
-                const bool seen = whole || n * 8 + lane % 4 * 2 + c % 2 < end;
-                const float p = seen ? probability(s[0][n][c], scale, facts[h]) : 0.0f;
-                ds[0][n][c] = score_gradient(p, ds[0][n][c], scale * facts[h].z, facts[h]);
+            for (int c = 0; c < 2; ++c) {
+                if (n * 8 + c >= end) ds[0][n][2 * h + c] = 0.0f;
             }
         }
     }
+}
+
+// Copies of this lane and of all others are there; all have left what they read before.
+__device__ __forceinline__ void wait_for_stage() {
+    copy_wait<0>();
+    __syncwarp();
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) slc_query_gradients(const __grid_constant__ SlcBackwardParams params) {
@@ -63,56 +80,44 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) slc_query_gradients(con
     const int lane = threadIdx.x % 32;
     const SelectTile tile(p.sequences, p.num_sequences, p.query_tiles);
     if (tile.queries == 0) return;
-    char* const own = shared + threadIdx.x / 32 * WARP_BYTES;
-    char* const rows = own + 2 * STAGE_BYTES;
-    char* const d_o = rows + ROWS * Keys::PITCH;
-    int* const lists = reinterpret_cast<int*>(d_o + ROWS * Values::PITCH);
-    const auto place = [&](int row) { return tile.token(row) * HEADS + tile.query_head(row); };
-    const auto there = [&](int row) { return place(tile.has(row) ? row : 0); };
-    const int count = tile.queries * HEADS_PER_TILE;
-    load_rows<HEAD_DIM_QK, ROWS, 32, QK_COPY_BYTES>(shared_address(rows), lane, count,
-                                                    [&](int row) { return p.q + there(row) * HEAD_DIM_QK; });
-    load_rows<HEAD_DIM_V, ROWS, 32, V_COPY_BYTES>(shared_address(d_o), lane, count,
-                                                  [&](int row) { return p.d_o + there(row) * HEAD_DIM_V; });
+    char* const own = shared + uniform(int(threadIdx.x / 32)) * WARP_BYTES;
+    char* const rows = own + (HELD ? 0 : STAGES * STAGE_BYTES);
+    int* const lists = reinterpret_cast<int*>(own + WARP_BYTES - LIST_BYTES);
+    tile.load_rows_of<Keys, QK_COPY_BYTES>(p.q, shared_address(rows));
+    tile.load_rows_of<Values, V_COPY_BYTES>(p.d_o, shared_address(rows) + ROWS * Keys::PITCH);
+    copy_commit();
     tile.load_lists(lists, params.block_indices);
     RowFacts facts[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
         const int row = h * 8 + lane / 4;
-        facts[h] = tile.has(row) ? facts_of(p)[place(row)] : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        facts[h] = tile.has(row) ? facts_of(p)[tile.place(row)] : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     }
+    wait_for_stage();
+    Rows<HEAD_DIM_QK, 1, HELD> q(rows);
+    Rows<HEAD_DIM_V, 1, HELD> d_o(rows + ROWS * Keys::PITCH);
+    q.take();
+    d_o.take();
     __syncwarp();
-    const KeyRows<HEAD_DIM_QK> k(p.k, nullptr, tile.sequence.key, tile.head);
-    const KeyRows<HEAD_DIM_V> v(p.v, nullptr, tile.sequence.key, tile.head);
-    const auto load = [&](const Blocks& blocks, int stage) {
-        if (!blocks.done()) {
-            const u32 to = shared_address(own) + stage * STAGE_BYTES;
-            load_rows<HEAD_DIM_QK, KEYS, 32, QK_COPY_BYTES>(to, lane, blocks.count(), k.from(blocks.token()));
-            load_rows<HEAD_DIM_V, KEYS, 32, V_COPY_BYTES>(to + KEYS * Keys::PITCH, lane, blocks.count(), v.from(blocks.token()));
-        }
-        copy_commit();
-    };
-    Blocks now(lists, tile.queries, tile.position(0));
-    Blocks ahead = now;
-    load(ahead, 0);
-    if (!ahead.done()) ahead.next();
+
+    StepCopies<Tile<HEAD_DIM_QK>, Tile<HEAD_DIM_V>> copies(shared_address(own), lane, tile.sequence, tile.head, p.k, nullptr, p.v, nullptr);
     float dq[1][Keys::PADDED / 8][4];
     clear<1, Keys::PADDED>(dq);
-    for (int stage = 0; !now.done(); now.next(), stage ^= 1) {
-        copy_wait<0>();
-        __syncwarp();
-        load(ahead, stage ^ 1);
-        if (!ahead.done()) ahead.next();
-        const char* const keys = own + stage * STAGE_BYTES;
+    const auto keys = Right<HEAD_DIM_QK, false>(own).pinned();
+    const auto across = Right<HEAD_DIM_QK, true>(own).pinned();
+    const auto values = Right<HEAD_DIM_V, false>(own + KEYS * Keys::PITCH).pinned();
+    const auto meet = [&](const Blocks& blocks, auto step, u32 behind, bool whole) {
+        constexpr int I = step.value;
         Parts<1, KEYS> s, ds;
-        dot_rows<HEAD_DIM_QK, 1, KEYS, false>(s, Rows<HEAD_DIM_QK, 1, false>(rows), keys);
-        dot_rows<HEAD_DIM_V, 1, KEYS, false>(ds, Rows<HEAD_DIM_V, 1, false>(d_o), keys + KEYS * Keys::PITCH);
-        score_gradients(ds, s, p.scale, facts, now, tile);
-        add_rows<HEAD_DIM_QK, 0, Keys::PADDED, 1, KEYS>(dq, ds, keys);
-    }
+        dot_rows(s, q, keys.further<I * STAGE_BYTES>(behind));
+        dot_rows(ds, d_o, values.further<I * STAGE_BYTES>(behind));
+        score_gradients(ds, s, p.scale, facts, whole, blocks, I, tile);
+        add_rows<0>(dq, ds, across.further<I * STAGE_BYTES>(behind));
+    };
+    walk(Blocks(lists, tile.queries, tile.position(0)), copies, [] { wait_for_stage(); }, meet);
     copy_wait<0>();
     put_query_gradients(dq, p.accumulate != 0,
-                        [&](int row) { return tile.has(row) ? p.dq + place(row) * HEAD_DIM_QK : nullptr; });
+                        [&](int row) { return tile.has(row) ? p.dq + tile.place(row) * HEAD_DIM_QK : nullptr; });
 }
 
 // What a CTA of `slc_key_gradients` does: a share of a block's keys, some of the block's queries.
@@ -134,18 +139,19 @@ constexpr i64 WORK_PARTIAL = i64(SHARES) * PARTIAL;
 template <bool K, bool V>
 __device__ __forceinline__ void key_gradients(const SlcBackwardParams& params, const KeyWork& work, int share) {
     const BandBackwardParams& p = params.common;
-    const int keys = work.end - work.key, rows = work.count * GROUP, base = threadIdx.x / 32 * 16, own = keys - base;
+    const int keys = work.end - work.key, rows = work.count * GROUP, base = threadIdx.x / 32 * 16, mine = work.key + base;
     char* const stages = shared + OWN_BYTES;
     const KeyRows<HEAD_DIM_QK> k(p.k, nullptr, work.sequence.key, work.head);
     const KeyRows<HEAD_DIM_V> v(p.v, nullptr, work.sequence.key, work.head);
     load_key_rows<K>(shared, keys, k.from(work.key), v.from(work.key));
     const auto load = [&](int first, int stage) {
-        load_query_rows(p, shared_address(stages) + stage * QUERY_STAGE_BYTES, first, rows, work.head, [&](int i) { return work.queries[i]; });
+        load_query_rows(p, shared_address(stages) + stage * QUERY_STAGE_BYTES, first, rows, work.head,
+                        [&](int i) { return __ldg(work.queries + i); });
     };
     KeyGradients<K, V> gradients;
+    const KeySides sides(shared, stages);
     if (rows > 0) load(0, 0);
     copy_commit();
-    const int mine = work.key + base;
     for (int first = 0, stage = 0; first < rows; first += QUERY_ROWS, stage ^= 1) {
         wait_for_tiles();
         if (first + QUERY_ROWS < rows) load(first + QUERY_ROWS, stage ^ 1);
@@ -153,18 +159,21 @@ __device__ __forceinline__ void key_gradients(const SlcBackwardParams& params, c
         // Warps whose products are made together leave together.
         if (first_together<KEY_ROWS>(base) >= keys) continue;
         // The first query of the stage is the one that sees least.
-        const int t = work.sequence.context + work.queries[first / GROUP] - work.sequence.query;
+        const int t = position_of(*facts_in(stages + stage * QUERY_STAGE_BYTES));
         const bool whole = first + QUERY_ROWS <= rows && mine + 16 <= t + 1;
-        gradients.add(shared, shared + KEY_ROWS * Keys::PITCH, base, stages + stage * QUERY_STAGE_BYTES, p.scale, whole,
+        gradients.add(sides, base, stage * QUERY_STAGE_BYTES, p.scale, whole,
                       [&](int t) { return make_int2(0, t + 1 - mine); });
     }
     copy_wait<0>();
-    if (work.index == 0) {
-        const i64 at = i64(work.sequence.key + mine) * KV_HEADS + work.head;
+    // Found anew: it took registers in the loop.
+    const KeyWork done(params, anew(int(blockIdx.x)), share);
+    const int own = done.end - done.key - base;
+    if (done.index == 0) {
+        const i64 at = i64(done.sequence.key + done.key + base) * KV_HEADS + done.head;
         gradients.template write<KV_HEADS>(p.dk + at * HEAD_DIM_QK, p.dv + at * HEAD_DIM_V, own);
     } else {
         // Works after the first of their blocks come in order: this is the place among them.
-        const i64 slot = i64(params.index.work_starts[work.block]) - work.block + work.index - 1;
+        const i64 slot = i64(params.index.work_starts[done.block]) - done.block + done.index - 1;
         gradients.write_partial(params.partial + slot * WORK_PARTIAL + share * PARTIAL, base, own);
     }
 }

@@ -7,7 +7,7 @@
 // Grid: x: WARPS tiles of queries, y: KV heads; neighbouring queries share blocks in the caches.
 // Shared memory, bytes at D = 128 in bf16, a warp: 2 stages x 16 x 512 (queries come and outputs go through them), the lists 128;
 // four warps 66,048.
-// Registers: o 64, queries 32, scores 8, the rest addresses.
+// Registers: o 64, queries 32, scores 8, addresses of a lane's chunks 16.
 // Roofline, a query and KV head: 4 R D n l' FLOP, 2 (Dk + Dv) n l' bytes of k and v from the L2 cache: R FLOP a byte. Bound
 // by the cache: 16 FLOP a byte where an A100 computes 43 in that time. From memory q, o, k, v once.
 // Counted at R = 16, D = 128, T = 2,048: 1.01 of these FLOP (the step that holds the query's own token), bytes from memory 1.00
@@ -33,7 +33,6 @@
 #include "flash.cuh"
 #include "select.cuh"
 
-constexpr int STAGE_BYTES = KEYS * (Keys::PITCH + Values::PITCH);
 constexpr int HEAD_BYTES = ROWS * (Keys::PITCH > Values::PITCH ? Keys::PITCH : Values::PITCH);
 // Queries that are held in registers come through the stages, and outputs leave through them.
 constexpr bool HELD = QUERIES_HELD && TENSOR_CORES && HEAD_BYTES <= STAGES * STAGE_BYTES;
@@ -44,10 +43,9 @@ extern __shared__ __align__(TILE_ALIGNMENT) char shared[];
 // The warp's first row of its tile.
 __device__ __forceinline__ int first_row() { return int(threadIdx.x % TILE_THREADS / 32 * 16); }
 
-// Copies of this thread but the last PENDING, and those of all others of its tile, are there; all have left what they read before.
-template <int PENDING>
+// Copies of this thread and those of all others of its tile are there; all have left what they read before.
 __device__ __forceinline__ void wait_for_stage() {
-    copy_wait<PENDING>();
+    copy_wait<0>();
     if constexpr (WARPGROUPS) {
         publish_to_products();
         __syncthreads();
@@ -56,17 +54,14 @@ __device__ __forceinline__ void wait_for_stage() {
     }
 }
 
-// Starts to copy rows of the tile's own.
-template <int DIM, int COUNT, int BYTES, class Row>
-__device__ __forceinline__ void load_own(u32 to, int count, const Row& row) {
-    load_tile<SharedTile<DIM, COUNT>, COUNT, TILE_THREADS, BYTES>(to, int(threadIdx.x % TILE_THREADS), count, row);
-}
+// The thread's number in its tile.
+__device__ __forceinline__ int own_thread() { return int(threadIdx.x % TILE_THREADS); }
 
-__device__ __forceinline__ void mask(Scores<1, KEYS>& s, const Blocks& blocks, const SelectTile& tile) {
+__device__ __forceinline__ void mask(Scores<1, KEYS>& s, const Blocks& blocks, int step, const SelectTile& tile) {
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-        const int end = blocks.count_of(tile.query_of(first_row() + h * 8 + lane / 4)) - lane % 4 * 2;
+        const int end = blocks.count_of(tile.query_of(first_row() + h * 8 + lane / 4)) - step * KEYS - lane % 4 * 2;
 #pragma unroll
         for (int n = 0; n < KEYS / 8; ++n) {
 #pragma unroll
@@ -94,12 +89,15 @@ __device__ __forceinline__ void write_rows(const BandForwardParams& p, const Sel
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
             const int row = base + h * 8 + lane / 4;
-            if (tile.has(row)) p.lse[tile.token(row) * HEADS + tile.query_head(row)] = flash.lse(0, h, unscale);
+            if (tile.has(row)) p.lse[tile.place(row)] = flash.lse(0, h, unscale);
         }
     }
-    store_rows<HEAD_DIM_V, 32, V_COPY_BYTES>(own, lane, rows < 16 ? rows : 16, [&](int row) {
-        return p.o + (tile.token(base + row) * HEADS + tile.query_head(base + row)) * HEAD_DIM_V;
-    });
+    if constexpr (QUERIES == 1) {
+        store_even_rows<HEAD_DIM_V, 16, 32, V_COPY_BYTES>(own, lane, rows, p.o + tile.place(base) * HEAD_DIM_V);
+    } else {
+        store_rows<HEAD_DIM_V, 32, V_COPY_BYTES>(own, lane, rows < 16 ? rows : 16,
+                                                 [&](int row) { return p.o + tile.place(base + row) * HEAD_DIM_V; });
+    }
 }
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS) slc_forward(const __grid_constant__ SlcForwardParams params) {
@@ -109,60 +107,40 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) slc_forward(const __gri
     char* const own = shared + uniform(int(threadIdx.x / TILE_THREADS)) * OWN_BYTES;
     char* const rows = own + (HELD ? 0 : STAGES * STAGE_BYTES);
     int* const lists = reinterpret_cast<int*>(own + OWN_BYTES - LIST_BYTES);
-    load_own<HEAD_DIM_QK, ROWS, QK_COPY_BYTES>(shared_address(rows), tile.queries * HEADS_PER_TILE, [&](int row) {
-        const int at = tile.has(row) ? row : 0;
-        return p.q + (tile.token(at) * HEADS + tile.query_head(at)) * HEAD_DIM_QK;
-    });
+    tile.load_rows_of<SharedTile<HEAD_DIM_QK, ROWS>, QK_COPY_BYTES>(p.q, shared_address(rows));
     copy_commit();
     tile.load_lists(lists, params.block_indices);
-    wait_for_stage<0>();
+    wait_for_stage();
     // Read by warps alone.
     Queries<1, HELD> q(rows);
     q.take();
     __syncwarp();
 
-    const KeyRows<HEAD_DIM_QK> k(p.k, p.k_pages, tile.sequence.key, tile.head);
-    const KeyRows<HEAD_DIM_V> v(p.v, p.v_pages, tile.sequence.key, tile.head);
-    const auto load = [&](const Blocks& blocks, int stage) {
-        if (!blocks.done()) {
-            const int token = blocks.token(), count = blocks.count();
-            const u32 to = shared_address(own) + stage * STAGE_BYTES;
-            load_own<HEAD_DIM_QK, KEYS, QK_COPY_BYTES>(to, count, k.from(token));
-            load_own<HEAD_DIM_V, KEYS, V_COPY_BYTES>(to + KEYS * Keys::PITCH, count, v.from(token));
-        }
-        copy_commit();
-    };
-    Blocks now(lists, tile.queries, tile.position(0));
-    Blocks ahead = now;
-#pragma unroll
-    for (int stage = 0; stage < STAGES - 1; ++stage) {
-        load(ahead, stage);
-        if (!ahead.done()) ahead.next();
-    }
+    StepCopies<SharedTile<HEAD_DIM_QK, KEYS>, SharedTile<HEAD_DIM_V, KEYS>> copies(shared_address(own), own_thread(), tile.sequence,
+                                                                                  tile.head, p.k, p.k_pages, p.v, p.v_pages);
     Flash<1, KEYS> flash;
-    for (int stage = 0; !now.done(); now.next()) {
-        wait_for_stage<STAGES - 2>();
-        load(ahead, (stage + STAGES - 1) % STAGES);
-        if (!ahead.done()) ahead.next();
-        const char* const at = own + stage * STAGE_BYTES;
-        stage = (stage + 1) % STAGES;
+    const auto keys = Right<HEAD_DIM_QK, false>(own).pinned();
+    const auto values = Right<HEAD_DIM_V, true>(own + KEYS * Keys::PITCH).pinned();
+    const auto meet = [&](const Blocks& blocks, auto step, u32 behind, bool whole) {
+        constexpr int I = step.value;
         Scores<1, KEYS> s;
         if constexpr (WARPGROUPS) {
-            dots_together<HEAD_DIM_QK, ROWS, KEYS, 1>(s, rows, 0, at);
+            dots_together<HEAD_DIM_QK, ROWS, KEYS, 1>(s, rows, 0, own + I * STAGE_BYTES + behind);
         } else {
-            flash.multiply_keys(s, q, at);
+            flash.multiply_keys(s, q, keys.further<I * STAGE_BYTES>(behind));
         }
-        if (sees(now, tile)) {
-            if (!uniform(now.whole())) mask(s, now, tile);
+        if (sees(blocks, tile)) {
+            if (!whole) mask(s, blocks, I, tile);
             float factor[1][2];
-            flash.exponentials(s, p.scale_log2, factor);
+            flash.exponentials<true>(s, p.scale_log2, factor);
         } else {
             clear<1, KEYS>(s);
         }
-        begin_rows_of<HEAD_DIM_V, KEYS, 1>(flash.o, s, at + KEYS * Keys::PITCH);
+        begin_rows_of(flash.o, s, values.further<I * STAGE_BYTES>(behind));
         end_products<0>(flash.o);
-    }
-    wait_for_stage<0>();
+    };
+    walk(Blocks(lists, tile.queries, tile.position(0)), copies, [] { wait_for_stage(); }, meet);
+    wait_for_stage();
     flash.finish();
     write_rows(p, tile, flash, own);
 }

@@ -93,11 +93,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, LEAST_BLOCKS) slc_turned(c
         Flash<1, KEYS> flash;
         for (int from = 0; from < most; from += KEYS) {
             Scores<1, KEYS> s;
-            flash.multiply_keys(s, q, shared + from * Keys::PITCH);
+            flash.multiply_keys(s, q, Right<HEAD_DIM_QK, false>(shared + from * Keys::PITCH));
             if (from + KEYS > least) mask(s, work, first, from);
             float factor[1][2];
             flash.exponentials(s, p.common.scale_log2, factor);
-            flash.multiply_values(s, shared + SPAN * Keys::PITCH + from * Values::PITCH);
+            flash.multiply_values(s, Right<HEAD_DIM_V, true>(shared + SPAN * Keys::PITCH + from * Values::PITCH));
         }
         if constexpr (!HELD) {
             __syncwarp();

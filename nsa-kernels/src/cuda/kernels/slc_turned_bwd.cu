@@ -73,10 +73,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) slc_turned_gradients(const
         for (int from = 0; from < most; from += KEYS) {
             const char* const keys = shared + from * Keys::PITCH;
             Parts<1, KEYS> s, ds;
-            dot_rows<HEAD_DIM_QK, 1, KEYS, false>(s, Rows<HEAD_DIM_QK, 1, false>(own), keys);
-            dot_rows<HEAD_DIM_V, 1, KEYS, false>(ds, Rows<HEAD_DIM_V, 1, false>(d_o), shared + SPAN * Keys::PITCH + from * Values::PITCH);
+            const char* const values = shared + SPAN * Keys::PITCH + from * Values::PITCH;
+            dot_rows(s, Rows<HEAD_DIM_QK, 1, false>(own), Right<HEAD_DIM_QK, false>(keys));
+            dot_rows(ds, Rows<HEAD_DIM_V, 1, false>(d_o), Right<HEAD_DIM_V, false>(values));
             score_gradients(ds, s, p.scale, facts, work, from, from + KEYS <= least);
-            add_rows<HEAD_DIM_QK, 0, Keys::PADDED, 1, KEYS>(dq, ds, keys);
+            add_rows<0>(dq, ds, Right<HEAD_DIM_QK, true>(keys));
         }
         __syncwarp();
         load_queries(first + 16 * WARPS);

@@ -114,11 +114,12 @@ template <class KeyRows, class ValueRows, class Meanwhile, class See>
 __device__ __forceinline__ void attend(const Element* queries, int heads, float scale_log2, StepFlash& flash, const KeyRows& k,
                                        const ValueRows& v, int first, int end, const Meanwhile& meanwhile, const See& see) {
     constexpr int STEP = TEAMS * KEYS;
-    const int thread = threadIdx.x % TEAM, team = threadIdx.x / TEAM;
+    const int team = threadIdx.x / TEAM;
     char* const stages = shared + QUERY_BYTES + team * STAGES * STAGE_BYTES;
     const auto load = [&](int x, int stage) {
         if (x < end) {
             const u32 to = shared_address(stages) + stage * STAGE_BYTES;
+            const int thread = anew(int(threadIdx.x % TEAM));
             load_step<HEAD_DIM_QK, QK_COPY_BYTES>(to, thread, x, end - x, k);
             load_step<HEAD_DIM_V, V_COPY_BYTES>(to + KEYS * Keys::PITCH, thread, x, end - x, v);
         }
@@ -141,7 +142,7 @@ __device__ __forceinline__ void attend(const Element* queries, int heads, float 
         team_sync();
         const char* const at = stages + stage * STAGE_BYTES;
         StepScores s;
-        flash.multiply_keys(s, q, at);
+        flash.multiply_keys(s, q, Right<HEAD_DIM_QK, false>(at));
         if (x + KEYS > end) {
             const int seen = end - x - threadIdx.x % 4 * 2;
 #pragma unroll
@@ -155,7 +156,7 @@ __device__ __forceinline__ void attend(const Element* queries, int heads, float 
         see(s, x);
         float factor[1][2];
         flash.exponentials(s, scale_log2, factor);
-        flash.multiply_values(s, at + KEYS * Keys::PITCH);
+        flash.multiply_values(s, Right<HEAD_DIM_V, true>(at + KEYS * Keys::PITCH));
         if constexpr (STAGES * STEP < CHUNK) {
             team_sync();
             load(x + STAGES * STEP, stage);

@@ -47,8 +47,8 @@ struct TurnedWork : BlockWork {
     template <int DIM, int BYTES>
     __device__ __forceinline__ void load_queries(char* to, const Element* tensor, int first) const {
         const auto token = [&](int i) { return first_token + Selected(entries[i]).query; };
-        load_tile<Tile<DIM>, 16, 32, BYTES>(shared_address(to), threadIdx.x % 32, rows - first,
-                                            QueryRows<DIM, decltype(token)>{tensor + i64(head) * GROUP * DIM, first, token});
+        load_tiles<Tile<DIM>, 16, 32, BYTES>(shared_address(to), threadIdx.x % 32, rows - first,
+                                             QueryRows<DIM, 1, decltype(token)>{{tensor + i64(head) * GROUP * DIM}, first, token});
     }
     // Starts to copy the block, as far as its last query sees it.
     __device__ __forceinline__ void load_block(char* to, const KeyRows<HEAD_DIM_QK>& k, const KeyRows<HEAD_DIM_V>& v) const {

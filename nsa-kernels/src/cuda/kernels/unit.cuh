@@ -34,29 +34,32 @@ __device__ __forceinline__ int first_together(int row) {
     return ROWS <= ROWS_TOGETHER ? 0 : uniform(row / ROWS_TOGETHER * ROWS_TOGETHER);
 }
 
-// Begins s = rows keys^T with the warp's 16 rows from row `base` of a tile of ROWS on, and all rows of another tile.
-template <int DIM, int ROWS, int N>
-__device__ __forceinline__ void begin_dots_with(Parts<1, N>& s, const char* rows, int base, const char* keys) {
+// Begins s = rows keys^T with the warp's 16 rows, which are rows base.. of a tile of ROWS that begins at `tile`, and all rows of
+// another tile.
+template <int ROWS, int DIM, int PARTS, class Left, int AT>
+__device__ __forceinline__ void begin_dots_with(float (&s)[1][PARTS][4], const char* tile, int base, const Left& rows,
+                                                const Right<DIM, false, AT>& keys) {
     if constexpr (WARPGROUPS) {
         begin_products();
-        begin_dots<DIM, ROWS, N>(s, rows, first_together<ROWS>(base), keys);
+        begin_dots<DIM, ROWS, 8 * PARTS>(s, tile, first_together<ROWS>(base), keys.rows());
         commit_products();
     } else {
-        dot_rows<DIM, 1, N, false>(s, Rows<DIM, 1, false>(rows + base * Tile<DIM>::PITCH), keys);
+        dot_rows(s, rows, keys);
     }
 }
 
 // Begins o += p values.
-template <int DIM, int N, int TILES = 1>
-__device__ __forceinline__ void begin_rows_of(Parts<TILES, Tile<DIM>::PADDED>& o, const Parts<TILES, N>& p, const char* values) {
+template <int DIM, int TILES, int COLUMN_PARTS, int PARTS, int AT>
+__device__ __forceinline__ void begin_rows_of(float (&o)[TILES][COLUMN_PARTS][4], const float (&p)[TILES][PARTS][4],
+                                              const Right<DIM, true, AT>& values) {
     if constexpr (WARPGROUPS) {
-        Operands<N> weights;
-        round_parts<N>(weights, p);
+        Operands<8 * PARTS> weights;
+        round_parts<8 * PARTS>(weights, p);
         begin_products();
-        begin_rows<DIM, N>(o, weights, values);
+        begin_rows<DIM, 8 * PARTS>(o, weights, values.rows());
         commit_products();
     } else {
-        add_rows<DIM, 0, Tile<DIM>::PADDED, TILES, N>(o, p, values);
+        add_rows<0>(o, p, values);
     }
 }
 

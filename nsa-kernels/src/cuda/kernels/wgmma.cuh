@@ -19,7 +19,7 @@ struct Panels {
     static constexpr int GROUP_BYTES = 8 * ROW_BYTES;  // of rows that are swapped differently
     static constexpr int PANEL_BYTES = ROWS * ROW_BYTES;
 
-    static __device__ __forceinline__ constexpr int swap(int row) { return row % 8; }
+    static __device__ __forceinline__ constexpr int swap(int row) { return int(u32(row) % 8); }
     static __device__ __forceinline__ int chunk(int row, int chunk) {
         return chunk / 8 * PANEL_BYTES + row * ROW_BYTES + ((chunk % 8 ^ swap(row)) * 16);
     }
