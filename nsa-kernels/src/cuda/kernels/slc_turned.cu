@@ -15,8 +15,8 @@
 // Shared memory, bytes at D = 128 in bf16: the block of keys 64 x 512, queries 4 warps x 16 x 256: 49,152.
 // Registers: o 64, scores of 64 keys 32, queries 32 until there are scores, the rest addresses.
 // Roofline, a query head: 2 (Dk + Dv) n l' FLOP, none of them for rows that have not selected the block; 4 n (Dv + 2) bytes of
-// shares written, and as many read, n Dk elements of queries, and the block once for the rows of a work: 20 KiB at n = 16, D = 128 and
-// many rows. Bound by memory, where shares go and come back.
+// shares written, and as many read, n Dk elements of queries, and the block once for the rows of a work: 20 KiB at n = 16, D = 128
+// and many rows. Bound by memory, where shares go and come back.
 // Order of summation: within a block as flash.cuh; then blocks in the order of the list; sums of l by lanes, then their tree.
 // Edges: lists end as inverse.cuh says; a query without blocks: o = 0, lse = -infinity. A block's keys behind the last query of a
 // work are not read.
@@ -37,7 +37,8 @@ constexpr int LEAST_BLOCKS = TENSOR_CORES && SPAN == KEYS && Keys::PADDED <= 128
 extern __shared__ __align__(128) char shared[];
 
 // Writes shares of rows `first`..
-__device__ __forceinline__ void write_shares(const SlcTurnedParams& p, const TurnedWork& work, const Flash<1, KEYS>& flash, int first) {
+__device__ __forceinline__ void write_shares(const SlcTurnedParams& p, const TurnedWork& work, const Flash<1, KEYS>& flash,
+                                             int first) {
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
