@@ -32,6 +32,7 @@ fn backward(x: &mut Operands) {
         lse: tensor(&x.lse, rows),
         d_o: tensor(&x.d_o, q),
         dq: tensor_mut(&mut x.dq, q),
+        accumulate: false,
         dk: tensor_mut(&mut x.dk, k),
         dv: tensor_mut(&mut x.dv, k),
     };

@@ -33,7 +33,9 @@ fn backward(x: &mut Operands) {
         lse: tensor(&x.lse, rows),
         d_o: tensor(&x.d_o, q),
         gates: None,
+        d_gates: None,
         dq: tensor_mut(&mut x.dq, q),
+        accumulate: false,
         dk: tensor_mut(&mut x.dk, k),
         dv: tensor_mut(&mut x.dv, k),
     };

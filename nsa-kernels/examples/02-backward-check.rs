@@ -53,7 +53,9 @@ impl Problem {
             lse: Tensor::host(&lse, [n, heads])?,
             d_o: Tensor::host(d_o, output)?,
             gates: None,
+            d_gates: None,
             dq: TensorMut::host(dq, self.shapes[0])?,
+            accumulate: false,
             dk: TensorMut::host(dk, self.shapes[1])?,
             dv: TensorMut::host(dv, self.shapes[2])?,
         };

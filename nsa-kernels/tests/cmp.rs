@@ -47,7 +47,9 @@ impl Branch for Cmp {
             lse: tensor(&saved.lse, shapes.lse),
             d_o: tensor(&saved.d_o, shapes.o),
             gates: saved.gates.as_ref().map(|gates| tensor(gates, shapes.gates)),
+            d_gates: None,
             dq: tensor_mut(&mut grads.dq, shapes.q),
+            accumulate: true,
             dk_blocks: tensor_mut(&mut grads.dk, shapes.k),
             dv_blocks: tensor_mut(&mut grads.dv, shapes.v),
         };

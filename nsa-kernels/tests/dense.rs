@@ -41,6 +41,7 @@ impl Branch for Dense {
             lse: tensor(&saved.lse, shapes.lse),
             d_o: tensor(&saved.d_o, shapes.o),
             dq: tensor_mut(&mut grads.dq, shapes.q),
+            accumulate: true,
             dk: tensor_mut(&mut grads.dk, shapes.k),
             dv: tensor_mut(&mut grads.dv, shapes.v),
         };

@@ -42,7 +42,9 @@ impl Branch for Win {
             lse: tensor(&saved.lse, shapes.lse),
             d_o: tensor(&saved.d_o, shapes.o),
             gates: saved.gates.as_ref().map(|gates| tensor(gates, shapes.gates)),
+            d_gates: None,
             dq: tensor_mut(&mut grads.dq, shapes.q),
+            accumulate: true,
             dk: tensor_mut(&mut grads.dk, shapes.k),
             dv: tensor_mut(&mut grads.dv, shapes.v),
         };

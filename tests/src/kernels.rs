@@ -248,7 +248,7 @@ impl<T: Kind> Attention<T> {
         })
     }
 
-    /// Runs the backward on what the forward left. `dq` starts at zero.
+    /// Runs the backward on what the forward left. `dq` is written.
     ///
     /// # Errors
     /// If the kernel refuses, or writes beside an output.
@@ -257,14 +257,14 @@ impl<T: Kind> Attention<T> {
         backend: &Backend,
         forward: &AttentionOutput<T, T::Acc>,
     ) -> Result<AttentionGrads<T::Acc>, String> {
-        let mut dq = Guarded::filled(self.q.len(), T::Acc::default());
+        let mut dq = Guarded::unwritten(self.q.len());
         let mut dk = Guarded::unwritten(self.k.len());
         let mut dv = Guarded::unwritten(self.v.len());
-        self.backward_into(backend, forward, [&mut dq, &mut dk, &mut dv])?;
+        self.backward_into(backend, forward, [&mut dq, &mut dk, &mut dv], false)?;
         Ok(AttentionGrads { q: dq.finish("dq")?, k: dk.finish("dk")?, v: dv.finish("dv")? })
     }
 
-    /// Runs the backward into memory that is there: adds to `dq`, writes `dk` and `dv`.
+    /// Runs the backward into memory that is there; `accumulate` says whether dq is added to it.
     ///
     /// # Errors
     /// If the kernel refuses.
@@ -273,6 +273,7 @@ impl<T: Kind> Attention<T> {
         backend: &Backend,
         forward: &AttentionOutput<T, T::Acc>,
         mut grads: [&mut Guarded<T::Acc>; 3],
+        accumulate: bool,
     ) -> Result<(), String> {
         let (sizes, place) = (Sizes::new(&self.config, &self.packing), Place::new(backend));
         let rows = self.rows()?.total();
@@ -284,6 +285,7 @@ impl<T: Kind> Attention<T> {
         let lse = place.input(&forward.lse, sizes.lse())?;
         let d_o = place.input(&self.d_o, sizes.o())?;
         let gates = self.gates.as_deref().map(|gates| place.input(gates, sizes.gates())).transpose()?;
+        let d_gates = None;
         let [dq, dk, dv] = &mut grads;
         let dq = place.output(dq, sizes.q())?;
         let (dk, dv) = (place.output(dk, k_shape)?, place.output(dv, v_shape)?);
@@ -300,7 +302,9 @@ impl<T: Kind> Attention<T> {
                     lse,
                     d_o,
                     gates,
+                    d_gates,
                     dq,
+                    accumulate,
                     dk_blocks,
                     dv_blocks,
                 };
@@ -308,15 +312,33 @@ impl<T: Kind> Attention<T> {
             }
             Pattern::Slc => {
                 let block_indices = place.input(&self.block_indices, sizes.indices())?;
-                let args = slc::Backward { config, packing, q, k, v, block_indices, o, lse, d_o, gates, dq, dk, dv };
+                let args = slc::Backward {
+                    config,
+                    packing,
+                    q,
+                    k,
+                    v,
+                    block_indices,
+                    o,
+                    lse,
+                    d_o,
+                    gates,
+                    d_gates,
+                    dq,
+                    accumulate,
+                    dk,
+                    dv,
+                };
                 slc::backward(backend, args)
             }
-            Pattern::Win => {
-                win::backward(backend, win::Backward { config, packing, q, k, v, o, lse, d_o, gates, dq, dk, dv })
-            }
-            Pattern::Dense => {
-                dense::backward(backend, dense::Backward { config, packing, q, k, v, o, lse, d_o, dq, dk, dv })
-            }
+            Pattern::Win => win::backward(
+                backend,
+                win::Backward { config, packing, q, k, v, o, lse, d_o, gates, d_gates, dq, accumulate, dk, dv },
+            ),
+            Pattern::Dense => dense::backward(
+                backend,
+                dense::Backward { config, packing, q, k, v, o, lse, d_o, dq, accumulate, dk, dv },
+            ),
         }
         .map_err(text)?;
         grads.into_iter().try_for_each(Guarded::fetch)

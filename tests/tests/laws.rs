@@ -122,7 +122,7 @@ fn chunks_are_the_whole() {
     }
 }
 
-/// The backward adds to dq and writes dk and dv, whatever was there.
+/// The backward adds to dq if it is asked to, and writes dk and dv, whatever was there.
 #[test]
 fn the_backward_adds_to_dq_alone() {
     for pattern in [Pattern::Cmp, Pattern::Slc, Pattern::Win, Pattern::Dense] {
@@ -133,7 +133,7 @@ fn the_backward_adds_to_dq_alone() {
         let mut dk = Guarded::filled(inputs.k.len(), 3.0);
         let mut dv = Guarded::filled(inputs.v.len(), f32::INFINITY);
         for _ in 0..2 {
-            inputs.backward_into(&backend(), &forward, [&mut dq, &mut dk, &mut dv]).unwrap();
+            inputs.backward_into(&backend(), &forward, [&mut dq, &mut dk, &mut dv], true).unwrap();
         }
         let twice: Vec<f32> = once.q.iter().map(|x| x + x).collect();
         close(&format!("{pattern:?} dq"), dq.get(), &twice);

@@ -159,6 +159,8 @@ pub(crate) struct Backward<'a, T: Element, F> {
     pub(crate) visible: F,
     /// `[N, Hq, Dk]`.
     pub(crate) dq: TensorMut<'a, T::Acc, 3>,
+    /// Whether dq is added to what it holds.
+    pub(crate) accumulate: bool,
     /// `[rows, G, Dk]`.
     pub(crate) dk: TensorMut<'a, T::Acc, 3>,
     /// `[rows, G, Dv]`.
@@ -180,14 +182,14 @@ fn backward_in<T: Element, U: Unit<Acc = T::Acc>, F>(cpu: &Cpu, args: Backward<'
 where
     F: Fn(usize) -> Range<usize> + Sync,
 {
-    let Backward { config, packing, queries, k, v, offsets, stride, visible, dq, dk, dv } = args;
+    let Backward { config, packing, queries, k, v, offsets, stride, visible, dq, accumulate, dk, dv } = args;
     let keys = grad::SeqKeys::<T, U>::pack(cpu.pool(), config, (k, v), offsets, Grid::plain())?;
     let cuts: Vec<Cut> = packing
         .seqs()
         .zip(0..)
         .map(|(seq, s)| cut(seq.rows.len(), offsets.range(s).len(), stride, config.group_size(), &visible))
         .collect();
-    for_each_row((cpu.pool(), config), packing, offsets, &cuts, (dq, dk, dv), |row| {
+    for_each_row((cpu.pool(), config), packing, offsets, &cuts, (dq, accumulate, dk, dv), |row| {
         let cut = &cuts[row.seq];
         let start = row.tile * cut.queries;
         let tile = BandRow {

@@ -16,6 +16,7 @@ use crate::cpu::simd::{PAD, padded, vectorize};
 use crate::cpu::softmax::{Mix, Whole};
 use crate::cpu::tasks::{QueryTile, query_tiles, split_rows};
 use crate::cpu::unit::{Pair, Unit};
+use crate::op::Gating;
 use crate::op::cmp::{Backward, Forward};
 use crate::{Element, Result};
 use nsa_core::select::{SelectScratch, select_blocks};
@@ -325,8 +326,23 @@ fn sum<A: Real>(importance: &[A], weights: &[A]) -> A {
 
 /// See `op::cmp::backward`.
 pub(crate) fn backward<T: Element>(cpu: &Cpu, args: Backward<'_, T>) -> Result<()> {
-    let Backward { config, packing, q, k_blocks, v_blocks, o, lse, d_o, gates, dq, dk_blocks, dv_blocks } = args;
-    let queries = Queries::new(cpu, (q, o, lse, d_o), gates.map(|gates| (gates, GATE)))?;
+    let Backward {
+        config,
+        packing,
+        q,
+        k_blocks,
+        v_blocks,
+        o,
+        lse,
+        d_o,
+        gates,
+        d_gates,
+        dq,
+        accumulate,
+        dk_blocks,
+        dv_blocks,
+    } = args;
+    let queries = Queries::new(cpu, (q, o, lse, d_o), Gating { gates, d_gates, column: GATE })?;
     let args = band::Backward {
         config,
         packing,
@@ -337,6 +353,7 @@ pub(crate) fn backward<T: Element>(cpu: &Cpu, args: Backward<'_, T>) -> Result<(
         stride: config.compress_stride(),
         visible: |t| 0..index::visible_blocks(config, t),
         dq,
+        accumulate,
         dk: dk_blocks,
         dv: dv_blocks,
     };

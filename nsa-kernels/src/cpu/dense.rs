@@ -3,6 +3,7 @@
 
 use crate::cpu::grad::Queries;
 use crate::cpu::{Cpu, band};
+use crate::op::Gating;
 use crate::op::dense::{Backward, Forward};
 use crate::{Element, Result};
 
@@ -15,8 +16,11 @@ pub(crate) fn forward<T: Element>(cpu: &Cpu, args: Forward<'_, T>) -> Result<()>
 
 /// See `op::dense::backward`.
 pub(crate) fn backward<T: Element>(cpu: &Cpu, args: Backward<'_, T>) -> Result<()> {
-    let Backward { config, packing, q, k, v, o, lse, d_o, dq, dk, dv } = args;
-    let queries = Queries::new(cpu, (q, o, lse, d_o), None)?;
+    let Backward { config, packing, q, k, v, o, lse, d_o, dq, accumulate, dk, dv } = args;
+    let queries = Queries::new(cpu, (q, o, lse, d_o), Gating::NONE)?;
     let (offsets, visible) = (packing.cu_seqlens(), |t| 0..t + 1);
-    band::backward(cpu, band::Backward { config, packing, queries, k, v, offsets, stride: 1, visible, dq, dk, dv })
+    band::backward(
+        cpu,
+        band::Backward { config, packing, queries, k, v, offsets, stride: 1, visible, dq, accumulate, dk, dv },
+    )
 }

@@ -16,6 +16,7 @@ use crate::cpu::simd::{Compute, PAD, Simd, padded, prefetch, vectorize};
 use crate::cpu::softmax::Gradient;
 use crate::cpu::turns::KeySums;
 use crate::cpu::unit::Unit;
+use crate::op::Gating;
 use crate::{Result, Tensor};
 use nsa_core::{CuSeqlens, Element, NsaConfig, Real, View};
 use num_traits::Zero;
@@ -41,18 +42,19 @@ impl<'a, T: Element> Queries<'a, T> {
     pub(crate) fn new(
         cpu: &'a Cpu,
         (q, o, lse, d_o): (Tensor<'a, T, 3>, Tensor<'a, T, 3>, Tensor<'a, T::Acc, 2>, Tensor<'a, T, 3>),
-        gates: Option<(Tensor<'a, T, 3>, usize)>,
+        Gating { gates, d_gates, column }: Gating<'a, T>,
     ) -> Result<Self> {
-        let gates = match gates {
-            Some((gates, column)) => Some((gates.to_host()?, column)),
-            None => None,
-        };
+        let gates = gates.map(|gates| gates.to_host()).transpose()?.map(|gates| (gates, column));
+        let sums = d_gates.map(|d_gates| d_gates.to_host()).transpose()?;
         let [n, heads, _] = q.shape();
         let (q, o, lse, d_o) = (q.to_host()?, o.to_host()?, lse.to_host()?, d_o.to_host()?);
         let mut queries = Self { q, lse, d_o, gates, delta: cpu.pool().take(0) };
         let mut delta = cpu.pool().take(n * heads);
         delta.par_chunks_mut(heads).enumerate().with_min_len(16).for_each(|(t, delta)| {
-            vectorize(cpu.isa(), Dots { x: d_o, y: o, t, dots: &mut *delta });
+            match sums {
+                Some(sums) => delta.iter_mut().enumerate().for_each(|(h, delta)| *delta = sums.row(t, h)[column]),
+                None => vectorize(cpu.isa(), Dots { x: d_o, y: o, t, dots: &mut *delta }),
+            }
             delta.iter_mut().enumerate().for_each(|(h, delta)| *delta *= queries.gate(t, h));
         });
         queries.delta = delta;

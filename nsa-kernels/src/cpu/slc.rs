@@ -13,6 +13,7 @@ use crate::cpu::rows::host_rows;
 use crate::cpu::tasks::{QueryTile, query_tiles, split_rows, tile_len};
 use crate::cpu::turns::{Cut, Row, for_each_row};
 use crate::cpu::unit::{Pair, Unit};
+use crate::op::Gating;
 use crate::op::slc::{Backward, Forward};
 use crate::{Element, Error, Result};
 use nsa_core::{NsaConfig, Packing, View, index, select};
@@ -173,11 +174,12 @@ pub(crate) fn backward<T: Element>(cpu: &Cpu, args: Backward<'_, T>) -> Result<(
 }
 
 fn backward_in<T: Element, U: Unit<Acc = T::Acc>>(cpu: &Cpu, args: Backward<'_, T>) -> Result<()> {
-    let Backward { config, packing, q, k, v, block_indices, o, lse, d_o, gates, dq, dk, dv } = args;
+    let Backward { config, packing, q, k, v, block_indices, o, lse, d_o, gates, d_gates, dq, accumulate, dk, dv } =
+        args;
     let lists = block_indices.to_host()?;
     check_lists("slc::backward", config, packing, &lists)?;
     let pool = cpu.pool();
-    let queries = Queries::new(cpu, (q, o, lse, d_o), gates.map(|gates| (gates, GATE)))?;
+    let queries = Queries::new(cpu, (q, o, lse, d_o), Gating { gates, d_gates, column: GATE })?;
     let offsets = packing.cu_seqlens();
     let grid = Grid::of_blocks(config.select_block());
     let keys = grad::SeqKeys::<T, U>::pack(pool, config, (k, v), offsets, grid)?;
@@ -194,7 +196,7 @@ fn backward_in<T: Element, U: Unit<Acc = T::Acc>>(cpu: &Cpu, args: Backward<'_, 
     });
     let inverse = Inverse { cpu, config, grid, pairs: &pairs };
     let cuts: Vec<Cut> = packing.seqs().zip(&sizes).map(|(seq, &size)| cut(config, seq.rows.len(), size)).collect();
-    for_each_row((pool, config), packing, offsets, &cuts, (dq, dk, dv), |row| {
+    for_each_row((pool, config), packing, offsets, &cuts, (dq, accumulate, dk, dv), |row| {
         let (rows, size) = (packing.seq(row.seq).rows, sizes[row.seq]);
         let position = row.tile * size;
         let queries_of = rows.start + position..rows.end.min(rows.start + position + size);

@@ -141,13 +141,14 @@ pub(crate) struct Row<'t, 'a, A> {
     pub(crate) turns: Turns<'t, 'a, A>,
 }
 
-/// Calls `row` for every tile of queries of every sequence, after dk and dv have been set to zero.
+/// Calls `row` for every tile of queries of every sequence, after dk and dv, and dq unless it
+/// accumulates, have been set to zero.
 pub(crate) fn for_each_row<A: Real>(
     (pool, config): (&Pool, &NsaConfig),
     packing: &Packing,
     keys: &CuSeqlens,
     cuts: &[Cut],
-    (dq, dk, dv): (TensorMut<'_, A, 3>, TensorMut<'_, A, 3>, TensorMut<'_, A, 3>),
+    (dq, accumulate, dk, dv): (TensorMut<'_, A, 3>, bool, TensorMut<'_, A, 3>, TensorMut<'_, A, 3>),
     row: impl Fn(Row<'_, '_, A>) + Sync,
 ) -> Result<()> {
     let (dk, dv) = (zeroed(dk)?, zeroed(dv)?);
@@ -177,6 +178,9 @@ pub(crate) fn for_each_row<A: Real>(
         let next = || rows.lock().unwrap_or_else(PoisonError::into_inner).next();
         (0..rayon::current_num_threads()).into_par_iter().with_max_len(1).for_each(|_| {
             while let Some((.., next)) = next() {
+                if !accumulate {
+                    next.dq.fill(A::zero());
+                }
                 row(next);
             }
         });
@@ -290,7 +294,7 @@ mod tests {
                     sums.dv[0] += 1.0;
                 }
             };
-            pool.install(|| for_each_row((&Pool::default(), &config), &packing, &offsets, &cuts, (q, k, v), row))
+            pool.install(|| for_each_row((&Pool::default(), &config), &packing, &offsets, &cuts, (q, true, k, v), row))
                 .unwrap();
             assert_eq!(calls.into_inner(), 7);
             assert_eq!(dq, [0.0, 0.0, 1.0, 1.0, 2.0, 2.0, 3.0, 3.0, 4.0, 4.0, 0.0, 0.0, 1.0]);

@@ -2,6 +2,7 @@
 
 use crate::cpu::grad::Queries;
 use crate::cpu::{Cpu, band};
+use crate::op::Gating;
 use crate::op::win::{Backward, Forward};
 use crate::{Element, Result};
 use nsa_core::index;
@@ -18,8 +19,11 @@ pub(crate) fn forward<T: Element>(cpu: &Cpu, args: Forward<'_, T>) -> Result<()>
 
 /// See `op::win::backward`.
 pub(crate) fn backward<T: Element>(cpu: &Cpu, args: Backward<'_, T>) -> Result<()> {
-    let Backward { config, packing, q, k, v, o, lse, d_o, gates, dq, dk, dv } = args;
-    let queries = Queries::new(cpu, (q, o, lse, d_o), gates.map(|gates| (gates, GATE)))?;
+    let Backward { config, packing, q, k, v, o, lse, d_o, gates, d_gates, dq, accumulate, dk, dv } = args;
+    let queries = Queries::new(cpu, (q, o, lse, d_o), Gating { gates, d_gates, column: GATE })?;
     let (offsets, visible) = (packing.cu_seqlens(), |t| index::window_tokens(config, t));
-    band::backward(cpu, band::Backward { config, packing, queries, k, v, offsets, stride: 1, visible, dq, dk, dv })
+    band::backward(
+        cpu,
+        band::Backward { config, packing, queries, k, v, offsets, stride: 1, visible, dq, accumulate, dk, dv },
+    )
 }

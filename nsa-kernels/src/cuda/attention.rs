@@ -3,12 +3,12 @@
 
 use super::ahead::{Build, Launched};
 use super::geometry::step::StepTiles;
-use super::geometry::{BandTiles, Geometry, KeptScores, SelectTiles, Unit, copy_bytes};
+use super::geometry::{BandTiles, Geometry, KeptScores, SelectTiles, Unit, copy_bytes, vector};
 use super::launch::Call;
 use super::params::{Field, In, Out, Stored, params};
 use super::program::{Constants, Program};
 use super::workspace::Scratch;
-use super::{Cuda, cmp, dense, slc};
+use super::{Cuda, cmp, dense, slc, win};
 use crate::{Element, Error, Pages, Result, Rows, Tensor, TensorMut};
 use nsa_core::{CuSeqlens, DType, NsaConfig, Packing};
 use std::marker::PhantomData;
@@ -268,12 +268,14 @@ pub(crate) fn builds(config: &NsaConfig, dtype: DType, unit: Unit) -> Vec<Build>
     let scores = KeptScores::new(config, compressed, usize::MAX >> 32, (1, 0));
     let (banded, of_blocks) = (band.bake(constants.clone()), scores.bake(constants.clone()));
     let kept = Geometry { shared_bytes: scores.shared_bytes as u32, ..scores.tiles.geometry(1, 1) };
+    let gated = banded.clone().with("VECTOR", vector(config.head_dim_v(), size, &[]));
     let step = StepTiles::new(config, size, false);
     let stepped = step.bake(constants.clone(), config, size, [0, 0]);
     let mut builds = vec![
         build(&dense::PROGRAM, &banded, &["dense_forward", "win_forward"], band.geometry(1, 1)),
         build(&dense::STEP, &stepped, &["dense_step"], step.geometry(config, 1, step.attend_bytes())),
         build(&cmp::PROGRAM, &of_blocks, &["cmp_forward"], kept),
+        build(&win::PROGRAM, &gated, &["win_gate_forward"], band.geometry(1, 1)),
     ];
     builds.extend(
         selects.iter().map(|select| {

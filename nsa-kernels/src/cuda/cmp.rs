@@ -6,6 +6,7 @@ use super::geometry::{BandTiles, KeptScores};
 use super::gradients;
 use super::params::{Out, Params, params};
 use super::program::Program;
+use crate::op::Gating;
 use crate::op::cmp::{Backward, Forward};
 use crate::{Element, Result};
 use nsa_core::index;
@@ -61,7 +62,22 @@ pub(crate) fn forward<T: Element>(cuda: &Cuda, args: Forward<'_, T>) -> Result<(
 }
 
 pub(crate) fn backward<T: Element>(cuda: &Cuda, args: Backward<'_, T>) -> Result<()> {
-    let Backward { config, packing, q, k_blocks, v_blocks, o, lse, d_o, gates, dq, dk_blocks, dv_blocks } = args;
+    let Backward {
+        config,
+        packing,
+        q,
+        k_blocks,
+        v_blocks,
+        o,
+        lse,
+        d_o,
+        gates,
+        d_gates,
+        dq,
+        accumulate,
+        dk_blocks,
+        dv_blocks,
+    } = args;
     let args = gradients::Backward {
         config,
         packing,
@@ -71,8 +87,9 @@ pub(crate) fn backward<T: Element>(cuda: &Cuda, args: Backward<'_, T>) -> Result
         o,
         lse,
         d_o,
-        gates: gates.map(|gates| (gates, 0)),
+        gating: Gating { gates, d_gates, column: 0 },
         dq,
+        accumulate,
         dk: ("dk_blocks", dk_blocks),
         dv: ("dv_blocks", dv_blocks),
     };

@@ -7,6 +7,7 @@ use super::geometry::step::StepTiles;
 use super::gradients;
 use super::params::{Out, Params, params};
 use super::program::Program;
+use crate::op::Gating;
 use crate::op::dense::{Backward, Forward};
 use crate::{Element, Result};
 use nsa_core::NsaConfig;
@@ -93,7 +94,7 @@ fn launch_band(kernel: &'static str, config: &NsaConfig, tiles: &BandTiles, prep
 }
 
 pub(crate) fn backward<T: Element>(cuda: &Cuda, args: Backward<'_, T>) -> Result<()> {
-    let Backward { config, packing, q, k, v, o, lse, d_o, dq, dk, dv } = args;
+    let Backward { config, packing, q, k, v, o, lse, d_o, dq, accumulate, dk, dv } = args;
     let args = gradients::Backward {
         config,
         packing,
@@ -103,8 +104,9 @@ pub(crate) fn backward<T: Element>(cuda: &Cuda, args: Backward<'_, T>) -> Result
         o,
         lse,
         d_o,
-        gates: None,
+        gating: Gating::NONE,
         dq,
+        accumulate,
         dk: ("dk", dk),
         dv: ("dv", dv),
     };

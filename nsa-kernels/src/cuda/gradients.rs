@@ -8,6 +8,7 @@ use super::launch::Call;
 use super::params::{Field, In, Out, Params, Stored, params};
 use super::program::{Constants, Program};
 use super::workspace::Scratch;
+use crate::op::Gating;
 use crate::{Element, Result, Tensor, TensorMut};
 use nsa_core::{CuSeqlens, DType, NsaConfig, Packing};
 use std::marker::PhantomData;
@@ -39,6 +40,8 @@ params! {
         d_o: In<Stored>,
         /// `[N, Hq, 3]`, or null.
         gates: In<Stored>,
+        /// `[N, Hq, 3]`, or null.
+        d_gates: In<f32>,
         /// `[N, Hq]`.
         lse: In<f32>,
         /// `[N, Hq, 4]`.
@@ -64,6 +67,8 @@ params! {
         parts: i32,
         /// The branch's column of the gates.
         gate: i32,
+        /// Whether dq is added to what it holds.
+        accumulate: i32,
         scale: f32,
     }
 }
@@ -84,9 +89,9 @@ pub(super) struct Backward<'a, T: Element> {
     pub(super) o: Tensor<'a, T, 3>,
     pub(super) lse: Tensor<'a, T::Acc, 2>,
     pub(super) d_o: Tensor<'a, T, 3>,
-    /// With the branch's column.
-    pub(super) gates: Option<(Tensor<'a, T, 3>, usize)>,
+    pub(super) gating: Gating<'a, T>,
     pub(super) dq: TensorMut<'a, T::Acc, 3>,
+    pub(super) accumulate: bool,
     pub(super) dk: (&'static str, TensorMut<'a, T::Acc, 3>),
     pub(super) dv: (&'static str, TensorMut<'a, T::Acc, 3>),
 }
@@ -111,7 +116,7 @@ pub(super) fn prepare<'c, T: Element>(
     (queries, keys): (usize, usize),
 ) -> Result<Prepared<'c>> {
     let call = Call::new::<T>(cuda, op)?;
-    let Backward { config, packing, q, k, v, o, lse, d_o, gates, mut dq, mut dk, mut dv } = args;
+    let Backward { config, packing, q, k, v, o, lse, d_o, gating, mut dq, accumulate, mut dk, mut dv } = args;
     let rows = packing.num_tokens() * config.num_heads();
     let lies = packed_sequences(offsets);
     let query_tiles = Sequences::new(&call, packing, &lies, |_, queries_of| queries_of.div_ceil(queries))?;
@@ -123,7 +128,8 @@ pub(super) fn prepare<'c, T: Element>(
         v: call.input(v.0, &v.1)?,
         o: call.input("o", &o)?,
         d_o: call.input("d_o", &d_o)?,
-        gates: call.optional_input("gates", gates.as_ref().map(|(gates, _)| gates))?,
+        gates: call.optional_input("gates", gating.gates.as_ref())?,
+        d_gates: call.optional_input("d_gates", gating.d_gates.as_ref())?,
         lse: call.input("lse", &lse)?,
         facts: facts.written_by(),
         dq: call.output("dq", &mut dq)?,
@@ -136,7 +142,8 @@ pub(super) fn prepare<'c, T: Element>(
         query_tiles: query_tiles.tiles as i32,
         num_sequences: packing.num_seqs() as i32,
         parts: 1,
-        gate: gates.as_ref().map_or(0, |&(_, column)| column as i32),
+        gate: gating.column as i32,
+        accumulate: i32::from(accumulate),
         scale: config.scale() as f32,
     };
     let addresses = [&[params.q.0, params.k.0][..], &[params.v.0, params.d_o.0]];
@@ -145,9 +152,10 @@ pub(super) fn prepare<'c, T: Element>(
 }
 
 impl Prepared<'_> {
-    /// A warp a row of queries.
+    /// A warp a row of queries, which sums over its dims; a thread a row where the sums are there.
     pub(super) fn facts_geometry(&self) -> Geometry {
-        Geometry::linear(32 * self.params.rows as u64, FACTS_THREADS)
+        let threads = if self.params.d_gates.is_none() { 32 } else { 1 };
+        Geometry::linear(threads * self.params.rows as u64, FACTS_THREADS)
     }
 }
 

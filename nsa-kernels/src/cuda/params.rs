@@ -47,6 +47,11 @@ impl<K> In<K> {
     pub(crate) fn none() -> Self {
         In(0, PhantomData)
     }
+
+    /// Whether there are none.
+    pub(crate) fn is_none(&self) -> bool {
+        self.0 == 0
+    }
 }
 
 impl<K> Out<K> {

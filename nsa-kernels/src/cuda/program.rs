@@ -9,12 +9,14 @@ use nsa_core::{DType, NsaConfig};
 use std::fmt::Write as _;
 
 /// The headers that kernels share.
-const HEADERS: [(&str, &str); 19] = [
+const HEADERS: &[(&str, &str)] = &[
     ("band.cuh", include_str!("kernels/band.cuh")),
+    ("band_fwd.cuh", include_str!("kernels/band_fwd.cuh")),
     ("decode.cuh", include_str!("kernels/decode.cuh")),
     ("decode_select.cuh", include_str!("kernels/decode_select.cuh")),
     ("element.cuh", include_str!("kernels/element.cuh")),
     ("flash.cuh", include_str!("kernels/flash.cuh")),
+    ("gate.cuh", include_str!("kernels/gate.cuh")),
     ("grad.cuh", include_str!("kernels/grad.cuh")),
     ("inverse.cuh", include_str!("kernels/inverse.cuh")),
     ("joined.cuh", include_str!("kernels/joined.cuh")),

@@ -10,6 +10,7 @@ use super::geometry::{Extent, Geometry, GradientTiles, SelectTiles, TurnedTiles,
 use super::gradients::{self, ADD_THREADS, BandBackward, FACTS_THREADS};
 use super::params::{In, Out, Params, params};
 use super::program::{Constants, Program};
+use crate::op::Gating;
 use crate::op::slc::{Backward, Forward};
 use crate::{Element, Result};
 use index::{Index, Lists, SlcIndex, Works};
@@ -96,7 +97,8 @@ fn turned<'a>(
 
 pub(crate) fn backward<T: Element>(cuda: &Cuda, args: Backward<'_, T>) -> Result<()> {
     const OP: &str = "slc::backward";
-    let Backward { config, packing, q, k, v, block_indices, o, lse, d_o, gates, dq, dk, dv } = args;
+    let Backward { config, packing, q, k, v, block_indices, o, lse, d_o, gates, d_gates, dq, accumulate, dk, dv } =
+        args;
     let (tokens, heads, count) = (packing.num_tokens(), config.num_kv_heads(), config.select_count());
     let tiles = BackwardTiles::new(config, size_of::<T>(), cuda.unit());
     let args = gradients::Backward {
@@ -108,8 +110,9 @@ pub(crate) fn backward<T: Element>(cuda: &Cuda, args: Backward<'_, T>) -> Result
         o,
         lse,
         d_o,
-        gates: gates.map(|gates| (gates, 1)),
+        gating: Gating { gates, d_gates, column: 1 },
         dq,
+        accumulate,
         dk: ("dk", dk),
         dv: ("dv", dv),
     };

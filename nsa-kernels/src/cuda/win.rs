@@ -1,11 +1,38 @@
-//! Sliding-window attention.
+//! Sliding-window attention, and with it the gated sum of the branches.
 
 use super::Cuda;
-use super::attention;
+use super::attention::{self, BandForward};
 use super::dense::win_forward;
+use super::geometry::{BandTiles, vector};
 use super::gradients;
+use super::params::{In, Out, Params, Stored, params};
+use super::program::Program;
+use crate::op::Gating;
 use crate::op::win::{Backward, Forward};
-use crate::{Element, Result};
+use crate::{Element, Result, Tensor, TensorMut};
+
+/// The kernel of the last branch and the sum.
+pub(crate) static PROGRAM: Program = Program {
+    file: "win_gate_fwd.cu",
+    text: include_str!("kernels/win_gate_fwd.cu"),
+    params: &[BandForward::declaration, WinGateForward::declaration],
+};
+
+params! {
+    /// Arguments of `win_gate_forward`.
+    struct WinGateForward {
+        /// What every forward has.
+        common: BandForward,
+        /// `[N, Hq, 3]`.
+        gates: In<Stored>,
+        /// `[N, Hq, Dv]`.
+        cmp: In<Stored>,
+        /// `[N, Hq, Dv]`.
+        slc: In<Stored>,
+        /// `[N, Hq, Dv]`.
+        sum: Out<Stored>,
+    }
+}
 
 pub(crate) fn forward<T: Element>(cuda: &Cuda, args: Forward<'_, T>) -> Result<()> {
     let Forward { config, packing, q, k, v, o, lse } = args;
@@ -13,8 +40,36 @@ pub(crate) fn forward<T: Element>(cuda: &Cuda, args: Forward<'_, T>) -> Result<(
     win_forward(cuda, "win::forward", args)
 }
 
+/// [`forward`], and with it the gated sum of the other branches' outputs `[cmp, slc]` and its own, which a kernel of its own would
+/// have to read once more.
+pub(crate) fn forward_gated<T: Element>(
+    cuda: &Cuda,
+    args: Forward<'_, T>,
+    gates: Tensor<'_, T, 3>,
+    [cmp, slc]: [Tensor<'_, T, 3>; 2],
+    mut sum: TensorMut<'_, T, 3>,
+) -> Result<()> {
+    const OP: &str = "win::forward";
+    let Forward { config, packing, q, k, v, o, lse } = args;
+    let args = attention::Forward { config, packing, q, k: ("k", k), v: ("v", v), o, lse };
+    let tiles = BandTiles::new(config, size_of::<T>(), cuda.unit()).checked(cuda, OP, config)?;
+    let prepared = attention::prepare(cuda, OP, args, tiles.queries)?;
+    let call = &prepared.call;
+    let params = WinGateForward {
+        common: prepared.params,
+        gates: call.input("gates", &gates)?,
+        cmp: call.input("branches[0]", &cmp)?,
+        slc: call.input("branches[1]", &slc)?,
+        sum: call.output("o", &mut sum)?,
+    };
+    let width = vector(config.head_dim_v(), size_of::<T>(), &[params.cmp.0, params.slc.0, params.sum.0]);
+    let geometry = tiles.geometry(prepared.sequences.tiles, config.num_kv_heads());
+    let call = call.again(|constants| tiles.bake(constants).with("VECTOR", width));
+    call.launch(&PROGRAM, "win_gate_forward", geometry, params)
+}
+
 pub(crate) fn backward<T: Element>(cuda: &Cuda, args: Backward<'_, T>) -> Result<()> {
-    let Backward { config, packing, q, k, v, o, lse, d_o, gates, dq, dk, dv } = args;
+    let Backward { config, packing, q, k, v, o, lse, d_o, gates, d_gates, dq, accumulate, dk, dv } = args;
     let args = gradients::Backward {
         config,
         packing,
@@ -24,8 +79,9 @@ pub(crate) fn backward<T: Element>(cuda: &Cuda, args: Backward<'_, T>) -> Result
         o,
         lse,
         d_o,
-        gates: gates.map(|gates| (gates, 2)),
+        gating: Gating { gates, d_gates, column: 2 },
         dq,
+        accumulate,
         dk: ("dk", dk),
         dv: ("dv", dv),
     };

@@ -46,8 +46,13 @@ pub struct Backward<'a, T: Element> {
     pub d_o: Tensor<'a, T, 3>,
     /// … times this gate, if any: do^c = g^c · do. `[N, Hq, 3]`, of which the branch takes its column.
     pub gates: Option<Tensor<'a, T, 3>>,
-    /// Accumulated: `[N, Hq, Dk]`.
+    /// Their gradients, if [`gate::backward`](super::gate::backward) has written them: they are Σ do·o^c, and `o` is not
+    /// read. `[N, Hq, 3]`.
+    pub d_gates: Option<Tensor<'a, T::Acc, 3>>,
+    /// Written: `[N, Hq, Dk]` …
     pub dq: TensorMut<'a, T::Acc, 3>,
+    /// … or, if true, added to what it holds.
+    pub accumulate: bool,
     /// Written: `[M, G, Dk]`.
     pub dk_blocks: TensorMut<'a, T::Acc, 3>,
     /// Written: `[M, G, Dv]`.
@@ -87,7 +92,7 @@ pub fn forward<T: Element>(backend: &Backend, args: Forward<'_, T>) -> Result<()
 }
 
 /// Gradients of [`forward`] (SPEC 3): do^c = g^c·do, δ = Σ do^c·o, p = exp(scale·q·k̃ − lse), ds = p·(do^c·ṽ − δ);
-/// dq += scale·ds·k̃, dk̃ = scale·Σ ds·q, dṽ = Σ p·do^c. Importance and selection pass no gradient.
+/// dq = scale·ds·k̃, dk̃ = scale·Σ ds·q, dṽ = Σ p·do^c. Importance and selection pass no gradient.
 ///
 /// **Shapes**: on the fields of [`Backward`].
 ///
@@ -110,6 +115,7 @@ pub fn backward<T: Element>(backend: &Backend, args: Backward<'_, T>) -> Result<
         lse: &args.lse,
         d_o: &args.d_o,
         gates: args.gates.as_ref(),
+        d_gates: args.d_gates.as_ref(),
         dq: &args.dq,
         dk: ("dk_blocks", &args.dk_blocks),
         dv: ("dv_blocks", &args.dv_blocks),

@@ -42,8 +42,10 @@ pub struct Backward<'a, T: Element> {
     pub lse: Tensor<'a, T::Acc, 2>,
     /// Gradient of the output `[N, Hq, Dv]`.
     pub d_o: Tensor<'a, T, 3>,
-    /// Accumulated: `[N, Hq, Dk]`.
+    /// Written: `[N, Hq, Dk]` …
     pub dq: TensorMut<'a, T::Acc, 3>,
+    /// … or, if true, added to what it holds.
+    pub accumulate: bool,
     /// Written: `[N, G, Dk]`.
     pub dk: TensorMut<'a, T::Acc, 3>,
     /// Written: `[N, G, Dv]`.
@@ -79,7 +81,7 @@ pub fn forward<T: Element>(backend: &Backend, args: Forward<'_, T>) -> Result<()
 }
 
 /// Gradients of [`forward`] (SPEC 3): δ = Σ do·o, p = exp(scale·q·k − lse), ds = p·(do·v − δ);
-/// dq += scale·ds·k, dk = scale·Σ ds·q, dv = Σ p·do.
+/// dq = scale·ds·k, dk = scale·Σ ds·q, dv = Σ p·do.
 ///
 /// **Shapes**: on the fields of [`Backward`].
 ///
@@ -102,6 +104,7 @@ pub fn backward<T: Element>(backend: &Backend, args: Backward<'_, T>) -> Result<
         lse: &args.lse,
         d_o: &args.d_o,
         gates: None,
+        d_gates: None,
         dq: &args.dq,
         dk: ("dk", &args.dk),
         dv: ("dv", &args.dv),

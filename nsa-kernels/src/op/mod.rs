@@ -45,6 +45,11 @@ impl<'a> Shapes<'a> {
         [self.packing.num_tokens(), self.config.num_heads()]
     }
 
+    /// `[N, Hq, 3]`.
+    pub(crate) fn gates(&self) -> [usize; 3] {
+        [self.packing.num_tokens(), self.config.num_heads(), 3]
+    }
+
     /// `[rows, G, Dk]`.
     pub(crate) fn keys(&self, rows: usize) -> [usize; 3] {
         [rows, self.config.num_kv_heads(), self.config.head_dim_qk()]
@@ -101,12 +106,31 @@ impl<'a> Shapes<'a> {
         args.lse.check(self.op, "lse", self.lse())?;
         args.d_o.check(self.op, "d_o", self.outputs())?;
         if let Some(gates) = args.gates {
-            gates.check(self.op, "gates", [self.packing.num_tokens(), self.config.num_heads(), 3])?;
+            gates.check(self.op, "gates", self.gates())?;
+        }
+        if let Some(d_gates) = args.d_gates {
+            d_gates.check(self.op, "d_gates", self.gates())?;
         }
         args.dq.check(self.op, "dq", self.queries())?;
         args.dk.1.check(self.op, args.dk.0, self.keys(args.rows))?;
         args.dv.1.check(self.op, args.dv.0, self.values(args.rows))
     }
+}
+
+/// How a branch's output enters the gated sum.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Gating<'a, T: nsa_core::Element> {
+    /// `[N, Hq, 3]`; without them 1.
+    pub(crate) gates: Option<Tensor<'a, T, 3>>,
+    /// `[N, Hq, 3]`: Σ do·o of each branch, if known.
+    pub(crate) d_gates: Option<Tensor<'a, T::Acc, 3>>,
+    /// The branch's.
+    pub(crate) column: usize,
+}
+
+impl<T: nsa_core::Element> Gating<'_, T> {
+    /// Of an output that enters no sum.
+    pub(crate) const NONE: Self = Self { gates: None, d_gates: None, column: 0 };
 }
 
 /// The arguments that every branch's backward has, with the names that differ.
@@ -120,6 +144,7 @@ pub(crate) struct BranchGrad<'b, 'a, T: Element> {
     pub(crate) lse: &'b Tensor<'a, T::Acc, 2>,
     pub(crate) d_o: &'b Tensor<'a, T, 3>,
     pub(crate) gates: Option<&'b Tensor<'a, T, 3>>,
+    pub(crate) d_gates: Option<&'b Tensor<'a, T::Acc, 3>>,
     pub(crate) dq: &'b TensorMut<'a, T::Acc, 3>,
     pub(crate) dk: (&'static str, &'b TensorMut<'a, T::Acc, 3>),
     pub(crate) dv: (&'static str, &'b TensorMut<'a, T::Acc, 3>),

@@ -1,7 +1,7 @@
 //! The whole operator after φ: three branches, selection and gate (SPEC 2, 3).
 
 use super::{Shapes, cmp, gate, slc, win};
-use crate::{Backend, Element, Result, Rows, Tensor, TensorMut};
+use crate::{Backend, Element, Result, Rows, Tensor, TensorMut, cuda};
 use nsa_core::{NsaConfig, Packing};
 
 /// Where the selected blocks come from.
@@ -108,10 +108,14 @@ pub fn forward<T: Element>(backend: &Backend, args: Forward<'_, T>) -> Result<()
     let block_indices = block_indices.expect("selected or given");
     let (o_branch, lse) = (o_slc.reborrow(), lse_slc);
     slc::forward(backend, slc::Forward { config, packing, q, k: k_slc, v: v_slc, block_indices, o: o_branch, lse })?;
-    let (o_branch, lse) = (o_win.reborrow(), lse_win);
-    win::forward(backend, win::Forward { config, packing, q, k: k_win, v: v_win, o: o_branch, lse })?;
-    let branches = [o_cmp.as_tensor(), o_slc.as_tensor(), o_win.as_tensor()];
-    gate::forward(backend, gate::Forward { gates, branches, o })
+    let window = win::Forward { config, packing, q, k: k_win, v: v_win, o: o_win.reborrow(), lse: lse_win };
+    let [cmp, slc] = [o_cmp.as_tensor(), o_slc.as_tensor()];
+    if let Backend::Cuda(cuda) = backend {
+        window.check()?;
+        return cuda::win::forward_gated(cuda, window, gates, [cmp, slc], o);
+    }
+    win::forward(backend, window)?;
+    gate::forward(backend, gate::Forward { gates, branches: [cmp, slc, o_win.as_tensor()], o })
 }
 
 /// Gradients of [`forward`]: each branch's with do^c = g^c·do, dq their sum, and those of the gates.
@@ -126,16 +130,16 @@ pub fn forward<T: Element>(backend: &Backend, args: Forward<'_, T>) -> Result<()
 /// If a shape does not fit, a sequence has a context, or a block list is not strictly ascending candidates followed
 /// by −1.
 pub fn backward<T: Element>(backend: &Backend, args: Backward<'_, T>) -> Result<()> {
-    let Backward { config, packing, q, k, v, gates, block_indices, branches, lse, d_o, mut dq, dk, dv, d_gates } = args;
+    let Backward { config, packing, q, k, v, gates, block_indices, branches, lse, d_o, mut dq, dk, dv, mut d_gates } =
+        args;
     let shapes = Shapes::new("nsa::backward", config, packing);
     shapes.whole_sequences()?;
     gates.check("nsa::backward", "gates", [packing.num_tokens(), config.num_heads(), 3])?;
-    gate::backward(backend, gate::Backward { branches, d_o, d_gates })?;
-    dq.fill(T::Acc::default())?;
+    gate::backward(backend, gate::Backward { branches, d_o, d_gates: d_gates.reborrow() })?;
     let ([k_blocks, k_slc, k_win], [v_blocks, v_slc, v_win]) = (k, v);
     let ([dk_blocks, dk_slc, dk_win], [dv_blocks, dv_slc, dv_win]) = (dk, dv);
     let ([o_cmp, o_slc, o_win], [lse_cmp, lse_slc, lse_win]) = (branches, lse);
-    let gates = Some(gates);
+    let (gates, d_gates) = (Some(gates), Some(d_gates.as_tensor()));
     let args = cmp::Backward {
         config,
         packing,
@@ -146,7 +150,9 @@ pub fn backward<T: Element>(backend: &Backend, args: Backward<'_, T>) -> Result<
         lse: lse_cmp,
         d_o,
         gates,
+        d_gates,
         dq: dq.reborrow(),
+        accumulate: false,
         dk_blocks,
         dv_blocks,
     };
@@ -162,7 +168,9 @@ pub fn backward<T: Element>(backend: &Backend, args: Backward<'_, T>) -> Result<
         lse: lse_slc,
         d_o,
         gates,
+        d_gates,
         dq: dq.reborrow(),
+        accumulate: true,
         dk: dk_slc,
         dv: dv_slc,
     };
@@ -177,7 +185,9 @@ pub fn backward<T: Element>(backend: &Backend, args: Backward<'_, T>) -> Result<
         lse: lse_win,
         d_o,
         gates,
+        d_gates,
         dq,
+        accumulate: true,
         dk: dk_win,
         dv: dv_win,
     };

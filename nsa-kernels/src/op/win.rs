@@ -24,6 +24,19 @@ pub struct Forward<'a, T: Element> {
     pub lse: TensorMut<'a, T::Acc, 2>,
 }
 
+impl<T: Element> Forward<'_, T> {
+    /// Checks the shapes.
+    pub(crate) fn check(&self) -> Result<()> {
+        let shapes = Shapes::new("win::forward", self.config, self.packing);
+        let lens = |s| {
+            let seq = self.packing.seq(s);
+            let reach = (self.config.window() - 1).min(seq.context);
+            seq.rows.len() + reach..=seq.end()
+        };
+        shapes.forward(&self.q, ("k", &self.k), ("v", &self.v), (&self.o, &self.lse), lens)
+    }
+}
+
 /// Arguments of [`backward`]; every sequence starts at position 0.
 #[derive(Debug)]
 pub struct Backward<'a, T: Element> {
@@ -45,8 +58,13 @@ pub struct Backward<'a, T: Element> {
     pub d_o: Tensor<'a, T, 3>,
     /// … times this gate, if any: do^c = g^c · do. `[N, Hq, 3]`, of which the branch takes its column.
     pub gates: Option<Tensor<'a, T, 3>>,
-    /// Accumulated: `[N, Hq, Dk]`.
+    /// Their gradients, if [`gate::backward`](super::gate::backward) has written them: they are Σ do·o^c, and `o` is not
+    /// read. `[N, Hq, 3]`.
+    pub d_gates: Option<Tensor<'a, T::Acc, 3>>,
+    /// Written: `[N, Hq, Dk]` …
     pub dq: TensorMut<'a, T::Acc, 3>,
+    /// … or, if true, added to what it holds.
+    pub accumulate: bool,
     /// Written: `[N, G, Dk]`.
     pub dk: TensorMut<'a, T::Acc, 3>,
     /// Written: `[N, G, Dv]`.
@@ -66,14 +84,7 @@ pub struct Backward<'a, T: Element> {
 /// # Errors
 /// If a shape does not fit.
 pub fn forward<T: Element>(backend: &Backend, args: Forward<'_, T>) -> Result<()> {
-    const OP: &str = "win::forward";
-    let shapes = Shapes::new(OP, args.config, args.packing);
-    let lens = |s| {
-        let seq = args.packing.seq(s);
-        let reach = (args.config.window() - 1).min(seq.context);
-        seq.rows.len() + reach..=seq.end()
-    };
-    shapes.forward(&args.q, ("k", &args.k), ("v", &args.v), (&args.o, &args.lse), lens)?;
+    args.check()?;
     match backend {
         Backend::Cpu(cpu) => T::win_forward(cpu, args),
         Backend::Cuda(cuda) => cuda::win::forward(cuda, args),
@@ -81,7 +92,7 @@ pub fn forward<T: Element>(backend: &Backend, args: Forward<'_, T>) -> Result<()
 }
 
 /// Gradients of [`forward`] (SPEC 3): do^c = g^c·do, δ = Σ do^c·o, p = exp(scale·q·k − lse), ds = p·(do^c·v − δ);
-/// dq += scale·ds·k, dk = scale·Σ ds·q, dv = Σ p·do^c.
+/// dq = scale·ds·k, dk = scale·Σ ds·q, dv = Σ p·do^c.
 ///
 /// **Shapes**: on the fields of [`Backward`].
 ///
@@ -104,6 +115,7 @@ pub fn backward<T: Element>(backend: &Backend, args: Backward<'_, T>) -> Result<
         lse: &args.lse,
         d_o: &args.d_o,
         gates: args.gates.as_ref(),
+        d_gates: args.d_gates.as_ref(),
         dq: &args.dq,
         dk: ("dk", &args.dk),
         dv: ("dv", &args.dv),

@@ -81,8 +81,6 @@ pub(crate) fn backward<T: Element>(
 ) -> Result<()> {
     let (inputs, dims) = (pass.inputs, pass.dims);
     let n = inputs.rows();
-    let mut dq = d_q.tensor_mut(dims.q_shape(n))?;
-    pass.profile.time(Phase::AttentionBackward, || dq.fill(T::Acc::default()))?;
     let args = dense::Backward {
         config: &dims.operator,
         packing: &inputs.packing,
@@ -92,7 +90,8 @@ pub(crate) fn backward<T: Element>(
         o: o.tensor(dims.o_shape(n))?,
         lse: acts.lse.tensor([n, dims.heads])?,
         d_o,
-        dq,
+        dq: d_q.tensor_mut(dims.q_shape(n))?,
+        accumulate: false,
         dk: d.k.tensor_mut(dims.k_shape(n))?,
         dv: d.v.tensor_mut(dims.v_shape(n))?,
     };

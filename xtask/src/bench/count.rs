@@ -267,10 +267,14 @@ impl Report<'_> {
         let (jobs, longest) = (jobs(&self.options.pass), *self.options.lengths().last().expect("two at least"));
         println!("bf16, {longest} tokens; touched: each sector once a launch; asked: by every load and store");
         for (device, counted) in &self.counted {
-            let mut kernels = columns::table(&[&[device.name, "kernel"][..], &Counts::CELLS].concat(), 2);
+            let estimate = format!("at {} at least", self.options.estimate);
+            let header = [&[device.name, "kernel"][..], &Counts::CELLS, &[&estimate, "by"]].concat();
+            let mut kernels = columns::table(&header, 2);
             for ((job, kernel), counts) in counted {
                 let Some((_, c)) = counts.iter().find(|(tokens, _)| *tokens == longest) else { continue };
-                kernels.add_row([&[name(jobs[*job]), kernel.clone()][..], &c.cells()].concat());
+                let (time, resource) = device.time(&extrapolate(counts, self.options.estimate));
+                let estimate = [seconds(time), resource.to_owned()];
+                kernels.add_row([&[name(jobs[*job]), kernel.clone()][..], &c.cells(), &estimate].concat());
             }
             println!("{kernels}");
         }
@@ -396,21 +400,22 @@ fn bytes(config: &NsaConfig, (who, pass): Job, tokens: usize) -> f64 {
         Pass::Forward => {
             let branch = ELEMENT_BYTES * n * heads * (k + v) + 4.0 * n * heads;
             let pooled = if who == Who::Nsa { ELEMENT_BYTES * rows * (n + blocks) } else { 0.0 };
-            // The gate reads the branches and writes their sum.
-            let gate = if who == Who::Nsa { ELEMENT_BYTES * n * heads * (4.0 * v + 3.0) } else { 0.0 };
+            // The last branch's kernel reads the others' outputs and writes the sum.
+            let gate = if who == Who::Nsa { ELEMENT_BYTES * n * heads * (3.0 * v + 3.0) } else { 0.0 };
             let lists = if who == Who::Nsa { 8.0 * n * groups * config.select_count() as f64 } else { 0.0 };
             branches * branch + ELEMENT_BYTES * rows * all_rows + pooled + gate + lists
         }
         Pass::Backward => {
-            // Facts read o and do; dq kernels read q, do and facts, and add to dq; kernels of keys read q, do and facts again.
-            let facts = n * heads * (2.0 * ELEMENT_BYTES * v + 20.0);
-            let of_queries = n * heads * (ELEMENT_BYTES * (k + v) + 16.0 + 8.0 * k);
+            // Facts read o and do, or the gates and their gradients, and lse; dq kernels read q, do and facts, and write dq or add
+            // to it, the same bytes; kernels of keys read q, do and facts again.
+            let summed = if who == Who::Nsa { 3.0 * (ELEMENT_BYTES + 4.0) } else { 2.0 * ELEMENT_BYTES * v };
+            let facts = n * heads * (summed + 20.0);
+            let of_queries = n * heads * (ELEMENT_BYTES * (k + v) + 16.0 + 4.0 * k);
             let of_keys = n * heads * (ELEMENT_BYTES * (k + v) + 16.0);
             let branch = facts + of_queries + of_keys;
             // Keys and values are read by both, and their gradients written.
             let keys = rows * all_rows * (2.0 * ELEMENT_BYTES + 4.0);
-            let gate =
-                if who == Who::Nsa { ELEMENT_BYTES * n * heads * (4.0 * v + 3.0) + 12.0 * n * heads } else { 0.0 };
+            let gate = if who == Who::Nsa { ELEMENT_BYTES * n * heads * 4.0 * v + 12.0 * n * heads } else { 0.0 };
             let pooled = if who == Who::Nsa { rows * (4.0 * blocks + 8.0 * n) } else { 0.0 };
             branches * branch + keys + gate + pooled
         }

@@ -22,8 +22,9 @@ use safetensors::tensor::TensorView;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-/// Bytes that are read to measure the memory: more than caches hold.
+/// Bytes that are read or copied to measure the memory: more than caches hold; and how often.
 const MEMORY_BYTES: usize = 512 << 20;
+const PASSES: usize = 5;
 /// Magnitude of the random weights.
 const WEIGHT: f32 = 0.04;
 
@@ -129,11 +130,11 @@ pub fn run(options: &Options) -> Result<()> {
     println!("{}{load}\nbackend {}: {why}", machine.line(), backend.name());
     let folder = tempfile::tempdir().context("cannot make a folder for the checkpoint")?;
     let weight_bytes = write_checkpoint(&config, options.dtype, folder.path())?;
+    let memory_gb_per_s = memory_speed(&backend)?;
     let model = Model::open(folder.path(), backend)?;
     // What is mapped outlives its names: an interrupted run leaves nothing behind.
     #[cfg(unix)]
     drop(folder);
-    let memory_gb_per_s = memory_speed();
     let rows = measure(options, &model, weight_bytes)?;
     let out = match &options.out {
         Some(folder) => folder.clone(),
@@ -183,17 +184,33 @@ fn write_checkpoint(config: &ModelConfig, dtype: super::Dtype, folder: &Path) ->
     Ok(read)
 }
 
-/// What all threads together read from memory, GB/s: the best of a few passes.
-fn memory_speed() -> f64 {
-    const CHUNK: usize = 1 << 17;
-    let data = vec![1u64; MEMORY_BYTES / 8];
-    let pass = || {
-        let start = Instant::now();
-        let sum: u64 = data.par_chunks(CHUNK).map(|chunk| chunk.iter().sum::<u64>()).sum();
-        assert_eq!(sum, data.len() as u64);
-        data.len() as f64 * 8.0 / start.elapsed().as_secs_f64() / 1e9
-    };
-    (0..5).map(|_| pass()).fold(0.0, f64::max)
+/// What the backend moves from and to its memory, GB/s, the best of a few passes: on the CPU all threads together read, a
+/// device copies.
+fn memory_speed(backend: &Backend) -> Result<f64> {
+    let mut best = 0.0_f64;
+    match backend {
+        Backend::Cpu(_) => {
+            let data = vec![1u64; MEMORY_BYTES / 8];
+            for _ in 0..PASSES {
+                let start = Instant::now();
+                let sum: u64 = data.par_chunks(1 << 17).map(|chunk| chunk.iter().sum::<u64>()).sum();
+                assert_eq!(sum, data.len() as u64);
+                best = best.max(MEMORY_BYTES as f64 / start.elapsed().as_secs_f64() / 1e9);
+            }
+        }
+        _ => {
+            let from = backend.upload(&vec![1.0_f32; MEMORY_BYTES / 4]);
+            let mut to = backend.alloc::<f32>(from.len());
+            for _ in 0..PASSES {
+                backend.synchronize()?;
+                let start = Instant::now();
+                to.copy_from(0, &from, 0..from.len())?;
+                backend.synchronize()?;
+                best = best.max(2.0 * MEMORY_BYTES as f64 / start.elapsed().as_secs_f64() / 1e9);
+            }
+        }
+    }
+    Ok(best)
 }
 
 /// Lets the batches take turns; every turn draws more tokens of the same sequences.
@@ -240,7 +257,7 @@ fn report(options: &Options, rows: &[Row], memory_gb_per_s: f64, out: &Path) -> 
         table.add_row([row.batch.to_string()].into_iter().chain(columns::time_cells(Some(row.times))).chain(rates));
     }
     println!(
-        "{} in {}, after {} tokens; memory is read at {memory_gb_per_s:.1} GB/s",
+        "{} in {}, after {} tokens; memory moves {memory_gb_per_s:.1} GB/s",
         options.model,
         options.dtype.name(),
         options.context

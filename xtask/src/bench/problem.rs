@@ -205,6 +205,7 @@ impl<T: Element> Problem<T> {
             lse: self.lse[1].tensor(s.lse)?,
             d_o: self.d_o.tensor(s.o)?,
             dq: self.grads.q.tensor_mut(s.q)?,
+            accumulate: false,
             dk: self.grads.k[1].tensor_mut(s.k[1])?,
             dv: self.grads.v[1].tensor_mut(s.v[1])?,
         };

@@ -87,12 +87,11 @@ __device__ __forceinline__ void mask(BandScores& s, const BandTile& tile, const 
     }
 }
 
-// Writes o and lse of a warp's rows; those of all go through `own`, which nobody else uses.
+// Writes o and lse of a warp's rows, which go through `own`, which nobody else uses.
 template <class P>
 __device__ __forceinline__ void write_rows(const P& p, const BandTile& tile, const BandFlash& flash, int base, int rows, char* own) {
     const int lane = anew(int(threadIdx.x % 32));
     const float unscale[2] = {p.unscale_high, p.unscale_low};
-    own += base * Values::PITCH;
     flash.put(own);
     if (lane % 4 == 0) {
 #pragma unroll

@@ -144,7 +144,7 @@ __device__ __forceinline__ void query_gradients(const BandBackwardParams& p) {
         end_products<0>(dq);
     }
     copy_wait<0>();
-    add_query_gradients(dq, [&](int row) {
+    put_query_gradients(dq, p.accumulate != 0, [&](int row) {
         return row < own ? p.dq + run.row(base + row) * HEAD_DIM_QK : nullptr;
     });
 }

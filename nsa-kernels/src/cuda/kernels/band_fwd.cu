@@ -25,31 +25,12 @@
 #include "element.cuh"
 #include "config.cuh"
 #include "params.cuh"
-#include "band.cuh"
-
-// Where outputs leave registers for them, two blocks of warpgroups share a multiprocessor: one multiplies while the other takes
-// exponentials.
-constexpr int LEAST_BLOCKS = WARPGROUPS && Values::PADDED <= 128 ? 2 : 1;
-
-struct Nothing {
-    __device__ __forceinline__ void operator()(const BandFlash&, const BandScores&, int, bool, const float (&)[TILES][2]) const {}
-};
-
-template <class Span>
-__device__ __forceinline__ void band_forward(const BandForwardParams& p) {
-    const BandTile tile(p, blockIdx.x);
-    const Span span(tile.sequence);
-    BandFlash flash;
-    Nothing nothing;
-    attend<0>(p, tile, span, flash, nothing);
-    const int base = threadIdx.x / 32 * WARP_ROWS;
-    write_rows(p, tile, flash, base, tile.rows - base < WARP_ROWS ? tile.rows - base : WARP_ROWS, shared);
-}
+#include "band_fwd.cuh"
 
 extern "C" __global__ void __launch_bounds__(THREADS, LEAST_BLOCKS) dense_forward(const __grid_constant__ BandForwardParams p) {
-    band_forward<Dense>(p);
+    band_forward<Dense>(p, Nothing());
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, LEAST_BLOCKS) win_forward(const __grid_constant__ BandForwardParams p) {
-    band_forward<Window>(p);
+    band_forward<Window>(p, Nothing());
 }

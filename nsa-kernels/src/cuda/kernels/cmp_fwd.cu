@@ -370,7 +370,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, LEAST_BLOCKS) cmp_forward(
             }
         }
         const int rows = tile.rows - base < WARP_ROWS ? tile.rows - base : WARP_ROWS;
-        write_rows(p.common, tile, flash, base, rows, shared + OUTPUTS);
+        write_rows(p.common, tile, flash, base, rows, shared + OUTPUTS + base * Values::PITCH);
         __syncthreads();
         if constexpr (TWICE) {
             if (scores) sum_again(p, tile, flash);

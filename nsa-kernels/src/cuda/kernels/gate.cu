@@ -13,6 +13,7 @@
 #include "element.cuh"
 #include "config.cuh"
 #include "params.cuh"
+#include "gate.cuh"
 
 extern "C" __global__ void __launch_bounds__(256) gate_forward(const __grid_constant__ GateForwardParams p) {
     constexpr int PARTS = DIM < VECTOR ? 1 : DIM / VECTOR;
@@ -20,15 +21,12 @@ extern "C" __global__ void __launch_bounds__(256) gate_forward(const __grid_cons
     const i64 row = at / PARTS;
     if (row >= p.rows) return;
     const i64 offset = at * VECTOR;
-    float g[3];
-#pragma unroll
-    for (int c = 0; c < 3; ++c) g[c] = to_float(p.gates[row * 3 + c]);
-    float cmp[VECTOR], slc[VECTOR], win[VECTOR];
+    float g[3], cmp[VECTOR], slc[VECTOR], win[VECTOR];
+    load_gates(p.gates, row, g);
     load<VECTOR>(p.cmp + offset, cmp);
     load<VECTOR>(p.slc + offset, slc);
     load<VECTOR>(p.win + offset, win);
-#pragma unroll
-    for (int i = 0; i < VECTOR; ++i) cmp[i] = g[0] * cmp[i] + g[1] * slc[i] + g[2] * win[i];
+    gated_sum(g, cmp, slc, win);
     store<VECTOR>(p.o + offset, cmp);
 }
 

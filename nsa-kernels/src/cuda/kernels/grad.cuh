@@ -32,20 +32,25 @@ __device__ __forceinline__ float score_gradient(float p, float d_p, float scaled
     return p * fmaf(scaled_gate, d_p, -facts.y);
 }
 
-// Facts of all rows; a warp takes one, lanes go along it.
+// Facts of all rows. The gates' gradients are sums of do o: a thread takes a row then; without them a warp, whose lanes go along it.
 template <class P>
 __device__ __forceinline__ void row_facts(const P& p) {
-    const i64 row = (i64(blockIdx.x) * blockDim.x + threadIdx.x) / 32;
+    const bool summed = p.d_gates != nullptr;
+    const i64 thread = i64(blockIdx.x) * blockDim.x + threadIdx.x, row = summed ? thread : thread / 32;
     if (row >= p.rows) return;
     const int lane = threadIdx.x % 32;
     const float gate = p.gates == nullptr ? 1.0f : to_float(p.gates[row * 3 + p.gate]);
     float sum = 0.0f;
-    for (int d = lane; d < HEAD_DIM_V; d += 32) {
-        const float d_o = to_float(p.d_o[row * HEAD_DIM_V + d]) * gate;
-        sum = fmaf(d_o, to_float(p.o[row * HEAD_DIM_V + d]), sum);
+    if (summed) {
+        sum = gate * p.d_gates[row * 3 + p.gate];
+    } else {
+        for (int d = lane; d < HEAD_DIM_V; d += 32) {
+            const float d_o = to_float(p.d_o[row * HEAD_DIM_V + d]) * gate;
+            sum = fmaf(d_o, to_float(p.o[row * HEAD_DIM_V + d]), sum);
+        }
+        sum = warp_sum(sum);
     }
-    sum = warp_sum(sum);
-    if (lane == 0) {
+    if (summed || lane == 0) {
         const int token = int(row / HEADS);
         const Sequence seq = find_sequence<0>(p.sequences, p.num_sequences, token);
         const int position = seq.context + token - seq.query;
@@ -54,9 +59,10 @@ __device__ __forceinline__ void row_facts(const P& p) {
     }
 }
 
-// Adds a warp's rows to dq. Loads of a row are under way together: a store may not pass a load that it could change.
+// A warp's rows of dq: written, or added to what is there. Loads of a row are under way together: a store may not pass a load that it
+// could change.
 template <class Place>
-__device__ __forceinline__ void add_query_gradients(const Parts<1, Keys::PADDED>& dq, const Place& place) {
+__device__ __forceinline__ void put_query_gradients(const Parts<1, Keys::PADDED>& dq, bool add, const Place& place) {
     constexpr int PARTS = Keys::PADDED / 8, TURN = PARTS < 16 ? PARTS : 16;
     const int lane = threadIdx.x % 32;
 #pragma unroll
@@ -76,7 +82,7 @@ __device__ __forceinline__ void add_query_gradients(const Parts<1, Keys::PADDED>
                     }
                 }
             };
-            each([](float& place, float& sum, float) { sum = place; });
+            each([&](float& place, float& sum, float) { sum = add ? place : 0.0f; });
             each([](float& place, float& sum, float x) { place = sum + x; });
         }
     }

@@ -111,7 +111,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) slc_query_gradients(con
         add_rows<HEAD_DIM_QK, 0, Keys::PADDED, 1, KEYS>(dq, ds, keys);
     }
     copy_wait<0>();
-    add_query_gradients(dq,
+    put_query_gradients(dq, p.accumulate != 0,
                         [&](int row) { return tile.has(row) ? p.dq + place(row) * HEAD_DIM_QK : nullptr; });
 }
 

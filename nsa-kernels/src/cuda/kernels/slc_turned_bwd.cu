@@ -1,13 +1,14 @@
 // Gradients of the queries of attention over selected blocks (SPEC 3; see grad.cuh) of small groups, turned round as slc_turned.cu
 // is: a CTA owns a block of keys, gathers the queries that have selected it with their do and facts, and leaves a share of each
-// row's dq, sum of ds k, at the block's place in the query's list. slc_add_shares adds the shares of each row to dq.
+// row's dq, sum of ds k, at the block's place in the query's list. slc_add_shares sums the shares of each row, into dq.
 //
 // Grid: as slc_turned.cu; slc_add_shares: a warp a row.
 // Shared memory, bytes at D = 128 in bf16: the block of keys 64 x 512, q and do 4 warps x 16 x 512: 65,536.
 // Registers: dq 64, scores and their gradients 32, facts 8, the rest addresses.
 // Roofline, a query head: 2 (2 Dk + Dv) n l' FLOP; 4 n Dk bytes of shares written, and as many read, n (Dk + Dv) elements of
 // queries, and the block once for the rows of a work. Bound by memory, where shares go and come back.
-// Order of summation: keys in order; then blocks in the order of the list; then what dq was before and the sum.
+// Order of summation: keys in order; then blocks in the order of the list; then what dq was before, if the call adds to it, and
+// the sum.
 // Edges: as slc_turned.cu; a query without blocks adds nothing.
 //
 // budget: kernel=slc_turned_gradients threads=128 registers=168 spills=0 shared=65536
@@ -105,6 +106,10 @@ extern "C" __global__ void __launch_bounds__(256) slc_add_shares(const __grid_co
         float sum = 0.0f;
 #pragma unroll 8
         for (int i = 0; i < count; ++i) sum += shares[i * Keys::PADDED + d];
-        if (count > 0) dq[d] += sum;
+        if (p.common.accumulate == 0) {
+            dq[d] = sum;
+        } else if (count > 0) {
+            dq[d] += sum;
+        }
     }
 }

@@ -172,7 +172,9 @@ impl<'a> Attention<'a> {
             lse: branch.lse.tensor(lse)?,
             d_o: self.d_o.tensor(o)?,
             gates: None,
+            d_gates: None,
             dq: branch.dq.tensor_mut(q)?,
+            accumulate: false,
             dk_blocks: branch.dk.tensor_mut(k_shape)?,
             dv_blocks: branch.dv.tensor_mut(v_shape)?,
         };
@@ -194,7 +196,9 @@ impl<'a> Attention<'a> {
             lse: branch.lse.tensor(lse)?,
             d_o: self.d_o.tensor(o)?,
             gates: None,
+            d_gates: None,
             dq: branch.dq.tensor_mut(q)?,
+            accumulate: false,
             dk: branch.dk.tensor_mut(k_shape)?,
             dv: branch.dv.tensor_mut(v_shape)?,
         };
