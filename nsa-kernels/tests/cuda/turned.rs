@@ -14,7 +14,7 @@ use nsa_tests::sim::on_simulator;
 use nsa_tests::{Case, generate};
 
 /// What [`Cuda::limit_shares`] is at first.
-const UNLIMITED: usize = 256 << 20;
+const UNLIMITED: usize = 260 << 20;
 
 fn device() -> (Backend, Cuda) {
     let backend = Backend::cuda(0).expect("the simulator");

@@ -24,8 +24,8 @@ constexpr int QUERY_BYTES = 16 * (Keys::PITCH + Values::PITCH);
 extern __shared__ __align__(128) char shared[];
 
 // ds of keys `from`.. of the block: from scores s and do v. `whole`: all rows see all of them.
-__device__ __forceinline__ void score_gradients(Parts<1, KEYS>& ds, const Parts<1, KEYS>& s, float scale, const RowFacts (&facts)[2],
-                                                const TurnedWork& work, int from, bool whole) {
+__device__ __forceinline__ void score_gradients(Parts<1, KEYS>& ds, const Parts<1, KEYS>& s, float scale,
+                                                const RowFacts (&facts)[2], const TurnedWork& work, int from, bool whole) {
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
