@@ -72,8 +72,9 @@ struct Inner {
     share_bytes: AtomicUsize,
 }
 
-/// What [`Cuda::limit_shares`] is at first: so many queries that each block of keys is read for many of them.
-const SHARE_BYTES: usize = 256 << 20;
+/// What [`Cuda::limit_shares`] is at first: so many queries that each block of keys is read for many of them (2,048 of 16 heads that
+/// select 16 blocks, with Dv = 128).
+const SHARE_BYTES: usize = 260 << 20;
 
 /// What a device is and has.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -163,7 +164,7 @@ impl Cuda {
     }
 
     /// Lets operations that keep shares of their outputs until these are joined, and can do so in runs of queries, take at most about
-    /// so many bytes for the shares of a run, of memory or of a [`workspace`]; 256 MiB unless it is said. Selected attention of small
+    /// so many bytes for the shares of a run, of memory or of a [`workspace`]; 260 MiB unless it is said. Selected attention of small
     /// groups does so. Clones take part.
     pub fn limit_shares(&self, bytes: usize) {
         self.inner.share_bytes.store(bytes, Ordering::Relaxed);

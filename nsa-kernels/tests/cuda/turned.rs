@@ -14,7 +14,7 @@ use nsa_tests::sim::on_simulator;
 use nsa_tests::{Case, generate};
 
 /// What [`Cuda::limit_shares`] is at first.
-const UNLIMITED: usize = 256 << 20;
+const UNLIMITED: usize = 260 << 20;
 
 fn device() -> (Backend, Cuda) {
     let backend = Backend::cuda(0).expect("the simulator");
@@ -83,7 +83,8 @@ fn lists(config: &NsaConfig, tokens: usize) -> Vec<i32> {
     lists
 }
 
-/// One, two and four heads a KV head in the types and cases of the error model, in runs that end within sequences.
+/// One, two and four heads a KV head in the types and cases of the error model, in runs that end within sequences; and as a branch
+/// of the whole operator, whose gradients of queries are sums.
 #[test]
 fn runs_of_queries() {
     on_simulator("turned::runs_of_queries", || {
@@ -94,6 +95,8 @@ fn runs_of_queries() {
             let case = Case::new(format!("runs-{heads}-{groups}"), config.to_builder(), [3, 150, 0, 70]);
             assert_cases_on(&backend, Op::Slc, &[case]);
         }
+        let case = Case::new("runs-of-branch", config(4, 2).to_builder(), [150]);
+        assert_cases_on(&backend, Op::Nsa, &[case]);
     });
 }
 

@@ -165,8 +165,8 @@ mod tests {
         let config = config(16, (128, 128));
         let tiles = TurnedTiles::forward(&config, 2).unwrap();
         let of_token = 16 * 16 * 4 * 130;
-        assert_eq!(tiles.run_tokens(&config, 256 << 20), 2016);
-        assert_eq!(TurnedTiles::gradients(&config, 2).unwrap().run_tokens(&config, 256 << 20), 2048);
+        assert_eq!(tiles.run_tokens(&config, 260 << 20), 2048);
+        assert_eq!(TurnedTiles::gradients(&config, 2).unwrap().run_tokens(&config, 260 << 20), 2080);
         assert_eq!([0, 1, 31, 32, 63, 64].map(|n| tiles.run_tokens(&config, n * of_token)), [1, 1, 31, 32, 32, 64]);
     }
 
@@ -176,7 +176,7 @@ mod tests {
             let config = config(heads, (128, 128));
             let ways = [TurnedTiles::forward(&config, 2), TurnedTiles::gradients(&config, 2)];
             let [forward, gradients] =
-                ways.map(|tiles| tiles.unwrap().where_faster(&config, &packing(sequences), 256 << 20).is_some());
+                ways.map(|tiles| tiles.unwrap().where_faster(&config, &packing(sequences), 260 << 20).is_some());
             assert_eq!(forward, gradients);
             forward
         };

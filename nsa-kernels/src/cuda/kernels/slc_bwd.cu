@@ -1,9 +1,9 @@
 // Gradients of attention over selected blocks (SPEC 3; see grad.cuh).
 //
-// dq: a warp a query, as in slc_fwd.cu. dk and dv: the lists are inverted on the device first, to the queries of each block of keys,
-// in order (slc_index.cu). A CTA then takes a block of keys (or a share of one of more than 16 WARPS keys) and up to work_queries
-// of its queries, gathers their rows, and has dk and dv in registers. Blocks with more queries (a forced block has all) are
-// several works, whose gradients are added in order by a kernel at the end.
+// dq: a warp a query, as in slc_fwd.cu (small groups: slc_turned_bwd.cu). dk and dv: the lists are inverted on the device first,
+// to the queries of each block of keys, in order (slc_index.cu). A CTA then takes a block of keys (or a share of one of more than
+// 16 WARPS keys) and up to work_queries of its queries, gathers their rows, and has dk and dv in registers. Blocks with more
+// queries (a forced block has all) are several works, whose gradients are added in order by a kernel at the end.
 // Shared memory, bytes at D = 128 in bf16: dq, a warp: 2 stages x 16 x 512 (q and do come through them, and stay in registers where
 // Dk + Dv <= 256; else 16 x 512 more), the list 128; dk and dv as in band_bwd.cu, and products of four warps together as there on
 // sm_90a.

@@ -14,7 +14,8 @@
 // of the least, no bank conflict. At R = 4 with lists drawn at random: 4.04 of these FLOP with a query a warp, 2.43 with two, 1.34
 // with four that walk over the union, and bytes from the L2 cache 147, 89 and 49 times q, o, k and v: the union is never longer
 // than the lists, so that as many queries as fit share a warp. Further apart than their lists' length neighbours' random
-// blocks do not meet (55 blocks of four lists at 65,536 tokens); those of a model do.
+// blocks do not meet (55 blocks of four lists at 65,536 tokens); those of a model do. Small groups in long sequences go the other
+// way round (slc_turned.cu).
 // Measured on an H100 at R = 16, D = 128, T = 16,384, lists drawn at random: 1.07 ms with copies that pass the first cache by,
 // 0.87 ms with ones that stay there: the forced blocks, 3 of 16, are the same ones for all queries of a CTA. Either way the
 // second cache is what it waits for (83 % of its rate). On sm_90a the 64 rows of four warps may be queries that walk over the union

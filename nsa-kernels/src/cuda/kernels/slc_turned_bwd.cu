@@ -1,13 +1,15 @@
-// Gradients of the queries of attention over selected blocks (SPEC 3; see grad.cuh) of small groups, turned round as slc_turned.cu is:
-// a CTA owns a block of keys, gathers the queries that have selected it with their do and facts, and leaves a share of each row's
-// dq, sum of ds k, at the block's place in the query's list. slc_add_shares sums the shares of each row, into dq.
+// Gradients of the queries of attention over selected blocks (SPEC 3; see grad.cuh) of small groups, turned round as slc_turned.cu
+// is: a CTA owns a block of keys, gathers the queries that have selected it with their do and facts, and leaves a share of each
+// row's dq, sum of ds k, at the block's place in the query's list. slc_add_shares sums the shares of each row, into dq.
 //
 // Grid: as slc_turned.cu; slc_add_shares: a warp a row.
 // Shared memory, bytes at D = 128 in bf16: the block of keys 64 x 512, q and do 4 warps x 16 x 512: 65,536.
 // Registers: dq 64, scores and their gradients 32, facts 8, the rest addresses.
-// Roofline, a query head: 2 (2 Dk + Dv) n l' FLOP; 4 n Dk bytes of shares written, and as many read, n (Dk + Dv) elements of queries,
-// and the block once for the rows of a work. Bound by memory, where shares go and come back.
-// Order of summation: keys in order; then blocks in the order of the list; then what dq was before, if the call adds to it, and the sum.
+// Roofline, a query head: 2 (2 Dk + Dv) n l' FLOP; 4 n Dk bytes of shares written, and as many read, n (Dk + Dv) elements of
+// queries, and the block once for the rows of a work. Bound by memory, where shares go and come back.
+// Counted as in slc_turned.cu, R = 4, ms: 0.21 and 0.22 at 2,048 tokens; turned 0.51 at 4,096.
+// Order of summation: keys in order; then blocks in the order of the list; then what dq was before, if the call adds to it, and
+// the sum.
 // Edges: as slc_turned.cu; a query without blocks adds nothing.
 //
 // budget: kernel=slc_turned_gradients threads=128 registers=168 spills=0 shared=65536
@@ -22,9 +24,9 @@ constexpr int QUERY_BYTES = 16 * (Keys::PITCH + Values::PITCH);
 
 extern __shared__ __align__(128) char shared[];
 
-// ds of keys `from`.. of the block: from scores s and do v of rows `first`..; all of them see `least` keys.
-__device__ __forceinline__ void score_gradients(Parts<1, KEYS>& ds, const Parts<1, KEYS>& s, float scale, const RowFacts (&facts)[2],
-                                                const TurnedWork& work, int from, bool whole) {
+// ds of keys `from`.. of the block: from scores s and do v. `whole`: all rows see all of them.
+__device__ __forceinline__ void score_gradients(Parts<1, KEYS>& ds, const Parts<1, KEYS>& s, float scale,
+                                                const RowFacts (&facts)[2], const TurnedWork& work, int from, bool whole) {
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -65,15 +67,16 @@ extern "C" __global__ void __launch_bounds__(THREADS) slc_turned_gradients(const
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
             const int row = first + h * 8 + lane / 4;
-            facts[h] = row < work.rows ? facts_of(p)[work.token(row) * HEADS + work.query_head(row)] : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+            facts[h] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+            if (row < work.rows) facts[h] = facts_of(p)[work.token(row) * HEADS + work.query_head(row)];
         }
         const int least = first + 16 <= work.rows ? work.least_seen(first) : 0, most = work.most_seen(first);
         Parts<1, Keys::PADDED> dq;
         clear<1, Keys::PADDED>(dq);
         for (int from = 0; from < most; from += KEYS) {
             const char* const keys = shared + from * Keys::PITCH;
-            Parts<1, KEYS> s, ds;
             const char* const values = shared + SPAN * Keys::PITCH + from * Values::PITCH;
+            Parts<1, KEYS> s, ds;
             dot_rows(s, Rows<HEAD_DIM_QK, 1, false>(own), Right<HEAD_DIM_QK, false>(keys));
             dot_rows(ds, Rows<HEAD_DIM_V, 1, false>(d_o), Right<HEAD_DIM_V, false>(values));
             score_gradients(ds, s, p.scale, facts, work, from, from + KEYS <= least);
