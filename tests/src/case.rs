@@ -99,7 +99,7 @@ fn groups_and_dims() -> Vec<Case> {
 }
 
 /// l/d ∈ {1, 2, 4}, l = l', every block selected, no free place, every token in the window, blocks of one token; many more
-/// blocks than a query selects, for small groups.
+/// blocks than a query selects, for small groups; blocks that dims as large as a model's divide into several steps of a kernel.
 fn block_sizes() -> Vec<Case> {
     let kv1 = |l: [usize; 3], count, window| sizes(small(4, 1, 12, 16), l, count, window);
     let kv2 = |l: [usize; 3], count, window| sizes(small(4, 2, 16, 12), l, count, window);
@@ -116,6 +116,7 @@ fn block_sizes() -> Vec<Case> {
         Case::new("far-group-1", sizes(small(2, 2, 16, 12), [8, 4, 16], 3, 24), [165, 20]),
         Case::new("far-group-2", sizes(small(4, 2, 20, 24), [16, 8, 16], 3, 24), [165]),
         Case::new("far-group-4", sizes(small(4, 1, 16, 12), [4, 4, 8], 3, 24), [140, 0, 33]),
+        Case::new("blocks-of-many-steps", sizes(small(8, 1, 128, 128), [32, 16, 64], 3, 24), [140, 33]),
         Case::new("paper-blocks", sizes(small(2, 1, 8, 10), [32, 16, 64], 16, 512), [1300]),
     ]
 }

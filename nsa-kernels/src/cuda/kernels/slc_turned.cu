@@ -83,20 +83,14 @@ __device__ __forceinline__ void mask(Scores<1, KEYS>& s, const TurnedWork& work,
 extern "C" __global__ void __launch_bounds__(THREADS, LEAST_BLOCKS) slc_turned(const __grid_constant__ SlcTurnedParams p) {
     if (int(blockIdx.x) >= p.index.work_starts[KV_HEADS * p.index.blocks]) return;
     const TurnedWork work(p.index, blockIdx.x);
-    const int warp = uniform(int(threadIdx.x / 32));
-    char* const own = shared + BLOCK_BYTES + warp * QUERY_BYTES;
+    char* const own = shared + BLOCK_BYTES + uniform(int(threadIdx.x / 32)) * QUERY_BYTES;
     const auto load_queries = [&](int first) {
         if (first < work.rows) work.load_queries<HEAD_DIM_QK, QK_COPY_BYTES>(own, p.common.q, first);
     };
     const KeyRows<HEAD_DIM_QK> k(p.common.k, p.common.k_pages, work.sequence.key, work.head);
     const KeyRows<HEAD_DIM_V> v(p.common.v, p.common.v_pages, work.sequence.key, work.head);
     work.load_block(shared, k, v);
-    int first = warp * 16;
-    load_queries(first);
-    copy_commit();
-    copy_wait<0>();
-    __syncthreads();
-    for (; first < work.rows; first += 16 * WARPS) {
+    for (int first = work.begin(load_queries); first < work.rows; first += 16 * WARPS) {
         Queries<1, HELD> q(own);
         q.take();
         __syncwarp();

@@ -47,8 +47,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) slc_turned_gradients(const
     const BandBackwardParams& p = params.common;
     if (int(blockIdx.x) >= params.index.work_starts[KV_HEADS * params.index.blocks]) return;
     const TurnedWork work(params.index, blockIdx.x);
-    const int warp = uniform(int(threadIdx.x / 32)), lane = threadIdx.x % 32;
-    char* const own = shared + BLOCK_BYTES + warp * QUERY_BYTES;
+    const int lane = threadIdx.x % 32;
+    char* const own = shared + BLOCK_BYTES + uniform(int(threadIdx.x / 32)) * QUERY_BYTES;
     char* const d_o = own + 16 * Keys::PITCH;
     const auto load_queries = [&](int first) {
         if (first >= work.rows) return;
@@ -57,12 +57,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) slc_turned_gradients(const
     };
     work.load_block(shared, KeyRows<HEAD_DIM_QK>(p.k, nullptr, work.sequence.key, work.head),
                     KeyRows<HEAD_DIM_V>(p.v, nullptr, work.sequence.key, work.head));
-    int first = warp * 16;
-    load_queries(first);
-    copy_commit();
-    copy_wait<0>();
-    __syncthreads();
-    for (; first < work.rows; first += 16 * WARPS) {
+    for (int first = work.begin(load_queries); first < work.rows; first += 16 * WARPS) {
         RowFacts facts[2];
 #pragma unroll
         for (int h = 0; h < 2; ++h) {

@@ -50,6 +50,17 @@ struct TurnedWork : BlockWork {
         load_tiles<Tile<DIM>, 16, 32, BYTES>(shared_address(to), threadIdx.x % 32, rows - first,
                                              QueryRows<DIM, 1, decltype(token)>{{tensor + i64(head) * GROUP * DIM}, first, token});
     }
+    // Waits for the block, whose copies are under way, and with it for the warp's first rows, which `load_queries(first)` starts to
+    // copy. Returns the first of them.
+    template <class Load>
+    __device__ __forceinline__ int begin(const Load& load_queries) const {
+        const int first = uniform(int(threadIdx.x / 32)) * 16;
+        load_queries(first);
+        copy_commit();
+        copy_wait<0>();
+        __syncthreads();
+        return first;
+    }
     // Starts to copy the block, as far as its last query sees it.
     __device__ __forceinline__ void load_block(char* to, const KeyRows<HEAD_DIM_QK>& k, const KeyRows<HEAD_DIM_V>& v) const {
         const int keys = seen(Selected(entries[count - 1]).query);
