@@ -114,8 +114,8 @@ fn block_sizes() -> Vec<Case> {
         Case::new("all-blocks", kv2([8, 4, 16], 64, 24), [111, 17]),
         Case::new("all-window", kv1([8, 4, 16], 4, 4096), [111, 17]),
         Case::new("far-group-1", sizes(small(2, 2, 16, 12), [8, 4, 16], 3, 24), [165, 20]),
-        Case::new("far-group-2", sizes(small(4, 2, 20, 24), [16, 8, 16], 3, 24), [165]),
-        Case::new("far-group-4", sizes(small(4, 1, 16, 12), [4, 4, 8], 3, 24), [140, 0, 33]),
+        Case::new("far-group-2", sizes(small(4, 2, 20, 24), [4, 2, 4], 3, 24), [165]),
+        Case::new("far-group-4", sizes(small(4, 1, 16, 12), [4, 4, 4], 3, 24), [245, 0, 33]),
         Case::new("blocks-of-many-steps", sizes(small(8, 1, 128, 128), [32, 16, 64], 3, 24), [140, 33]),
         Case::new("paper-blocks", sizes(small(2, 1, 8, 10), [32, 16, 64], 16, 512), [1300]),
     ]

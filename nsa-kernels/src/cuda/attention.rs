@@ -290,7 +290,8 @@ impl SelectTiles {
     pub(super) fn bake(&self, constants: Constants) -> Constants {
         let constants = constants.with("WARPS", self.warps).with("ROWS", self.rows).with("KEYS", self.keys);
         let constants = constants.with("STAGES", self.stages).with("QUERIES", self.queries);
-        let constants = constants.with("QUERIES_HELD", usize::from(self.held));
+        let constants =
+            constants.with("QUERIES_HELD", usize::from(self.held)).with("JOINT_PERCENT", self.joint_percent);
         constants.with("WARPGROUPS", usize::from(self.unit == Unit::Warpgroup))
     }
 }

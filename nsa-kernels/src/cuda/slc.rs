@@ -61,7 +61,8 @@ params! {
 pub(crate) fn forward<T: Element>(cuda: &Cuda, args: Forward<'_, T>) -> Result<()> {
     const OP: &str = "slc::forward";
     let Forward { config, packing, q, k, v, block_indices, o, lse } = args;
-    let turned = turned(cuda, config, packing, TurnedTiles::forward(config, size_of::<T>()));
+    let walking = SelectTiles::of_warps(config, size_of::<T>());
+    let turned = turned(cuda, config, packing, TurnedTiles::forward(config, size_of::<T>()), &walking);
     let longest = packing.seqs().map(|seq| seq.end()).max().unwrap_or(0);
     let tiles = SelectTiles::new(config, size_of::<T>(), cuda.unit(), longest);
     let args = attention::Forward { config, packing, q, k: ("k", k), v: ("v", v), o, lse };
@@ -83,15 +84,16 @@ pub(crate) fn forward<T: Element>(cuda: &Cuda, args: Forward<'_, T>) -> Result<(
     call.launch(&PROGRAM, "slc_forward", geometry, params)
 }
 
-/// How a call is turned round with such tiles, if that is faster.
+/// How a call is turned round with such tiles, if that is faster than to walk with those.
 fn turned<'a>(
     cuda: &Cuda,
     config: &'a NsaConfig,
     packing: &'a Packing,
     tiles: Option<TurnedTiles>,
+    walking: &SelectTiles,
 ) -> Option<Turned<'a>> {
     let share_bytes = cuda.share_bytes();
-    let tiles = tiles?.where_faster(config, packing, share_bytes)?;
+    let tiles = tiles?.where_faster(config, packing, walking, share_bytes)?;
     Some(Turned { config, packing, tiles, share_bytes })
 }
 
@@ -140,7 +142,7 @@ pub(crate) fn backward<T: Element>(cuda: &Cuda, args: Backward<'_, T>) -> Result
     };
     let launch = |kernel, geometry| call.launch(&BACKWARD, kernel, geometry, params);
     launch("slc_row_facts", prepared.facts_geometry())?;
-    match turned(cuda, config, packing, TurnedTiles::gradients(config, size_of::<T>())) {
+    match turned(cuda, config, packing, TurnedTiles::gradients(config, size_of::<T>()), &tiles.select) {
         Some(turned) => turned.query_gradients(&prepared, lists)?,
         None => launch("slc_query_gradients", tiles.of_queries(prepared.queries.tiles, heads))?,
     }
@@ -183,6 +185,7 @@ impl BackwardTiles {
         let constants = constants.with("WARPS", self.select.warps).with("ROWS", self.select.rows);
         let constants = constants.with("KEYS", self.select.keys).with("STAGES", self.select.stages);
         let constants = constants.with("QUERIES_HELD", usize::from(self.select.held));
+        let constants = constants.with("JOINT_PERCENT", self.select.joint_percent);
         let constants = constants.with("QUERIES", self.select.queries).with("QUERY_ROWS", self.keys.query_rows);
         constants.with("WARPGROUPS", usize::from(self.keys.unit == Unit::Warpgroup))
     }

@@ -5,6 +5,7 @@ mod decode;
 mod dense;
 mod layer;
 mod pages;
+mod slc;
 mod turned;
 mod workspace;
 
@@ -58,13 +59,15 @@ fn counted(test: &str, work: impl FnOnce()) -> Option<Vec<String>> {
     Some(text.lines().filter(|line| line.contains("\"kernel\"")).map(str::to_owned).collect())
 }
 
+/// A counter of a launch.
+fn field(line: &str, name: &str) -> f64 {
+    let (_, rest) = line.split_once(&format!("\"{name}\": ")).expect("the counter");
+    rest.split([',', '}']).next().expect("a number").parse().expect("a number")
+}
+
 /// Checks what launches move besides `least` bytes of rows: of the memory that they touch at most 15 %, with what blocks of
 /// threads read anew (queries, shares of outputs) and write for each other at most 25 %; and passes over shared memory.
 fn assert_few_bytes(name: &str, launches: &[String], least: f64) {
-    let field = |line: &String, name: &str| -> f64 {
-        let (_, rest) = line.split_once(&format!("\"{name}\": ")).expect("the counter");
-        rest.split([',', '}']).next().expect("a number").parse().expect("a number")
-    };
     let total = |name: &str| launches.iter().map(|line| field(line, name)).sum::<f64>();
     let (touched, moved) = (total("unique_bytes") / least, 32.0 * total("global_sectors") / least);
     let passes = total("shared_wavefronts") / total("shared_ideal");

@@ -18,6 +18,16 @@ const UNION_HEADS: usize = 8;
 /// 2,048 tokens, 767 and 772 at 8,192, 11.2 and 10.0 ms at 65,536.
 const UNION_BLOCKS: usize = 8;
 
+/// Queries whose lists a warp's lanes hold, at most: those of the tiles of a block that walks jointly.
+const JOINT_QUERIES: usize = 32;
+/// What a block copies when its tiles walk jointly, at most, of a hundred that they would copy each alone: less gain is not worth that
+/// they wait for each other.
+const JOINT_PERCENT: usize = 75;
+
+fn joint_percent(warps: usize, queries: usize) -> usize {
+    if warps > 1 && warps * queries <= JOINT_QUERIES { JOINT_PERCENT } else { 0 }
+}
+
 /// Bytes of the lists of a warp's queries: tiles begin behind them.
 fn list_bytes(config: &NsaConfig, queries: usize) -> usize {
     (queries * config.select_count() * 4).next_multiple_of(Unit::Warp.alignment())
@@ -40,6 +50,9 @@ pub(crate) struct SelectTiles {
     pub(crate) queries: usize,
     /// Tiles that share a query's heads.
     pub(crate) parts: usize,
+    /// The tiles of a block walk over the union of all their lists where they copy at most so many of a hundred blocks then; 0 if they
+    /// never do.
+    pub(crate) joint_percent: usize,
     /// Whether queries stay in registers.
     pub(crate) held: bool,
     /// Bytes of shared memory of a block.
@@ -67,10 +80,22 @@ impl SelectTiles {
         let keys = if wide { 64 } else { 32 };
         let shared_bytes = 2 * keys * (k + v) + ROWS * k.max(v) + list_bytes(config, queries);
         let unit = Unit::Warpgroup;
-        Self { unit, warps: 4, rows: ROWS, keys, stages: 2, queries, parts, held: false, shared_bytes }
+        Self {
+            unit,
+            warps: 4,
+            rows: ROWS,
+            keys,
+            stages: 2,
+            queries,
+            parts,
+            joint_percent: 0,
+            held: false,
+            shared_bytes,
+        }
     }
 
-    fn of_warps(config: &NsaConfig, size: usize) -> Self {
+    /// Of warps that work alone.
+    pub(crate) fn of_warps(config: &NsaConfig, size: usize) -> Self {
         const STAGES: usize = 2;
         let (k, v) = (pitch(config.head_dim_qk(), size), pitch(config.head_dim_v(), size));
         let (parts, queries) = select_rows(config, 16);
@@ -83,8 +108,9 @@ impl SelectTiles {
         while warps > 1 && warps * warp > SHARED_BYTES {
             warps /= 2;
         }
-        let unit = Unit::Warp;
-        Self { unit, warps, rows: 16, keys, stages: STAGES, queries, parts, held, shared_bytes: warps * warp }
+        let (unit, joint_percent) = (Unit::Warp, joint_percent(warps, queries));
+        let shared_bytes = warps * warp;
+        Self { unit, warps, rows: 16, keys, stages: STAGES, queries, parts, joint_percent, held, shared_bytes }
     }
 
     /// For gradients of queries, in blocks of `warps` warps.
@@ -95,8 +121,18 @@ impl SelectTiles {
         // Rows of q and do come through the stages then, and stay in registers.
         let held = size == 2 && bytes <= 512;
         let warp = (STAGES * keys + if held { 0 } else { 16 }) * bytes + list_bytes(config, queries);
-        let unit = Unit::Warp;
-        Self { unit, warps, rows: 16, keys, stages: STAGES, queries, parts, held, shared_bytes: warps * warp }
+        let (unit, joint_percent) = (Unit::Warp, joint_percent(warps, queries));
+        let shared_bytes = warps * warp;
+        Self { unit, warps, rows: 16, keys, stages: STAGES, queries, parts, joint_percent, held, shared_bytes }
+    }
+
+    /// Blocks that a tile copies, or its share of those that it copies jointly with others, where queries select `selected` of `blocks`
+    /// blocks at random.
+    pub(super) fn copied(&self, blocks: usize, selected: usize) -> f64 {
+        let tiles = 16 * self.warps / self.rows;
+        let alone = union(blocks, selected, self.queries);
+        let joint = union(blocks, selected, tiles * self.queries) / tiles as f64;
+        if joint * 100.0 <= alone * self.joint_percent as f64 { joint } else { alone }
     }
 
     /// A launch over `tiles` tiles of queries with `heads` KV heads each.
@@ -107,6 +143,12 @@ impl SelectTiles {
             shared_bytes: self.shared_bytes as u32,
         }
     }
+}
+
+/// How many of `blocks` blocks the lists of `queries` queries name together, each `selected` of them at random.
+fn union(blocks: usize, selected: usize, queries: usize) -> f64 {
+    let missed = blocks.saturating_sub(selected) as f64 / blocks.max(1) as f64;
+    blocks as f64 * (1.0 - missed.powf(queries as f64))
 }
 
 #[cfg(test)]
@@ -123,5 +165,17 @@ mod tests {
         let unit = |heads, longest| SelectTiles::new(&config(heads, (64, 64)), 2, Unit::Warpgroup, longest).unit;
         assert_eq!([4, 7, 8, 16].map(|heads| unit(heads, 8192) == Unit::Warpgroup), [false, false, true, true]);
         assert_eq!(unit(16, 8193), Unit::Warp);
+    }
+
+    #[test]
+    fn tiles_of_a_block_copy_together_what_random_lists_have_in_common() {
+        let tiles = |heads| SelectTiles::of_warps(&config(heads, (128, 128)), 2);
+        assert_eq!([1, 2, 4, 16].map(|heads| tiles(heads).joint_percent), [0, 75, 75, 75]);
+        // All of 32 blocks; of 1,024 too little.
+        assert!((tiles(16).copied(32, 16) - 7.5).abs() < 1e-9);
+        assert_eq!(tiles(16).copied(1024, 16), 16.0);
+        // Sixteen queries a warp, whose lists its lanes have no room for.
+        assert!((tiles(1).copied(32, 16) - 32.0).abs() < 1e-3);
+        assert_eq!(tiles(4).copied(0, 16), 0.0);
     }
 }

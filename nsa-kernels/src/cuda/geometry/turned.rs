@@ -1,23 +1,16 @@
 //! Tiles of the kernel whose blocks of threads own selected blocks of keys, and the runs of queries that it takes, as pure
 //! functions.
 
-use super::select::select_rows;
-use super::{Geometry, SHARED_BYTES, padded, pitch};
+use super::{Geometry, SHARED_BYTES, SelectTiles, padded, pitch};
 use nsa_core::{NsaConfig, Packing};
 
-/// How many times as long as a list the union of the lists is, at least, that a warp's queries would walk over: if these choose at
-/// random. Where lists have more in common the walk takes less time, what is turned as much as ever.
-const UNION_LENGTHS: f64 = 3.0;
+/// How many times as many blocks as a list has, at least, a warp would copy whose queries walk, if these choose at random. Where lists
+/// have more in common the walk takes less time, what is turned as much as ever.
+const COPIED_LISTS: f64 = 3.0;
 /// Rows of queries, at least, that a block of keys has in a run, if queries choose evenly: its keys are read for them.
 const TURNED_ROWS: usize = 16;
 /// Rows of queries of a work, about: a block of keys is read for so many.
 const WORK_ROWS: usize = 512;
-
-/// How many of `blocks` blocks the lists of `queries` queries name together, each `selected` of them at random.
-fn union(blocks: usize, selected: usize, queries: usize) -> f64 {
-    let missed = blocks.saturating_sub(selected) as f64 / blocks.max(1) as f64;
-    blocks as f64 * (1.0 - missed.powf(queries as f64))
-}
 
 /// Tiles of `slc_turned` (`kernels/slc_turned.cu`) and `slc_turned_gradients` (`kernels/slc_turned_bwd.cu`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -68,12 +61,17 @@ impl TurnedTiles {
         Some(Self { warps, keys, held: false, queries, columns: 0, statistics: 0, shared_bytes: bytes(warps) })
     }
 
-    /// These where this is the faster way, for runs of `share_bytes`.
-    pub(crate) fn where_faster(self, config: &NsaConfig, packing: &Packing, share_bytes: usize) -> Option<Self> {
+    /// These where this is faster than to walk over blocks, for runs of `share_bytes`.
+    pub(crate) fn where_faster(
+        self,
+        config: &NsaConfig,
+        packing: &Packing,
+        walking: &SelectTiles,
+        share_bytes: usize,
+    ) -> Option<Self> {
         let longest = packing.seqs().max_by_key(|seq| seq.end())?;
         let (selected, blocks) = (config.select_count(), longest.end() / config.select_block());
-        let union = union(blocks, selected, select_rows(config, 16).1);
-        let long = union >= UNION_LENGTHS * selected as f64;
+        let long = walking.copied(blocks, selected) >= COPIED_LISTS * selected as f64;
         let queries = longest.rows.len().min(self.run_tokens(config, share_bytes));
         let met = queries * config.group_size() * selected >= TURNED_ROWS * blocks;
         (long && met).then_some(self)
@@ -175,16 +173,19 @@ mod tests {
         let turned = |heads, sequences: &[(usize, usize)]| {
             let config = config(heads, (128, 128));
             let ways = [TurnedTiles::forward(&config, 2), TurnedTiles::gradients(&config, 2)];
-            let [forward, gradients] =
-                ways.map(|tiles| tiles.unwrap().where_faster(&config, &packing(sequences), 260 << 20).is_some());
+            let walking = SelectTiles::of_warps(&config, 2);
+            let [forward, gradients] = ways
+                .map(|tiles| tiles.unwrap().where_faster(&config, &packing(sequences), &walking, 260 << 20).is_some());
             assert_eq!(forward, gradients);
             forward
         };
-        assert_eq!([1, 2, 4, 5, 16].map(|heads| turned(heads, &[(8192, 0)])), [true, true, true, false, false]);
-        assert_eq!([3072, 3328, 4096, 5632].map(|tokens| turned(1, &[(tokens, 0)])), [false, true, true, true]);
-        assert_eq!([3072, 3328, 4096, 5632].map(|tokens| turned(4, &[(tokens, 0)])), [false, false, false, true]);
+        assert_eq!([1, 2, 4, 5, 16].map(|heads| turned(heads, &[(32_768, 0)])), [true, true, true, false, false]);
+        assert_eq!([3072, 3328, 4096].map(|tokens| turned(1, &[(tokens, 0)])), [false, true, true]);
+        // Warps that walk jointly copy less: 32 queries of two heads, 16 of four.
+        assert_eq!([13_312, 13_440].map(|tokens| turned(2, &[(tokens, 0)])), [false, true]);
+        assert_eq!([19_968, 20_096].map(|tokens| turned(4, &[(tokens, 0)])), [false, true]);
         // Too few queries for the blocks of their context, and enough.
-        assert_eq!([63, 64].map(|queries| turned(4, &[(queries, 16_320), (7, 0)])), [false, true]);
+        assert_eq!([127, 128].map(|queries| turned(4, &[(queries, 32_640), (7, 0)])), [false, true]);
         assert!(!turned(4, &[]));
     }
 

@@ -9,6 +9,7 @@ constexpr int HEADS_PER_TILE = ceil_div(GROUP, PARTS_OF_GROUP);
 constexpr int TILE_THREADS = 2 * ROWS;
 // What lies behind begins where tiles may.
 constexpr int LIST_BYTES = round_up(QUERIES * SELECT_COUNT * 4, 128);
+constexpr int CTA_TILES = 32 * WARPS / TILE_THREADS;
 constexpr int NO_MORE = 0x7fffffff;
 static_assert(ROWS_OF_PAGE % SELECT_BLOCK == 0 || PAGE_ROWS == 0, "a block lies in one page");
 static_assert(QUERIES * HEADS_PER_TILE <= ROWS && QUERIES <= 32, "a tile has so many rows, a lane a query");
@@ -16,34 +17,67 @@ static_assert(QUERIES * HEADS_PER_TILE <= ROWS && QUERIES <= 32, "a tile has so 
 // Steps of KEYS tokens go to stages of shared memory in turn. A turn is as many steps of one block as there are stages, so that
 // each knows its own, or one step, where a block's do not come out even.
 static_assert(STAGES == 2, "one step is on its way while another is met");
-constexpr int TURN_STEPS = ceil_div(SELECT_BLOCK, KEYS) % STAGES == 0 ? STAGES : 1;
-constexpr int TURN = TURN_STEPS * KEYS;
+constexpr int BLOCK_STEPS = ceil_div(SELECT_BLOCK, KEYS);
+constexpr int TURN_STEPS = BLOCK_STEPS % STAGES == 0 ? STAGES : 1;
 
-// The blocks that at least one of a tile's queries has selected, in order, a turn at a time.
+// Warps that work alone may walk jointly: over the blocks of all tiles of their CTA, whose lists a warp's lanes hold then. A turn is one
+// step for each of them.
+constexpr bool JOINT = JOINT_PERCENT > 0;
+constexpr int JOINT_QUERIES = WARPS * QUERIES;
+constexpr int JOINT_STEPS = BLOCK_STEPS < WARPS ? BLOCK_STEPS : WARPS;
+
+// The greatest power of two below `count`, from a lesser one on.
+constexpr int power_below(int count, int power = 1) { return power * 2 < count ? power_below(count, power * 2) : power; }
+
+// Lists of queries in shared memory, one for each lane: those of a tile, or of all tiles of a CTA, which begin LIST_BYTES apart.
+struct Lists {
+    const int* first;
+    int count;
+    int position;  // of the first query
+    int skipped;   // tiles of the first query before
+
+    __device__ __forceinline__ int position_of(int list) const {
+        return position + (PARTS_OF_GROUP == 1 ? list : (skipped + list) / PARTS_OF_GROUP);
+    }
+    __device__ __forceinline__ const int* list(int i) const {
+        return first + i / QUERIES * (LIST_BYTES / 4) + i % QUERIES * SELECT_COUNT;
+    }
+    // Block at a place of a list, NO_MORE behind its end. A list that is none, which the caller did not check, ends where it leaves
+    // the query's candidates.
+    __device__ __forceinline__ int read(int i, int place) const {
+        if (place >= SELECT_COUNT) return NO_MORE;
+        const int block = list(i)[place];
+        return block < 0 || block > position_of(i) / SELECT_BLOCK ? NO_MORE : block;
+    }
+    // Whether list `i` has a block. Lists ascend.
+    __device__ __forceinline__ bool has(int i, int block) const {
+        const int* const blocks = list(i);
+        int at = 0;
+#pragma unroll
+        for (int step = power_below(SELECT_COUNT); step > 0; step /= 2) {
+            if (at + step < SELECT_COUNT && u32(blocks[at + step]) <= u32(block)) at += step;
+        }
+        return blocks[at] == block;
+    }
+};
+
+// The blocks that at least one of up to COUNT queries has selected, in order, TURN tokens at a time.
+template <int COUNT, int TURN>
 struct Blocks {
-    const int* lists;  // [QUERIES, SELECT_COUNT] in shared memory
-    int queries;       // of the tile
-    int position;      // of the first query
-    int place;         // lane q: in query q's list
-    int mine;          // lane q: block at that place
-    int block;         // in turn
-    u32 selected;      // bit q: query q has selected it
-    int offset;        // of the turn within the block
+    Lists lists;
+    int place;     // lane i: in list i
+    int mine;      // lane i: block at that place
+    int block;     // in turn
+    u32 selected;  // bit i: list i has it
+    int offset;    // of the turn within the block
 
-    __device__ __forceinline__ Blocks(const int* lists_, int queries_, int position_)
-        : lists(lists_), queries(queries_), position(position_), place(0), offset(0) {
+    __device__ __forceinline__ explicit Blocks(const Lists& all) : lists(all), place(0), offset(0) {
         const int lane = threadIdx.x % 32;
-        mine = lane < queries ? read(lane) : NO_MORE;
+        mine = lane < lists.count ? lists.read(lane, 0) : NO_MORE;
         choose();
     }
-    __device__ __forceinline__ int read(int q) const {
-        if (place >= SELECT_COUNT) return NO_MORE;
-        const int next = lists[q * SELECT_COUNT + place];
-        // A list that is none, which the caller did not check, ends where it leaves the query's candidates.
-        return next < 0 || next > (position + q) / SELECT_BLOCK ? NO_MORE : next;
-    }
     __device__ __forceinline__ void choose() {
-        if constexpr (QUERIES == 1) {
+        if constexpr (COUNT == 1) {
             block = __shfl_sync(ALL_LANES, mine, 0);
             selected = 1;
         } else {
@@ -54,18 +88,17 @@ struct Blocks {
     __device__ __forceinline__ bool done() const { return block == NO_MORE; }
     __device__ __forceinline__ int token() const { return block * SELECT_BLOCK + offset; }
     // The position of the last query that has selected the block.
-    __device__ __forceinline__ int last() const { return position + 31 - __clz(selected); }
+    __device__ __forceinline__ int last() const { return COUNT == 1 ? lists.position : lists.position_of(31 - __clz(selected)); }
     // Tokens of the block from the turn's first on that some query sees.
     __device__ __forceinline__ int count() const { return within(last() + 1 - token()); }
-    // Those that query q sees, none if it has not selected the block.
-    __device__ __forceinline__ int count_of(int q) const {
-        if (QUERIES > 1 && (selected >> q & 1) == 0) return 0;
-        return within(position + q + 1 - token());
+    // Those that query i sees, none if it has not selected the block.
+    __device__ __forceinline__ int count_of(int i) const {
+        if (COUNT > 1 && (selected >> i & 1) == 0) return 0;
+        return within(lists.position_of(i) + 1 - token());
     }
-    // Whether all rows see the whole turn.
-    __device__ __forceinline__ bool whole() const {
-        const u32 all = queries == 32 ? ALL_LANES : (1u << queries) - 1;
-        return (QUERIES == 1 || selected == all) && within(position + 1 - token()) >= TURN;
+    // Whether all rows of queries first.. whose bits are `all` see the whole turn.
+    __device__ __forceinline__ bool whole(int first, u32 all) const {
+        return (COUNT == 1 || (selected & all) == all) && within(lists.position_of(first) + 1 - token()) >= TURN;
     }
     __device__ __forceinline__ void next() {
         offset += TURN;
@@ -73,7 +106,7 @@ struct Blocks {
         offset = 0;
         if (mine == block && !done()) {
             ++place;
-            mine = read(threadIdx.x % 32);
+            mine = lists.read(threadIdx.x % 32, place);
         }
         choose();
     }
@@ -85,15 +118,20 @@ private:
         return seen < SELECT_BLOCK - offset ? seen : SELECT_BLOCK - offset;
     }
 };
+using OwnBlocks = Blocks<QUERIES, TURN_STEPS * KEYS>;
+using JointBlocks = Blocks<JOINT_QUERIES, JOINT_STEPS * KEYS>;
+
+// Bits of `count` queries from `first` on.
+__device__ __forceinline__ u32 bits_of(int first, int count) { return (count >= 32 ? ALL_LANES : (1u << count) - 1) << first; }
 
 // Bytes of a step: keys, and values behind them.
 constexpr int STAGE_BYTES = KEYS * (Tile<HEAD_DIM_QK>::PITCH + Tile<HEAD_DIM_V>::PITCH);
 
-// A thread's part in copies of steps to the stages of its tile, where keys and values lie so.
-template <class KeyTile, class ValueTile>
+// A thread's part in copies of steps to stages, of THREADS threads, where keys and values lie so.
+template <class KeyTile, class ValueTile, int THREADS>
 struct StepCopies {
-    using CopyKeys = EvenCopy<KeyTile, KEYS, TILE_THREADS, QK_COPY_BYTES, KeyRows<HEAD_DIM_QK>::STRIDE>;
-    using CopyValues = EvenCopy<ValueTile, KEYS, TILE_THREADS, V_COPY_BYTES, KeyRows<HEAD_DIM_V>::STRIDE>;
+    using CopyKeys = EvenCopy<KeyTile, KEYS, THREADS, QK_COPY_BYTES, KeyRows<HEAD_DIM_QK>::STRIDE>;
+    using CopyValues = EvenCopy<ValueTile, KEYS, THREADS, V_COPY_BYTES, KeyRows<HEAD_DIM_V>::STRIDE>;
     CopyKeys copy_keys;
     CopyValues copy_values;
     KeyRows<HEAD_DIM_QK> k;
@@ -111,20 +149,19 @@ struct StepCopies {
           k(k_rows, k_pages, sequence.key, head, CopyKeys::begin(thread)),
           v(v_rows, v_pages, sequence.key, head, CopyValues::begin(thread)) {}
 
-    // Starts to copy step STEP of a turn to that stage, `behind` bytes further.
-    template <int STEP>
-    __device__ __forceinline__ void start(const Blocks& blocks, u32 behind) {
+    // Starts to copy step STEP of a turn to that stage, `behind` bytes further. The first one comes first.
+    template <int STEP, class AnyBlocks>
+    __device__ __forceinline__ void start(const AnyBlocks& blocks, u32 behind) {
         const bool there = STEP == 0 ? !blocks.done() : count > STEP * KEYS;
-        if (STEP == 0 && there) {
-            keys = k(blocks.token()), values = v(blocks.token());
-            count = blocks.count();
+        if (STEP == 0) {
+            count = 0;
+            if (there) keys = k(blocks.token()), values = v(blocks.token()), count = blocks.count();
         }
         if (there) {
             constexpr int AT = STEP * STAGE_BYTES, FIRST = STEP * KEYS;
             copy_keys.template copy<AT, FIRST>(keys, count - FIRST, behind);
             copy_values.template copy<AT + KEYS * Tile<HEAD_DIM_QK>::PITCH, FIRST>(values, count - FIRST, behind);
         }
-        copy_commit();
     }
 };
 
@@ -132,13 +169,15 @@ struct StepCopies {
 // `meet(blocks, step, behind, whole)` meets it in stage `step.value`, `behind` bytes further. Of a turn that all rows see (`whole`,
 // the same in all lanes) there is nothing to mask.
 template <class Copies, class Wait, class Meet>
-__device__ __forceinline__ void walk(Blocks blocks, Copies& copies, const Wait& wait, const Meet& meet) {
+__device__ __forceinline__ void walk(OwnBlocks blocks, Copies& copies, const Wait& wait, const Meet& meet) {
+    const u32 all = bits_of(0, blocks.lists.count);
     copies.template start<0>(blocks, 0);
+    copy_commit();
     // Of turns of one step every other one lies in the other stage.
     for (u32 turn = 0; !blocks.done(); turn = STAGE_BYTES - turn) {
         const u32 behind = TURN_STEPS == 1 ? turn : 0;
-        const Blocks now = blocks;
-        const bool whole = uniform(now.whole());
+        const OwnBlocks now = blocks;
+        const bool whole = uniform(now.whole(0, all));
         unroll<0, TURN_STEPS>([&](auto step) {
             constexpr int I = step.value;
             wait();
@@ -148,7 +187,34 @@ __device__ __forceinline__ void walk(Blocks blocks, Copies& copies, const Wait& 
                 blocks.next();
                 copies.template start<0>(blocks, TURN_STEPS == 1 ? STAGE_BYTES - behind : 0);
             }
+            copy_commit();
             if (I == 0 || whole || now.count() > I * KEYS) meet(now, step, behind, whole);
+        });
+    }
+}
+
+// The same of all warps of a CTA over the blocks of all of its tiles: each block is copied once, and met by those warps that have
+// selected it, for `count` queries from list `first` on. `meet` as above. What a warp meets, and in which order, is the same.
+template <class Copies, class Meet>
+__device__ __forceinline__ void walk_jointly(JointBlocks blocks, int first, int count, Copies& copies, const Meet& meet) {
+    const u32 all = bits_of(first, count);
+    const auto start = [&](u32 behind) {
+        unroll<0, JOINT_STEPS>([&](auto step) { copies.template start<step.value>(blocks, behind); });
+        copy_commit();
+    };
+    start(0);
+    for (u32 behind = 0; !blocks.done(); behind = WARPS * STAGE_BYTES - behind) {
+        const JointBlocks now = blocks;
+        const u32 mine = now.selected & all;
+        copy_wait<0>();
+        __syncthreads();
+        blocks.next();
+        start(WARPS * STAGE_BYTES - behind);
+        if (uniform(mine) == 0) continue;
+        const bool whole = uniform(now.whole(first, all));
+        const int seen = now.count_of(31 - __clz(mine));
+        unroll<0, JOINT_STEPS>([&](auto step) {
+            if (step.value == 0 || whole || seen > step.value * KEYS) meet(now, step, behind, whole);
         });
     }
 }
@@ -164,16 +230,29 @@ struct SelectTile {
 
     // Of the thread's tile, with the KV head of the block; without queries behind the last tile.
     __device__ __forceinline__ SelectTile(const int* sequences, int count, int tiles) {
-        const i64 work = i64(blockIdx.x) * (32 * WARPS / TILE_THREADS) + threadIdx.x / TILE_THREADS;
+        const i64 work = i64(blockIdx.x) * CTA_TILES + threadIdx.x / TILE_THREADS;
         const i64 index = work / PARTS_OF_GROUP;
         head = blockIdx.y;
         first = int(work % PARTS_OF_GROUP) * HEADS_PER_TILE;
         heads = GROUP - first < HEADS_PER_TILE ? GROUP - first : HEADS_PER_TILE;
-        queries = 0;
-        if (index >= tiles) return;
-        sequence = sequence_of_warp<5>(sequences, count, int(index));
-        query = int(index - sequence.tile) * QUERIES;
-        queries = sequence.queries - query < QUERIES ? sequence.queries - query : QUERIES;
+        // Behind the last tile there are no queries, but its sequence.
+        const int tile = index < tiles ? int(index) : tiles - 1;
+        sequence = sequence_of_warp<5>(sequences, count, tile);
+        query = (tile - sequence.tile) * QUERIES;
+        queries = index >= tiles ? 0 : sequence.queries - query < QUERIES ? sequence.queries - query : QUERIES;
+    }
+    // The tile's own lists.
+    __device__ __forceinline__ Lists lists(const int* own) const { return {own, queries, position(0), 0}; }
+    // Those of all tiles of the CTA, if they are one sequence's: the first of them lies at `all`.
+    __device__ __forceinline__ Lists joint_lists(const int* all) const {
+        const i64 work = i64(blockIdx.x) * CTA_TILES;
+        const int skipped = int(work % PARTS_OF_GROUP), before = (int(work / PARTS_OF_GROUP) - sequence.tile) * QUERIES;
+        const int rest = (sequence.queries - before) * PARTS_OF_GROUP - skipped;
+        return {all, rest < JOINT_QUERIES ? rest : JOINT_QUERIES, sequence.context + before, skipped};
+    }
+    // Whether the CTA's first tile is of the same sequence. Tiles are in the order of sequences.
+    __device__ __forceinline__ bool begins_in_sequence() const {
+        return i64(blockIdx.x) * CTA_TILES / PARTS_OF_GROUP >= sequence.tile;
     }
     // The queries' lists to shared memory.
     __device__ __forceinline__ void load_lists(int* lists, const int* block_indices) const {
@@ -205,3 +284,59 @@ struct SelectTile {
     }
 };
 
+// Where the tiles of a CTA have their memory: the stages of all, ROWS_BYTES more of each, their lists.
+template <int ROWS_BYTES>
+struct SelectMemory {
+    static constexpr int STAGES_OF_TILE = STAGES * STAGE_BYTES, ROWS_AT = CTA_TILES * STAGES_OF_TILE;
+    static constexpr int LISTS_AT = ROWS_AT + CTA_TILES * ROWS_BYTES;
+    char* all;
+    int tile;  // of the CTA
+
+    __device__ __forceinline__ explicit SelectMemory(char* shared) : all(shared), tile(uniform(int(threadIdx.x / TILE_THREADS))) {}
+    __device__ __forceinline__ char* stages() const { return all + tile * STAGES_OF_TILE; }
+    // Without bytes of their own rows come through the stages.
+    __device__ __forceinline__ char* rows() const { return ROWS_BYTES == 0 ? stages() : all + ROWS_AT + tile * ROWS_BYTES; }
+    __device__ __forceinline__ int* lists(int of) const { return reinterpret_cast<int*>(all + LISTS_AT + of * LIST_BYTES); }
+};
+
+// Whether the tiles of a CTA walk jointly: all are of one sequence, and copy JOINT_PERCENT of what they would alone at most. All threads
+// ask, and see the lists then.
+__device__ __forceinline__ bool walks_jointly(const SelectTile& tile, const Lists& lists) {
+    if (!__syncthreads_and(tile.begins_in_sequence())) return false;
+    int apart = 0, together = 0;
+    for (int from = 0; from < lists.count * SELECT_COUNT; from += 32 * WARPS) {
+        const int i = (from + int(threadIdx.x)) / SELECT_COUNT, begin = i / QUERIES * QUERIES;
+        const int block = i < lists.count ? lists.read(i, (from + int(threadIdx.x)) % SELECT_COUNT) : NO_MORE;
+        // Whether the block is the first one of its number in the tile's lists, in all lists.
+        bool in_tile = block != NO_MORE, in_all = in_tile;
+        for (int other = 0; in_tile && other < i; ++other) {
+            if (lists.has(other, block)) in_all = false, in_tile = other < begin;
+        }
+        apart += __syncthreads_count(in_tile);
+        together += __syncthreads_count(in_all);
+    }
+    return 100 * together <= JOINT_PERCENT * apart;
+}
+
+// Walks over the blocks of a CTA's tiles, jointly or each alone. `copies_to(stages, threads)` are copies of so many threads to stages,
+// `meet_in(stages, first)` what a warp does with steps there (see `walk`), whose queries' lists are those from `first` on. All have
+// left the stages at the end.
+template <class Memory, class Wait, class CopiesTo, class MeetIn>
+__device__ __forceinline__ void walk_tiles(const Memory& memory, const SelectTile& tile, const Wait& wait, const CopiesTo& copies_to,
+                                           const MeetIn& meet_in) {
+    if constexpr (JOINT) {
+        const Lists all = tile.joint_lists(memory.lists(0));
+        if (walks_jointly(tile, all)) {
+            auto copies = copies_to(memory.all, Size<32 * WARPS>());
+            const int first = memory.tile * QUERIES;
+            walk_jointly(JointBlocks(all), first, tile.queries, copies, meet_in(memory.all, first));
+            copy_wait<0>();
+            __syncthreads();
+            return;
+        }
+        if (tile.queries == 0) return;
+    }
+    auto copies = copies_to(memory.stages(), Size<TILE_THREADS>());
+    walk(OwnBlocks(tile.lists(memory.lists(memory.tile))), copies, wait, meet_in(memory.stages(), 0));
+    wait();
+}

@@ -30,8 +30,8 @@
 // Rows of q and do that are held in registers come through a stage.
 constexpr bool HELD = QUERIES_HELD && TENSOR_CORES;
 constexpr int ROWS_BYTES = ROWS * (Keys::PITCH + Values::PITCH);
-constexpr int WARP_BYTES = STAGES * STAGE_BYTES + (HELD ? 0 : ROWS_BYTES) + LIST_BYTES;
 static_assert(ROWS_BYTES <= STAGES * STAGE_BYTES, "rows come through stages");
+using Memory = SelectMemory<HELD ? 0 : ROWS_BYTES>;
 constexpr int THREADS = 32 * WARPS;
 // Rows of a block of keys that one CTA takes, and CTAs a block.
 constexpr int SHARES = ceil_div(SELECT_BLOCK, KEY_ROWS);
@@ -42,9 +42,11 @@ extern "C" __global__ void __launch_bounds__(256) slc_row_facts(const __grid_con
     row_facts(p.common);
 }
 
-// ds of a step: from scores s and do v. Rows see all of its keys (`whole`), or as many as they may.
+// ds of a step: from scores s and do v. Rows see all of its keys (`whole`), or as many as they may; `first` is the list of the tile's
+// first query.
+template <class AnyBlocks>
 __device__ __forceinline__ void score_gradients(Parts<1, KEYS>& ds, const Parts<1, KEYS>& s, float scale, const RowFacts (&facts)[2],
-                                                bool whole, const Blocks& blocks, int step, const SelectTile& tile) {
+                                                bool whole, const AnyBlocks& blocks, int first, int step, const SelectTile& tile) {
 #pragma unroll
     for (int n = 0; n < KEYS / 8; ++n) {
 #pragma unroll
@@ -58,7 +60,7 @@ __device__ __forceinline__ void score_gradients(Parts<1, KEYS>& ds, const Parts<
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
         const int row = h * 8 + lane / 4;
-        const int end = (tile.has(row) ? blocks.count_of(tile.query_of(row)) : 0) - step * KEYS - lane % 4 * 2;
+        const int end = (tile.has(row) ? blocks.count_of(first + tile.query_of(row)) : 0) - step * KEYS - lane % 4 * 2;
 #pragma unroll
         for (int n = 0; n < KEYS / 8; ++n) {
 #pragma unroll
@@ -79,14 +81,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) slc_query_gradients(con
     const BandBackwardParams& p = params.common;
     const int lane = threadIdx.x % 32;
     const SelectTile tile(p.sequences, p.num_sequences, p.query_tiles);
-    if (tile.queries == 0) return;
-    char* const own = shared + uniform(int(threadIdx.x / 32)) * WARP_BYTES;
-    char* const rows = own + (HELD ? 0 : STAGES * STAGE_BYTES);
-    int* const lists = reinterpret_cast<int*>(own + WARP_BYTES - LIST_BYTES);
+    if (!JOINT && tile.queries == 0) return;
+    const Memory memory(shared);
+    char* const rows = memory.rows();
     tile.load_rows_of<Keys, QK_COPY_BYTES>(p.q, shared_address(rows));
     tile.load_rows_of<Values, V_COPY_BYTES>(p.d_o, shared_address(rows) + ROWS * Keys::PITCH);
     copy_commit();
-    tile.load_lists(lists, params.block_indices);
+    tile.load_lists(memory.lists(memory.tile), params.block_indices);
     RowFacts facts[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -100,22 +101,29 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) slc_query_gradients(con
     d_o.take();
     __syncwarp();
 
-    StepCopies<Tile<HEAD_DIM_QK>, Tile<HEAD_DIM_V>> copies(shared_address(own), lane, tile.sequence, tile.head, p.k, nullptr, p.v, nullptr);
     float dq[1][Keys::PADDED / 8][4];
     clear<1, Keys::PADDED>(dq);
-    const auto keys = Right<HEAD_DIM_QK, false>(own).pinned();
-    const auto across = Right<HEAD_DIM_QK, true>(own).pinned();
-    const auto values = Right<HEAD_DIM_V, false>(own + KEYS * Keys::PITCH).pinned();
-    const auto meet = [&](const Blocks& blocks, auto step, u32 behind, bool whole) {
-        constexpr int I = step.value;
-        Parts<1, KEYS> s, ds;
-        dot_rows(s, q, keys.further<I * STAGE_BYTES>(behind));
-        dot_rows(ds, d_o, values.further<I * STAGE_BYTES>(behind));
-        score_gradients(ds, s, p.scale, facts, whole, blocks, I, tile);
-        add_rows<0>(dq, ds, across.further<I * STAGE_BYTES>(behind));
+    // As in slc_fwd.cu.
+    const auto meet_in = [&](const char* stages, int first) {
+        const auto keys = Right<HEAD_DIM_QK, false>(stages).pinned();
+        const auto across = Right<HEAD_DIM_QK, true>(stages).pinned();
+        const auto values = Right<HEAD_DIM_V, false>(stages + KEYS * Keys::PITCH).pinned();
+        return [&, keys, across, values, first](const auto& blocks, auto step, u32 behind, bool whole) {
+            constexpr int I = step.value;
+            Parts<1, KEYS> s, ds;
+            dot_rows(s, q, keys.template further<I * STAGE_BYTES>(behind));
+            dot_rows(ds, d_o, values.template further<I * STAGE_BYTES>(behind));
+            score_gradients(ds, s, p.scale, facts, whole, blocks, first, I, tile);
+            add_rows<0>(dq, ds, across.template further<I * STAGE_BYTES>(behind));
+        };
     };
-    walk(Blocks(lists, tile.queries, tile.position(0)), copies, [] { wait_for_stage(); }, meet);
-    copy_wait<0>();
+    const auto copies_to = [&](char* stages, auto threads) {
+        constexpr int THREADS = threads.value;
+        return StepCopies<Keys, Values, THREADS>(shared_address(stages), int(threadIdx.x % THREADS), tile.sequence, tile.head, p.k,
+                                                 nullptr, p.v, nullptr);
+    };
+    walk_tiles(memory, tile, [] { wait_for_stage(); }, copies_to, meet_in);
+    if (tile.queries == 0) return;
     put_query_gradients(dq, p.accumulate != 0,
                         [&](int row) { return tile.has(row) ? p.dq + tile.place(row) * HEAD_DIM_QK : nullptr; });
 }

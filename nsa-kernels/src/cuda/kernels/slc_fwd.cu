@@ -2,14 +2,16 @@
 //
 // A warp works alone (or four together, see below): the R heads of a query are its 16 rows, or QUERIES queries with R heads each: it
 // then walks over the union of their blocks, and masks rows that have not selected one. Blocks come in steps of KEYS tokens
-// through STAGES stages of the warp's own shared memory; no barrier between warps.
+// through STAGES stages of the warp's own shared memory; no barrier between warps. Where warps of a CTA have blocks in common, they
+// walk jointly: each block is copied once, whole, by all of them, and met by those that have selected it, with a barrier a block. A
+// CTA chooses that itself, by its lists (select.cuh); either way a warp meets the same blocks in the same order.
 //
-// Grid: x: WARPS tiles of queries, y: KV heads; neighbouring queries share blocks in the caches.
+// Grid: x: WARPS tiles of queries, y: KV heads; neighbouring queries share blocks.
 // Shared memory, bytes at D = 128 in bf16, a warp: 2 stages x 16 x 512 (queries come and outputs go through them), the lists 128;
-// four warps 66,048.
+// four warps 66,048. The stages of four are two of 64 tokens, where warps walk jointly.
 // Registers: o 64, queries 32, scores 8, addresses of a lane's chunks 16.
-// Roofline, a query and KV head: 4 R D n l' FLOP, 2 (Dk + Dv) n l' bytes of k and v from the L2 cache: R FLOP a byte. Bound
-// by the cache: 16 FLOP a byte where an A100 computes 43 in that time. From memory q, o, k, v once.
+// Roofline, a query and KV head: 4 R D n l' FLOP, 2 (Dk + Dv) n l' bytes of k and v from the L2 cache, if no block is shared: R FLOP a
+// byte. Bound by the cache then: 16 FLOP a byte where an A100 computes 58 in that time. From memory q, o, k, v once.
 // Counted at R = 16, D = 128, T = 2,048: 1.01 of these FLOP (the step that holds the query's own token), bytes from memory 1.00
 // of the least, no bank conflict. At R = 4 with lists drawn at random: 4.04 of these FLOP with a query a warp, 2.43 with two, 1.34
 // with four that walk over the union, and bytes from the L2 cache 147, 89 and 49 times q, o, k and v: the union is never longer
@@ -37,7 +39,7 @@
 constexpr int HEAD_BYTES = ROWS * (Keys::PITCH > Values::PITCH ? Keys::PITCH : Values::PITCH);
 // Queries that are held in registers come through the stages, and outputs leave through them.
 constexpr bool HELD = QUERIES_HELD && TENSOR_CORES && HEAD_BYTES <= STAGES * STAGE_BYTES;
-constexpr int OWN_BYTES = STAGES * STAGE_BYTES + (HELD ? 0 : HEAD_BYTES) + LIST_BYTES;
+using Memory = SelectMemory<HELD ? 0 : HEAD_BYTES>;
 
 extern __shared__ __align__(TILE_ALIGNMENT) char shared[];
 
@@ -55,14 +57,14 @@ __device__ __forceinline__ void wait_for_stage() {
     }
 }
 
-// The thread's number in its tile.
-__device__ __forceinline__ int own_thread() { return int(threadIdx.x % TILE_THREADS); }
-
-__device__ __forceinline__ void mask(Scores<1, KEYS>& s, const Blocks& blocks, int step, const SelectTile& tile) {
+// Scores of keys that a row's query has not selected, or does not see; `first` is the list of the tile's first query.
+template <class AnyBlocks>
+__device__ __forceinline__ void mask(Scores<1, KEYS>& s, const AnyBlocks& blocks, int first, int step, const SelectTile& tile) {
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-        const int end = blocks.count_of(tile.query_of(first_row() + h * 8 + lane / 4)) - step * KEYS - lane % 4 * 2;
+        const int query = tile.query_of(first_row() + h * 8 + lane / 4);
+        const int end = (query < QUERIES ? blocks.count_of(first + query) : 0) - step * KEYS - lane % 4 * 2;
 #pragma unroll
         for (int n = 0; n < KEYS / 8; ++n) {
 #pragma unroll
@@ -74,7 +76,8 @@ __device__ __forceinline__ void mask(Scores<1, KEYS>& s, const Blocks& blocks, i
 }
 
 // Whether one of the warp's queries has selected the block: others of its tile may have.
-__device__ __forceinline__ bool sees(const Blocks& blocks, const SelectTile& tile) {
+template <class AnyBlocks>
+__device__ __forceinline__ bool sees(const AnyBlocks& blocks, const SelectTile& tile) {
     if constexpr (!WARPGROUPS) return true;
     const int first = tile.query_of(first_row()), last = tile.query_of(first_row() + 15);
     return uniform((blocks.selected >> first & ((2u << (last - first)) - 1)) != 0);
@@ -104,44 +107,49 @@ __device__ __forceinline__ void write_rows(const BandForwardParams& p, const Sel
 extern "C" __global__ void __launch_bounds__(32 * WARPS) slc_forward(const __grid_constant__ SlcForwardParams params) {
     const BandForwardParams& p = params.common;
     const SelectTile tile(p.sequences, p.num_sequences, p.tiles);
-    if (tile.queries == 0) return;
-    char* const own = shared + uniform(int(threadIdx.x / TILE_THREADS)) * OWN_BYTES;
-    char* const rows = own + (HELD ? 0 : STAGES * STAGE_BYTES);
-    int* const lists = reinterpret_cast<int*>(own + OWN_BYTES - LIST_BYTES);
-    tile.load_rows_of<SharedTile<HEAD_DIM_QK, ROWS>, QK_COPY_BYTES>(p.q, shared_address(rows));
+    if (!JOINT && tile.queries == 0) return;
+    const Memory memory(shared);
+    char* const own = memory.stages();
+    tile.load_rows_of<SharedTile<HEAD_DIM_QK, ROWS>, QK_COPY_BYTES>(p.q, shared_address(memory.rows()));
     copy_commit();
-    tile.load_lists(lists, params.block_indices);
+    tile.load_lists(memory.lists(memory.tile), params.block_indices);
     wait_for_stage();
     // Read by warps alone.
-    Queries<1, HELD> q(rows);
+    Queries<1, HELD> q(memory.rows());
     q.take();
     __syncwarp();
 
-    StepCopies<SharedTile<HEAD_DIM_QK, KEYS>, SharedTile<HEAD_DIM_V, KEYS>> copies(shared_address(own), own_thread(), tile.sequence,
-                                                                                  tile.head, p.k, p.k_pages, p.v, p.v_pages);
     Flash<1, KEYS> flash;
-    const auto keys = Right<HEAD_DIM_QK, false>(own).pinned();
-    const auto values = Right<HEAD_DIM_V, true>(own + KEYS * Keys::PITCH).pinned();
-    const auto meet = [&](const Blocks& blocks, auto step, u32 behind, bool whole) {
-        constexpr int I = step.value;
-        Scores<1, KEYS> s;
-        if constexpr (WARPGROUPS) {
-            dots_together<HEAD_DIM_QK, ROWS, KEYS, 1>(s, rows, 0, own + I * STAGE_BYTES + behind);
-        } else {
-            flash.multiply_keys(s, q, keys.further<I * STAGE_BYTES>(behind));
-        }
-        if (sees(blocks, tile)) {
-            if (!whole) mask(s, blocks, I, tile);
-            float factor[1][2];
-            flash.exponentials<true>(s, p.scale_log2, factor);
-        } else {
-            clear<1, KEYS>(s);
-        }
-        begin_rows_of(flash.o, s, values.further<I * STAGE_BYTES>(behind));
-        end_products<0>(flash.o);
+    // Of steps in stages from `stages` on, for queries whose lists are those from `first` on.
+    const auto meet_in = [&](const char* stages, int first) {
+        const auto keys = Right<HEAD_DIM_QK, false>(stages).pinned();
+        const auto values = Right<HEAD_DIM_V, true>(stages + KEYS * Keys::PITCH).pinned();
+        return [&, keys, values, stages, first](const auto& blocks, auto step, u32 behind, bool whole) {
+            constexpr int I = step.value;
+            Scores<1, KEYS> s;
+            if constexpr (WARPGROUPS) {
+                dots_together<HEAD_DIM_QK, ROWS, KEYS, 1>(s, memory.rows(), 0, stages + I * STAGE_BYTES + behind);
+            } else {
+                flash.multiply_keys(s, q, keys.template further<I * STAGE_BYTES>(behind));
+            }
+            if (sees(blocks, tile)) {
+                if (!whole) mask(s, blocks, first, I, tile);
+                float factor[1][2];
+                flash.template exponentials<true>(s, p.scale_log2, factor);
+            } else {
+                clear<1, KEYS>(s);
+            }
+            begin_rows_of(flash.o, s, values.template further<I * STAGE_BYTES>(behind));
+            end_products<0>(flash.o);
+        };
     };
-    walk(Blocks(lists, tile.queries, tile.position(0)), copies, [] { wait_for_stage(); }, meet);
-    wait_for_stage();
+    const auto copies_to = [&](char* stages, auto threads) {
+        constexpr int THREADS = threads.value;
+        return StepCopies<SharedTile<HEAD_DIM_QK, KEYS>, SharedTile<HEAD_DIM_V, KEYS>, THREADS>(
+            shared_address(stages), int(threadIdx.x % THREADS), tile.sequence, tile.head, p.k, p.k_pages, p.v, p.v_pages);
+    };
+    walk_tiles(memory, tile, [] { wait_for_stage(); }, copies_to, meet_in);
+    if (tile.queries == 0) return;
     flash.finish();
     write_rows(p, tile, flash, own);
 }
