@@ -30,7 +30,7 @@ use heads::Heads;
 use nsa_core::NsaConfig;
 use nsa_kernels::{Backend, Element};
 use peer::{Job, PeerError, Ready, Work};
-use problem::Problem;
+use problem::{Inputs, Problem};
 use progress::Progress;
 use report::{Report, Row, Who};
 use std::path::PathBuf;
@@ -52,6 +52,8 @@ pub struct Options {
     tokens: Vec<usize>,
     #[command(flatten)]
     heads: Heads,
+    #[command(flatten)]
+    inputs: Inputs,
     /// Types of the tensors
     #[arg(long, value_enum, value_delimiter = ',', default_values_t = [Dtype::F32])]
     dtype: Vec<Dtype>,
@@ -134,6 +136,7 @@ impl Options {
             op: None,
             tokens: vec![1024, 2048, 4096],
             heads: Heads::default(),
+            inputs: Inputs::default(),
             dtype: vec![Dtype::F32],
             pass: Pass::ALL.to_vec(),
             batch: 1,
@@ -155,6 +158,7 @@ impl Options {
             ensure!(tokens > 0, "--tokens {tokens}: must be at least 1");
             ensure!(i32::try_from(tokens).is_ok(), "--tokens {tokens}: must be at most {}", i32::MAX);
         }
+        self.inputs.validate()?;
         let counts = [("--batch", Some(self.batch)), ("--samples", Some(self.samples))];
         for (flag, count) in counts.into_iter().chain([("--peer-samples", self.peer_samples)]) {
             ensure!(count != Some(0), "{flag} 0: must be at least 1");
@@ -387,7 +391,7 @@ impl Run<'_> {
         let backward = self.options.has(Pass::Backward);
         let job = Job::new(self.config, length.tokens, length.dtype, backward);
         let backend = self.backend;
-        let mut problem = Problem::<T>::new(backend, self.config, length.tokens)?;
+        let mut problem = Problem::<T>::new(backend, self.config, length.tokens, self.options.inputs)?;
         backend.synchronize()?;
         let turn = |contender: Contender, run: &mut Self| -> Result<Result<Seconds, PeerError>> {
             type Step<T> = fn(&mut Problem<T>) -> Result<()>;
@@ -413,7 +417,9 @@ impl Run<'_> {
             Ok(Ok(passes.map(timed).collect::<Result<Seconds>>()?))
         };
         let passes = if backward { &[Pass::Forward, Pass::Backward][..] } else { &[Pass::Forward] };
-        self.contest(length, passes, |peer| peer.attention(&job), turn)
+        let rows = self.contest(length, passes, |peer| peer.attention(&job), turn)?;
+        self.progress.line(&format!("{} tokens {}: {}", length.tokens, length.dtype, problem.lists()?));
+        Ok(rows)
     }
 
     /// The decoding step.
@@ -544,6 +550,8 @@ mod tests {
             ("--pass backward", ["--pass backward", "forward"]),
             ("--peer-limit 9", ["--peer", "required"]),
             ("--peer-python python3", ["--peer", "required"]),
+            ("--query-correlation 1", ["--query-correlation 1", "less than 1"]),
+            ("--query-correlation nan", ["--query-correlation NaN", "at least 0"]),
             ("--dtype f64", ["f64", "bf16"]),
             ("--peer numpy", ["numpy", "lucidrains"]),
             ("--kv-heads 3", ["--kv-heads 3", "num_kv_heads"]),

@@ -15,7 +15,7 @@ use super::decode::{Decoding, Size};
 use super::fit::{self, Point};
 use super::heads::Heads;
 use super::peer::Peer;
-use super::problem::Problem;
+use super::problem::{Inputs, Problem};
 use super::work::{Pairs, Pass, flop};
 use anyhow::{Result, ensure};
 use clap::Args;
@@ -34,11 +34,16 @@ pub struct Options {
     /// Lengths to count at
     #[arg(long, value_delimiter = ',', default_values_t = [2048, 4096, 8192], allow_negative_numbers = true)]
     tokens: Vec<usize>,
+    /// Longest length of our full attention, which follows its law from there
+    #[arg(long, default_value_t = 65_536, allow_negative_numbers = true, conflicts_with = "peer")]
+    dense_limit: usize,
     /// Length to estimate
     #[arg(long, default_value_t = 65_536, allow_negative_numbers = true)]
     estimate: usize,
     #[command(flatten)]
     heads: Heads,
+    #[command(flatten)]
+    inputs: Inputs,
     /// What to count
     #[arg(long, value_enum, value_delimiter = ',', default_values_t = Pass::ALL)]
     pass: Vec<Pass>,
@@ -165,14 +170,31 @@ impl Options {
             ensure!(tokens > 0, "{flag} {tokens}: must be at least 1");
             ensure!(i32::try_from(tokens).is_ok(), "{flag} {tokens}: must be at most {}", i32::MAX);
         }
-        let distinct = self.lengths().len();
-        ensure!(distinct > 1 || self.peer.is_some(), "--tokens: must be at least two lengths for a law");
+        self.inputs.validate()?;
+        let limit = self.dense_limit;
+        if self.peer.is_none() {
+            ensure!(self.lengths().len() > 1, "--tokens: must be at least two lengths for a law");
+            let dense = self.lengths_of((Who::Dense, Pass::Forward)).len();
+            ensure!(
+                dense > 1,
+                "--dense-limit {limit}: must leave two of --tokens at least, for the law of full attention"
+            );
+        }
         if let Some(peer) = self.peer {
             ensure!(peer == Peer::Fla, "--peer {}: must be fla, whose kernels compile without a GPU", peer.name());
             let attends = self.pass.iter().any(|&pass| pass != Pass::Decode);
             ensure!(attends, "--pass decode: must have forward or backward beside it with --peer");
         }
         Ok(())
+    }
+
+    /// At which a job is counted.
+    fn lengths_of(&self, (who, pass): Job) -> Vec<usize> {
+        match (who, pass) {
+            (_, Pass::Decode) => self.contexts(),
+            (Who::Nsa, _) => self.lengths(),
+            (Who::Dense, _) => self.lengths().into_iter().filter(|&tokens| tokens <= self.dense_limit).collect(),
+        }
     }
 
     /// Ascending, each once.
@@ -207,7 +229,7 @@ fn work(options: &Options, config: &NsaConfig) -> Result<()> {
         done((Who::Dense, Pass::Decode), tokens)?;
     }
     for tokens in options.lengths() {
-        let mut problem = Problem::<bf16>::new(&backend, config, tokens)?;
+        let mut problem = Problem::<bf16>::new(&backend, config, tokens, options.inputs)?;
         type Step = fn(&mut Problem<bf16>) -> Result<()>;
         let steps: [(Job, Step); 4] = [
             ((Who::Nsa, Pass::Forward), Problem::nsa_forward),
@@ -218,9 +240,13 @@ fn work(options: &Options, config: &NsaConfig) -> Result<()> {
         // A backward pass needs the forward pass before it.
         let wanted =
             |pass| options.pass.contains(&pass) || (pass == Pass::Forward && options.pass.contains(&Pass::Backward));
-        for (job, step) in steps.into_iter().filter(|((_, pass), _)| wanted(*pass)) {
+        let counted = |job: Job| wanted(job.1) && options.lengths_of(job).contains(&tokens);
+        for (job, step) in steps.into_iter().filter(|(job, _)| counted(*job)) {
             step(&mut problem)?;
             done(job, tokens)?;
+            if job == (Who::Nsa, Pass::Forward) {
+                process::note(&format!("{tokens} tokens: {}", problem.lists()?));
+            }
         }
     }
     Ok(())
@@ -265,13 +291,15 @@ impl Report<'_> {
 
     fn write(&self) -> Result<()> {
         let (jobs, longest) = (jobs(&self.options.pass), *self.options.lengths().last().expect("two at least"));
-        println!("bf16, {longest} tokens; touched: each sector once a launch; asked: by every load and store");
+        let dense = self.options.lengths_of((Who::Dense, Pass::Forward)).pop().filter(|&tokens| tokens < longest);
+        let dense = dense.map_or_else(String::new, |tokens| format!(" ({tokens} of full attention)"));
+        println!("bf16, {longest} tokens{dense}; touched: each sector once a launch; asked: by every load and store");
         for (device, counted) in &self.counted {
             let estimate = format!("at {} at least", self.options.estimate);
             let header = [&[device.name, "kernel"][..], &Counts::CELLS, &[&estimate, "by"]].concat();
             let mut kernels = columns::table(&header, 2);
             for ((job, kernel), counts) in counted {
-                let Some((_, c)) = counts.iter().find(|(tokens, _)| *tokens == longest) else { continue };
+                let Some((_, c)) = counts.iter().rfind(|(tokens, _)| *tokens <= longest) else { continue };
                 let (time, resource) = device.time(&extrapolate(counts, self.options.estimate));
                 let estimate = [seconds(time), resource.to_owned()];
                 kernels.add_row([&[name(jobs[*job]), kernel.clone()][..], &c.cells(), &estimate].concat());
@@ -292,9 +320,8 @@ impl Report<'_> {
         let header = ["pass", "device", "tokens", "FLOP over useful", "bytes touched over least", "passes over ideal"];
         let mut table = columns::table(&header, 2);
         for (at, &job) in jobs.iter().enumerate() {
-            let lengths = if job.1 == Pass::Decode { self.options.contexts() } else { self.options.lengths() };
             for (device, counted) in &self.counted {
-                for &tokens in &lengths {
+                for tokens in self.options.lengths_of(job) {
                     let of = |counts: &[(usize, Counts)]| {
                         counts.iter().find(|(t, _)| *t == tokens).map_or_else(Counts::default, |(_, counts)| *counts)
                     };
@@ -442,9 +469,12 @@ mod tests {
             ("--tokens 0,64", ["--tokens 0", "at least 1"]),
             ("--tokens 64,64", ["--tokens", "two lengths"]),
             ("--estimate 4294967296", ["--estimate 4294967296", "at most 2147483647"]),
+            ("--dense-limit 2048", ["--dense-limit 2048", "two of --tokens"]),
             ("--kv-heads 3", ["--kv-heads 3", "num_kv_heads"]),
             ("--device a100,v100", ["--device", "a100 and h100"]),
             ("--peer fla --device h100", ["--peer", "--device"]),
+            ("--query-correlation -0.1", ["--query-correlation -0.1", "less than 1"]),
+            ("--query-correlation 0.5 --peer fla", ["--query-correlation", "--peer"]),
             ("--peer torch", ["--peer torch", "must be fla"]),
             ("--peer fla --pass decode", ["--pass decode", "forward or backward"]),
             ("--peer fla --estimate 100", ["--peer", "--estimate"]),

@@ -1,11 +1,69 @@
 //! The work that is timed: one packed sequence, NSA and full attention on the same shapes.
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
+use clap::Args;
 use nsa_core::{CuSeqlens, NsaConfig, Packing};
 use nsa_kernels::op::{compress, dense, nsa};
 use nsa_kernels::{Backend, Buffer, Element, Rows};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
+
+/// Neighbouring queries whose lists are compared.
+const NEIGHBOURS: usize = 4;
+
+/// Options of the inputs that attention is measured on.
+#[derive(Args, Clone, Copy, Debug, Default)]
+pub struct Inputs {
+    /// Correlation of each query with the one before, from 0 to below 1: at 0 lists of blocks are as good as random; the nearer to 1,
+    /// the more blocks neighbours have in common, as those of a trained model do
+    #[arg(long, default_value_t = 0.0, allow_negative_numbers = true, conflicts_with = "peer")]
+    query_correlation: f64,
+}
+
+impl Inputs {
+    /// The rule that the argument parser does not know.
+    ///
+    /// # Errors
+    /// If a correlation is none that successive queries can have.
+    pub fn validate(&self) -> Result<()> {
+        let Self { query_correlation } = *self;
+        ensure!(
+            (0.0..1.0).contains(&query_correlation),
+            "--query-correlation {query_correlation}: must be at least 0 and less than 1"
+        );
+        Ok(())
+    }
+
+    /// Rows of `len` numbers each, each one's correlated with the one's before, from numbers that `random` draws.
+    fn queries<T: Element>(&self, rows: usize, len: usize, mut random: impl FnMut() -> f64) -> Vec<T> {
+        let kept = self.query_correlation;
+        let fresh = (1.0 - kept * kept).sqrt();
+        let mut row: Vec<f64> = (0..len).map(|_| random()).collect();
+        let mut all = Vec::with_capacity(rows * len);
+        for _ in 0..rows {
+            all.extend(row.iter().map(|&x| T::from_f64(x)));
+            row.iter_mut().for_each(|x| *x = kept * *x + fresh * random());
+        }
+        all
+    }
+}
+
+/// Blocks that [`NEIGHBOURS`] queries beside each other select together, over those of one of them: of lists `[queries, groups, count]`.
+fn union_of_lists(lists: &[i32], groups: usize, count: usize) -> f64 {
+    let (mut together, mut alone) = (0, 0);
+    for run in lists.chunks_exact(NEIGHBOURS * groups * count) {
+        for group in 0..groups {
+            let of_query = |query: &[i32]| query[group * count..][..count].to_vec();
+            let mut blocks: Vec<i32> =
+                run.chunks_exact(groups * count).flat_map(of_query).filter(|&b| b >= 0).collect();
+            alone += blocks.len();
+            blocks.sort_unstable();
+            blocks.dedup();
+            together += NEIGHBOURS * blocks.len();
+        }
+    }
+    together as f64 / alone.max(1) as f64
+}
 
 /// Inputs of one sequence of `tokens`, and room for every output.
 pub struct Problem<T: Element> {
@@ -41,7 +99,7 @@ struct Grads<A> {
 
 impl<T: Element> Problem<T> {
     /// Random inputs, the same for every type. φ is the mean, so that the figures are those of attention.
-    pub fn new(backend: &Backend, config: &NsaConfig, tokens: usize) -> Result<Self> {
+    pub fn new(backend: &Backend, config: &NsaConfig, tokens: usize, inputs: Inputs) -> Result<Self> {
         let packing = Packing::new(CuSeqlens::single(tokens)?);
         let cu_blocks = packing.cu_blocks(config)?;
         let (heads, groups) = (config.num_heads(), config.num_kv_heads());
@@ -49,13 +107,13 @@ impl<T: Element> Problem<T> {
         let (k_len, v_len) = (groups * dim_qk, groups * dim_v);
         let blocks = cu_blocks.total();
         let mut rng = ChaCha8Rng::seed_from_u64(1);
-        let mut random =
-            |len: usize| -> Vec<T> { (0..len).map(|_| T::from_f64(rng.random_range(-1.7..1.7))).collect() };
-        let mut uploaded = |len: usize| backend.upload(&random(len));
+        let mut random = || rng.random_range(-1.7..1.7);
+        let q = backend.upload(&inputs.queries::<T>(tokens, heads * dim_qk, &mut random));
+        let mut uploaded = |len: usize| backend.upload(&(0..len).map(|_| T::from_f64(random())).collect::<Vec<T>>());
         let three = |len: usize| [(); 3].map(|()| backend.alloc(len));
         let grads = |rows: [usize; 3], len: usize| rows.map(|rows| backend.alloc(rows * len));
         Ok(Self {
-            q: uploaded(tokens * heads * dim_qk),
+            q,
             k: [(); 3].map(|()| uploaded(tokens * k_len)),
             v: [(); 3].map(|()| uploaded(tokens * v_len)),
             d_o: uploaded(tokens * heads * dim_v),
@@ -134,6 +192,14 @@ impl<T: Element> Problem<T> {
             o: self.o.tensor_mut(s.o)?,
         };
         Ok(nsa::forward(&self.backend, args)?)
+    }
+
+    /// What neighbouring queries' lists have in common, once the forward pass has run.
+    pub fn lists(&self) -> Result<String> {
+        let mut lists = vec![0; self.block_indices.len()];
+        self.block_indices.read(&mut lists)?;
+        let union = union_of_lists(&lists, self.config.num_kv_heads(), self.config.select_count());
+        Ok(format!("{NEIGHBOURS} neighbouring queries select {union:.2} times the blocks of one"))
     }
 
     /// NSA's backward pass; the forward pass has run.
@@ -232,4 +298,37 @@ pub fn bytes<T: Element>(config: &NsaConfig, tokens: usize) -> u64 {
     let queries = heads * (element * (dim_qk + 5 * dim_v) + acc * (dim_qk + 9));
     let rows = 3 * groups * (dim_qk + dim_v) * (element + 2 * acc);
     tokens as u64 * (queries + rows)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lists_beside_each_other_are_compared_by_head() {
+        // Four queries with two KV heads: the same two blocks; five of eight places, of which one is empty.
+        let lists = [[0, 3, 0, 1], [0, 3, 0, 2], [0, 3, 0, 3], [0, 3, 0, -1]].concat();
+        assert_eq!(union_of_lists(&lists, 2, 2), 4.0 * (2.0 + 4.0) / (8.0 + 7.0));
+        assert_eq!(union_of_lists(&lists[..8], 2, 2), 0.0);
+    }
+
+    #[test]
+    fn queries_resemble_the_one_before_as_much_as_asked() {
+        let correlation = |query_correlation: f64| {
+            let mut rng = ChaCha8Rng::seed_from_u64(2);
+            let inputs = Inputs { query_correlation };
+            inputs.validate().expect("legal");
+            let q: Vec<f32> = inputs.queries(200, 64, || rng.random_range(-1.0..1.0));
+            let product = |distance: usize| {
+                let pairs = q.iter().zip(&q[distance * 64..]);
+                pairs.map(|(a, b)| f64::from(a * b)).sum::<f64>() / (q.len() - distance * 64) as f64
+            };
+            // Of numbers from -1 to 1.
+            assert!((product(0) - 1.0 / 3.0).abs() < 0.03, "{}", product(0));
+            product(1) / product(0)
+        };
+        for asked in [0.0, 0.5, 0.9] {
+            assert!((correlation(asked) - asked).abs() < 0.03, "{asked}: {}", correlation(asked));
+        }
+    }
 }

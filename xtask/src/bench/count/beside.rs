@@ -302,8 +302,10 @@ mod tests {
         rows[1].chosen = false;
         let options = Options {
             tokens: vec![64],
+            dense_limit: 64,
             estimate: 64,
             heads: Default::default(),
+            inputs: Default::default(),
             pass: vec![Pass::Forward],
             peer: Some(Peer::Fla),
             device: Vec::new(),

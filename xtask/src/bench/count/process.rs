@@ -12,6 +12,8 @@ use std::process::{Command, Stdio};
 
 /// Begins a line of the counting process that names what the kernels before it were.
 const DONE: &str = "counted ";
+/// Begins a line of the counting process that is for the user.
+const NOTE: &str = "note: ";
 /// Sums over the launches of each kernel.
 pub type Kernels = BTreeMap<String, Counts>;
 
@@ -27,6 +29,11 @@ pub fn done(backend: &Backend, name: &str, tokens: usize) -> Result<()> {
     backend.synchronize()?;
     eprintln!("{DONE}{name} {tokens}");
     Ok(())
+}
+
+/// In the counting process: tells the user something.
+pub fn note(text: &str) {
+    eprintln!("{NOTE}{text}");
 }
 
 /// Runs the counting process with the arguments of this one, as a device (`a100`); `done` takes the kernels of each name and
@@ -48,6 +55,8 @@ pub fn run(device: &str, prepare: impl FnOnce(&mut Command), mut done: impl FnMu
             progress.line(&line);
             let (name, tokens) = name.rsplit_once(' ').context("a length")?;
             done(name, tokens.parse()?, std::mem::take(&mut kernels));
+        } else if let Some(note) = line.strip_prefix(NOTE) {
+            progress.line(note);
         } else {
             said.push(line);
         }
