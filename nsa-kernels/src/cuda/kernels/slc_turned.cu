@@ -18,15 +18,17 @@
 // shares written, and as many read, n Dk elements of queries, and the block once for the rows of a work: 20 KiB at n = 16, D = 128
 // and many rows. Bound by memory, where shares go and come back.
 // Counted, 16 heads, D = 128, n = 16, lists drawn at random, one sequence, runs of 2,016 queries: the least milliseconds that an
-// A100's resources take, of queries that walk (the second cache) and turned round (memory), without what a run's launches cost:
+// A100's resources take, of warps that walk each alone (the second cache) and turned round (memory), without what a run's launches
+// cost:
 //   tokens     R = 1         R = 2         R = 4         R = 8
 //    2,048    0.20  0.25    0.20  0.23    0.20  0.22    0.18  0.22
 //    4,096    0.80  0.58    0.76  0.53    0.65  0.51    0.49  0.50
 //    8,192    2.96  1.26    2.43  1.15    1.76  1.10    1.16  1.07
 //   65,536     63  13        36  12        20  11        11  10      (from those: unions as they are then, powers of the length)
 // At R = 4 and 8,192 tokens 65 GFLOP and 25 KB asked of the second cache a query head, 151 and 72 where queries walk; no bank
-// conflicts. Lists of a model, of which neighbours' have more in common, let queries walk faster: the other way is taken where
-// random unions are long (TurnedTiles::where_faster).
+// conflicts. Warps that walk jointly (from R = 2 on, slc_fwd.cu) take 0.07, 0.24, 0.75, 2.36 ms at R = 4 and 2,048 to 16,384 tokens,
+// 0.92 at R = 2 and 8,192. Lists of a model, of which neighbours' have more in common, let queries walk faster still: the other way
+// is taken where warps would copy much of random lists (TurnedTiles::where_faster).
 // Tried: steps of 32 keys need more registers than one of 64, as queries must stay until the last.
 // Order of summation: within a block as flash.cuh; then blocks in the order of the list; sums of l by lanes, then their tree.
 // Edges: lists end as inverse.cuh says; a query without blocks: o = 0, lse = -infinity. A block's keys behind the last query of a
