@@ -418,7 +418,9 @@ impl Run<'_> {
         };
         let passes = if backward { &[Pass::Forward, Pass::Backward][..] } else { &[Pass::Forward] };
         let rows = self.contest(length, passes, |peer| peer.attention(&job), turn)?;
-        self.progress.line(&format!("{} tokens {}: {}", length.tokens, length.dtype, problem.lists()?));
+        if let Some(blocks) = problem.blocks_in_common()? {
+            self.progress.line(&format!("{} tokens {}: {blocks}", length.tokens, length.dtype));
+        }
         Ok(rows)
     }
 

@@ -34,7 +34,7 @@ pub struct Options {
     /// Lengths to count at
     #[arg(long, value_delimiter = ',', default_values_t = [2048, 4096, 8192], allow_negative_numbers = true)]
     tokens: Vec<usize>,
-    /// Longest length of our full attention, which follows its law from there
+    /// Longest length of the passes of our full attention, which follow their law from there
     #[arg(long, default_value_t = 65_536, allow_negative_numbers = true, conflicts_with = "peer")]
     dense_limit: usize,
     /// Length to estimate
@@ -245,7 +245,10 @@ fn work(options: &Options, config: &NsaConfig) -> Result<()> {
             step(&mut problem)?;
             done(job, tokens)?;
             if job == (Who::Nsa, Pass::Forward) {
-                process::note(&format!("{tokens} tokens: {}", problem.lists()?));
+                problem
+                    .blocks_in_common()?
+                    .iter()
+                    .for_each(|blocks| process::note(&format!("{tokens} tokens: {blocks}")));
             }
         }
     }
@@ -289,18 +292,30 @@ impl Report<'_> {
         (useful, bytes(self.config, (who, pass), tokens))
     }
 
+    /// The last length at which a job is counted.
+    fn last(&self, job: Job) -> usize {
+        *self.options.lengths_of(job).last().expect("two at least")
+    }
+
+    /// A kernel's counters at the length to estimate; none if another one has taken its place at the last length counted.
+    fn at_estimate(&self, job: Job, counts: &[(usize, Counts)]) -> Counts {
+        let there = counts.last().is_some_and(|&(tokens, _)| tokens == self.last(job));
+        if there { extrapolate(counts, self.options.estimate) } else { Counts::default() }
+    }
+
     fn write(&self) -> Result<()> {
         let (jobs, longest) = (jobs(&self.options.pass), *self.options.lengths().last().expect("two at least"));
-        let dense = self.options.lengths_of((Who::Dense, Pass::Forward)).pop().filter(|&tokens| tokens < longest);
-        let dense = dense.map_or_else(String::new, |tokens| format!(" ({tokens} of full attention)"));
+        let dense = self.last((Who::Dense, Pass::Forward));
+        let dense = if dense < longest { format!(" ({dense} of full attention)") } else { String::new() };
         println!("bf16, {longest} tokens{dense}; touched: each sector once a launch; asked: by every load and store");
         for (device, counted) in &self.counted {
             let estimate = format!("at {} at least", self.options.estimate);
             let header = [&[device.name, "kernel"][..], &Counts::CELLS, &[&estimate, "by"]].concat();
             let mut kernels = columns::table(&header, 2);
             for ((job, kernel), counts) in counted {
-                let Some((_, c)) = counts.iter().rfind(|(tokens, _)| *tokens <= longest) else { continue };
-                let (time, resource) = device.time(&extrapolate(counts, self.options.estimate));
+                let shown = self.last(jobs[*job]).min(longest);
+                let Some((_, c)) = counts.iter().find(|(tokens, _)| *tokens == shown) else { continue };
+                let (time, resource) = device.time(&self.at_estimate(jobs[*job], counts));
                 let estimate = [seconds(time), resource.to_owned()];
                 kernels.add_row([&[name(jobs[*job]), kernel.clone()][..], &c.cells(), &estimate].concat());
             }
@@ -347,14 +362,14 @@ impl Report<'_> {
         let times = |(device, counted): &(Device, Counted), job: usize| -> BTreeMap<&'static str, f64> {
             let mut by = BTreeMap::new();
             for (_, counts) in counted.iter().filter(|((of, _), _)| *of == job) {
-                let (seconds, resource) = device.time(&extrapolate(counts, self.options.estimate));
+                let (seconds, resource) = device.time(&self.at_estimate(jobs[job], counts));
                 *by.entry(resource).or_insert(0.0) += seconds;
             }
             by
         };
         for (at, &job) in jobs.iter().enumerate() {
             for of_device in &self.counted {
-                let sum = sum(&of_device.1, at, |counts| extrapolate(counts, self.options.estimate));
+                let sum = sum(&of_device.1, at, |counts| self.at_estimate(job, counts));
                 let by = times(of_device, at);
                 let total: f64 = by.values().sum();
                 let most = by.iter().max_by(|a, b| a.1.total_cmp(b.1)).map_or("-", |(resource, _)| resource);
@@ -491,6 +506,22 @@ mod tests {
         let far = extrapolate(&counted, 16_384);
         assert!((far.tensor_flop - 512.0).abs() < 1e-9 && (far.global_sectors - 64.0).abs() < 1e-9, "{far:?}");
         assert_eq!(far.instructions, 0.0);
+    }
+
+    #[test]
+    fn a_kernel_that_another_one_has_replaced_does_not_go_on() {
+        let options: Options =
+            arguments::parse("--tokens 1024,2048,4096 --dense-limit 2048 --estimate 8192").expect("legal");
+        options.validate().expect("legal");
+        let config = options.heads.config().expect("legal");
+        let report = Report { options: &options, config: &config, counted: Vec::new() };
+        let of = |who, lengths: &[usize]| {
+            let counts: Vec<_> = lengths.iter().map(|&tokens| (tokens, counts(tokens as f64, 0.0))).collect();
+            report.at_estimate((who, Pass::Forward), &counts).tensor_flop
+        };
+        assert_eq!(of(Who::Nsa, &[1024, 2048, 4096]), 8192.0);
+        assert_eq!((of(Who::Nsa, &[1024, 2048]), of(Who::Nsa, &[4096])), (0.0, 8192.0));
+        assert_eq!(of(Who::Dense, &[1024, 2048]), 8192.0);
     }
 
     #[test]

@@ -49,7 +49,7 @@ impl Inputs {
 }
 
 /// Blocks that [`NEIGHBOURS`] queries beside each other select together, over those of one of them: of lists `[queries, groups, count]`.
-fn union_of_lists(lists: &[i32], groups: usize, count: usize) -> f64 {
+fn union_of_lists(lists: &[i32], groups: usize, count: usize) -> Option<f64> {
     let (mut together, mut alone) = (0, 0);
     for run in lists.chunks_exact(NEIGHBOURS * groups * count) {
         for group in 0..groups {
@@ -62,7 +62,7 @@ fn union_of_lists(lists: &[i32], groups: usize, count: usize) -> f64 {
             together += NEIGHBOURS * blocks.len();
         }
     }
-    together as f64 / alone.max(1) as f64
+    (alone > 0).then(|| together as f64 / alone as f64)
 }
 
 /// Inputs of one sequence of `tokens`, and room for every output.
@@ -194,12 +194,12 @@ impl<T: Element> Problem<T> {
         Ok(nsa::forward(&self.backend, args)?)
     }
 
-    /// What neighbouring queries' lists have in common, once the forward pass has run.
-    pub fn lists(&self) -> Result<String> {
+    /// What neighbouring queries' lists have in common, once the forward pass has run; nothing of fewer than [`NEIGHBOURS`].
+    pub fn blocks_in_common(&self) -> Result<Option<String>> {
         let mut lists = vec![0; self.block_indices.len()];
         self.block_indices.read(&mut lists)?;
         let union = union_of_lists(&lists, self.config.num_kv_heads(), self.config.select_count());
-        Ok(format!("{NEIGHBOURS} neighbouring queries select {union:.2} times the blocks of one"))
+        Ok(union.map(|union| format!("{NEIGHBOURS} neighbouring queries select {union:.2} times the blocks of one")))
     }
 
     /// NSA's backward pass; the forward pass has run.
@@ -308,8 +308,8 @@ mod tests {
     fn lists_beside_each_other_are_compared_by_head() {
         // Four queries with two KV heads: the same two blocks; five of eight places, of which one is empty.
         let lists = [[0, 3, 0, 1], [0, 3, 0, 2], [0, 3, 0, 3], [0, 3, 0, -1]].concat();
-        assert_eq!(union_of_lists(&lists, 2, 2), 4.0 * (2.0 + 4.0) / (8.0 + 7.0));
-        assert_eq!(union_of_lists(&lists[..8], 2, 2), 0.0);
+        assert_eq!(union_of_lists(&lists, 2, 2), Some(4.0 * (2.0 + 4.0) / (8.0 + 7.0)));
+        assert_eq!(union_of_lists(&lists[..12], 2, 2), None);
     }
 
     #[test]

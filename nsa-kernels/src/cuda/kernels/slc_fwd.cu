@@ -25,7 +25,9 @@
 // of their blocks together, each of which is read once: where sequences are short enough for such lists to have blocks in common
 // (SelectTiles::new has the figures).
 // Order of summation: flash.cuh, blocks in order.
-// Edges: a list ends at its first -1, and at a block that is no candidate; a query without blocks: o = 0, lse = -infinity.
+// Edges: a list ends at its first -1, and at a block that is no candidate; a query without blocks: o = 0, lse = -infinity. A NaN in v
+// reaches queries that do not see it but meet its row in a product, as in band_fwd.cu: those of the same warp, and where warps walk
+// jointly those of the same CTA, which are a few tokens earlier in the same sequence.
 //
 // budget: kernel=slc_forward threads=128 registers=200 spills=0 shared=66048
 // budget: kernel=slc_forward arch=sm_90a threads=128 registers=200 spills=0 shared=82176
