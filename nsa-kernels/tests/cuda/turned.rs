@@ -1,12 +1,12 @@
 //! Selected attention of small groups, whose blocks of keys gather their queries: in runs of queries, behind contexts, with lists
 //! that are none.
 
-use super::slc::{UNLIMITED, device, forward};
-use super::{BITS, assert_cases_on};
-use nsa_core::{CompressKind, NsaConfig};
-use nsa_tests::check::Op;
+use super::slc::{UNLIMITED, device};
+use super::{BITS, assert_cases_on, counted, slc};
+use nsa_core::{CompressKind, DType, NsaConfig};
+use nsa_tests::check::{self, Op};
 use nsa_tests::sim::on_simulator;
-use nsa_tests::{Case, generate};
+use nsa_tests::{Case, case, generate};
 
 /// Blocks so small that 250 tokens have many more than a query selects; a group of one head makes do with fewer.
 fn config(heads: usize, groups: usize) -> NsaConfig {
@@ -27,16 +27,43 @@ fn lists(config: &NsaConfig, tokens: usize) -> Vec<i32> {
     lists
 }
 
-/// One, two and four heads a KV head in the types and cases of the error model, in runs that end within sequences; and as a branch
-/// of the whole operator, whose gradients of queries are sums.
+/// As [`slc::forward`], of what is turned round: queries that walk over blocks need no memory.
+fn forward(config: &NsaConfig, sequences: &[(usize, usize)], lists: &[i32], limit: usize) -> (Vec<u32>, usize) {
+    let (bits, bytes) = slc::forward(config, sequences, lists, limit);
+    assert!(bytes > 0, "queries walk");
+    (bits, bytes)
+}
+
+/// One, two and four heads a KV head.
+fn cases() -> Vec<Case> {
+    let case = |heads, groups| {
+        Case::new(format!("runs-{heads}-{groups}"), config(heads, groups).to_builder(), [3, 250, 0, 70])
+    };
+    vec![case(3, 3), case(4, 2), case(4, 1)]
+}
+
+/// That the cases of this operation, those of the table among them, are such that queries do not walk.
+#[test]
+fn cases_are_turned() {
+    let launches = counted("turned::cases_are_turned", || {
+        let (backend, _) = device();
+        let far = case::cases().into_iter().filter(|case| case.name.starts_with("far-group"));
+        far.chain(cases()).for_each(|case| drop(check::check(Op::Slc, &case, DType::Bf16, &backend)));
+    });
+    let Some(launches) = launches else { return };
+    let of = |name: &str| launches.iter().filter(|line| line.contains(&format!("\"{name}\""))).count();
+    assert_eq!((of("slc_forward"), of("slc_query_gradients")), (0, 0));
+    assert!(of("slc_turned") >= 6 && of("slc_turned_gradients") >= 6, "each of six cases");
+}
+
+/// In the types of the error model, in runs that end within sequences; and as a branch of the whole operator, whose gradients of
+/// queries are sums.
 #[test]
 fn runs_of_queries() {
     on_simulator("turned::runs_of_queries", || {
         let (backend, cuda) = device();
-        for (heads, groups) in [(3, 3), (4, 2), (4, 1)] {
-            let config = config(heads, groups);
-            cuda.limit_shares(share_bytes(&config, 192));
-            let case = Case::new(format!("runs-{heads}-{groups}"), config.to_builder(), [3, 250, 0, 70]);
+        for case in cases() {
+            cuda.limit_shares(share_bytes(&case.config, 192));
             assert_cases_on(&backend, Op::Slc, &[case]);
         }
         let case = Case::new("runs-of-branch", config(4, 2).to_builder(), [170]);
@@ -50,8 +77,7 @@ fn runs_change_no_bit() {
     on_simulator("turned::runs_change_no_bit", || {
         for config in [config(2, 2), config(4, 2), config(8, 2)] {
             let lists = lists(&config, 250);
-            let (all, bytes) = forward(&config, &[(250, 0)], &lists, UNLIMITED);
-            assert!(bytes > 0, "queries that walk over blocks need no memory");
+            let (all, _) = forward(&config, &[(250, 0)], &lists, UNLIMITED);
             let hash = generate::hash(all.iter().flat_map(|x| x.to_le_bytes()));
             println!("{BITS}{} heads: {hash:016x}", config.num_heads());
             for queries in [224, 192] {
