@@ -7,6 +7,7 @@ use super::geometry::{BandTiles, Geometry, KeptScores, SelectTiles, Unit, copy_b
 use super::launch::Call;
 use super::params::{Field, In, Out, Stored, params};
 use super::program::{Constants, Program};
+use super::tensor_map::{Boxes, TensorMap};
 use super::workspace::Scratch;
 use super::{Cuda, cmp, dense, slc, win};
 use crate::{Element, Error, Pages, Result, Rows, Tensor, TensorMut};
@@ -16,6 +17,10 @@ use std::marker::PhantomData;
 params! {
     /// Arguments of `dense_forward` and `win_forward`.
     struct BandForward {
+        /// k, if it comes in boxes.
+        k_map: TensorMap,
+        /// v likewise.
+        v_map: TensorMap,
         /// `[N, Hq, Dk]`.
         q: In<Stored>,
         /// `[rows, G, Dk]`, if packed.
@@ -200,6 +205,8 @@ pub(super) fn prepare_with<'c, T: Element>(
     let unscale = config.scale() / f64::from(scale_log2);
     let [k_pages, v_pages] = keys.tables();
     let params = BandForward {
+        k_map: TensorMap::none(),
+        v_map: TensorMap::none(),
         q: call.input("q", &q)?,
         k: In(keys.packed[0], PhantomData),
         v: In(keys.packed[1], PhantomData),
@@ -227,6 +234,19 @@ impl Prepared<'_> {
         self.params.sequences = self.sequences.table();
         self.params.tiles = self.sequences.tiles as i32;
         Ok(self)
+    }
+
+    /// The arguments of kernels that take keys, if they lie packed, in these boxes.
+    ///
+    /// # Errors
+    /// If the driver cannot describe them.
+    pub(super) fn params_of(&self, config: &NsaConfig, boxes: Option<Boxes>) -> Result<BandForward> {
+        let Keys { packed: [k, v], pages, sequences, .. } = &self.keys;
+        let boxes = boxes.filter(|_| pages.is_none());
+        let rows = sequences.last().map_or(0, |(first, rows)| first + rows);
+        let map = |address, dim| TensorMap::new(self.call.cuda(), address, [rows, config.num_kv_heads(), dim], boxes);
+        let (k_map, v_map) = (map(*k, config.head_dim_qk())?, map(*v, config.head_dim_v())?);
+        Ok(BandForward { k_map, v_map, ..self.params })
     }
 }
 

@@ -39,6 +39,7 @@ pub(crate) fn forward<T: Element>(cuda: &Cuda, args: Forward<'_, T>) -> Result<(
     let tiles = BandTiles::compressed(config, size_of::<T>(), cuda.unit()).checked(cuda, OP, config)?;
     let args = attention::Forward { config, packing, q, k: ("k_blocks", k_blocks), v: ("v_blocks", v_blocks), o, lse };
     let prepared = attention::prepare(cuda, OP, args, tiles.queries)?;
+    let common = prepared.params_of(config, tiles.unit.key_boxes(tiles.keys))?;
     let call = prepared.call;
     let most = packing.seqs().map(|seq| index::num_blocks(config, seq.end())).max().unwrap_or(0);
     let device = cuda.device();
@@ -51,7 +52,7 @@ pub(crate) fn forward<T: Element>(cuda: &Cuda, args: Forward<'_, T>) -> Result<(
     let slots = if kept.slots > 0 { geometry.grid[0] as usize } else { 0 };
     let mut scores = call.workspace::<f32>(slots * kept.floats)?;
     let params = CmpForward {
-        common: prepared.params,
+        common,
         block_indices: call.optional_output("block_indices", block_indices.as_mut())?,
         scores: scores.written_by(),
         slot_floats: kept.floats as i64,

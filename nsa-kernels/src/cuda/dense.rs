@@ -90,7 +90,7 @@ pub(super) fn win_forward<T: Element>(cuda: &Cuda, op: &'static str, args: atten
 fn launch_band(kernel: &'static str, config: &NsaConfig, tiles: &BandTiles, prepared: &Prepared<'_>) -> Result<()> {
     let geometry = tiles.geometry(prepared.sequences.tiles, config.num_kv_heads());
     let call = prepared.call.again(|constants| tiles.bake(constants));
-    call.launch(&PROGRAM, kernel, geometry, prepared.params)
+    call.launch(&PROGRAM, kernel, geometry, prepared.params_of(config, tiles.unit.key_boxes(tiles.keys))?)
 }
 
 pub(crate) fn backward<T: Element>(cuda: &Cuda, args: Backward<'_, T>) -> Result<()> {

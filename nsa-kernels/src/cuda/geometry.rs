@@ -12,6 +12,7 @@ pub(crate) use gradients::GradientTiles;
 pub(crate) use select::SelectTiles;
 pub(crate) use turned::{Extent, TurnedTiles, extents};
 
+use super::tensor_map::Boxes;
 use nsa_core::NsaConfig;
 
 /// How a kernel is launched.
@@ -51,6 +52,9 @@ pub(crate) const SHARED_BYTES: usize = 99 << 10;
 /// The same where products are made by four warps together: what a block of such a device can have.
 const WARPGROUP_SHARED_BYTES: usize = 227 << 10;
 
+/// What counts the bytes of bulk copies to two stages (`kernels/bulk.cuh`).
+const ARRIVALS_BYTES: usize = 16;
+
 /// Who makes a product of matrices.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Unit {
@@ -86,6 +90,11 @@ impl Unit {
             Self::Warp => 1,
             Self::Warpgroup => 4,
         }
+    }
+
+    /// What a bulk copy takes of keys: a tile of `keys` of them with one head. None where a thread copies each chunk.
+    pub(crate) fn key_boxes(self, keys: usize) -> Option<Boxes> {
+        (self == Self::Warpgroup).then_some(Boxes { tokens: keys, heads: 1 })
     }
 
     /// Bytes that tiles begin at multiples of.

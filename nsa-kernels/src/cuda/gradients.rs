@@ -7,6 +7,7 @@ use super::geometry::{Geometry, GradientTiles, Unit};
 use super::launch::Call;
 use super::params::{Field, In, Out, Params, Stored, params};
 use super::program::{Constants, Program};
+use super::tensor_map::{Boxes, TensorMap};
 use super::workspace::Scratch;
 use crate::op::Gating;
 use crate::{Element, Result, Tensor, TensorMut};
@@ -28,6 +29,14 @@ pub(super) type RowFacts = [f32; 4];
 params! {
     /// Arguments of kernels of gradients.
     struct BandBackward {
+        /// q, if it comes in boxes.
+        q_map: TensorMap,
+        /// d_o likewise.
+        d_o_map: TensorMap,
+        /// k likewise.
+        k_map: TensorMap,
+        /// v likewise.
+        v_map: TensorMap,
         /// `[N, Hq, Dk]`.
         q: In<Stored>,
         /// `[rows, G, Dk]`.
@@ -107,13 +116,14 @@ pub(super) struct Prepared<'c> {
 }
 
 /// Checks where the tensors are, and describes them to kernels with tiles of `queries` queries and of `keys` rows of keys,
-/// which lie as `offsets` says.
+/// which lie as `offsets` says, and come in boxes of queries and of keys where there are such.
 pub(super) fn prepare<'c, T: Element>(
     cuda: &'c Cuda,
     op: &'static str,
     args: Backward<'_, T>,
     offsets: &CuSeqlens,
     (queries, keys): (usize, usize),
+    boxes: [Option<Boxes>; 2],
 ) -> Result<Prepared<'c>> {
     let call = Call::new::<T>(cuda, op)?;
     let Backward { config, packing, q, k, v, o, lse, d_o, gating, mut dq, accumulate, mut dk, mut dv } = args;
@@ -123,6 +133,10 @@ pub(super) fn prepare<'c, T: Element>(
     let key_tiles = Sequences::new(&call, packing, &lies, |keys_of, _| keys_of.div_ceil(keys))?;
     let mut facts = call.workspace::<RowFacts>(rows)?;
     let params = BandBackward {
+        q_map: TensorMap::none(),
+        d_o_map: TensorMap::none(),
+        k_map: TensorMap::none(),
+        v_map: TensorMap::none(),
         q: call.input("q", &q)?,
         k: call.input(k.0, &k.1)?,
         v: call.input(v.0, &v.1)?,
@@ -147,8 +161,27 @@ pub(super) fn prepare<'c, T: Element>(
         scale: config.scale() as f32,
     };
     let addresses = [&[params.q.0, params.k.0][..], &[params.v.0, params.d_o.0]];
+    let [of_queries, of_keys] = boxes;
+    let key_rows = lies.last().map_or(0, |(first, rows)| first + rows);
+    let map = |rows: In<Stored>, count, heads, dim, boxes| TensorMap::new(cuda, rows.0, [count, heads, dim], boxes);
+    let queries_map = |rows, dim| map(rows, packing.num_tokens(), config.num_heads(), dim, of_queries);
+    let keys_map = |rows, dim| map(rows, key_rows, config.num_kv_heads(), dim, of_keys);
+    let params = BandBackward {
+        q_map: queries_map(params.q, config.head_dim_qk())?,
+        d_o_map: queries_map(params.d_o, config.head_dim_v())?,
+        k_map: keys_map(params.k, config.head_dim_qk())?,
+        v_map: keys_map(params.v, config.head_dim_v())?,
+        ..params
+    };
     let call = call.constants(|constants| copies::<T>(constants.config(config), config, addresses, 0));
+    let call = call.constants(|constants| bake_boxes(constants, of_queries));
     Ok(Prepared { call, params, queries: query_tiles, keys: key_tiles, _facts: facts })
+}
+
+/// With the boxes of queries that bulk copies take.
+pub(super) fn bake_boxes(constants: Constants, boxes: Option<Boxes>) -> Constants {
+    let Boxes { tokens, heads } = boxes.unwrap_or(Boxes { tokens: 0, heads: 0 });
+    constants.with("BOX_TOKENS", tokens).with("BOX_HEADS", heads)
 }
 
 impl Prepared<'_> {
@@ -174,7 +207,8 @@ pub(super) fn backward<T: Element>(
         return Err(unsupported(cuda, op, &what, "use the backend `cpu`"));
     }
     let longest = args.packing.seqs().map(|seq| seq.rows.len()).max().unwrap_or(0);
-    let prepared = prepare(cuda, op, args, offsets, (tiles.queries, tiles.rows()))?;
+    let boxes = [tiles.boxes(config, true), tiles.unit.key_boxes(tiles.keys)];
+    let prepared = prepare(cuda, op, args, offsets, (tiles.queries, tiles.rows()), boxes)?;
     let (heads, of_keys) = (config.num_kv_heads(), prepared.keys.tiles);
     let parts = tiles.parts(of_keys * heads, longest * config.group_size());
     let call = prepared.call.clone().constants(|constants| tiles.bake(constants));
@@ -207,6 +241,7 @@ pub(crate) fn builds(config: &NsaConfig, dtype: DType, unit: Unit) -> Vec<Build>
     let tiles = GradientTiles::banded(config, size, unit);
     let aligned = [&[0][..], &[0]];
     let constants = super::attention::copies_of(Constants::new(dtype).config(config), config, size, aligned, 0);
+    let constants = bake_boxes(constants, tiles.boxes(config, true));
     let launched =
         |name, geometry: Geometry| Launched { name, threads: geometry.threads, shared_bytes: geometry.shared_bytes };
     let facts = Launched { name: "band_row_facts", threads: FACTS_THREADS, shared_bytes: 0 };

@@ -39,6 +39,8 @@ mod gradients;
 mod cache;
 #[expect(unsafe_code, reason = "asks which libraries there are, and NVRTC what it knows")]
 mod library;
+#[expect(unsafe_code, reason = "the driver takes addresses of sizes")]
+pub(crate) mod tensor_map;
 
 use crate::{Error, Result};
 use compile::Compiler;

@@ -78,7 +78,8 @@ pub(crate) fn forward<T: Element>(cuda: &Cuda, args: Forward<'_, T>) -> Result<(
     if let Some(turned) = turned {
         return turned.forward(&prepared, block_indices);
     }
-    let params = SlcForward { common: prepared.params, block_indices };
+    let boxes = tiles.unit.key_boxes(tiles.keys);
+    let params = SlcForward { common: prepared.params_of(config, boxes)?, block_indices };
     let geometry = tiles.geometry(prepared.sequences.tiles, config.num_kv_heads());
     let call = prepared.call.constants(|constants| tiles.bake(constants));
     call.launch(&PROGRAM, "slc_forward", geometry, params)
@@ -119,7 +120,8 @@ pub(crate) fn backward<T: Element>(cuda: &Cuda, args: Backward<'_, T>) -> Result
         dv: ("dv", dv),
     };
     let sizes = (tiles.select.queries, config.select_block());
-    let prepared = gradients::prepare(cuda, OP, args, packing.cu_seqlens(), sizes)?;
+    let boxes = [tiles.keys.boxes(config, false), None];
+    let prepared = gradients::prepare(cuda, OP, args, packing.cu_seqlens(), sizes, boxes)?;
     let call = prepared.call.clone().constants(|constants| tiles.bake(constants));
     let blocks = prepared.keys.tiles;
     if blocks == 0 {
@@ -217,6 +219,7 @@ pub(crate) fn builds(config: &NsaConfig, dtype: DType, unit: Unit) -> Vec<Build>
         ("slc_key_gradients", tiles.of_keys(1).threads, tiles.of_keys(1).shared_bytes),
         ("slc_add_works", ADD_THREADS, 0),
     ];
+    let constants = gradients::bake_boxes(constants, tiles.keys.boxes(config, false));
     let launched = |(name, threads, shared_bytes)| Launched { name, threads, shared_bytes };
     let kernels = kernels.map(launched).to_vec();
     let backward = Build { program: &BACKWARD, constants: tiles.bake(constants.clone()), kernels };

@@ -56,7 +56,7 @@ pub(crate) fn forward_gated<T: Element>(
     let prepared = attention::prepare(cuda, OP, args, tiles.queries)?;
     let call = &prepared.call;
     let params = WinGateForward {
-        common: prepared.params,
+        common: prepared.params_of(config, tiles.unit.key_boxes(tiles.keys))?,
         gates: call.input("gates", &gates)?,
         cmp: call.input("branches[0]", &cmp)?,
         slc: call.input("branches[1]", &slc)?,

@@ -1,5 +1,6 @@
 //! The CUDA backend on the simulator, against the error model; the simulator's checker must not report anything.
 
+mod boxes;
 mod compress;
 mod decode;
 mod dense;
@@ -102,7 +103,7 @@ fn unions_of_lists() {
 }
 
 /// Groups whose scores are computed twice and summed within a warp, where the device has warpgroups: half of a warp's rows, all, two
-/// warps'.
+/// warps'; and such whose are not, and take two tiles of keys at once.
 #[test]
 fn importance_over_heads() {
     on_simulator("importance_over_heads", || {
@@ -110,7 +111,7 @@ fn importance_over_heads() {
             let config = paper(heads, 1, 64, 64).compress_block(8).compress_stride(4).select_block(16).window(24);
             Case::new(format!("group-{heads}"), config.select_count(6), lengths.to_vec())
         };
-        assert_cases(Op::Cmp, vec![case(8, &[120, 35]), case(16, &[130]), case(32, &[100])]);
+        assert_cases(Op::Cmp, vec![case(8, &[120, 35]), case(16, &[130]), case(32, &[100]), case(7, &[300])]);
     });
 }
 

@@ -1,6 +1,6 @@
 //! Tiles of the kernels in which a query sees one run of keys, as pure functions.
 
-use super::{Geometry, SHARED_BYTES, Unit, WARPGROUP_SHARED_BYTES, padded};
+use super::{ARRIVALS_BYTES, Geometry, SHARED_BYTES, Unit, WARPGROUP_SHARED_BYTES, padded};
 use nsa_core::NsaConfig;
 
 /// Tiles of the kernels in which a query sees one run of keys (`kernels/band.cuh`).
@@ -82,7 +82,7 @@ impl BandTiles {
             copied: 1,
             held: false,
             queries: warps * 16 / config.group_size(),
-            shared_bytes: (warps * 16 * k.max(v) + 2 * keys * (k + v)) * 2,
+            shared_bytes: (warps * 16 * k.max(v) + 2 * keys * (k + v)) * 2 + ARRIVALS_BYTES,
         };
         let fits = |tiles: &Self| tiles.shared_bytes <= WARPGROUP_SHARED_BYTES;
         let found = warps.iter().map(with_warps).find(fits);

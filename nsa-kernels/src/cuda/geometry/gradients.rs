@@ -1,6 +1,7 @@
 //! Tiles of the kernels of gradients, as pure functions.
 
-use super::{Geometry, Unit, WARPGROUP_SHARED_BYTES, pitch};
+use super::{ARRIVALS_BYTES, Geometry, Unit, WARPGROUP_SHARED_BYTES, pitch};
+use crate::cuda::tensor_map::Boxes;
 use nsa_core::NsaConfig;
 
 /// Warps of gradients of keys that fill a device: several blocks a multiprocessor, so that short ones make up for long ones.
@@ -88,11 +89,27 @@ impl GradientTiles {
 
     fn bytes_of_keys(&self) -> usize {
         let stage = (self.query_rows * (self.row_bytes + 16)).next_multiple_of(self.unit.alignment());
-        self.rows() * self.row_bytes + 2 * self.copied * stage
+        self.rows() * self.row_bytes + 2 * self.copied * stage + self.arrivals_bytes()
+    }
+
+    /// Rows of queries that one bulk copy takes to a tile which keys meet: of consecutive tokens all of the tile's, else one token's.
+    /// None where a thread copies each chunk.
+    pub(crate) fn boxes(&self, config: &NsaConfig, consecutive: bool) -> Option<Boxes> {
+        let (group, rows) = (config.group_size(), self.query_rows);
+        let heads = group.min(rows);
+        let boxes = Boxes { tokens: if consecutive { rows / heads } else { 1 }, heads };
+        // A tile is whole boxes, and a box begins where chunks are swapped as in a tile's first row.
+        let whole = rows.is_multiple_of(heads) && group.is_multiple_of(heads);
+        let swapped = (boxes.tokens * heads).is_multiple_of(8);
+        (self.unit == Unit::Warpgroup && whole && swapped).then_some(boxes)
     }
 
     fn bytes_of_queries(&self) -> usize {
-        (16 * self.query_warps + 2 * self.keys) * self.row_bytes
+        (16 * self.query_warps + 2 * self.keys) * self.row_bytes + self.arrivals_bytes()
+    }
+
+    fn arrivals_bytes(&self) -> usize {
+        if self.unit == Unit::Warpgroup { ARRIVALS_BYTES } else { 0 }
     }
 
     /// A launch over tiles of queries.
@@ -129,6 +146,21 @@ impl GradientTiles {
 mod tests {
     use super::super::tests::config;
     use super::*;
+
+    #[test]
+    fn boxes_are_whole_tokens() {
+        let boxes = |heads, consecutive| {
+            let config = config(heads, (128, 128));
+            let tiles = GradientTiles::new(&config, 2, Unit::Warpgroup);
+            tiles.boxes(&config, consecutive).map(|boxes| (boxes.tokens, boxes.heads))
+        };
+        assert_eq!([1, 4, 16, 64, 128].map(|heads| boxes(heads, true)), [64, 16, 4, 1, 1].map(|n| Some((n, 64 / n))));
+        // One token's boxes begin where chunks are swapped alike, or threads copy.
+        assert_eq!([1, 4, 8, 16].map(|heads| boxes(heads, false)), [None, None, Some((1, 8)), Some((1, 16))]);
+        assert_eq!([7, 12, 24].map(|heads| boxes(heads, true)), [None; 3]);
+        let config = config(16, (128, 128));
+        assert_eq!(GradientTiles::new(&config, 2, Unit::Warp).boxes(&config, true), None);
+    }
 
     #[test]
     fn queries_are_cut_into_parts_where_tiles_of_keys_are_few() {

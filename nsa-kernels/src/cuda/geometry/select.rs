@@ -1,6 +1,6 @@
 //! Tiles of the kernels that walk over selected blocks, as pure functions.
 
-use super::{Geometry, SHARED_BYTES, Unit, pitch};
+use super::{ARRIVALS_BYTES, Geometry, SHARED_BYTES, Unit, pitch};
 use nsa_core::NsaConfig;
 
 /// Tiles of `rows` rows that share the heads of a query, and queries of a tile. Those of a warp's 16 rows walk over the union of
@@ -78,7 +78,7 @@ impl SelectTiles {
         let (parts, queries) = select_rows(config, ROWS);
         let wide = config.select_block().is_multiple_of(64) && k.max(v) <= 256;
         let keys = if wide { 64 } else { 32 };
-        let shared_bytes = 2 * keys * (k + v) + ROWS * k.max(v) + list_bytes(config, queries);
+        let shared_bytes = 2 * keys * (k + v) + ROWS * k.max(v) + list_bytes(config, queries) + ARRIVALS_BYTES;
         let unit = Unit::Warpgroup;
         Self {
             unit,

@@ -3,11 +3,12 @@
 // A block of WARPS x TILES x 16 rows holds QUERIES queries with all R heads of a group, so that a key is read once for all of
 // them: row = query R + head. Keys and values come in tiles of KEYS rows, COPIED at once, through two stages of shared memory:
 // warps wait for each other once a stage, and between its tiles multiply while others take exponentials.
-// Shared memory, bytes: queries ROWS max(pitch of k, pitch of v); 2 stages x COPIED x KEYS (pitch of k + pitch of v).
+// Shared memory, bytes: queries ROWS max(pitch of k, pitch of v); 2 stages x COPIED x KEYS (pitch of k + pitch of v); what counts
+// arrivals.
 #pragma once
+#include "boxes.cuh"
 #include "flash.cuh"
 #include "span.cuh"
-#include "unit.cuh"
 
 constexpr int WARP_ROWS = 16 * TILES;
 constexpr int ROWS = WARPS * WARP_ROWS;
@@ -23,6 +24,13 @@ using BandFlash = Flash<TILES, KEYS>;
 using BandScores = Scores<TILES, KEYS>;
 
 extern __shared__ __align__(TILE_ALIGNMENT) char shared[];
+
+// What a block knows of its bulk copies.
+__device__ __forceinline__ Arrivals begin_arrivals() {
+    const Arrivals arrivals{shared_address(shared) + ROWS_BYTES + 2 * STAGE_BYTES};
+    if constexpr (BULK) arrivals.init();
+    return arrivals;
+}
 
 // What a block works on.
 struct BandTile {
@@ -141,29 +149,53 @@ __device__ __forceinline__ void load_keys(u32 to, int count, const KeyRows<DIM>&
 // are under way are waited for first, and `ready()` is called when they are there.
 template <int EXTRA, bool WITH_VALUES, class P, class Span, class Ready, class See>
 __device__ __forceinline__ void walk_keys(const P& p, const BandTile& tile, const Span& span, const WarpSpan<Span>& warp,
-                                          char* stages, const Ready& ready, See& see) {
+                                          char* stages, Arrivals& arrivals, const Ready& ready, See& see) {
     const Sequence& seq = tile.sequence;
     const int begin = span.first(tile.position(0)), last = span.end(tile.position(tile.rows - 1));
     const int end = last > 0 ? last + EXTRA : 0;
     const KeyRows<HEAD_DIM_QK> k(p.k, p.k_pages, seq.key, tile.head);
     const KeyRows<HEAD_DIM_V> v(p.v, p.v_pages, seq.key, tile.head);
     const auto load = [&](int key, int stage) {
+        const u32 to = shared_address(stages) + stage * STAGE_BYTES;
+        if constexpr (BULK) {
+            const int left = ceil_div(last - key, KEYS);
+            load_key_boxes<WITH_VALUES, KEYS>(p, arrivals, stage, to, left < COPIED ? left : COPIED, tile.head, seq.key + key);
+        } else {
 #pragma unroll
-        for (int at = 0; at < COPIED; ++at) {
-            const u32 to = shared_address(stages) + stage * STAGE_BYTES + at * TILE_BYTES;
-            const int first = key + at * KEYS, count = end - EXTRA - first;
-            if (COPIED > 1 && first >= end) break;
-            load_keys<HEAD_DIM_QK, QK_COPY_BYTES>(to, count, k, first);
-            if constexpr (WITH_VALUES) load_keys<HEAD_DIM_V, V_COPY_BYTES>(to + KEYS * Keys::PITCH, count, v, first);
+            for (int at = 0; at < COPIED; ++at) {
+                const u32 tile = to + at * TILE_BYTES;
+                const int first = key + at * KEYS, count = last - first;
+                if (COPIED > 1 && first >= end) break;
+                load_keys<HEAD_DIM_QK, QK_COPY_BYTES>(tile, count, k, first);
+                if constexpr (WITH_VALUES) load_keys<HEAD_DIM_V, V_COPY_BYTES>(tile + KEYS * Keys::PITCH, count, v, first);
+            }
         }
         copy_commit();
     };
+    const auto wait = [&](int key, int stage) {
+        if constexpr (BULK) {
+            arrivals.wait(stage);
+            // Rows behind the last key are others', and no finite weight makes 0 of what is not finite.
+#pragma unroll
+            for (int at = 0; at < COPIED; ++at) {
+                const int first = key + at * KEYS, count = last - first;
+                if (first >= end || count >= KEYS) continue;
+                char* const tile = stages + stage * STAGE_BYTES + at * TILE_BYTES;
+                clear_keys<WITH_VALUES, KEYS, THREADS>(tile, count > 0 ? count : 0);
+            }
+        }
+        wait_for_tiles();
+    };
     if (begin < end) load(begin, 0);
     copy_commit();
-    wait_for_tiles();
+    if (begin < end) {
+        wait(begin, 0);
+    } else {
+        wait_for_tiles();
+    }
     ready();
     for (int key = begin, stage = 0; key < end; key += COPIED * KEYS, stage ^= 1) {
-        if (key > begin) wait_for_tiles();
+        if (key > begin) wait(key, stage);
         if (key + COPIED * KEYS < end) load(key + COPIED * KEYS, stage ^ 1);
 #pragma unroll 1
         for (int at = 0; at < COPIED; ++at) {
@@ -208,7 +240,7 @@ __device__ __forceinline__ void score_keys(BandScores& s, BandFlash& flash, cons
 // One tile of queries over its keys. `look(flash, s, index, rescaled, factor)` is shown each tile's p, and those of EXTRA keys
 // more, which are 0.
 template <int EXTRA, class P, class Span, class Look>
-__device__ __forceinline__ void attend(const P& p, const BandTile& tile, const Span& span, BandFlash& flash, Look& look) {
+__device__ __forceinline__ void attend(const P& p, const BandTile& tile, const Span& span, BandFlash& flash, Arrivals& arrivals, Look& look) {
     const WarpSpan<Span> warp(tile, span);
     load_queries(p, tile, shared);
     // Read by warps alone.
@@ -223,7 +255,7 @@ __device__ __forceinline__ void attend(const P& p, const BandTile& tile, const S
         begin_rows_of(flash.o, s, Right<HEAD_DIM_V, true>(stage + KEYS * Keys::PITCH));
         end_products<0>(flash.o);
     };
-    walk_keys<EXTRA, true>(p, tile, span, warp, shared + ROWS_BYTES, [&] { q.take(); }, see);
+    walk_keys<EXTRA, true>(p, tile, span, warp, shared + ROWS_BYTES, arrivals, [&] { q.take(); }, see);
     flash.finish();
     // All have read the queries and the last tile.
     __syncthreads();

@@ -6,7 +6,8 @@
 // parts, a CTA a part, whose gradients are added in order at the end. No atomics, nothing of size T x T.
 // Shared memory, bytes at D = 128 in bf16: 64 rows of q and do (or of k and v) 32,768; 2 stages of 32 rows of k and v 32,768 (or
 // of q, do and facts 33,792). On sm_90a, where four warps multiply together, tiles have 64 rows; dq is the work of twelve warps: 98,304
-// and 65,536; dk and dv that of eight: 65,536, and 2 stages of two tiles, 135,168.
+// and 65,536; dk and dv that of eight: 65,536, and 2 stages of two tiles, 135,168. There hardware copies rows
+// of keys and of queries (bulk.cuh), which takes 16 more; facts of rows are copied by threads.
 // Registers: dq 64, q 32 (where Dk + Dv <= 256), scores and their gradients 32; dk and dv 128, scores and their gradients 32. With
 // Dk + Dv above 320 dk and dv are two CTAs' work, which costs the scores a second time. On sm_90a scores and their gradients 64;
 // dv's product comes after that of dk there: the other order overlaps more, and spills.
@@ -23,17 +24,17 @@
 //
 // budget: kernel=band_row_facts threads=256 registers=40 spills=0 shared=0
 // budget: kernel=dense_query_gradients threads=128 registers=255 spills=0 shared=65536
-// budget: kernel=dense_query_gradients arch=sm_90a threads=384 registers=168 spills=0 shared=163840
+// budget: kernel=dense_query_gradients arch=sm_90a threads=384 registers=168 spills=0 shared=163856
 // budget: kernel=dense_key_gradients threads=128 registers=255 spills=0 shared=66560
-// budget: kernel=dense_key_gradients arch=sm_90a threads=256 registers=255 spills=0 shared=200704
+// budget: kernel=dense_key_gradients arch=sm_90a threads=256 registers=255 spills=0 shared=200720
 // budget: kernel=win_query_gradients threads=128 registers=255 spills=0 shared=65536
-// budget: kernel=win_query_gradients arch=sm_90a threads=384 registers=168 spills=0 shared=163840
+// budget: kernel=win_query_gradients arch=sm_90a threads=384 registers=168 spills=0 shared=163856
 // budget: kernel=win_key_gradients threads=128 registers=255 spills=0 shared=66560
-// budget: kernel=win_key_gradients arch=sm_90a threads=256 registers=255 spills=0 shared=200704
+// budget: kernel=win_key_gradients arch=sm_90a threads=256 registers=255 spills=0 shared=200720
 // budget: kernel=cmp_query_gradients threads=128 registers=255 spills=0 shared=65536
-// budget: kernel=cmp_query_gradients arch=sm_90a threads=384 registers=168 spills=0 shared=163840
+// budget: kernel=cmp_query_gradients arch=sm_90a threads=384 registers=168 spills=0 shared=163856
 // budget: kernel=cmp_key_gradients threads=128 registers=255 spills=0 shared=66560
-// budget: kernel=cmp_key_gradients arch=sm_90a threads=256 registers=255 spills=0 shared=200704
+// budget: kernel=cmp_key_gradients arch=sm_90a threads=256 registers=255 spills=0 shared=200720
 // budget: kernel=band_add_parts threads=256 registers=64 spills=0 shared=0
 #include "element.cuh"
 #include "config.cuh"
@@ -96,12 +97,25 @@ __device__ __forceinline__ void query_gradients(const BandBackwardParams& p) {
     const int begin = span.first(run.position(0)), end = span.end(run.position(rows - 1));
     const KeyRows<HEAD_DIM_QK> k(p.k, nullptr, seq.key, run.head);
     const KeyRows<HEAD_DIM_V> v(p.v, nullptr, seq.key, run.head);
+    Arrivals arrivals{shared_address(stages) + 2 * STAGE_BYTES};
+    if constexpr (BULK) arrivals.init();
     const auto load = [&](int key, int stage) {
         const u32 to = shared_address(stages) + stage * STAGE_BYTES;
-        const int thread = int(threadIdx.x);
-        if (LOADERS < QUERY_THREADS && thread >= LOADERS) return;
-        load_tile<SharedTile<HEAD_DIM_QK, KEYS>, KEYS, LOADERS, QK_COPY_BYTES>(to, thread, end - key, k.from(key));
-        load_tile<SharedTile<HEAD_DIM_V, KEYS>, KEYS, LOADERS, V_COPY_BYTES>(to + KEYS * Keys::PITCH, thread, end - key, v.from(key));
+        if constexpr (BULK) {
+            load_key_boxes<true, KEYS>(p, arrivals, stage, to, 1, run.head, seq.key + key);
+        } else {
+            const int thread = int(threadIdx.x);
+            if (LOADERS < QUERY_THREADS && thread >= LOADERS) return;
+            load_tile<SharedTile<HEAD_DIM_QK, KEYS>, KEYS, LOADERS, QK_COPY_BYTES>(to, thread, end - key, k.from(key));
+            load_tile<SharedTile<HEAD_DIM_V, KEYS>, KEYS, LOADERS, V_COPY_BYTES>(to + VALUES, thread, end - key, v.from(key));
+        }
+    };
+    const auto wait = [&](int key, int stage) {
+        if constexpr (BULK) {
+            arrivals.wait(stage);
+            if (end - key < KEYS) clear_keys<true, KEYS, QUERY_THREADS>(stages + stage * STAGE_BYTES, end - key);
+        }
+        wait_for_tiles();
     };
     float dq[1][Keys::PADDED / 8][4];
     clear<1, Keys::PADDED>(dq);
@@ -119,7 +133,7 @@ __device__ __forceinline__ void query_gradients(const BandBackwardParams& p) {
     const u32 of_values = first_chunk<HEAD_DIM_V, false>(stages + VALUES);
     const auto rows_of_d_o = Right<HEAD_DIM_V, true>(d_o + base * Values::PITCH);
     for (int key = begin, stage = 0; key < end; key += KEYS, stage ^= 1) {
-        wait_for_tiles();
+        wait(key, stage);
         if (key + KEYS < end) load(key + KEYS, stage ^ 1);
         copy_commit();
         if (key >= end_key || key + KEYS <= first_key) continue;
@@ -179,17 +193,10 @@ __device__ __forceinline__ void key_gradients(const BandBackwardParams& p) {
     const int all = ((until < stop ? until : stop) - seq.context - run.query) * GROUP;
     const int part = all > 0 ? ceil_div(ceil_div(all, QUERY_ROWS), int(gridDim.z)) * QUERY_ROWS : 0;
     const int begin = int(blockIdx.z) * part, rows = all < begin + part ? all : begin + part;
-    const auto load = [&](int first, int stage) {
-#pragma unroll
-        for (int i = 0; i < COPIED; ++i) {
-            const int tile = stage * COPIED + i, row = first + i * QUERY_ROWS;
-            if (COPIED > 1 && row >= rows) break;
-            load_query_rows(p, shared_address(stages) + tile * QUERY_STAGE_BYTES, row, rows, head, [&](int i) { return run.token(i); });
-        }
-    };
+    const auto token = [&](int i) { return run.token(i); };
+    QueryStages<COPIED, BandBackwardParams, decltype(token)> queries(p, stages, head, rows, token);
     KeyGradients<K, V> gradients;
-    if (begin < rows) load(begin, 0);
-    copy_commit();
+    queries.load(begin, 0);
     const KeySides sides(shared, stages);
     const auto meet = [&](int first, int behind) {
         const int last = first + QUERY_ROWS < rows ? first + QUERY_ROWS : rows;
@@ -203,9 +210,8 @@ __device__ __forceinline__ void key_gradients(const BandBackwardParams& p) {
                       [&](int t) { return make_int2(span.first(t) - mine, span.end(t) - mine); });
     };
     for (int first = begin, stage = 0; first < rows; first += COPIED * QUERY_ROWS, stage ^= 1) {
-        wait_for_tiles();
-        if (first + COPIED * QUERY_ROWS < rows) load(first + COPIED * QUERY_ROWS, stage ^ 1);
-        copy_commit();
+        queries.wait(first, stage);
+        queries.load(first + COPIED * QUERY_ROWS, stage ^ 1);
 #pragma unroll 1
         for (int i = 0; i < COPIED && first + i * QUERY_ROWS < rows; ++i) {
             meet(first + i * QUERY_ROWS, (stage * COPIED + i) * QUERY_STAGE_BYTES);

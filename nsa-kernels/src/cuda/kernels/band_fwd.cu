@@ -3,7 +3,8 @@
 // Grid: a CTA a tile of ROWS / R queries and KV head; tiles with most keys first, KV heads innermost. Its WARPS warps have
 // 16 TILES rows each (query R + head), so that a key is read once for all heads of ROWS / R queries.
 // Shared memory, bytes at D = 128 in bf16 (WARPS 4, TILES 2, KEYS 32): queries 128 x 256, later the outputs; 2 stages of
-// k and v, 2 x 32 x 512; 65,536. On sm_90a, where four warps multiply together (WARPS 8, TILES 1, KEYS 64): 98,304.
+// k and v, 2 x 32 x 512; 65,536. On sm_90a, where four warps multiply together (WARPS 8, TILES 1, KEYS 64) and
+// hardware copies tiles of keys (bulk.cuh): 98,304, and 16.
 // Registers: o 128, scores 32, the rest addresses; two CTAs fit on an A100's multiprocessor. On sm_90a o 64, scores 32, and
 // two CTAs of twice as many threads.
 // Roofline, a KV head of T tokens: 4 R D T (T + 1) / 2 FLOP (dense), 4 R D T w (win); from memory at least q, o, k, v once:
@@ -19,9 +20,9 @@
 // held in registers with TILES 2 (spills); loop invariants kept by the compiler (spills, see `anew`).
 //
 // budget: kernel=dense_forward threads=128 registers=255 spills=0 shared=65536
-// budget: kernel=dense_forward arch=sm_90a threads=256 registers=128 spills=0 shared=98304
+// budget: kernel=dense_forward arch=sm_90a threads=256 registers=128 spills=0 shared=98320
 // budget: kernel=win_forward threads=128 registers=255 spills=0 shared=65536
-// budget: kernel=win_forward arch=sm_90a threads=256 registers=128 spills=0 shared=98304
+// budget: kernel=win_forward arch=sm_90a threads=256 registers=128 spills=0 shared=98320
 #include "element.cuh"
 #include "config.cuh"
 #include "params.cuh"

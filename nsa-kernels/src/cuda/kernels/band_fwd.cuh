@@ -18,7 +18,8 @@ __device__ __forceinline__ void band_forward(const BandForwardParams& p, const T
     const Span span(tile.sequence);
     BandFlash flash;
     Nothing nothing;
-    attend<0>(p, tile, span, flash, nothing);
+    Arrivals arrivals = begin_arrivals();
+    attend<0>(p, tile, span, flash, arrivals, nothing);
     const int base = threadIdx.x / 32 * WARP_ROWS, rows = tile.rows - base < WARP_ROWS ? tile.rows - base : WARP_ROWS;
     char* const own = shared + base * Values::PITCH;
     write_rows(p, tile, flash, base, rows, own);

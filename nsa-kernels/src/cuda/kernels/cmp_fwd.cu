@@ -10,7 +10,7 @@
 // Grid: a CTA a tile of ROWS / R queries and KV head, the last tiles first; where scores are kept in the workspace, as many
 // CTAs as run at once, each of which takes every so manyth tile.
 // Shared memory, bytes at D = 128 in bf16: as band_fwd.cu, m and 1 / l of each row, 8 x 128, the tile in turn, 16; then, if two
-// CTAs still fit, the kept scores: 4 x 128 x 9 a tile of 32 compressed keys (TWICE: 4 x 8 x 16 a tile of 64).
+// CTAs still fit, the kept scores: 4 x 128 x 9 a tile of 32 compressed keys (TWICE: 4 x 8 x 16 a tile of 64). On sm_90a as there.
 // Registers: as band_fwd.cu, and the last p of each row, which counts for the next tile's first block. On sm_90a o, scores and
 // what is kept of them take 160: one CTA of 12 warps; TWICE they leave o behind before they sum: two CTAs of 8. On sm_100 eleven
 // registers more than there are, which are kept in memory from one tile of keys to the next.
@@ -28,7 +28,7 @@
 // Tried: p kept a compressed block (4 times the memory), which is what is done where blocks do not fold (strides of other shapes).
 //
 // budget: kernel=cmp_forward threads=128 registers=255 spills=0 shared=66576
-// budget: kernel=cmp_forward arch=sm_90a threads=256 registers=128 spills=0 shared=99344
+// budget: kernel=cmp_forward arch=sm_90a threads=256 registers=128 spills=0 shared=99360
 #include "element.cuh"
 #include "config.cuh"
 #include "params.cuh"
@@ -63,7 +63,7 @@ static_assert(COLUMNS <= 32, "a warp sums the columns of a tile");
 
 // Where a block keeps scores: in its shared memory, or in a slot of its own in the workspace.
 __device__ __forceinline__ float* factors_of_rows() {
-    return reinterpret_cast<float*>(shared + ROWS_BYTES + 2 * STAGE_BYTES);
+    return reinterpret_cast<float*>(shared + ROWS_BYTES + 2 * STAGE_BYTES + ARRIVALS_BYTES);
 }
 // The block's tile in turn lies in shared memory too, for want of registers.
 __device__ __forceinline__ u32* work_in_turn() { return reinterpret_cast<u32*>(factors_of_rows() + 2 * ROWS); }
@@ -156,7 +156,7 @@ struct Keep {
 
 // The importance a second time over the keys: p of a warp's rows, whose m and l are known, is summed to selection blocks and over
 // the heads, and kept.
-__device__ __forceinline__ void sum_again(const CmpForwardParams& p, const BandTile& tile, BandFlash& flash) {
+__device__ __forceinline__ void sum_again(const CmpForwardParams& p, const BandTile& tile, BandFlash& flash, Arrivals& arrivals) {
     const Visible span(tile.sequence);
     const WarpSpan<Visible> warp(tile, span);
     const Queries<TILES, HELD> q(shared);
@@ -197,7 +197,7 @@ __device__ __forceinline__ void sum_again(const CmpForwardParams& p, const BandT
             }
         }
     };
-    walk_keys<EXTRA, false>(p.common, tile, span, warp, shared + ROWS_BYTES, [] {}, see);
+    walk_keys<EXTRA, false>(p.common, tile, span, warp, shared + ROWS_BYTES, arrivals, [] {}, see);
     // All have read the queries.
     __syncthreads();
 }
@@ -347,6 +347,7 @@ __device__ __forceinline__ void select(const CmpForwardParams& p, const BandTile
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, LEAST_BLOCKS) cmp_forward(const __grid_constant__ CmpForwardParams p) {
+    Arrivals arrivals = begin_arrivals();
     for (u32 work = blockIdx.x; work < u32(p.common.tiles * KV_HEADS); work += gridDim.x) {
         if (threadIdx.x == 0) *work_in_turn() = work;
         BandTile tile(p.common, work);
@@ -354,7 +355,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, LEAST_BLOCKS) cmp_forward(
         const bool scores = selects && FREE > 0 && tile.position(tile.rows - 1) / SELECT_BLOCK + 1 > SELECT_COUNT;
         Keep keep(p, scores && !TWICE);
         BandFlash flash;
-        attend<TWICE ? 0 : EXTRA>(p.common, tile, Visible(tile.sequence), flash, keep);
+        attend<TWICE ? 0 : EXTRA>(p.common, tile, Visible(tile.sequence), flash, arrivals, keep);
         work = *work_in_turn();
         tile = BandTile(p.common, work);
         const int thread = anew(int(threadIdx.x)), base = thread / 32 * WARP_ROWS, lane = thread % 32;
@@ -371,9 +372,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, LEAST_BLOCKS) cmp_forward(
         }
         const int rows = tile.rows - base < WARP_ROWS ? tile.rows - base : WARP_ROWS;
         write_rows(p.common, tile, flash, base, rows, shared + OUTPUTS + base * Values::PITCH);
+        // Bulk copies come to where outputs lay.
+        if constexpr (TWICE && BULK) publish_to_products();
         __syncthreads();
         if constexpr (TWICE) {
-            if (scores) sum_again(p, tile, flash);
+            if (scores) sum_again(p, tile, flash, arrivals);
         }
         if (selects) {
             for (int query = thread / 32; query < tile.rows / GROUP; query += WARPS) {

@@ -14,6 +14,11 @@ struct F16 {
     u16 bits;
 };
 
+// Describes a tensor to copies that hardware makes (bulk.cuh); the driver writes it.
+struct alignas(64) TensorMap {
+    u64 words[16];
+};
+
 __device__ __forceinline__ float not_a_number() { return __uint_as_float(0x7fc00000u); }
 __device__ __forceinline__ float negative_infinity() { return __uint_as_float(0xff800000u); }
 

@@ -2,7 +2,7 @@
 //   delta = sum_d do^c o,   p = e^(scale q k - lse),   ds = scale p (g do v - delta),
 //   dq += sum ds k,   dk = sum ds q,   dv = sum (g p) do;   g p and ds are rounded to Element.
 #pragma once
-#include "unit.cuh"
+#include "boxes.cuh"
 #include "sequence.cuh"
 
 constexpr float LOG2_E = 1.4426950408889634f;
@@ -117,23 +117,94 @@ __device__ __forceinline__ void load_gradient_rows(const P& p, u32 to, int threa
     }
 }
 
-// Starts to copy rows `first`.. of `rows` of the queries with a KV head to a stage: q, do, facts.
-template <class P, class Token>
-__device__ __forceinline__ void load_query_rows(const P& p, u32 to, int first, int rows, int head, const Token& token) {
-    const int thread = anew(int(threadIdx.x)), count = rows - first;
-    load_gradient_rows<QUERY_ROWS, 32 * WARPS>(p, to, thread, first, count, head, token);
-    const auto load_facts = [&](int r) {
-        const bool there = r < count;
-        const int row = there ? first + r : first;
-        const RowFacts* const from = facts_of(p) + i64(token(row / GROUP)) * HEADS + head * GROUP + row % GROUP;
-        copy_async<16>(to + QUERY_ROWS * (Keys::PITCH + Values::PITCH) + r * 16, from, there);
-    };
-    if constexpr (QUERY_ROWS <= 32 * WARPS) {
-        if (thread < QUERY_ROWS) load_facts(thread);
-    } else {
-        for (int r = thread; r < QUERY_ROWS; r += 32 * WARPS) load_facts(r);
+// Boxes of rows of queries that bulk copies take, if they do: BOX_HEADS heads of BOX_TOKENS queries, which follow each other.
+constexpr bool BOXED = BULK && BOX_HEADS > 0;
+constexpr int BOX_ROWS = BOXED ? BOX_HEADS * BOX_TOKENS : 1;
+constexpr int BOX_BYTES = BOX_ROWS * (Keys::PITCH + Values::PITCH);
+
+// Rows of the queries with a KV head, `rows` of them, on their way through two stages of TILES tiles: q, do, facts. `token(i)` is the
+// i-th query's row in [N]. What counts arrivals lies behind the stages.
+template <int TILES, class P, class Token>
+struct QueryStages {
+    static constexpr int STEP = TILES * QUERY_ROWS;
+    const P& p;
+    char* stages;
+    int head, rows;
+    const Token& token;
+    Arrivals arrivals;
+
+    __device__ __forceinline__ QueryStages(const P& params, char* first_stage, int kv_head, int count, const Token& token_of)
+        : p(params),
+          stages(first_stage),
+          head(kv_head),
+          rows(count),
+          token(token_of),
+          arrivals{shared_address(first_stage) + 2 * TILES * QUERY_STAGE_BYTES} {
+        if constexpr (BOXED) arrivals.init();
     }
-}
+    // Starts to copy the step that begins with row `first`, if there is one.
+    __device__ __forceinline__ void load(int first, int stage) const {
+        if (first < rows) {
+            if constexpr (BOXED) load_boxes(first, stage);
+#pragma unroll
+            for (int i = 0; i < TILES; ++i) {
+                const int row = first + i * QUERY_ROWS;
+                if (TILES > 1 && row >= rows) break;
+                const u32 to = shared_address(tile(stage, i));
+                const int thread = anew(int(threadIdx.x));
+                if constexpr (!BOXED) load_gradient_rows<QUERY_ROWS, 32 * WARPS>(p, to, thread, row, rows - row, head, token);
+                load_facts(to + FACTS, thread, row);
+            }
+        }
+        copy_commit();
+    }
+    // They are there; all have left what they read before.
+    __device__ __forceinline__ void wait(int first, int stage) {
+        if constexpr (BOXED) {
+            arrivals.wait(stage);
+            // The last rows of boxes may be none of these.
+#pragma unroll
+            for (int i = 0; i < TILES; ++i) {
+                const int count = rows - first - i * QUERY_ROWS;
+                if (count <= 0 || count >= QUERY_ROWS) continue;
+                clear_rows<QueryTile, QUERY_ROWS, 32 * WARPS>(tile(stage, i), count);
+                clear_rows<SharedTile<HEAD_DIM_V, QUERY_ROWS>, QUERY_ROWS, 32 * WARPS>(tile(stage, i) + D_O, count);
+            }
+        }
+        wait_for_tiles();
+    }
+
+private:
+    using QueryTile = SharedTile<HEAD_DIM_QK, QUERY_ROWS>;
+    static constexpr int D_O = QUERY_ROWS * Keys::PITCH, FACTS = D_O + QUERY_ROWS * Values::PITCH;
+
+    __device__ __forceinline__ char* tile(int stage, int i) const { return stages + (stage * TILES + i) * QUERY_STAGE_BYTES; }
+    __device__ __forceinline__ void load_boxes(int first, int stage) const {
+        if (threadIdx.x >= 32) return;
+        constexpr int MOST = STEP / BOX_ROWS;
+        const int left = ceil_div(rows - first, BOX_ROWS), boxes = left < MOST ? left : MOST;
+        if (threadIdx.x == 0) arrivals.expect(stage, boxes * BOX_BYTES);
+        const auto place = [&](int box) {
+            const int row = box * BOX_ROWS, at = first + row;
+            return Box{row / QUERY_ROWS * QUERY_STAGE_BYTES + row % QUERY_ROWS * QueryTile::ROW_BYTES, token(at / GROUP), head * GROUP + at % GROUP};
+        };
+        arrivals.copy<HEAD_DIM_QK, HEAD_DIM_V, QUERY_ROWS>(stage, shared_address(stages) + stage * TILES * QUERY_STAGE_BYTES, boxes, p.q_map,
+                                                           p.d_o_map, place);
+    }
+    // Of rows `first`.., facts of none behind the last one.
+    __device__ __forceinline__ void load_facts(u32 to, int thread, int first) const {
+        const auto load = [&](int r) {
+            const bool there = r < rows - first;
+            const int row = there ? first + r : first;
+            copy_async<16>(to + r * 16, facts_of(p) + i64(token(row / GROUP)) * HEADS + head * GROUP + row % GROUP, there);
+        };
+        if constexpr (QUERY_ROWS <= 32 * WARPS) {
+            if (thread < QUERY_ROWS) load(thread);
+        } else {
+            for (int r = thread; r < QUERY_ROWS; r += 32 * WARPS) load(r);
+        }
+    }
+};
 
 // Starts to copy a block's own keys, and its values if it has a use for them.
 template <bool WITH_VALUES, class K, class V>

@@ -1,7 +1,7 @@
 // A tile of queries over the blocks that they have selected: QUERIES queries with HEADS_PER_TILE of their heads are the ROWS rows of
 // a warp alone (16), or of four together (64).
 #pragma once
-#include "unit.cuh"
+#include "boxes.cuh"
 #include "sequence.cuh"
 
 constexpr int PARTS_OF_GROUP = ceil_div(GROUP, ROWS);
@@ -127,6 +127,17 @@ __device__ __forceinline__ u32 bits_of(int first, int count) { return (count >= 
 // Bytes of a step: keys, and values behind them.
 constexpr int STAGE_BYTES = KEYS * (Tile<HEAD_DIM_QK>::PITCH + Tile<HEAD_DIM_V>::PITCH);
 
+// Copies of this thread and those of all others of its tile are there; all have left what they read before.
+__device__ __forceinline__ void wait_for_stage() {
+    copy_wait<0>();
+    if constexpr (TILE_THREADS > 32) {
+        publish_to_products();
+        __syncthreads();
+    } else {
+        __syncwarp();
+    }
+}
+
 // A thread's part in copies of steps to stages, of THREADS threads, where keys and values lie so.
 template <class KeyTile, class ValueTile, int THREADS>
 struct StepCopies {
@@ -162,17 +173,51 @@ struct StepCopies {
             copy_keys.template copy<AT, FIRST>(keys, count - FIRST, behind);
             copy_values.template copy<AT + KEYS * Tile<HEAD_DIM_QK>::PITCH, FIRST>(values, count - FIRST, behind);
         }
+        copy_commit();
+    }
+    // Until the step that was copied last is there, and all have left the one before.
+    template <int STEP, class AnyBlocks>
+    __device__ __forceinline__ void wait(const AnyBlocks&, u32) const {
+        wait_for_stage();
     }
 };
 
-// Walks over blocks: `wait()` waits until the step that was copied last is there, and all have left the one before;
-// `meet(blocks, step, behind, whole)` meets it in stage `step.value`, `behind` bytes further. Of a turn that all rows see (`whole`,
+// The same of bulk copies, to the stages of the CTA's only tile; `p` has the tensors' maps.
+template <class P>
+struct StepBoxes {
+    const P& p;
+    char* stages;
+    int head, key;  // KV head, the sequence's first row of keys
+    Arrivals arrivals;
+
+    __device__ __forceinline__ StepBoxes(const P& params, char* first_stage, int kv_head, int first_key, const Arrivals& counted)
+        : p(params), stages(first_stage), head(kv_head), key(first_key), arrivals(counted) {}
+
+    // A stage is waited for as often as it is filled, be it with nothing.
+    template <int STEP, class AnyBlocks>
+    __device__ __forceinline__ void start(const AnyBlocks& blocks, u32 behind) const {
+        const bool there = !blocks.done() && (STEP == 0 || blocks.count() > STEP * KEYS);
+        const u32 at = STEP * STAGE_BYTES + behind;
+        load_key_boxes<true, KEYS>(p, arrivals, int(at / STAGE_BYTES), shared_address(stages) + at, there ? 1 : 0, head,
+                                   key + blocks.token() + STEP * KEYS);
+    }
+    template <int STEP, class AnyBlocks>
+    __device__ __forceinline__ void wait(const AnyBlocks& blocks, u32 behind) {
+        const u32 at = STEP * STAGE_BYTES + behind;
+        arrivals.wait(int(at / STAGE_BYTES));
+        // Rows behind the last one that is seen may be another sequence's.
+        const int count = blocks.count() - STEP * KEYS;
+        if (count > 0 && count < KEYS) clear_keys<true, KEYS, TILE_THREADS>(stages + at, count);
+        wait_for_stage();
+    }
+};
+
+// Walks over blocks: `meet(blocks, step, behind, whole)` meets it in stage `step.value`, `behind` bytes further. Of a turn that all rows see (`whole`,
 // the same in all lanes) there is nothing to mask.
-template <class Copies, class Wait, class Meet>
-__device__ __forceinline__ void walk(OwnBlocks blocks, Copies& copies, const Wait& wait, const Meet& meet) {
+template <class Copies, class Meet>
+__device__ __forceinline__ void walk(OwnBlocks blocks, Copies& copies, const Meet& meet) {
     const u32 all = bits_of(0, blocks.lists.count);
     copies.template start<0>(blocks, 0);
-    copy_commit();
     // Of turns of one step every other one lies in the other stage.
     for (u32 turn = 0; !blocks.done(); turn = STAGE_BYTES - turn) {
         const u32 behind = TURN_STEPS == 1 ? turn : 0;
@@ -180,14 +225,13 @@ __device__ __forceinline__ void walk(OwnBlocks blocks, Copies& copies, const Wai
         const bool whole = uniform(now.whole(0, all));
         unroll<0, TURN_STEPS>([&](auto step) {
             constexpr int I = step.value;
-            wait();
+            copies.template wait<I>(now, behind);
             if constexpr (I + 1 < TURN_STEPS) {
                 copies.template start<I + 1>(blocks, behind);
             } else {
                 blocks.next();
                 copies.template start<0>(blocks, TURN_STEPS == 1 ? STAGE_BYTES - behind : 0);
             }
-            copy_commit();
             if (I == 0 || whole || now.count() > I * KEYS) meet(now, step, behind, whole);
         });
     }
@@ -198,10 +242,7 @@ __device__ __forceinline__ void walk(OwnBlocks blocks, Copies& copies, const Wai
 template <class Copies, class Meet>
 __device__ __forceinline__ void walk_jointly(JointBlocks blocks, int first, int count, Copies& copies, const Meet& meet) {
     const u32 all = bits_of(first, count);
-    const auto start = [&](u32 behind) {
-        unroll<0, JOINT_STEPS>([&](auto step) { copies.template start<step.value>(blocks, behind); });
-        copy_commit();
-    };
+    const auto start = [&](u32 behind) { unroll<0, JOINT_STEPS>([&](auto step) { copies.template start<step.value>(blocks, behind); }); };
     start(0);
     for (u32 behind = 0; !blocks.done(); behind = WARPS * STAGE_BYTES - behind) {
         const JointBlocks now = blocks;
@@ -284,11 +325,12 @@ struct SelectTile {
     }
 };
 
-// Where the tiles of a CTA have their memory: the stages of all, ROWS_BYTES more of each, their lists.
+// Where the tiles of a CTA have their memory: the stages of all, ROWS_BYTES more of each, their lists; what counts
+// arrivals of bulk copies.
 template <int ROWS_BYTES>
 struct SelectMemory {
     static constexpr int STAGES_OF_TILE = STAGES * STAGE_BYTES, ROWS_AT = CTA_TILES * STAGES_OF_TILE;
-    static constexpr int LISTS_AT = ROWS_AT + CTA_TILES * ROWS_BYTES;
+    static constexpr int LISTS_AT = ROWS_AT + CTA_TILES * ROWS_BYTES, ARRIVALS_AT = LISTS_AT + CTA_TILES * LIST_BYTES;
     char* all;
     int tile;  // of the CTA
 
@@ -296,6 +338,7 @@ struct SelectMemory {
     __device__ __forceinline__ char* stages() const { return all + tile * STAGES_OF_TILE; }
     // Without bytes of their own rows come through the stages.
     __device__ __forceinline__ char* rows() const { return ROWS_BYTES == 0 ? stages() : all + ROWS_AT + tile * ROWS_BYTES; }
+    __device__ __forceinline__ Arrivals arrivals() const { return {shared_address(all) + ARRIVALS_AT}; }
     __device__ __forceinline__ int* lists(int of) const { return reinterpret_cast<int*>(all + LISTS_AT + of * LIST_BYTES); }
 };
 
@@ -321,8 +364,8 @@ __device__ __forceinline__ bool walks_jointly(const SelectTile& tile, const List
 // Walks over the blocks of a CTA's tiles, jointly or each alone. `copies_to(stages, threads)` are copies of so many threads to stages,
 // `meet_in(stages, first)` what a warp does with steps there (see `walk`), whose queries' lists are those from `first` on. All have
 // left the stages at the end.
-template <class Memory, class Wait, class CopiesTo, class MeetIn>
-__device__ __forceinline__ void walk_tiles(const Memory& memory, const SelectTile& tile, const Wait& wait, const CopiesTo& copies_to,
+template <class Memory, class CopiesTo, class MeetIn>
+__device__ __forceinline__ void walk_tiles(const Memory& memory, const SelectTile& tile, const CopiesTo& copies_to,
                                            const MeetIn& meet_in) {
     if constexpr (JOINT) {
         const Lists all = tile.joint_lists(memory.lists(0));
@@ -337,6 +380,6 @@ __device__ __forceinline__ void walk_tiles(const Memory& memory, const SelectTil
         if (tile.queries == 0) return;
     }
     auto copies = copies_to(memory.stages(), Size<TILE_THREADS>());
-    walk(OwnBlocks(tile.lists(memory.lists(memory.tile))), copies, wait, meet_in(memory.stages(), 0));
-    wait();
+    walk(OwnBlocks(tile.lists(memory.lists(memory.tile))), copies, meet_in(memory.stages(), 0));
+    wait_for_stage();
 }

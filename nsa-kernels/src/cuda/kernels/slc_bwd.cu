@@ -5,8 +5,8 @@
 // 16 WARPS keys) and up to work_queries of its queries, gathers their rows, and has dk and dv in registers. Blocks with more
 // queries (a forced block has all) are several works, whose gradients are added in order by a kernel at the end.
 // Shared memory, bytes at D = 128 in bf16: dq, a warp: 2 stages x 16 x 512 (q and do come through them, and stay in registers where
-// Dk + Dv <= 256; else 16 x 512 more), the list 128; dk and dv as in band_bwd.cu, and products of four warps together as there on
-// sm_90a.
+// Dk + Dv <= 256; else 16 x 512 more), the list 128; dk and dv as in band_bwd.cu, and products of four warps together and bulk
+// copies as there on sm_90a: a box is the heads of a query, where R is a multiple of 8.
 // Registers: dq 64, q and do 64, scores and their gradients 16, addresses of a lane's chunks 20; dk and dv as in band_bwd.cu.
 // Roofline, a query and KV head: dq 2 R (2 Dk + Dv) n l' FLOP, bound by the cache as the forward; dk and dv 4 R (Dk + Dv) n l'
 // FLOP, for 2 R (Dk + Dv) bytes a query and block.
@@ -18,7 +18,7 @@
 // budget: kernel=slc_row_facts threads=256 registers=40 spills=0 shared=0
 // budget: kernel=slc_query_gradients threads=128 registers=248 spills=0 shared=66048
 // budget: kernel=slc_key_gradients threads=128 registers=255 spills=0 shared=66560
-// budget: kernel=slc_key_gradients arch=sm_90a threads=128 registers=255 spills=0 shared=100352
+// budget: kernel=slc_key_gradients arch=sm_90a threads=128 registers=255 spills=0 shared=100368
 // budget: kernel=slc_add_works threads=256 registers=64 spills=0 shared=0
 #include "element.cuh"
 #include "config.cuh"
@@ -71,12 +71,6 @@ __device__ __forceinline__ void score_gradients(Parts<1, KEYS>& ds, const Parts<
     }
 }
 
-// Copies of this lane and of all others are there; all have left what they read before.
-__device__ __forceinline__ void wait_for_stage() {
-    copy_wait<0>();
-    __syncwarp();
-}
-
 extern "C" __global__ void __launch_bounds__(THREADS, 1) slc_query_gradients(const __grid_constant__ SlcBackwardParams params) {
     const BandBackwardParams& p = params.common;
     const int lane = threadIdx.x % 32;
@@ -122,7 +116,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) slc_query_gradients(con
         return StepCopies<Keys, Values, THREADS>(shared_address(stages), int(threadIdx.x % THREADS), tile.sequence, tile.head, p.k,
                                                  nullptr, p.v, nullptr);
     };
-    walk_tiles(memory, tile, [] { wait_for_stage(); }, copies_to, meet_in);
+    walk_tiles(memory, tile, copies_to, meet_in);
     if (tile.queries == 0) return;
     put_query_gradients(dq, p.accumulate != 0,
                         [&](int row) { return tile.has(row) ? p.dq + tile.place(row) * HEAD_DIM_QK : nullptr; });
@@ -152,18 +146,14 @@ __device__ __forceinline__ void key_gradients(const SlcBackwardParams& params, c
     const KeyRows<HEAD_DIM_QK> k(p.k, nullptr, work.sequence.key, work.head);
     const KeyRows<HEAD_DIM_V> v(p.v, nullptr, work.sequence.key, work.head);
     load_key_rows<K>(shared, keys, k.from(work.key), v.from(work.key));
-    const auto load = [&](int first, int stage) {
-        load_query_rows(p, shared_address(stages) + stage * QUERY_STAGE_BYTES, first, rows, work.head,
-                        [&](int i) { return __ldg(work.queries + i); });
-    };
+    const auto token = [&](int i) { return __ldg(work.queries + i); };
+    QueryStages<1, BandBackwardParams, decltype(token)> queries(p, stages, work.head, rows, token);
     KeyGradients<K, V> gradients;
     const KeySides sides(shared, stages);
-    if (rows > 0) load(0, 0);
-    copy_commit();
+    queries.load(0, 0);
     for (int first = 0, stage = 0; first < rows; first += QUERY_ROWS, stage ^= 1) {
-        wait_for_tiles();
-        if (first + QUERY_ROWS < rows) load(first + QUERY_ROWS, stage ^ 1);
-        copy_commit();
+        queries.wait(first, stage);
+        queries.load(first + QUERY_ROWS, stage ^ 1);
         // Warps whose products are made together leave together.
         if (first_together<KEY_ROWS>(base) >= keys) continue;
         // The first query of the stage is the one that sees least.

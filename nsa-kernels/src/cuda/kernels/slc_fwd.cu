@@ -23,14 +23,15 @@
 // 0.87 ms with ones that stay there: the forced blocks, 3 of 16, are the same ones for all queries of a CTA. Either way the
 // second cache is what it waits for (83 % of its rate). On sm_90a the 64 rows of four warps may be queries that walk over the union
 // of their blocks together, each of which is read once: where sequences are short enough for such lists to have blocks in common
-// (SelectTiles::new has the figures).
+// (SelectTiles::new has the figures). There hardware copies their steps, of packed
+// keys (bulk.cuh).
 // Order of summation: flash.cuh, blocks in order.
 // Edges: a list ends at its first -1, and at a block that is no candidate; a query without blocks: o = 0, lse = -infinity. A NaN in v
 // reaches queries that do not see it but meet its row in a product, as in band_fwd.cu: those of the same warp, and where warps walk
 // jointly those of the same CTA, which are a few tokens earlier in the same sequence.
 //
 // budget: kernel=slc_forward threads=128 registers=200 spills=0 shared=66048
-// budget: kernel=slc_forward arch=sm_90a threads=128 registers=200 spills=0 shared=82176
+// budget: kernel=slc_forward arch=sm_90a threads=128 registers=200 spills=0 shared=82192
 // Neighbouring queries, whose warps run side by side, have blocks in common.
 #define COPY_CACHE "ca"
 #include "element.cuh"
@@ -48,17 +49,6 @@ extern __shared__ __align__(TILE_ALIGNMENT) char shared[];
 
 // The warp's first row of its tile.
 __device__ __forceinline__ int first_row() { return int(threadIdx.x % TILE_THREADS / 32 * 16); }
-
-// Copies of this thread and those of all others of its tile are there; all have left what they read before.
-__device__ __forceinline__ void wait_for_stage() {
-    copy_wait<0>();
-    if constexpr (WARPGROUPS) {
-        publish_to_products();
-        __syncthreads();
-    } else {
-        __syncwarp();
-    }
-}
 
 // Scores of keys that a row's query has not selected, or does not see; `first` is the list of the tile's first query.
 template <class AnyBlocks>
@@ -113,6 +103,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) slc_forward(const __gri
     if (!JOINT && tile.queries == 0) return;
     const Memory memory(shared);
     char* const own = memory.stages();
+    const Arrivals arrivals = memory.arrivals();
+    if constexpr (BULK) arrivals.init();
     tile.load_rows_of<SharedTile<HEAD_DIM_QK, ROWS>, QK_COPY_BYTES>(p.q, shared_address(memory.rows()));
     copy_commit();
     tile.load_lists(memory.lists(memory.tile), params.block_indices);
@@ -148,10 +140,14 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) slc_forward(const __gri
     };
     const auto copies_to = [&](char* stages, auto threads) {
         constexpr int THREADS = threads.value;
-        return StepCopies<SharedTile<HEAD_DIM_QK, KEYS>, SharedTile<HEAD_DIM_V, KEYS>, THREADS>(
-            shared_address(stages), int(threadIdx.x % THREADS), tile.sequence, tile.head, p.k, p.k_pages, p.v, p.v_pages);
+        if constexpr (BULK) {
+            return StepBoxes<BandForwardParams>(p, stages, tile.head, tile.sequence.key, arrivals);
+        } else {
+            return StepCopies<SharedTile<HEAD_DIM_QK, KEYS>, SharedTile<HEAD_DIM_V, KEYS>, THREADS>(
+                shared_address(stages), int(threadIdx.x % THREADS), tile.sequence, tile.head, p.k, p.k_pages, p.v, p.v_pages);
+        }
     };
-    walk_tiles(memory, tile, [] { wait_for_stage(); }, copies_to, meet_in);
+    walk_tiles(memory, tile, copies_to, meet_in);
     if (tile.queries == 0) return;
     flash.finish();
     write_rows(p, tile, flash, own);

@@ -51,7 +51,7 @@ __device__ __forceinline__ void finish(float (&parts)[TILES][N][4]) {
     }
 }
 
-// Writes of this thread to shared memory are there for products that are begun after the next barrier.
+// Writes of this thread to shared memory are there for products and bulk copies that are begun after the next barrier.
 __device__ __forceinline__ void publish_to_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 #define NSA_PART(n) "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3])

@@ -12,6 +12,9 @@ use crate::lower::SHARED_BASE;
 use crate::ptx::Space;
 use crate::tensor_map::{self, TensorMap, element_bytes};
 
+/// Bytes of all banks of shared memory.
+const LINE: u64 = 128;
+
 /// A copy's place in the code and the thread that makes it.
 #[derive(Clone, Copy)]
 struct By {
@@ -204,9 +207,14 @@ impl<C: Checks> Cta<'_, C> {
                 }
             }
             let start = to + number * u64::from(map.pitch());
-            for (piece, bytes) in data.chunks(16).enumerate() {
-                let place = start + 16 * piece as u64;
-                self.write_shared(swizzle(place, map.swizzle), bytes, by)?;
+            let place = |piece: usize| swizzle(start + 16 * piece as u64, map.swizzle);
+            let mut pieces: Vec<(u64, &[u8])> =
+                data.chunks(16).enumerate().map(|(at, piece)| (place(at), piece)).collect();
+            // What lies beside each other is written at once, as the hardware's lines are.
+            pieces.sort_unstable_by_key(|(place, _)| *place);
+            for line in pieces.chunk_by(|a, b| a.0 + a.1.len() as u64 == b.0 && a.0 / LINE == b.0 / LINE) {
+                let bytes: Vec<u8> = line.iter().flat_map(|(_, piece)| *piece).copied().collect();
+                self.write_shared(line[0].0, &bytes, by)?;
             }
         }
         Ok(width * size * map.tile[1..].iter().product::<u32>())

@@ -1,7 +1,8 @@
 //! Counters against what can be counted by hand.
 
-use crate::kit::Sim;
+use crate::kit::{Sim, count_case};
 use cuda_sim::count::Counts;
+use cuda_sim::probe;
 
 fn counts(body: &str) -> Counts {
     let mut sim = Sim::new(&format!(
@@ -56,4 +57,14 @@ fn instructions_lanes_and_products() {
     );
     assert_eq!((copies.copied_bytes, copies.groups_in_flight, copies.global_sectors), (2 * 1024, 2, 2 * 32));
     assert!(copies.json("k").contains("\"copied_bytes\": 2048"));
+}
+
+#[test]
+fn a_box_passes_a_line_at_a_time() {
+    let name = "tensor copy 2d, swizzle 3, 64 columns, inside";
+    let cases = probe::cases(90);
+    let counts = count_case(cases.iter().find(|case| case.name == name).unwrap());
+    // Two warps fill 8,192 words; 16 rows of 128 bytes come; 528 words are read.
+    assert_eq!(counts.shared_wavefronts, 256 + 16 + 17);
+    assert_eq!(counts.shared_ideal, counts.shared_wavefronts);
 }

@@ -2,6 +2,7 @@
 
 use cuda_sim::Module;
 use cuda_sim::code::Kernel;
+use cuda_sim::count::Counts;
 use cuda_sim::exec::{Fault, Launch, Options, Summary};
 use cuda_sim::memory::DeviceMemory;
 use cuda_sim::probe::Case;
@@ -113,8 +114,17 @@ impl Sim {
 /// Runs a case of the probe, without the checker: its output as words, or the driver's error where its tensor map is
 /// none.
 pub fn run_case(case: &Case) -> Result<Vec<u32>, u32> {
+    launch_case(case, false).map(|(output, _)| output)
+}
+
+/// Counters of a case, likewise.
+pub fn count_case(case: &Case) -> Counts {
+    launch_case(case, true).unwrap().1.counts.unwrap()
+}
+
+fn launch_case(case: &Case, count: bool) -> Result<(Vec<u32>, Summary), u32> {
     let mut sim = Sim::new(&case.ptx);
-    sim.options.check = false;
+    (sim.options.check, sim.options.count) = (false, count);
     let input: Vec<u32> = case.input.chunks_exact(4).map(|word| u32::from_le_bytes(word.try_into().unwrap())).collect();
     let (from, to) = (sim.words(&input), sim.words(&vec![0xa5a5_a5a5; case.output.div_ceil(4)]));
     let mut params = [from.to_le_bytes(), to.to_le_bytes()].concat();
@@ -138,6 +148,6 @@ pub fn run_case(case: &Case) -> Result<Vec<u32>, u32> {
     }
     let shape = ([case.grid, 1, 1], [case.block, 1, 1]);
     let launch = Launch::new(kernel, shape, case.shared, &params, sim.memory.snapshot(), &sim.options);
-    launch.run().unwrap_or_else(|fault| panic!("{}: {fault}", case.name));
-    Ok(sim.read(to, case.output / 4))
+    let summary = launch.run().unwrap_or_else(|fault| panic!("{}: {fault}", case.name));
+    Ok((sim.read(to, case.output / 4), summary))
 }
