@@ -2,7 +2,7 @@
 //! that are none.
 
 use super::slc::{UNLIMITED, device};
-use super::{BITS, assert_cases_on, counted, slc};
+use super::{BITS, DTYPES, assert_cases_on, counted, slc};
 use nsa_core::{CompressKind, DType, NsaConfig};
 use nsa_tests::check::{self, Op};
 use nsa_tests::sim::on_simulator;
@@ -64,10 +64,10 @@ fn runs_of_queries() {
         let (backend, cuda) = device();
         for case in cases() {
             cuda.limit_shares(share_bytes(&case.config, 192));
-            assert_cases_on(&backend, Op::Slc, &[case]);
+            assert_cases_on(&backend, Op::Slc, &[case], &DTYPES);
         }
         let case = Case::new("runs-of-branch", config(4, 2).to_builder(), [170]);
-        assert_cases_on(&backend, Op::Nsa, &[case]);
+        assert_cases_on(&backend, Op::Nsa, &[case], &DTYPES);
     });
 }
 

@@ -175,13 +175,14 @@ __device__ __forceinline__ void walk_keys(const P& p, const BandTile& tile, cons
     const auto wait = [&](int key, int stage) {
         if constexpr (BULK) {
             arrivals.wait(stage);
-            // Rows behind the last key are others', and no finite weight makes 0 of what is not finite.
+            // Rows behind the last key are others': their scores are masked, but 0 times a value that is not finite is none.
 #pragma unroll
             for (int at = 0; at < COPIED; ++at) {
                 const int first = key + at * KEYS, count = last - first;
                 if (first >= end || count >= KEYS) continue;
                 char* const tile = stages + stage * STAGE_BYTES + at * TILE_BYTES;
-                clear_keys<WITH_VALUES, KEYS, THREADS>(tile, count > 0 ? count : 0);
+                if (EXTRA > 0 && count <= 0) clear_rows<HEAD_DIM_QK, KEYS, THREADS>(tile, 0);
+                if constexpr (WITH_VALUES) clear_rows<HEAD_DIM_V, KEYS, THREADS>(tile + KEYS * Keys::PITCH, count > 0 ? count : 0);
             }
         }
         wait_for_tiles();

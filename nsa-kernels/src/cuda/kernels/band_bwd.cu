@@ -113,7 +113,8 @@ __device__ __forceinline__ void query_gradients(const BandBackwardParams& p) {
     const auto wait = [&](int key, int stage) {
         if constexpr (BULK) {
             arrivals.wait(stage);
-            if (end - key < KEYS) clear_keys<true, KEYS, QUERY_THREADS>(stages + stage * STAGE_BYTES, end - key);
+            // ds with what lies behind the last key is masked, before it meets the keys.
+            if (end - key < KEYS) clear_rows<HEAD_DIM_QK, KEYS, QUERY_THREADS>(stages + stage * STAGE_BYTES, end - key);
         }
         wait_for_tiles();
     };

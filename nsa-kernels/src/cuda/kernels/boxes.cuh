@@ -16,11 +16,3 @@ __device__ __forceinline__ void load_key_boxes(const P& p, const Arrivals& arriv
     arrivals.copy<HEAD_DIM_QK, WITH_VALUES ? HEAD_DIM_V : 0, ROWS>(
         stage, to, tiles, p.k_map, p.v_map, [&](int tile) { return Box{tile * TILE, row + tile * ROWS, head}; });
 }
-
-// Rows of such a tile from `from` on, and of its values, become zeros.
-template <bool WITH_VALUES, int ROWS, int THREADS>
-__device__ __forceinline__ void clear_keys(char* tile, int from) {
-    using KeyTile = SharedTile<HEAD_DIM_QK, ROWS>;
-    clear_rows<KeyTile, ROWS, THREADS>(tile, from);
-    if constexpr (WITH_VALUES) clear_rows<SharedTile<HEAD_DIM_V, ROWS>, ROWS, THREADS>(tile + ROWS * KeyTile::PITCH, from);
-}

@@ -72,13 +72,16 @@ private:
     __device__ __forceinline__ u32 object(int stage) const { return objects + u32(stage) * 8; }
 };
 
-// Rows from `from` on of a tile become zeros. All THREADS help; products that are begun behind the next barrier find them if each publishes
-// its writes.
-template <class Layout, int ROWS, int THREADS>
+// Rows from `from` on of a tile of ROWS become zeros. All THREADS help; products that are begun behind the next barrier find them if each
+// publishes its writes. Chunks are swapped within their rows: those of a panel lie one behind the other.
+template <int DIM, int ROWS, int THREADS>
 __device__ __forceinline__ void clear_rows(char* tile, int from) {
-    constexpr int PIECES = Layout::CHUNKS;
+    using Layout = Panels<DIM, ROWS>;
 #pragma unroll 1
-    for (int i = from * PIECES + int(threadIdx.x); i < ROWS * PIECES; i += THREADS) {
-        *reinterpret_cast<uint4*>(tile + Layout::chunk(i / PIECES, i % PIECES)) = make_uint4(0, 0, 0, 0);
+    for (int at = from * Layout::ROW_BYTES + int(threadIdx.x) * 16; at < Layout::PANEL_BYTES; at += THREADS * 16) {
+#pragma unroll
+        for (int panel = 0; panel < DIM / BOX_COLUMNS; ++panel) {
+            *reinterpret_cast<uint4*>(tile + panel * Layout::PANEL_BYTES + at) = make_uint4(0, 0, 0, 0);
+        }
     }
 }

@@ -167,8 +167,8 @@ struct QueryStages {
             for (int i = 0; i < TILES; ++i) {
                 const int count = rows - first - i * QUERY_ROWS;
                 if (count <= 0 || count >= QUERY_ROWS) continue;
-                clear_rows<QueryTile, QUERY_ROWS, 32 * WARPS>(tile(stage, i), count);
-                clear_rows<SharedTile<HEAD_DIM_V, QUERY_ROWS>, QUERY_ROWS, 32 * WARPS>(tile(stage, i) + D_O, count);
+                clear_rows<HEAD_DIM_QK, QUERY_ROWS, 32 * WARPS>(tile(stage, i), count);
+                clear_rows<HEAD_DIM_V, QUERY_ROWS, 32 * WARPS>(tile(stage, i) + D_O, count);
             }
         }
         wait_for_tiles();

@@ -205,9 +205,11 @@ struct StepBoxes {
     __device__ __forceinline__ void wait(const AnyBlocks& blocks, u32 behind) {
         const u32 at = STEP * STAGE_BYTES + behind;
         arrivals.wait(int(at / STAGE_BYTES));
-        // Rows behind the last one that is seen may be another sequence's.
+        // Rows behind the last one that is seen may be another sequence's: scores are masked, values are weighted by 0.
         const int count = blocks.count() - STEP * KEYS;
-        if (count > 0 && count < KEYS) clear_keys<true, KEYS, TILE_THREADS>(stages + at, count);
+        if (count > 0 && count < KEYS) {
+            clear_rows<HEAD_DIM_V, KEYS, TILE_THREADS>(stages + at + KEYS * Tile<HEAD_DIM_QK>::PITCH, count);
+        }
         wait_for_stage();
     }
 };
