@@ -2,13 +2,16 @@
 
 use super::params::Field;
 use super::{Cuda, failed};
-use crate::Result;
+use crate::{Error, Result};
 use cudarc::driver::sys::{self, CUtensorMap, CUtensorMapDataType_enum as DataType};
 use std::ffi::c_void;
 use std::mem::MaybeUninit;
 
 /// Columns of a box: 128 bytes, whose chunks are swapped as products expect it (`kernels/wgmma.cuh`).
 const BOX_COLUMNS: usize = 64;
+
+/// The oldest CUDA whose drivers describe tensors.
+const OLDEST_DRIVER: (i32, i32) = (12, 0);
 
 /// Rows of a tensor that one copy takes, `[tokens, heads]`, 64 columns each.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,7 +43,7 @@ impl TensorMap {
     /// cannot take them.
     ///
     /// # Errors
-    /// If the driver refuses it.
+    /// If the driver is too old for that or refuses it.
     pub(crate) fn new(
         cuda: &Cuda,
         address: u64,
@@ -49,6 +52,7 @@ impl TensorMap {
     ) -> Result<Self> {
         let fits = |_: &Boxes| address.is_multiple_of(16) && dim.is_multiple_of(BOX_COLUMNS);
         let Some(boxes) = boxes.filter(fits) else { return Ok(Self::none()) };
+        check_driver(&cuda.name(), cuda.device().driver)?;
         // The innermost dimension first. No tensor is empty for the driver; of an empty one nothing is copied.
         let sizes = [dim, heads, tokens.max(1)].map(|size| size as u64);
         let strides = [2 * sizes[0], 2 * sizes[0] * sizes[1]];
@@ -76,5 +80,27 @@ impl TensorMap {
         encoded.result().map_err(|error| failed(&format!("{}: a tensor map", cuda.name()), &error))?;
         // SAFETY: the driver has written it.
         Ok(Self(unsafe { map.assume_init() }.opaque))
+    }
+}
+
+/// Older drivers do not have the function that is called here.
+fn check_driver(name: &str, driver: (i32, i32)) -> Result<()> {
+    if driver >= OLDEST_DRIVER {
+        return Ok(());
+    }
+    let (major, minor) = driver;
+    let missing = format!("the driver supports CUDA {major}.{minor}, kernels for compute capability 9.0 need 12.0");
+    Err(Error::Backend { requested: name.to_owned(), missing, advice: "update the driver".to_owned() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::check_driver;
+
+    #[test]
+    fn drivers_that_cannot_describe_tensors_are_too_old() {
+        let error = check_driver("cuda:1", (11, 8)).unwrap_err().to_string();
+        assert!(error.contains("cuda:1") && error.contains("CUDA 11.8") && error.contains("12.0"), "{error}");
+        assert!(check_driver("cuda:1", (12, 0)).is_ok() && check_driver("cuda:1", (13, 1)).is_ok());
     }
 }
