@@ -198,8 +198,8 @@ struct StepBoxes {
     __device__ __forceinline__ void start(const AnyBlocks& blocks, u32 behind) const {
         const bool there = !blocks.done() && (STEP == 0 || blocks.count() > STEP * KEYS);
         const u32 at = STEP * STAGE_BYTES + behind;
-        load_key_boxes<true, KEYS>(p, arrivals, int(at / STAGE_BYTES), shared_address(stages) + at, there ? 1 : 0, head,
-                                   key + blocks.token() + STEP * KEYS);
+        const int row = there ? key + blocks.token() + STEP * KEYS : key;
+        load_key_boxes<true, KEYS>(p, arrivals, int(at / STAGE_BYTES), shared_address(stages) + at, there ? 1 : 0, head, row);
     }
     template <int STEP, class AnyBlocks>
     __device__ __forceinline__ void wait(const AnyBlocks& blocks, u32 behind) {
@@ -214,8 +214,8 @@ struct StepBoxes {
     }
 };
 
-// Walks over blocks: `meet(blocks, step, behind, whole)` meets it in stage `step.value`, `behind` bytes further. Of a turn that all rows see (`whole`,
-// the same in all lanes) there is nothing to mask.
+// Walks over blocks: `meet(blocks, step, behind, whole)` meets a step in stage `step.value`, `behind` bytes further. Of a turn that all
+// rows see (`whole`, the same in all lanes) there is nothing to mask.
 template <class Copies, class Meet>
 __device__ __forceinline__ void walk(OwnBlocks blocks, Copies& copies, const Meet& meet) {
     const u32 all = bits_of(0, blocks.lists.count);
