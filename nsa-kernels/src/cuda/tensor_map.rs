@@ -39,8 +39,8 @@ impl TensorMap {
         Self([0; 16])
     }
 
-    /// The tensor `[tokens, heads, dim]` at this address of the device's memory. None where there are no boxes, or it lies so that copies
-    /// cannot take them.
+    /// The tensor `[tokens, heads, dim]` at this address of the device's memory. None where there are no boxes, it is empty, or it lies
+    /// so that copies cannot take them.
     ///
     /// # Errors
     /// If the driver is too old for that or refuses it.
@@ -50,11 +50,11 @@ impl TensorMap {
         [tokens, heads, dim]: [usize; 3],
         boxes: Option<Boxes>,
     ) -> Result<Self> {
-        let fits = |_: &Boxes| address.is_multiple_of(16) && dim.is_multiple_of(BOX_COLUMNS);
+        let fits = |_: &Boxes| tokens > 0 && address.is_multiple_of(16) && dim.is_multiple_of(BOX_COLUMNS);
         let Some(boxes) = boxes.filter(fits) else { return Ok(Self::none()) };
         check_driver(&cuda.name(), cuda.device().driver)?;
-        // The innermost dimension first. No tensor is empty for the driver; of an empty one nothing is copied.
-        let sizes = [dim, heads, tokens.max(1)].map(|size| size as u64);
+        // The innermost dimension first.
+        let sizes = [dim, heads, tokens].map(|size| size as u64);
         let strides = [2 * sizes[0], 2 * sizes[0] * sizes[1]];
         let tile = [BOX_COLUMNS, boxes.heads, boxes.tokens].map(|size| size as u32);
         let mut map = MaybeUninit::<CUtensorMap>::uninit();

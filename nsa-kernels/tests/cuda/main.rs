@@ -116,7 +116,7 @@ fn unions_of_lists() {
 }
 
 /// Groups whose scores are computed twice and summed within a warp, where the device has warpgroups: half of a warp's rows, all, two
-/// warps'; and such whose are not, and take two tiles of keys at once.
+/// warps'; and such whose are not, and take two tiles of keys at once. A sequence without a compressed key.
 #[test]
 fn importance_over_heads() {
     on_simulator("importance_over_heads", || {
@@ -124,7 +124,10 @@ fn importance_over_heads() {
             let config = paper(heads, 1, 64, 64).compress_block(8).compress_stride(4).select_block(16).window(24);
             Case::new(format!("group-{heads}"), config.select_count(6), lengths.to_vec())
         };
-        assert_cases(Op::Cmp, vec![case(8, &[120, 35]), case(16, &[130]), case(32, &[100]), case(7, &[300])]);
+        assert_cases(
+            Op::Cmp,
+            vec![case(8, &[120, 35]), case(16, &[130]), case(16, &[5]), case(32, &[100]), case(7, &[300])],
+        );
     });
 }
 
