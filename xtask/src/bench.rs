@@ -246,6 +246,7 @@ pub fn run(options: &Options) -> Result<()> {
     };
     options.check_memory(&backend, &config, available)?;
     options.check_peers(&backend)?;
+    let out = crate::files::out(options.out.as_deref(), "bench")?;
     crate::check::quick(&backend)?;
     let load = load_note(&std::fs::read_to_string("/proc/loadavg").unwrap_or_default(), machine.threads);
     println!("{}{load}\nbackend {}: {why}", machine.line(), backend.name());
@@ -271,10 +272,6 @@ pub fn run(options: &Options) -> Result<()> {
         }
     }
     run.progress.finish();
-    let out = match &options.out {
-        Some(folder) => folder.clone(),
-        None => crate::files::out("bench")?,
-    };
     println!(
         "φ is the mean. A step of decoding reads caches in memory, as in a model whose layers exceed the last cache."
     );

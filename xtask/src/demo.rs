@@ -37,7 +37,7 @@ const HELD_OUT_SHARE: usize = 14;
 pub fn run(options: &Options) -> Result<()> {
     let start = Instant::now();
     println!("{}", Machine::here().line());
-    let out = files::out("demo")?;
+    let out = files::out(None, "demo")?;
     let texts = match options.text.as_slice() {
         [] => text::shakespeare(&out)?,
         // The commands below run in the repository, wherever this one was started.

@@ -30,9 +30,29 @@ pub fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("xtask lies in the repository")
 }
 
-/// `out/NAME` in the repository, made if it is not there.
-pub fn out(name: &str) -> Result<PathBuf> {
-    let folder = root().join("out").join(name);
-    std::fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
+/// The folder that was asked for, or `out/NAME` in the repository: made if it is not there, and such that files can be made in it.
+///
+/// # Errors
+/// If it is not: commands ask before they measure what they could not keep.
+pub fn out(asked: Option<&Path>, name: &str) -> Result<PathBuf> {
+    let folder = asked.map_or_else(|| root().join("out").join(name), Path::to_path_buf);
+    std::fs::create_dir_all(&folder).with_context(|| format!("cannot make the folder {}", folder.display()))?;
+    tempfile::tempfile_in(&folder).with_context(|| format!("cannot write to the folder {}", folder.display()))?;
     Ok(folder)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_folder_that_keeps_nothing_is_named() {
+        let folder = tempfile::tempdir().expect("room");
+        let (file, below) = (folder.path().join("file"), folder.path().join("a/b"));
+        std::fs::write(&file, "").expect("room");
+        assert_eq!(out(Some(&below), "unused").expect("can be made"), below);
+        assert!(below.is_dir() && std::fs::read_dir(&below).expect("there").next().is_none());
+        let error = out(Some(&file), "unused").expect_err("a file");
+        assert!(error.to_string().contains(&file.display().to_string()), "{error:#}");
+    }
 }

@@ -12,7 +12,6 @@ use std::fmt::Write as _;
 const HEADERS: &[(&str, &str)] = &[
     ("band.cuh", include_str!("kernels/band.cuh")),
     ("band_fwd.cuh", include_str!("kernels/band_fwd.cuh")),
-    ("boxes.cuh", include_str!("kernels/boxes.cuh")),
     ("bulk.cuh", include_str!("kernels/bulk.cuh")),
     ("decode.cuh", include_str!("kernels/decode.cuh")),
     ("decode_select.cuh", include_str!("kernels/decode_select.cuh")),

@@ -1,7 +1,7 @@
 //! What the tables and CSV files of all benches have in common.
 
 use super::turns::Times;
-use anyhow::{Context, Result};
+use anyhow::Result;
 use comfy_table::{CellAlignment, Table, presets};
 use std::path::Path;
 
@@ -73,12 +73,11 @@ pub fn csv(header: &[&str], rows: impl IntoIterator<Item = Vec<String>>) -> Resu
     Ok(String::from_utf8(writer.into_inner()?)?)
 }
 
-/// Writes a file of figures into `out`, and prints its path.
+/// Writes a file of figures into the folder `out`, and prints its path.
 ///
 /// # Errors
-/// If the folder or the file cannot be written.
+/// If it cannot be written.
 pub fn write(out: &Path, name: &str, text: &str) -> Result<()> {
-    std::fs::create_dir_all(out).with_context(|| format!("cannot make the folder {}", out.display()))?;
     let path = out.join(name);
     crate::files::write_atomic(&path, text.as_bytes())?;
     println!("{}", path.display());

@@ -25,7 +25,7 @@ use nsa_core::NsaConfig;
 use nsa_kernels::Backend;
 use nsa_tests::sim;
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 /// Options of `cargo xtask bench count`.
@@ -156,12 +156,13 @@ pub fn run(options: &Options) -> Result<()> {
     if sim::inside() {
         return work(options, &config);
     }
+    let out = crate::files::out(options.out.as_deref(), "bench-count")?;
     let mut counted = Vec::new();
     for &device in &options.device {
         counted.push((device, count(options, &device)?));
     }
     let report = Report { options, config: &config, counted };
-    report.write()
+    report.write(&out)
 }
 
 impl Options {
@@ -303,7 +304,7 @@ impl Report<'_> {
         if there { extrapolate(counts, self.options.estimate) } else { Counts::default() }
     }
 
-    fn write(&self) -> Result<()> {
+    fn write(&self, out: &Path) -> Result<()> {
         let (jobs, longest) = (jobs(&self.options.pass), *self.options.lengths().last().expect("two at least"));
         let dense = self.last((Who::Dense, Pass::Forward));
         let dense = if dense < longest { format!(" ({dense} of full attention)") } else { String::new() };
@@ -323,11 +324,7 @@ impl Report<'_> {
         }
         println!("{}", self.efficiency(&jobs));
         println!("{}", self.estimates(&jobs));
-        let out = match &self.options.out {
-            Some(folder) => folder.clone(),
-            None => crate::files::out("bench-count")?,
-        };
-        columns::write(&out, "count.csv", &self.csv(&jobs)?)
+        columns::write(out, "count.csv", &self.csv(&jobs)?)
     }
 
     /// What is computed and moved over what must be.

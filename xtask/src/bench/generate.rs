@@ -125,6 +125,7 @@ pub fn run(options: &Options) -> Result<()> {
     options.validate()?;
     let config = options.config()?;
     let (backend, why) = Backend::pick(options.backend.as_deref())?;
+    let out = crate::files::out(options.out.as_deref(), "bench")?;
     let machine = Machine::here();
     let load = super::load_note(&std::fs::read_to_string("/proc/loadavg").unwrap_or_default(), machine.threads);
     println!("{}{load}\nbackend {}: {why}", machine.line(), backend.name());
@@ -136,10 +137,6 @@ pub fn run(options: &Options) -> Result<()> {
     #[cfg(unix)]
     drop(folder);
     let rows = measure(options, &model, weight_bytes)?;
-    let out = match &options.out {
-        Some(folder) => folder.clone(),
-        None => crate::files::out("bench")?,
-    };
     report(options, &rows, memory_gb_per_s, &out)
 }
 

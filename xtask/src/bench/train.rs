@@ -260,6 +260,7 @@ pub fn run(options: &Options) -> Result<()> {
     let [sparse, dense] = configs;
     let (sparse, dense) = (sparse?, dense?);
     let (backend, why) = Backend::pick(options.backend.as_deref())?;
+    let out = crate::files::out(options.out.as_deref(), "bench")?;
     crate::check::quick(&backend)?;
     let machine = Machine::here();
     let load = super::load_note(&std::fs::read_to_string("/proc/loadavg").unwrap_or_default(), machine.threads);
@@ -271,10 +272,6 @@ pub fn run(options: &Options) -> Result<()> {
     for &shape in &options.shape {
         rows.extend(contest(options, &backend, [&sparse, &dense], shape, peer.as_mut())?);
     }
-    let out = match &options.out {
-        Some(folder) => folder.clone(),
-        None => crate::files::out("bench")?,
-    };
     report(&rows, &out)
 }
 

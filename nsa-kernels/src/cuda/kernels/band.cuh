@@ -6,9 +6,10 @@
 // Shared memory, bytes: queries ROWS max(pitch of k, pitch of v); 2 stages x COPIED x KEYS (pitch of k + pitch of v); what counts
 // arrivals.
 #pragma once
-#include "boxes.cuh"
+#include "bulk.cuh"
 #include "flash.cuh"
 #include "span.cuh"
+#include "unit.cuh"
 
 constexpr int WARP_ROWS = 16 * TILES;
 constexpr int ROWS = WARPS * WARP_ROWS;
@@ -241,7 +242,8 @@ __device__ __forceinline__ void score_keys(BandScores& s, BandFlash& flash, cons
 // One tile of queries over its keys. `look(flash, s, index, rescaled, factor)` is shown each tile's p, and those of EXTRA keys
 // more, which are 0.
 template <int EXTRA, class P, class Span, class Look>
-__device__ __forceinline__ void attend(const P& p, const BandTile& tile, const Span& span, BandFlash& flash, Arrivals& arrivals, Look& look) {
+__device__ __forceinline__ void attend(const P& p, const BandTile& tile, const Span& span, BandFlash& flash, Arrivals& arrivals,
+                                       Look& look) {
     const WarpSpan<Span> warp(tile, span);
     load_queries(p, tile, shared);
     // Read by warps alone.

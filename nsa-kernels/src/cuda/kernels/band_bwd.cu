@@ -2,12 +2,13 @@
 //
 // Kernels of an operation: what is known of each row of queries (lse, delta, gate, position); dq, a CTA a tile of ROWS / R
 // queries, over its keys; dk and dv, a CTA a tile of 16 WARPS keys, over the rows of the queries that see them, COPIED tiles of
-// which come at once. Where tiles of keys are too few for a device (compressed ones are few, and the first are seen by all), the rows of each are cut into equal
-// parts, a CTA a part, whose gradients are added in order at the end. No atomics, nothing of size T x T.
+// which come at once. Where tiles of keys are too few for a device (compressed ones are few, and the first are seen by all), the
+// rows of each are cut into equal parts, a CTA a part, whose gradients are added in order at the end. No atomics, nothing of size
+// T x T.
 // Shared memory, bytes at D = 128 in bf16: 64 rows of q and do (or of k and v) 32,768; 2 stages of 32 rows of k and v 32,768 (or
 // of q, do and facts 33,792). On sm_90a, where four warps multiply together, tiles have 64 rows; dq is the work of twelve warps: 98,304
-// and 65,536; dk and dv that of eight: 65,536, and 2 stages of two tiles, 135,168. There hardware copies rows
-// of keys and of queries (bulk.cuh), which takes 16 more; facts of rows are copied by threads.
+// and 65,536; dk and dv that of eight: 65,536, and 2 stages of two tiles, 135,168. There
+// hardware copies rows of keys and of queries (bulk.cuh), which takes 16 more; facts of rows are copied by threads.
 // Registers: dq 64, q 32 (where Dk + Dv <= 256), scores and their gradients 32; dk and dv 128, scores and their gradients 32. With
 // Dk + Dv above 320 dk and dv are two CTAs' work, which costs the scores a second time. On sm_90a scores and their gradients 64;
 // dv's product comes after that of dk there: the other order overlaps more, and spills.

@@ -1,7 +1,10 @@
-// Copies that hardware makes by itself (sm_90a): boxes of a tensor, from global memory to panels of a tile in shared memory. The lanes
-// of one warp begin them; an object in shared memory counts the bytes that have come.
+// Copies that hardware makes by itself (sm_90a): boxes of a tensor, from global memory to panels of a tile in shared memory. The
+// lanes of one warp begin them; an object in shared memory counts the bytes that have come.
 #pragma once
 #include "wgmma.cuh"
+
+// Where products are made from panels, of rows that lie packed in whole chunks.
+constexpr bool BULK = WARPGROUPS && PAGE_ROWS == 0 && QK_COPY_BYTES == 16 && V_COPY_BYTES == 16;
 
 // Columns of a box: those of a panel.
 constexpr int BOX_COLUMNS = 64;
@@ -71,6 +74,19 @@ private:
     }
     __device__ __forceinline__ u32 object(int stage) const { return objects + u32(stage) * 8; }
 };
+
+// Starts to copy `tiles` tiles of ROWS keys from row `row` of all on, and behind each its values if they are wanted, to a stage at
+// `to`; `p` has the tensors' maps.
+template <bool WITH_VALUES, int ROWS, class P>
+__device__ __forceinline__ void load_key_boxes(const P& p, const Arrivals& arrivals, int stage, u32 to, int tiles, int head,
+                                               int row) {
+    constexpr int BYTES = ROWS * (HEAD_DIM_QK + (WITH_VALUES ? HEAD_DIM_V : 0)) * int(sizeof(Element));
+    if (threadIdx.x >= 32) return;
+    if (threadIdx.x == 0) arrivals.expect(stage, tiles * BYTES);
+    constexpr int TILE = ROWS * (HEAD_DIM_QK + HEAD_DIM_V) * int(sizeof(Element));
+    arrivals.copy<HEAD_DIM_QK, WITH_VALUES ? HEAD_DIM_V : 0, ROWS>(
+        stage, to, tiles, p.k_map, p.v_map, [&](int tile) { return Box{tile * TILE, row + tile * ROWS, head}; });
+}
 
 // Rows from `from` on of a tile of ROWS become zeros. All THREADS help; products that are begun behind the next barrier find them if each
 // publishes its writes. Chunks are swapped within their rows: those of a panel lie one behind the other.

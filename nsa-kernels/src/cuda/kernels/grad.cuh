@@ -2,8 +2,9 @@
 //   delta = sum_d do^c o,   p = e^(scale q k - lse),   ds = scale p (g do v - delta),
 //   dq += sum ds k,   dk = sum ds q,   dv = sum (g p) do;   g p and ds are rounded to Element.
 #pragma once
-#include "boxes.cuh"
+#include "bulk.cuh"
 #include "sequence.cuh"
+#include "unit.cuh"
 
 constexpr float LOG2_E = 1.4426950408889634f;
 

@@ -1,8 +1,9 @@
 // A tile of queries over the blocks that they have selected: QUERIES queries with HEADS_PER_TILE of their heads are the ROWS rows of
 // a warp alone (16), or of four together (64).
 #pragma once
-#include "boxes.cuh"
+#include "bulk.cuh"
 #include "sequence.cuh"
+#include "unit.cuh"
 
 constexpr int PARTS_OF_GROUP = ceil_div(GROUP, ROWS);
 constexpr int HEADS_PER_TILE = ceil_div(GROUP, PARTS_OF_GROUP);

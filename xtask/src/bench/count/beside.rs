@@ -65,6 +65,7 @@ pub fn run(options: &Options, peer: Peer) -> Result<()> {
             .into_iter()
             .try_for_each(|tokens| ours::count(&backend, &config, tokens, ops, Path::new(&folder)));
     }
+    let out = crate::files::out(options.out.as_deref(), "bench-count")?;
     // Where its compiler runs.
     let (cpu, _) = Backend::pick(Some("cpu"))?;
     let mut peer = Ready::prepare(peer, Asked::Kernels, &cpu, options.peer_python.as_deref(), u64::MAX)?;
@@ -85,7 +86,7 @@ pub fn run(options: &Options, peer: Peer) -> Result<()> {
     for tokens in options.lengths() {
         rows.extend(theirs.count(tokens, ops)?);
     }
-    report(options, &peer.title, &rows)
+    report(options, &peer.title, &rows, &out)
 }
 
 /// The rules of the peer's kernels that ours do not have.
@@ -175,18 +176,14 @@ fn sum(rows: &[Row], of: impl Fn(&Row) -> bool) -> Counts {
     sum
 }
 
-fn report(options: &Options, title: &str, rows: &[Row]) -> Result<()> {
+fn report(options: &Options, title: &str, rows: &[Row], out: &Path) -> Result<()> {
     let longest = *options.lengths().last().expect("one at least");
     println!(
         "bf16, {longest} tokens; touched: each sector once a launch; asked: by every load and store\n{}\n{}",
         kernels(rows, longest),
         ratios(options, title, rows)
     );
-    let out = match &options.out {
-        Some(folder) => folder.clone(),
-        None => crate::files::out("bench-count")?,
-    };
-    columns::write(&out, "count-peer.csv", &csv(rows)?)
+    columns::write(out, "count-peer.csv", &csv(rows)?)
 }
 
 /// Every kernel at a length.
