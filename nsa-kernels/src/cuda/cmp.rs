@@ -3,7 +3,7 @@
 use super::Cuda;
 use super::attention::{self, BandForward};
 use super::geometry::{BandTiles, KeptScores};
-use super::gradients;
+use super::gradients::{self, Span};
 use super::params::{Out, Params, params};
 use super::program::Program;
 use crate::op::Gating;
@@ -94,6 +94,5 @@ pub(crate) fn backward<T: Element>(cuda: &Cuda, args: Backward<'_, T>) -> Result
         dk: ("dk_blocks", dk_blocks),
         dv: ("dv_blocks", dv_blocks),
     };
-    let names = ["cmp_query_gradients", "cmp_key_gradients"];
-    gradients::backward(cuda, "cmp::backward", names, args, &packing.cu_blocks(config)?)
+    gradients::backward(cuda, "cmp::backward", Span::Visible, args, &packing.cu_blocks(config)?)
 }

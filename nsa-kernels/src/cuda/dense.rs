@@ -4,7 +4,7 @@ use super::Cuda;
 use super::attention::{self, BandForward, Prepared};
 use super::geometry::BandTiles;
 use super::geometry::step::StepTiles;
-use super::gradients;
+use super::gradients::{self, Span};
 use super::params::{Out, Params, params};
 use super::program::Program;
 use crate::op::Gating;
@@ -110,6 +110,5 @@ pub(crate) fn backward<T: Element>(cuda: &Cuda, args: Backward<'_, T>) -> Result
         dk: ("dk", dk),
         dv: ("dv", dv),
     };
-    let names = ["dense_query_gradients", "dense_key_gradients"];
-    gradients::backward(cuda, "dense::backward", names, args, packing.cu_seqlens())
+    gradients::backward(cuda, "dense::backward", Span::Dense, args, packing.cu_seqlens())
 }

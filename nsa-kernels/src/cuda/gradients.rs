@@ -11,8 +11,10 @@ use super::tensor_map::{Boxes, TensorMap};
 use super::workspace::Scratch;
 use crate::op::Gating;
 use crate::{Element, Result, Tensor, TensorMut};
-use nsa_core::{CuSeqlens, DType, NsaConfig, Packing};
+use nsa_core::{CuSeqlens, DType, NsaConfig, Packing, Seq, index};
+use std::iter;
 use std::marker::PhantomData;
+use std::ops::Range;
 
 /// The kernels.
 pub(crate) static PROGRAM: Program =
@@ -61,7 +63,7 @@ params! {
         dk: Out<f32>,
         /// `[rows, G, Dv]`.
         dv: Out<f32>,
-        /// `[parts - 1, tiles of keys, G, KEY_ROWS (Dk + Dv)]`: of parts of the queries after the first.
+        /// `[parts - 1, tiles of keys, G, KEY_ROWS (Dk + Dv)]`: of a tile's parts after the first.
         partial: Out<f32>,
         /// With tiles of queries.
         sequences: In<i32>,
@@ -72,8 +74,8 @@ params! {
         /// Of all sequences.
         query_tiles: i32,
         num_sequences: i32,
-        /// That the queries of a tile of keys are cut into.
-        parts: i32,
+        /// Rows of queries of a part, if those of a tile of keys are cut into parts.
+        part_rows: i32,
         /// The branch's column of the gates.
         gate: i32,
         /// Whether dq is added to what it holds.
@@ -155,7 +157,7 @@ pub(super) fn prepare<'c, T: Element>(
         rows: rows as i64,
         query_tiles: query_tiles.tiles as i32,
         num_sequences: packing.num_seqs() as i32,
-        parts: 1,
+        part_rows: 0,
         gate: gating.column as i32,
         accumulate: i32::from(accumulate),
         scale: config.scale() as f32,
@@ -192,37 +194,81 @@ impl Prepared<'_> {
     }
 }
 
-/// Gradients of an operation whose kernels are `names`: of queries, and of keys.
+/// The keys that a query sees, as `kernels/span.cuh` has them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Span {
+    /// All tokens up to its own.
+    Dense,
+    /// The last tokens.
+    Window,
+    /// Compression blocks that it is not before the end of.
+    Visible,
+}
+
+impl Span {
+    /// Kernels of the gradients of queries, of those of keys, and of the sum of the latter's parts.
+    fn kernels(self) -> [&'static str; 3] {
+        match self {
+            Self::Dense => ["dense_query_gradients", "dense_key_gradients", "dense_add_parts"],
+            Self::Window => ["win_query_gradients", "win_key_gradients", "win_add_parts"],
+            Self::Visible => ["cmp_query_gradients", "cmp_key_gradients", "cmp_add_parts"],
+        }
+    }
+
+    /// Positions from which any of the rows `keys` is seen, of which row 0 is that of token `shift`.
+    fn positions(self, config: &NsaConfig, keys: Range<usize>, shift: usize) -> Range<usize> {
+        match self {
+            Self::Dense => keys.start + shift..usize::MAX,
+            Self::Window => keys.start + shift..keys.end - 1 + shift + config.window(),
+            Self::Visible => index::block_tokens(config, keys.start).end - 1..usize::MAX,
+        }
+    }
+
+    /// Rows of queries that see any of each tile of `keys` keys, of sequences whose keys are `lies` rows.
+    fn rows_of_tiles(self, config: &NsaConfig, packing: &Packing, lies: &CuSeqlens, keys: usize) -> Vec<usize> {
+        let of_sequence = |(s, seq): (usize, Seq)| {
+            let (rows, end) = (lies.range(s).len(), seq.end());
+            (0..rows).step_by(keys).map(move |first| {
+                let seen = self.positions(config, first..rows.min(first + keys), end.saturating_sub(rows));
+                let [from, until] = [seen.start, seen.end].map(|position| position.clamp(seq.context, end));
+                (until - from) * config.group_size()
+            })
+        };
+        packing.seqs().enumerate().flat_map(of_sequence).collect()
+    }
+}
+
+/// Gradients of an operation whose queries see a run of keys each; sequences' keys lie as `offsets` says.
 pub(super) fn backward<T: Element>(
     cuda: &Cuda,
     op: &'static str,
-    names: [&'static str; 2],
+    span: Span,
     args: Backward<'_, T>,
     offsets: &CuSeqlens,
 ) -> Result<()> {
-    let config = args.config;
+    let (config, packing) = (args.config, args.packing);
     let tiles = GradientTiles::banded(config, size_of::<T>(), cuda.unit());
     if tiles.queries == 0 || tiles.shared_bytes() > cuda.device().shared_bytes {
         let what = format!("{} query heads a KV head with these dims", config.group_size());
         return Err(unsupported(cuda, op, &what, "use the backend `cpu`"));
     }
-    let longest = args.packing.seqs().map(|seq| seq.rows.len()).max().unwrap_or(0);
     let boxes = [tiles.boxes(config, true), tiles.unit.key_boxes(tiles.keys)];
     let prepared = prepare(cuda, op, args, offsets, (tiles.queries, tiles.rows()), boxes)?;
     let (heads, of_keys) = (config.num_kv_heads(), prepared.keys.tiles);
-    let parts = tiles.parts(of_keys * heads, longest * config.group_size());
+    let seen = span.rows_of_tiles(config, packing, offsets, tiles.rows());
+    let parts = tiles.parts(&seen, heads, cuda.device().multiprocessors);
     let call = prepared.call.clone().constants(|constants| tiles.bake(constants));
-    let mut partial = call.workspace::<f32>((parts - 1) * of_keys * heads * tiles.partial_floats(config))?;
-    let params = BandBackward { partial: partial.written_by(), parts: parts as i32, ..prepared.params };
-    let [of_queries_name, of_keys_name] = names;
+    let mut partial = call.workspace::<f32>((parts.most - 1) * of_keys * heads * tiles.partial_floats(config))?;
+    let params = BandBackward { partial: partial.written_by(), part_rows: parts.rows as i32, ..prepared.params };
+    let [of_queries_name, of_keys_name, add_name] = span.kernels();
     call.launch(&PROGRAM, "band_row_facts", prepared.facts_geometry(), params)?;
     call.launch(&PROGRAM, of_queries_name, tiles.of_queries(prepared.queries.tiles, heads), params)?;
-    call.launch(&PROGRAM, of_keys_name, tiles.of_keys(of_keys, heads, parts), params)?;
-    if parts == 1 {
+    call.launch(&PROGRAM, of_keys_name, tiles.of_keys(of_keys, heads, parts.most), params)?;
+    if parts.most == 1 {
         return Ok(());
     }
     let grid = [(of_keys * heads) as u64, tiles.adders(config), 1];
-    call.launch(&PROGRAM, "band_add_parts", Geometry { grid, threads: ADD_THREADS, shared_bytes: 0 }, params)
+    call.launch(&PROGRAM, add_name, Geometry { grid, threads: ADD_THREADS, shared_bytes: 0 }, params)
 }
 
 impl GradientTiles {
@@ -245,11 +291,12 @@ pub(crate) fn builds(config: &NsaConfig, dtype: DType, unit: Unit) -> Vec<Build>
     let launched =
         |name, geometry: Geometry| Launched { name, threads: geometry.threads, shared_bytes: geometry.shared_bytes };
     let facts = Launched { name: "band_row_facts", threads: FACTS_THREADS, shared_bytes: 0 };
-    let of_queries = ["dense_query_gradients", "win_query_gradients", "cmp_query_gradients"];
-    let of_keys = ["dense_key_gradients", "win_key_gradients", "cmp_key_gradients"];
-    let of_queries = of_queries.map(|name| launched(name, tiles.of_queries(1, 1)));
-    let of_keys = of_keys.map(|name| launched(name, tiles.of_keys(1, 1, 1)));
-    let add = Launched { name: "band_add_parts", threads: ADD_THREADS, shared_bytes: 0 };
-    let kernels = [vec![facts], of_queries.to_vec(), of_keys.to_vec(), vec![add]].concat();
+    let of_span = |span: Span| {
+        let [of_queries, of_keys, add] = span.kernels();
+        let add = Launched { name: add, threads: ADD_THREADS, shared_bytes: 0 };
+        [launched(of_queries, tiles.of_queries(1, 1)), launched(of_keys, tiles.of_keys(1, 1, 1)), add]
+    };
+    let spans = [Span::Dense, Span::Window, Span::Visible];
+    let kernels = iter::once(facts).chain(spans.into_iter().flat_map(of_span)).collect();
     vec![Build { program: &PROGRAM, constants: tiles.bake(constants), kernels }]
 }

@@ -4,7 +4,7 @@ use super::Cuda;
 use super::attention::{self, BandForward};
 use super::dense::win_forward;
 use super::geometry::{BandTiles, vector};
-use super::gradients;
+use super::gradients::{self, Span};
 use super::params::{In, Out, Params, Stored, params};
 use super::program::Program;
 use crate::op::Gating;
@@ -85,6 +85,5 @@ pub(crate) fn backward<T: Element>(cuda: &Cuda, args: Backward<'_, T>) -> Result
         dk: ("dk", dk),
         dv: ("dv", dv),
     };
-    let names = ["win_query_gradients", "win_key_gradients"];
-    gradients::backward(cuda, "win::backward", names, args, packing.cu_seqlens())
+    gradients::backward(cuda, "win::backward", Span::Window, args, packing.cu_seqlens())
 }

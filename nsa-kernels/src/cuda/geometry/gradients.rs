@@ -4,10 +4,23 @@ use super::{ARRIVALS_BYTES, Geometry, Unit, WARPGROUP_SHARED_BYTES, pitch};
 use crate::cuda::tensor_map::Boxes;
 use nsa_core::NsaConfig;
 
-/// Warps of gradients of keys that fill a device: several blocks a multiprocessor, so that short ones make up for long ones.
-const KEY_WARPS: usize = 4096;
-/// Steps of a block of gradients of keys, at least, where several share a tile's queries.
+/// Warps of gradients of keys that a multiprocessor runs at once: their registers are as many as a thread can have.
+const KEY_WARPS: usize = 8;
+/// Rounds of blocks of gradients of keys, at most, if tiles are cut into parts: in more of them no block can idle for long.
+const ROUNDS: usize = 6;
+/// Steps of a part, at least.
 const PART_STEPS: usize = 16;
+/// Steps that a block takes as long as for its own keys, and for its part of their gradients to be written and added.
+const STEPS_BESIDE: usize = 6;
+
+/// How the rows of queries that see tiles of keys are cut into parts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Parts {
+    /// Rows of a part.
+    pub(crate) rows: usize,
+    /// Parts of the tile with most rows.
+    pub(crate) most: usize,
+}
 
 /// Tiles of the kernels of gradients in which a query sees one run of keys (`kernels/band_bwd.cu`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -118,11 +131,25 @@ impl GradientTiles {
         Geometry { grid, threads, shared_bytes: self.bytes_of_queries() as u32 }
     }
 
-    /// Parts that the rows of queries of each tile of keys are cut into, `rows` of the tile with most: enough blocks for any
-    /// device, none of them too short.
-    pub(crate) fn parts(&self, tiles: usize, rows: usize) -> usize {
-        let longest = rows / (PART_STEPS * self.query_rows);
-        KEY_WARPS.div_ceil(self.warps * tiles.max(1)).min(longest).max(1)
+    /// Parts of tiles of keys that `rows` rows of queries see, a KV head, for a device with so many multiprocessors. Parts are
+    /// equally long and fill it in few rounds: of what takes at most a tenth longer than the fastest, that with fewest parts, as
+    /// each leaves gradients in memory.
+    pub(crate) fn parts(&self, rows: &[usize], heads: usize, multiprocessors: usize) -> Parts {
+        let longest = rows.iter().copied().max().unwrap_or(0);
+        let blocks = |part: usize| heads * rows.iter().map(|rows| rows.div_ceil(part).max(1)).sum::<usize>();
+        let at_once = (multiprocessors * KEY_WARPS / (self.warps * if self.apart { 2 } else { 1 })).max(1);
+        let most = (longest / (PART_STEPS * self.query_rows)).max(1);
+        let cut = (1..=most).map(|parts| {
+            let part = longest.div_ceil(parts).next_multiple_of(self.query_rows).max(self.query_rows);
+            (part, blocks(part).div_ceil(at_once))
+        });
+        let cut = cut.enumerate().take_while(|&(i, (_, rounds))| i == 0 || rounds <= ROUNDS);
+        let cost = |(part, rounds): (usize, usize)| rounds * (part + STEPS_BESIDE * self.query_rows);
+        let cut = cut.map(|(_, cut)| cut).collect::<Vec<_>>();
+        let least = cut.iter().copied().map(cost).min().unwrap_or(0);
+        let chosen = cut.into_iter().find(|&cut| 10 * cost(cut) <= 11 * least);
+        let rows = chosen.map_or(self.query_rows, |(part, _)| part);
+        Parts { rows, most: longest.div_ceil(rows).max(1) }
     }
 
     /// Numbers of a tile's gradients of keys and values.
@@ -166,8 +193,18 @@ mod tests {
     fn queries_are_cut_into_parts_where_tiles_of_keys_are_few() {
         let tiles = GradientTiles::new(&config(16, (128, 128)), 2, Unit::Warp);
         assert_eq!((tiles.rows(), tiles.query_rows), (64, 32));
-        // Compressed keys, and tokens, of 16,384 and 65,536 tokens; 64 tokens.
-        assert_eq!([16, 64, 256, 1024].map(|keys| tiles.parts(keys, 16 * 16_384)), [64, 16, 4, 1]);
-        assert_eq!((tiles.parts(1, 16 * 64), tiles.parts(0, 0)), (2, 1));
+        let parts = |rows: &[usize]| {
+            let parts = tiles.parts(rows, 1, 108);
+            let blocks = rows.iter().map(|rows| rows.div_ceil(parts.rows)).sum::<usize>();
+            (parts.most, blocks, parts.rows)
+        };
+        // A window's tiles of 2,048, 8,192, 28,000 and 65,536 tokens: 216 blocks at once.
+        let window = |tiles: usize| parts(&vec![(512 + 63) * 16; tiles]);
+        assert_eq!([32, 128, 438, 1024].map(window), [(6, 192, 1536), (3, 384, 3072), (2, 876, 4608), (1, 1024, 9216)]);
+        // Compressed keys of 8,192 and 65,536 tokens, the first of them seen by most.
+        let compressed = |tiles: usize| (0..tiles).map(|tile| (tiles - tile) * 64 * 16 * 16).collect::<Vec<_>>();
+        assert_eq!([8, 64].map(|tiles| parts(&compressed(tiles))), [(44, 200, 3008), (12, 420, 87_392)]);
+        // Few rows are not worth it; none are one part.
+        assert_eq!((parts(&[16 * 64]), parts(&[0, 0]), parts(&[])), ((2, 2, 512), (1, 0, 32), (1, 0, 32)));
     }
 }

@@ -2,8 +2,8 @@
 //
 // Kernels of an operation: what is known of each row of queries (lse, delta, gate, position); dq, a CTA a tile of ROWS / R
 // queries, over its keys; dk and dv, a CTA a tile of 16 WARPS keys, over the rows of the queries that see them, COPIED tiles of
-// which come at once. Where tiles of keys are too few for a device (compressed ones are few, and the first are seen by all), the
-// rows of each are cut into equal parts, a CTA a part, whose gradients are added in order at the end. No atomics, nothing of size
+// which come at once. Where tiles of keys are too few for a device (compressed ones are few, and the first are seen by all), their
+// rows are cut into parts of part_rows, a CTA a part, whose gradients are added in order at the end. No atomics, nothing of size
 // T x T.
 // Shared memory, bytes at D = 128 in bf16: 64 rows of q and do (or of k and v) 32,768; 2 stages of 32 rows of k and v 32,768 (or
 // of q, do and facts 33,792). On sm_90a, where four warps multiply together, tiles have 64 rows; dq is the work of twelve warps: 98,304
@@ -16,8 +16,8 @@
 // once for four, 96 KiB in products that take 1,024 cycles of tensor cores.
 // Roofline, a query row and key that it sees: dq 2 (2 Dk + Dv) FLOP, dk and dv 4 (Dk + Dv); from memory q, k, v, o, do once,
 // and dq twice, dk and dv once in f32.
-// Order of summation: dq: tiles of keys in order; dk, dv: rows in the order of tokens, then heads; parts in order. Their number
-// follows from the shapes.
+// Order of summation: dq: tiles of keys in order; dk, dv: rows in the order of tokens, then heads; parts in order. Their length
+// follows from the shapes and the device's multiprocessors.
 // Measured on an H100, R = 16, D = 128, one KV head: cmp at 16,384 tokens, 16 tiles of keys as one CTA each took 17.2 ms, of 25 of
 // the whole backward. At 65,536: dk and dv of cmp 9.8 ms by blocks of four warps whose descriptors and addresses each thread
 // computed, 5.1 ms now (docs/performance-cuda.md).
@@ -36,7 +36,9 @@
 // budget: kernel=cmp_query_gradients arch=sm_90a threads=384 registers=168 spills=0 shared=163856
 // budget: kernel=cmp_key_gradients threads=128 registers=255 spills=0 shared=66560
 // budget: kernel=cmp_key_gradients arch=sm_90a threads=256 registers=255 spills=0 shared=200720
-// budget: kernel=band_add_parts threads=256 registers=64 spills=0 shared=0
+// budget: kernel=dense_add_parts threads=256 registers=64 spills=0 shared=0
+// budget: kernel=win_add_parts threads=256 registers=64 spills=0 shared=0
+// budget: kernel=cmp_add_parts threads=256 registers=64 spills=0 shared=0
 #include "element.cuh"
 #include "config.cuh"
 #include "params.cuh"
@@ -178,23 +180,49 @@ __device__ __forceinline__ void query_gradients(const BandBackwardParams& p) {
     });
 }
 
+// A CTA's tile of keys, of the KV head that the grid says, and the rows of queries that see any of them.
+template <class Span>
+struct KeyTile {
+    const Sequence seq;
+    const Span span;
+    const int head, key, keys;
+    const int query;  // the first that sees one, within the sequence
+    const int rows;
+
+    __device__ __forceinline__ KeyTile(const Sequence& of, int tile)
+        : seq(of),
+          span(seq),
+          head(int(blockIdx.x % KV_HEADS)),
+          key((tile - seq.tile) * KEY_ROWS),
+          keys(seq.keys - key < KEY_ROWS ? seq.keys - key : KEY_ROWS),
+          query(within(span.from(key))),
+          rows((within(span.until(key + keys - 1)) - query) * GROUP) {}
+
+private:
+    // Of a position: the queries of the sequence before it.
+    __device__ __forceinline__ int within(int position) const {
+        const int stop = seq.context + seq.queries;
+        return (position < seq.context ? seq.context : position < stop ? position : stop) - seq.context;
+    }
+};
+
 // dk or dv, or both, of a tile of keys, over a part of the queries that see them.
 template <bool K, bool V, class Span>
 __device__ __forceinline__ void key_gradients(const BandBackwardParams& p) {
     // The first keys are seen by most queries.
-    const int tile = int(blockIdx.x / KV_HEADS), head = int(blockIdx.x % KV_HEADS);
-    const Sequence seq = sequence_of_warp<5>(p.key_sequences, p.num_sequences, tile);
-    const Span span(seq);
-    const int key = (tile - seq.tile) * KEY_ROWS, keys = seq.keys - key < KEY_ROWS ? seq.keys - key : KEY_ROWS;
+    const int which = int(blockIdx.x / KV_HEADS);
+    const KeyTile<Span> tile(sequence_of_warp<5>(p.key_sequences, p.num_sequences, which), which);
+    const int begin = int(blockIdx.z) * p.part_rows;
+    const int rows = tile.rows - begin < p.part_rows ? tile.rows : begin + p.part_rows;
+    // The first part of a tile that nobody sees writes zeros.
+    if (blockIdx.z > 0 && begin >= rows) return;
+    const Span& span = tile.span;
+    const int key = tile.key, keys = tile.keys, head = tile.head;
     char* const stages = shared + OWN_BYTES;
-    const KeyRows<HEAD_DIM_QK> k(p.k, nullptr, seq.key, head);
-    const KeyRows<HEAD_DIM_V> v(p.v, nullptr, seq.key, head);
+    const KeyRows<HEAD_DIM_QK> k(p.k, nullptr, tile.seq.key, head);
+    const KeyRows<HEAD_DIM_V> v(p.v, nullptr, tile.seq.key, head);
     load_key_rows<K>(shared, keys, k.from(key), v.from(key));
-    const int from = span.from(key), until = span.until(key + keys - 1), stop = seq.context + seq.queries;
-    const QueryRun run{seq, head, (from > seq.context ? from : seq.context) - seq.context};
-    const int all = ((until < stop ? until : stop) - seq.context - run.query) * GROUP;
-    const int part = all > 0 ? ceil_div(ceil_div(all, QUERY_ROWS), int(gridDim.z)) * QUERY_ROWS : 0;
-    const int begin = int(blockIdx.z) * part, rows = all < begin + part ? all : begin + part;
+    const QueryRun run{tile.seq, head, tile.query};
     const auto token = [&](int i) { return run.token(i); };
     QueryStages<COPIED, BandBackwardParams, decltype(token)> queries(p, stages, head, rows, token);
     KeyGradients<K, V> gradients;
@@ -233,13 +261,13 @@ __device__ __forceinline__ void key_gradients(const BandBackwardParams& p) {
 }
 
 // Adds what the other parts of a tile's queries have to the first one's. Grid: tiles of keys and KV heads, CTAs a tile.
-extern "C" __global__ void __launch_bounds__(256) band_add_parts(const __grid_constant__ BandBackwardParams p) {
-    const int tile = int(blockIdx.x / KV_HEADS), head = int(blockIdx.x % KV_HEADS);
-    const Sequence seq = find_sequence<5>(p.key_sequences, p.num_sequences, tile);
-    const int key = (tile - seq.tile) * KEY_ROWS, keys = seq.keys - key < KEY_ROWS ? seq.keys - key : KEY_ROWS;
-    const i64 at = i64(seq.key + key) * KV_HEADS + head;
+template <class Span>
+__device__ __forceinline__ void add_parts(const BandBackwardParams& p) {
+    const int which = int(blockIdx.x / KV_HEADS);
+    const KeyTile<Span> tile(find_sequence<5>(p.key_sequences, p.num_sequences, which), which);
+    const i64 at = i64(tile.seq.key + tile.key) * KV_HEADS + tile.head;
     add_partials(p.dk + at * HEAD_DIM_QK, p.dv + at * HEAD_DIM_V, p.partial + i64(blockIdx.x) * PARTIAL, i64(gridDim.x) * PARTIAL,
-                 p.parts - 1, keys, blockIdx.y * 256 + threadIdx.x, gridDim.y * 256);
+                 tile.rows > 0 ? (tile.rows - 1) / p.part_rows : 0, tile.keys, blockIdx.y * 256 + threadIdx.x, gridDim.y * 256);
 }
 
 template <class Span>
@@ -263,6 +291,10 @@ extern "C" __global__ void __launch_bounds__(KEY_THREADS, 1)
     key_gradients_of<Dense>(p);
 }
 
+extern "C" __global__ void __launch_bounds__(256) dense_add_parts(const __grid_constant__ BandBackwardParams p) {
+    add_parts<Dense>(p);
+}
+
 extern "C" __global__ void __launch_bounds__(QUERY_THREADS, 1)
     win_query_gradients(const __grid_constant__ BandBackwardParams p) {
     query_gradients<Window>(p);
@@ -273,6 +305,10 @@ extern "C" __global__ void __launch_bounds__(KEY_THREADS, 1)
     key_gradients_of<Window>(p);
 }
 
+extern "C" __global__ void __launch_bounds__(256) win_add_parts(const __grid_constant__ BandBackwardParams p) {
+    add_parts<Window>(p);
+}
+
 extern "C" __global__ void __launch_bounds__(QUERY_THREADS, 1)
     cmp_query_gradients(const __grid_constant__ BandBackwardParams p) {
     query_gradients<Visible>(p);
@@ -281,4 +317,8 @@ extern "C" __global__ void __launch_bounds__(QUERY_THREADS, 1)
 extern "C" __global__ void __launch_bounds__(KEY_THREADS, 1)
     cmp_key_gradients(const __grid_constant__ BandBackwardParams p) {
     key_gradients_of<Visible>(p);
+}
+
+extern "C" __global__ void __launch_bounds__(256) cmp_add_parts(const __grid_constant__ BandBackwardParams p) {
+    add_parts<Visible>(p);
 }
