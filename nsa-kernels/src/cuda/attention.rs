@@ -248,6 +248,22 @@ impl Prepared<'_> {
         let (k_map, v_map) = (map(*k, config.head_dim_qk())?, map(*v, config.head_dim_v())?);
         Ok(BandForward { k_map, v_map, ..self.params })
     }
+
+    /// Launches a kernel of a run of keys a query, over its tiles of queries.
+    ///
+    /// # Errors
+    /// Those of launches.
+    pub(super) fn launch_band(
+        &self,
+        program: &'static Program,
+        kernel: &'static str,
+        config: &NsaConfig,
+        tiles: &BandTiles,
+    ) -> Result<()> {
+        let geometry = tiles.geometry(self.sequences.tiles, config.num_kv_heads());
+        let call = self.call.again(|constants| tiles.bake(constants));
+        call.launch(program, kernel, geometry, self.params_of(config, tiles.unit.key_boxes(tiles.keys))?)
+    }
 }
 
 /// With how rows are copied: those of dimension Dk at the first addresses, those of dimension Dv at the second ones.
@@ -280,10 +296,9 @@ pub(crate) fn builds(config: &NsaConfig, dtype: DType, unit: Unit) -> Vec<Build>
     let [short, long] = [0, usize::MAX].map(|longest| SelectTiles::new(config, size, unit, longest));
     let selects = if short == long { vec![long] } else { vec![short, long] };
     let constants = copies_of(Constants::new(dtype).config(config), config, size, [&[0], &[0]], 0);
-    let build = |program: &'static Program, constants: &Constants, names: &[&'static str], geometry: Geometry| {
-        let launched =
-            |&name: &&'static str| Launched { name, threads: geometry.threads, shared_bytes: geometry.shared_bytes };
-        Build { program, constants: constants.clone(), kernels: names.iter().map(launched).collect() }
+    let build = |program: &'static Program, constants: &Constants, name: &'static str, geometry: Geometry| {
+        let kernels = vec![Launched { name, threads: geometry.threads, shared_bytes: geometry.shared_bytes }];
+        Build { program, constants: constants.clone(), kernels }
     };
     let scores = KeptScores::new(config, compressed, usize::MAX >> 32, (1, 0));
     let (banded, of_blocks) = (band.bake(constants.clone()), scores.bake(constants.clone()));
@@ -292,15 +307,16 @@ pub(crate) fn builds(config: &NsaConfig, dtype: DType, unit: Unit) -> Vec<Build>
     let step = StepTiles::new(config, size, false);
     let stepped = step.bake(constants.clone(), config, size, [0, 0]);
     let mut builds = vec![
-        build(&dense::PROGRAM, &banded, &["dense_forward", "win_forward"], band.geometry(1, 1)),
-        build(&dense::STEP, &stepped, &["dense_step"], step.geometry(config, 1, step.attend_bytes())),
-        build(&cmp::PROGRAM, &of_blocks, &["cmp_forward"], kept),
-        build(&win::PROGRAM, &gated, &["win_gate_forward"], band.geometry(1, 1)),
+        build(&dense::FORWARD, &banded, "dense_forward", band.geometry(1, 1)),
+        build(&win::FORWARD, &banded, "win_forward", band.geometry(1, 1)),
+        build(&dense::STEP, &stepped, "dense_step", step.geometry(config, 1, step.attend_bytes())),
+        build(&cmp::FORWARD, &of_blocks, "cmp_forward", kept),
+        build(&win::GATED, &gated, "win_gate_forward", band.geometry(1, 1)),
     ];
     builds.extend(
-        selects.iter().map(|select| {
-            build(&slc::PROGRAM, &select.bake(constants.clone()), &["slc_forward"], select.geometry(1, 1))
-        }),
+        selects
+            .iter()
+            .map(|select| build(&slc::FORWARD, &select.bake(constants.clone()), "slc_forward", select.geometry(1, 1))),
     );
     builds
 }

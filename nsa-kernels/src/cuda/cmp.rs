@@ -3,7 +3,7 @@
 use super::Cuda;
 use super::attention::{self, BandForward};
 use super::geometry::{BandTiles, KeptScores};
-use super::gradients::{self, Span};
+use super::gradients::{self, BandBackward, Span};
 use super::params::{Out, Params, params};
 use super::program::Program;
 use crate::op::Gating;
@@ -11,12 +11,16 @@ use crate::op::cmp::{Backward, Forward};
 use crate::{Element, Result};
 use nsa_core::index;
 
-/// The kernels.
-pub(crate) static PROGRAM: Program = Program {
+/// The kernel of the forward.
+pub(crate) static FORWARD: Program = Program {
     file: "cmp_fwd.cu",
     text: include_str!("kernels/cmp_fwd.cu"),
     params: &[BandForward::declaration, CmpForward::declaration],
 };
+
+/// The kernels of the backward.
+pub(super) static BACKWARD: Program =
+    Program { file: "cmp_bwd.cu", text: include_str!("kernels/cmp_bwd.cu"), params: &[BandBackward::declaration] };
 
 params! {
     /// Arguments of `cmp_forward`.
@@ -59,7 +63,7 @@ pub(crate) fn forward<T: Element>(cuda: &Cuda, args: Forward<'_, T>) -> Result<(
         in_shared: i32::from(kept.slots == 0),
     };
     let call = call.constants(|constants| kept.bake(constants));
-    call.launch(&PROGRAM, "cmp_forward", geometry, params)
+    call.launch(&FORWARD, "cmp_forward", geometry, params)
 }
 
 pub(crate) fn backward<T: Element>(cuda: &Cuda, args: Backward<'_, T>) -> Result<()> {

@@ -4,7 +4,7 @@ use super::Cuda;
 use super::attention::{self, BandForward, Prepared};
 use super::geometry::BandTiles;
 use super::geometry::step::StepTiles;
-use super::gradients::{self, Span};
+use super::gradients::{self, BandBackward, Span};
 use super::params::{Out, Params, params};
 use super::program::Program;
 use crate::op::Gating;
@@ -12,9 +12,9 @@ use crate::op::dense::{Backward, Forward};
 use crate::{Element, Result};
 use nsa_core::NsaConfig;
 
-/// The kernels of `dense` and `win`, but for single queries of `dense`.
-pub(crate) static PROGRAM: Program =
-    Program { file: "band_fwd.cu", text: include_str!("kernels/band_fwd.cu"), params: &[BandForward::declaration] };
+/// The kernel of all sequences but those of one query.
+pub(crate) static FORWARD: Program =
+    Program { file: "dense_fwd.cu", text: include_str!("kernels/dense_fwd.cu"), params: &[BandForward::declaration] };
 
 /// The kernel of sequences of one query.
 pub(crate) static STEP: Program = Program {
@@ -22,6 +22,10 @@ pub(crate) static STEP: Program = Program {
     text: include_str!("kernels/dense_step.cu"),
     params: &[BandForward::declaration, DenseStep::declaration],
 };
+
+/// The kernels of the backward.
+pub(super) static BACKWARD: Program =
+    Program { file: "dense_bwd.cu", text: include_str!("kernels/dense_bwd.cu"), params: &[BandBackward::declaration] };
 
 params! {
     /// Arguments of `dense_step`.
@@ -52,7 +56,7 @@ pub(crate) fn forward<T: Element>(cuda: &Cuda, args: Forward<'_, T>) -> Result<(
     let tiles = BandTiles::new(config, size_of::<T>(), cuda.unit()).checked(cuda, OP, config)?;
     let tiles_of = |_, queries: usize| if lone(queries) { 0 } else { queries.div_ceil(tiles.queries) };
     let prepared = attention::prepare_with(cuda, OP, args, tiles_of)?;
-    launch_band("dense_forward", config, &tiles, &prepared)?;
+    prepared.launch_band(&FORWARD, "dense_forward", config, &tiles)?;
     if packing.seqs().any(|seq| lone(seq.rows.len())) {
         launch_step::<T>(cuda, config, step, prepared.tiled_again(packing, chunks_of)?)?;
     }
@@ -77,20 +81,6 @@ fn launch_step<T: Element>(cuda: &Cuda, config: &NsaConfig, tiles: StepTiles, pr
     };
     let call = call.again(|constants| tiles.bake(constants, config, size, [common.q.0, common.o.0]));
     call.launch(&STEP, "dense_step", tiles.geometry(config, chunks, tiles.attend_bytes()), params)
-}
-
-/// Launches `win_forward`.
-pub(super) fn win_forward<T: Element>(cuda: &Cuda, op: &'static str, args: attention::Forward<'_, T>) -> Result<()> {
-    let config = args.config;
-    let tiles = BandTiles::new(config, size_of::<T>(), cuda.unit()).checked(cuda, op, config)?;
-    launch_band("win_forward", config, &tiles, &attention::prepare(cuda, op, args, tiles.queries)?)
-}
-
-/// Launches a kernel of `PROGRAM` over the tiles of queries that are prepared.
-fn launch_band(kernel: &'static str, config: &NsaConfig, tiles: &BandTiles, prepared: &Prepared<'_>) -> Result<()> {
-    let geometry = tiles.geometry(prepared.sequences.tiles, config.num_kv_heads());
-    let call = prepared.call.again(|constants| tiles.bake(constants));
-    call.launch(&PROGRAM, kernel, geometry, prepared.params_of(config, tiles.unit.key_boxes(tiles.keys))?)
 }
 
 pub(crate) fn backward<T: Element>(cuda: &Cuda, args: Backward<'_, T>) -> Result<()> {

@@ -1,26 +1,21 @@
 //! Gradients of the branches on the host: what they share, and those of `dense`, `win` and `cmp`.
 
-use super::Cuda;
 use super::ahead::{Build, Launched};
 use super::attention::{Sequences, copies, packed_sequences, unsupported};
 use super::geometry::{Geometry, GradientTiles, Unit};
 use super::launch::Call;
-use super::params::{Field, In, Out, Params, Stored, params};
+use super::params::{Field, In, Out, Stored, params};
 use super::program::{Constants, Program};
 use super::tensor_map::{Boxes, TensorMap};
 use super::workspace::Scratch;
+use super::{Cuda, cmp, dense, win};
 use crate::op::Gating;
 use crate::{Element, Result, Tensor, TensorMut};
 use nsa_core::{CuSeqlens, DType, NsaConfig, Packing, Seq, index};
-use std::iter;
 use std::marker::PhantomData;
 use std::ops::Range;
 
-/// The kernels.
-pub(crate) static PROGRAM: Program =
-    Program { file: "band_bwd.cu", text: include_str!("kernels/band_bwd.cu"), params: &[BandBackward::declaration] };
-
-/// Threads of a block of `band_row_facts`.
+/// Threads of a block that finds facts of rows.
 pub(super) const FACTS_THREADS: u32 = 256;
 /// Threads of a block that adds gradients.
 pub(super) const ADD_THREADS: u32 = 256;
@@ -206,12 +201,20 @@ pub(super) enum Span {
 }
 
 impl Span {
-    /// Kernels of the gradients of queries, of those of keys, and of the sum of the latter's parts.
-    fn kernels(self) -> [&'static str; 3] {
+    fn program(self) -> &'static Program {
         match self {
-            Self::Dense => ["dense_query_gradients", "dense_key_gradients", "dense_add_parts"],
-            Self::Window => ["win_query_gradients", "win_key_gradients", "win_add_parts"],
-            Self::Visible => ["cmp_query_gradients", "cmp_key_gradients", "cmp_add_parts"],
+            Self::Dense => &dense::BACKWARD,
+            Self::Window => &win::BACKWARD,
+            Self::Visible => &cmp::BACKWARD,
+        }
+    }
+
+    /// Kernels of facts of rows, of gradients of queries, of those of keys, and of the sum of the latter's parts.
+    fn kernels(self) -> [&'static str; 4] {
+        match self {
+            Self::Dense => ["dense_row_facts", "dense_query_gradients", "dense_key_gradients", "dense_add_parts"],
+            Self::Window => ["win_row_facts", "win_query_gradients", "win_key_gradients", "win_add_parts"],
+            Self::Visible => ["cmp_row_facts", "cmp_query_gradients", "cmp_key_gradients", "cmp_add_parts"],
         }
     }
 
@@ -260,15 +263,16 @@ pub(super) fn backward<T: Element>(
     let call = prepared.call.clone().constants(|constants| tiles.bake(constants));
     let mut partial = call.workspace::<f32>((parts.most - 1) * of_keys * heads * tiles.partial_floats(config))?;
     let params = BandBackward { partial: partial.written_by(), part_rows: parts.rows as i32, ..prepared.params };
-    let [of_queries_name, of_keys_name, add_name] = span.kernels();
-    call.launch(&PROGRAM, "band_row_facts", prepared.facts_geometry(), params)?;
-    call.launch(&PROGRAM, of_queries_name, tiles.of_queries(prepared.queries.tiles, heads), params)?;
-    call.launch(&PROGRAM, of_keys_name, tiles.of_keys(of_keys, heads, parts.most), params)?;
+    let [facts_name, of_queries_name, of_keys_name, add_name] = span.kernels();
+    let launch = |name, geometry| call.launch(span.program(), name, geometry, params);
+    launch(facts_name, prepared.facts_geometry())?;
+    launch(of_queries_name, tiles.of_queries(prepared.queries.tiles, heads))?;
+    launch(of_keys_name, tiles.of_keys(of_keys, heads, parts.most))?;
     if parts.most == 1 {
         return Ok(());
     }
     let grid = [(of_keys * heads) as u64, tiles.adders(config), 1];
-    call.launch(&PROGRAM, add_name, Geometry { grid, threads: ADD_THREADS, shared_bytes: 0 }, params)
+    launch(add_name, Geometry { grid, threads: ADD_THREADS, shared_bytes: 0 })
 }
 
 impl GradientTiles {
@@ -288,15 +292,18 @@ pub(crate) fn builds(config: &NsaConfig, dtype: DType, unit: Unit) -> Vec<Build>
     let aligned = [&[0][..], &[0]];
     let constants = super::attention::copies_of(Constants::new(dtype).config(config), config, size, aligned, 0);
     let constants = bake_boxes(constants, tiles.boxes(config, true));
-    let launched =
-        |name, geometry: Geometry| Launched { name, threads: geometry.threads, shared_bytes: geometry.shared_bytes };
-    let facts = Launched { name: "band_row_facts", threads: FACTS_THREADS, shared_bytes: 0 };
+    let constants = tiles.bake(constants);
     let of_span = |span: Span| {
-        let [of_queries, of_keys, add] = span.kernels();
-        let add = Launched { name: add, threads: ADD_THREADS, shared_bytes: 0 };
-        [launched(of_queries, tiles.of_queries(1, 1)), launched(of_keys, tiles.of_keys(1, 1, 1)), add]
+        let [facts, of_queries, of_keys, add] = span.kernels();
+        let alone = |name, threads| Launched { name, threads, shared_bytes: 0 };
+        let launched = |name, of: Geometry| Launched { name, threads: of.threads, shared_bytes: of.shared_bytes };
+        let kernels = vec![
+            alone(facts, FACTS_THREADS),
+            launched(of_queries, tiles.of_queries(1, 1)),
+            launched(of_keys, tiles.of_keys(1, 1, 1)),
+            alone(add, ADD_THREADS),
+        ];
+        Build { program: span.program(), constants: constants.clone(), kernels }
     };
-    let spans = [Span::Dense, Span::Window, Span::Visible];
-    let kernels = iter::once(facts).chain(spans.into_iter().flat_map(of_span)).collect();
-    vec![Build { program: &PROGRAM, constants: tiles.bake(constants), kernels }]
+    [Span::Dense, Span::Window, Span::Visible].map(of_span).to_vec()
 }

@@ -11,6 +11,7 @@ use std::fmt::Write as _;
 /// The headers that kernels share.
 const HEADERS: &[(&str, &str)] = &[
     ("band.cuh", include_str!("kernels/band.cuh")),
+    ("band_bwd.cuh", include_str!("kernels/band_bwd.cuh")),
     ("band_fwd.cuh", include_str!("kernels/band_fwd.cuh")),
     ("bulk.cuh", include_str!("kernels/bulk.cuh")),
     ("decode.cuh", include_str!("kernels/decode.cuh")),

@@ -17,8 +17,8 @@ use index::{Index, Lists, SlcIndex, Works};
 use nsa_core::{DType, NsaConfig, Packing};
 use turned::Turned;
 
-/// The kernels.
-pub(crate) static PROGRAM: Program = Program {
+/// The kernel of the forward, but for small groups.
+pub(crate) static FORWARD: Program = Program {
     file: "slc_fwd.cu",
     text: include_str!("kernels/slc_fwd.cu"),
     params: &[BandForward::declaration, SlcForward::declaration],
@@ -82,7 +82,7 @@ pub(crate) fn forward<T: Element>(cuda: &Cuda, args: Forward<'_, T>) -> Result<(
     let params = SlcForward { common: prepared.params_of(config, boxes)?, block_indices };
     let geometry = tiles.geometry(prepared.sequences.tiles, config.num_kv_heads());
     let call = prepared.call.constants(|constants| tiles.bake(constants));
-    call.launch(&PROGRAM, "slc_forward", geometry, params)
+    call.launch(&FORWARD, "slc_forward", geometry, params)
 }
 
 /// How a call is turned round with such tiles, if that is faster than to walk with those.

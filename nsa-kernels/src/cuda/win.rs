@@ -2,21 +2,30 @@
 
 use super::Cuda;
 use super::attention::{self, BandForward};
-use super::dense::win_forward;
 use super::geometry::{BandTiles, vector};
-use super::gradients::{self, Span};
+use super::gradients::{self, BandBackward, Span};
 use super::params::{In, Out, Params, Stored, params};
 use super::program::Program;
 use crate::op::Gating;
 use crate::op::win::{Backward, Forward};
 use crate::{Element, Result, Tensor, TensorMut};
 
-/// The kernel of the last branch and the sum.
-pub(crate) static PROGRAM: Program = Program {
+/// The kernel of the branch alone.
+pub(crate) static FORWARD: Program =
+    Program { file: "win_fwd.cu", text: include_str!("kernels/win_fwd.cu"), params: &[BandForward::declaration] };
+
+/// The kernel of the branch, the last one, and the sum.
+pub(crate) static GATED: Program = Program {
     file: "win_gate_fwd.cu",
     text: include_str!("kernels/win_gate_fwd.cu"),
     params: &[BandForward::declaration, WinGateForward::declaration],
 };
+
+/// The kernels of the backward.
+pub(super) static BACKWARD: Program =
+    Program { file: "win_bwd.cu", text: include_str!("kernels/win_bwd.cu"), params: &[BandBackward::declaration] };
+
+const OP: &str = "win::forward";
 
 params! {
     /// Arguments of `win_gate_forward`.
@@ -37,7 +46,8 @@ params! {
 pub(crate) fn forward<T: Element>(cuda: &Cuda, args: Forward<'_, T>) -> Result<()> {
     let Forward { config, packing, q, k, v, o, lse } = args;
     let args = attention::Forward { config, packing, q, k: ("k", k), v: ("v", v), o, lse };
-    win_forward(cuda, "win::forward", args)
+    let tiles = BandTiles::new(config, size_of::<T>(), cuda.unit()).checked(cuda, OP, config)?;
+    attention::prepare(cuda, OP, args, tiles.queries)?.launch_band(&FORWARD, "win_forward", config, &tiles)
 }
 
 /// [`forward`], and with it the gated sum of the other branches' outputs `[cmp, slc]` and its own, which a kernel of its own would
@@ -49,7 +59,6 @@ pub(crate) fn forward_gated<T: Element>(
     [cmp, slc]: [Tensor<'_, T, 3>; 2],
     mut sum: TensorMut<'_, T, 3>,
 ) -> Result<()> {
-    const OP: &str = "win::forward";
     let Forward { config, packing, q, k, v, o, lse } = args;
     let args = attention::Forward { config, packing, q, k: ("k", k), v: ("v", v), o, lse };
     let tiles = BandTiles::new(config, size_of::<T>(), cuda.unit()).checked(cuda, OP, config)?;
@@ -65,7 +74,7 @@ pub(crate) fn forward_gated<T: Element>(
     let width = vector(config.head_dim_v(), size_of::<T>(), &[params.cmp.0, params.slc.0, params.sum.0]);
     let geometry = tiles.geometry(prepared.sequences.tiles, config.num_kv_heads());
     let call = call.again(|constants| tiles.bake(constants).with("VECTOR", width));
-    call.launch(&PROGRAM, "win_gate_forward", geometry, params)
+    call.launch(&GATED, "win_gate_forward", geometry, params)
 }
 
 pub(crate) fn backward<T: Element>(cuda: &Cuda, args: Backward<'_, T>) -> Result<()> {

@@ -22,7 +22,7 @@ pub(crate) struct Parts {
     pub(crate) most: usize,
 }
 
-/// Tiles of the kernels of gradients in which a query sees one run of keys (`kernels/band_bwd.cu`).
+/// Tiles of the kernels of gradients in which a query sees one run of keys (`kernels/band_bwd.cuh`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct GradientTiles {
     /// Who makes the products.

@@ -1,6 +1,6 @@
 // Attention over compressed blocks, the importance of selection blocks, and the choice of n of them (SPEC 2.1, 2.2).
 //
-// o and lse as in band_fwd.cu, keys being compressed blocks. The importance of a block is the sum over the R heads of
+// o and lse as in band_fwd.cuh, keys being compressed blocks. The importance of a block is the sum over the R heads of
 // p = 2^(s - m) / l, whose m and l are known at the end only. Where a warp alone multiplies, scores are not computed twice: each
 // row's p is summed to selection blocks in registers (weights 1 2 2 2 1 at 32/16/64; a fourth of the scores), relative to the m of
 // its tile of keys, and kept with that m; at the end a warp a query sums the heads with their factors. On sm_90a, whose tensor
@@ -9,9 +9,9 @@
 //
 // Grid: a CTA a tile of ROWS / R queries and KV head, the last tiles first; where scores are kept in the workspace, as many
 // CTAs as run at once, each of which takes every so manyth tile.
-// Shared memory, bytes at D = 128 in bf16: as band_fwd.cu, m and 1 / l of each row, 8 x 128, the tile in turn, 16; then, if two
+// Shared memory, bytes at D = 128 in bf16: as band_fwd.cuh, m and 1 / l of each row, 8 x 128, the tile in turn, 16; then, if two
 // CTAs still fit, the kept scores: 4 x 128 x 9 a tile of 32 compressed keys (TWICE: 4 x 8 x 16 a tile of 64). On sm_90a as there.
-// Registers: as band_fwd.cu, and the last p of each row, which counts for the next tile's first block. On sm_90a o, scores and
+// Registers: as band_fwd.cuh, and the last p of each row, which counts for the next tile's first block. On sm_90a o, scores and
 // what is kept of them take 160: one CTA of 12 warps; TWICE they leave o behind before they sum: two CTAs of 8. On sm_100 eleven
 // registers more than there are, which are kept in memory from one tile of keys to the next.
 // Roofline, a KV head: 2 R (Dk + Dv) FLOP a query and visible block (T / 2d of them at the end of T tokens on average);

@@ -5,9 +5,9 @@
 // 16 WARPS keys) and up to work_queries of its queries, gathers their rows, and has dk and dv in registers. Blocks with more
 // queries (a forced block has all) are several works, whose gradients are added in order by a kernel at the end.
 // Shared memory, bytes at D = 128 in bf16: dq, a warp: 2 stages x 16 x 512 (q and do come through them, and stay in registers where
-// Dk + Dv <= 256; else 16 x 512 more), the list 128; dk and dv as in band_bwd.cu, and products of four warps together and bulk
+// Dk + Dv <= 256; else 16 x 512 more), the list 128; dk and dv as in band_bwd.cuh, and products of four warps together and bulk
 // copies as there on sm_90a: a box is the heads of a query, where R is a multiple of 8.
-// Registers: dq 64, q and do 64, scores and their gradients 16, addresses of a lane's chunks 20; dk and dv as in band_bwd.cu.
+// Registers: dq 64, q and do 64, scores and their gradients 16, addresses of a lane's chunks 20; dk and dv as in band_bwd.cuh.
 // Roofline, a query and KV head: dq 2 R (2 Dk + Dv) n l' FLOP, bound by the cache as the forward; dk and dv 4 R (Dk + Dv) n l'
 // FLOP, for 2 R (Dk + Dv) bytes a query and block.
 // Order of summation: dq: blocks in order; dk, dv: queries in order, then heads; works in order.

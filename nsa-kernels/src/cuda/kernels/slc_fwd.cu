@@ -27,7 +27,7 @@
 // keys (bulk.cuh).
 // Order of summation: flash.cuh, blocks in order.
 // Edges: a list ends at its first -1, and at a block that is no candidate; a query without blocks: o = 0, lse = -infinity. A NaN in v
-// reaches queries that do not see it but meet its row in a product, as in band_fwd.cu: those of the same warp, and where warps walk
+// reaches queries that do not see it but meet its row in a product, as in band_fwd.cuh: those of the same warp, and where warps walk
 // jointly those of the same CTA, which are a few tokens earlier in the same sequence.
 //
 // budget: kernel=slc_forward threads=128 registers=200 spills=0 shared=66048

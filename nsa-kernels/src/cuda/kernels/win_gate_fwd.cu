@@ -1,5 +1,5 @@
 // The window's attention, and the gated sum of the three branches, of which it is the last (SPEC 2, 2.3):
-//   o^win as in band_fwd.cu;   o = g[0] o^cmp + g[1] o^slc + g[2] o^win, o^win rounded to Element, as gate.cu has it.
+//   o^win as in band_fwd.cuh;   o = g[0] o^cmp + g[1] o^slc + g[2] o^win, o^win rounded to Element, as gate.cu has it.
 //
 // Grid, shared memory, registers, order of summation, edges: those of `win_forward`. A warp's outputs lie in shared memory when they
 // are written; there they meet the other branches' rows, 16 bytes a lane.

@@ -21,27 +21,8 @@
 // Measured on an H100, R = 16, D = 128, one KV head: cmp at 16,384 tokens, 16 tiles of keys as one CTA each took 17.2 ms, of 25 of
 // the whole backward. At 65,536: dk and dv of cmp 9.8 ms by blocks of four warps whose descriptors and addresses each thread
 // computed, 5.1 ms now (docs/performance-cuda.md).
-// Edges: as in band_fwd.cu. Keys that no query sees have gradients of 0.
-//
-// budget: kernel=band_row_facts threads=256 registers=40 spills=0 shared=0
-// budget: kernel=dense_query_gradients threads=128 registers=255 spills=0 shared=65536
-// budget: kernel=dense_query_gradients arch=sm_90a threads=384 registers=168 spills=0 shared=163856
-// budget: kernel=dense_key_gradients threads=128 registers=255 spills=0 shared=66560
-// budget: kernel=dense_key_gradients arch=sm_90a threads=256 registers=255 spills=0 shared=200720
-// budget: kernel=win_query_gradients threads=128 registers=255 spills=0 shared=65536
-// budget: kernel=win_query_gradients arch=sm_90a threads=384 registers=168 spills=0 shared=163856
-// budget: kernel=win_key_gradients threads=128 registers=255 spills=0 shared=66560
-// budget: kernel=win_key_gradients arch=sm_90a threads=256 registers=255 spills=0 shared=200720
-// budget: kernel=cmp_query_gradients threads=128 registers=255 spills=0 shared=65536
-// budget: kernel=cmp_query_gradients arch=sm_90a threads=384 registers=168 spills=0 shared=163856
-// budget: kernel=cmp_key_gradients threads=128 registers=255 spills=0 shared=66560
-// budget: kernel=cmp_key_gradients arch=sm_90a threads=256 registers=255 spills=0 shared=200720
-// budget: kernel=dense_add_parts threads=256 registers=64 spills=0 shared=0
-// budget: kernel=win_add_parts threads=256 registers=64 spills=0 shared=0
-// budget: kernel=cmp_add_parts threads=256 registers=64 spills=0 shared=0
-#include "element.cuh"
-#include "config.cuh"
-#include "params.cuh"
+// Edges: as in band_fwd.cuh. Keys that no query sees have gradients of 0.
+#pragma once
 #include "grad.cuh"
 #include "span.cuh"
 
@@ -58,8 +39,6 @@ constexpr int VALUES = KEYS * Keys::PITCH;  // of a stage, behind its keys
 static_assert(QUERIES > 0, "a block holds all heads of a query");
 
 extern __shared__ __align__(TILE_ALIGNMENT) char shared[];
-
-extern "C" __global__ void __launch_bounds__(256) band_row_facts(const __grid_constant__ BandBackwardParams p) { row_facts(p); }
 
 // Rows of queries in the order of tokens, R a token.
 struct QueryRun {
@@ -279,46 +258,4 @@ __device__ __forceinline__ void key_gradients_of(const BandBackwardParams& p) {
     } else {
         key_gradients<false, true, Span>(p);
     }
-}
-
-extern "C" __global__ void __launch_bounds__(QUERY_THREADS, 1)
-    dense_query_gradients(const __grid_constant__ BandBackwardParams p) {
-    query_gradients<Dense>(p);
-}
-
-extern "C" __global__ void __launch_bounds__(KEY_THREADS, 1)
-    dense_key_gradients(const __grid_constant__ BandBackwardParams p) {
-    key_gradients_of<Dense>(p);
-}
-
-extern "C" __global__ void __launch_bounds__(256) dense_add_parts(const __grid_constant__ BandBackwardParams p) {
-    add_parts<Dense>(p);
-}
-
-extern "C" __global__ void __launch_bounds__(QUERY_THREADS, 1)
-    win_query_gradients(const __grid_constant__ BandBackwardParams p) {
-    query_gradients<Window>(p);
-}
-
-extern "C" __global__ void __launch_bounds__(KEY_THREADS, 1)
-    win_key_gradients(const __grid_constant__ BandBackwardParams p) {
-    key_gradients_of<Window>(p);
-}
-
-extern "C" __global__ void __launch_bounds__(256) win_add_parts(const __grid_constant__ BandBackwardParams p) {
-    add_parts<Window>(p);
-}
-
-extern "C" __global__ void __launch_bounds__(QUERY_THREADS, 1)
-    cmp_query_gradients(const __grid_constant__ BandBackwardParams p) {
-    query_gradients<Visible>(p);
-}
-
-extern "C" __global__ void __launch_bounds__(KEY_THREADS, 1)
-    cmp_key_gradients(const __grid_constant__ BandBackwardParams p) {
-    key_gradients_of<Visible>(p);
-}
-
-extern "C" __global__ void __launch_bounds__(256) cmp_add_parts(const __grid_constant__ BandBackwardParams p) {
-    add_parts<Visible>(p);
 }
