@@ -3,7 +3,7 @@
 use super::Cuda;
 use super::attention::{self, BandForward};
 use super::geometry::{BandTiles, KeptScores};
-use super::gradients::{self, BandBackward, Span};
+use super::gradients::{self, Span};
 use super::params::{Out, Params, params};
 use super::program::Program;
 use crate::op::Gating;
@@ -17,10 +17,6 @@ pub(crate) static FORWARD: Program = Program {
     text: include_str!("kernels/cmp_fwd.cu"),
     params: &[BandForward::declaration, CmpForward::declaration],
 };
-
-/// The kernels of the backward.
-pub(super) static BACKWARD: Program =
-    Program { file: "cmp_bwd.cu", text: include_str!("kernels/cmp_bwd.cu"), params: &[BandBackward::declaration] };
 
 params! {
     /// Arguments of `cmp_forward`.

@@ -4,7 +4,7 @@ use super::Cuda;
 use super::attention::{self, BandForward, Prepared};
 use super::geometry::BandTiles;
 use super::geometry::step::StepTiles;
-use super::gradients::{self, BandBackward, Span};
+use super::gradients::{self, Span};
 use super::params::{Out, Params, params};
 use super::program::Program;
 use crate::op::Gating;
@@ -22,10 +22,6 @@ pub(crate) static STEP: Program = Program {
     text: include_str!("kernels/dense_step.cu"),
     params: &[BandForward::declaration, DenseStep::declaration],
 };
-
-/// The kernels of the backward.
-pub(super) static BACKWARD: Program =
-    Program { file: "dense_bwd.cu", text: include_str!("kernels/dense_bwd.cu"), params: &[BandBackward::declaration] };
 
 params! {
     /// Arguments of `dense_step`.

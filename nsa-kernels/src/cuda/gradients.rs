@@ -1,19 +1,26 @@
 //! Gradients of the branches on the host: what they share, and those of `dense`, `win` and `cmp`.
 
+use super::Cuda;
 use super::ahead::{Build, Launched};
 use super::attention::{Sequences, copies, packed_sequences, unsupported};
 use super::geometry::{Geometry, GradientTiles, Unit};
 use super::launch::Call;
-use super::params::{Field, In, Out, Stored, params};
+use super::params::{Field, In, Out, Params, Stored, params};
 use super::program::{Constants, Program};
 use super::tensor_map::{Boxes, TensorMap};
 use super::workspace::Scratch;
-use super::{Cuda, cmp, dense, win};
 use crate::op::Gating;
 use crate::{Element, Result, Tensor, TensorMut};
 use nsa_core::{CuSeqlens, DType, NsaConfig, Packing, Seq, index};
 use std::marker::PhantomData;
 use std::ops::Range;
+
+static DENSE: Program =
+    Program { file: "dense_bwd.cu", text: include_str!("kernels/dense_bwd.cu"), params: &[BandBackward::declaration] };
+static WIN: Program =
+    Program { file: "win_bwd.cu", text: include_str!("kernels/win_bwd.cu"), params: &[BandBackward::declaration] };
+static CMP: Program =
+    Program { file: "cmp_bwd.cu", text: include_str!("kernels/cmp_bwd.cu"), params: &[BandBackward::declaration] };
 
 /// Threads of a block that finds facts of rows.
 pub(super) const FACTS_THREADS: u32 = 256;
@@ -203,9 +210,9 @@ pub(super) enum Span {
 impl Span {
     fn program(self) -> &'static Program {
         match self {
-            Self::Dense => &dense::BACKWARD,
-            Self::Window => &win::BACKWARD,
-            Self::Visible => &cmp::BACKWARD,
+            Self::Dense => &DENSE,
+            Self::Window => &WIN,
+            Self::Visible => &CMP,
         }
     }
 

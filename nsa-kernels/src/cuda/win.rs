@@ -3,7 +3,7 @@
 use super::Cuda;
 use super::attention::{self, BandForward};
 use super::geometry::{BandTiles, vector};
-use super::gradients::{self, BandBackward, Span};
+use super::gradients::{self, Span};
 use super::params::{In, Out, Params, Stored, params};
 use super::program::Program;
 use crate::op::Gating;
@@ -20,10 +20,6 @@ pub(crate) static GATED: Program = Program {
     text: include_str!("kernels/win_gate_fwd.cu"),
     params: &[BandForward::declaration, WinGateForward::declaration],
 };
-
-/// The kernels of the backward.
-pub(super) static BACKWARD: Program =
-    Program { file: "win_bwd.cu", text: include_str!("kernels/win_bwd.cu"), params: &[BandBackward::declaration] };
 
 const OP: &str = "win::forward";
 
