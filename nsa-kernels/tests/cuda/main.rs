@@ -100,6 +100,19 @@ fn wide_groups() {
     });
 }
 
+/// Tiles of keys whose queries are cut into parts, all of them whole, beside tiles that have fewer.
+#[test]
+fn parts_of_tiles() {
+    on_simulator("parts_of_tiles", || {
+        let backend = Backend::cuda(0).expect("the simulator");
+        let config = || paper(16, 1, 64, 64).compress_block(8).compress_stride(4).select_block(16).window(65);
+        for (op, longest) in [(Op::Dense, 128), (Op::Win, 128), (Op::Cmp, 135)] {
+            let cases = [Case::new("parts", config().select_count(3), [longest, 40, 3])];
+            assert_cases_on(&backend, op, &cases, &[DType::Bf16]);
+        }
+    });
+}
+
 /// Groups whose queries walk over the union of their blocks together, where the device has warpgroups: four queries, eight, seven
 /// and one row that is none, one of two tiles.
 #[test]
