@@ -130,7 +130,7 @@ fn unions_of_lists() {
 
 /// Groups whose scores are computed twice and summed within a warp, where the device has warpgroups: half of a warp's rows, all, two
 /// warps'; and such whose are not, and take two tiles of keys at once, of which the second
-/// may have one key behind the last alone. A sequence without a compressed key.
+/// may have one key behind the last alone. A sequence without a compressed key. A compressed block a selection block.
 #[test]
 fn importance_over_heads() {
     on_simulator("importance_over_heads", || {
@@ -142,6 +142,8 @@ fn importance_over_heads() {
             Op::Cmp,
             vec![case(8, &[120, 35]), case(16, &[130]), case(16, &[5]), case(32, &[100]), case(7, &[300, 260])],
         );
+        let apart = paper(7, 1, 64, 64).compress_block(8).compress_stride(8).select_block(8).window(24);
+        assert_cases(Op::Cmp, vec![Case::new("apart", apart.select_count(6), [400, 35])]);
     });
 }
 

@@ -50,6 +50,8 @@ constexpr int EXTRA = FOLDED ? SPAN - 1 : 0;
 constexpr int SHARERS = ceil_div(GROUP, 16);
 // What is kept of a tile of keys: [ROWS, COLUMNS], and m, [ROWS]; or sums over heads, [QUERIES, SHARERS, COLUMNS].
 constexpr int KEPT = TWICE ? QUERIES * SHARERS * COLUMNS : ROWS * (COLUMNS + 1);
+// Where a row keeps p of a key, as it is: the pairs that lanes write at once shall meet all banks of shared memory.
+__device__ __forceinline__ int banked(int row, int column) { return FOLDED ? column : column ^ row % (KEYS / 8) * 8; }
 // As many blocks share a multiprocessor: one sums or selects while the other multiplies.
 constexpr int LEAST_BLOCKS = TWICE && Keys::PADDED <= 128 && Values::PADDED <= 128 ? 2 : 1;
 // Outputs leave before scores are computed again, for which the queries stay.
@@ -102,7 +104,7 @@ struct Keep {
                 } else {
 #pragma unroll
                     for (int n = 0; n < KEYS / 8; ++n) {
-                        *reinterpret_cast<float2*>(to + n * 8 + lane % 4 * 2) = make_float2(p[i][n][2 * h], p[i][n][2 * h + 1]);
+                        *reinterpret_cast<float2*>(to + banked(row, n * 8) + lane % 4 * 2) = make_float2(p[i][n][2 * h], p[i][n][2 * h + 1]);
                     }
                 }
             }
@@ -205,30 +207,31 @@ __device__ __forceinline__ void sum_again(const CmpForwardParams& p, const BandT
 // Scores of a query's candidates, from what is kept of its rows.
 struct Importance {
     float* rows;  // of the query's first row
+    int first;    // that row
     int visible;
     int tiles;
 
     // Sums the heads: P, or S if folded, is then in the place of the first head. factors: [ROWS, 2], m and 1 / l at the end.
     __device__ __forceinline__ void sum_heads(const float* maxima, const float* factors) const {
         constexpr int APART = 32 / COLUMNS;
-        const int lane = anew(int(threadIdx.x % 32)), column = lane % COLUMNS, first = lane / COLUMNS;
+        const int lane = anew(int(threadIdx.x % 32)), column = lane % COLUMNS, begin = lane / COLUMNS;
         // Several tiles at once: what is kept in the workspace takes its time to come.
         for (int tile = 0; tile < tiles; tile += AT_ONCE) {
             float sums[AT_ONCE] = {};
 #pragma unroll 4
-            for (int r = first; r < GROUP; r += APART) {
+            for (int r = begin; r < GROUP; r += APART) {
                 const float m_at_end = factors[2 * r], inverse = factors[2 * r + 1];
 #pragma unroll
                 for (int x = 0; x < AT_ONCE; ++x) {
                     const i64 at = i64(tile + x < tiles ? tile + x : tile) * KEPT;
-                    sums[x] += rows[at + column + r * COLUMNS] * (exp2_approx(maxima[at + r] - m_at_end) * inverse);
+                    sums[x] += rows[at + r * COLUMNS + banked(first + r, column)] * (exp2_approx(maxima[at + r] - m_at_end) * inverse);
                 }
             }
 #pragma unroll
             for (int x = 0; x < AT_ONCE; ++x) {
 #pragma unroll
                 for (int step = COLUMNS; step < 32; step *= 2) sums[x] += __shfl_xor_sync(ALL_LANES, sums[x], step);
-                if (first == 0 && tile + x < tiles) rows[i64(tile + x) * KEPT + column] = sums[x];
+                if (begin == 0 && tile + x < tiles) rows[i64(tile + x) * KEPT + banked(first, column)] = sums[x];
             }
         }
         __syncwarp();
@@ -247,7 +250,7 @@ struct Importance {
             for (int m = 0; m < CHUNKS; ++m) {
                 for (int r = 0; r < SPAN; ++r) {
                     const int i = block * CHUNKS + m - r;
-                    if (i >= 0 && i < visible) sum += rows[i64(i / KEYS) * KEPT + i % KEYS];
+                    if (i >= 0 && i < visible) sum += rows[i64(i / KEYS) * KEPT + banked(first, i % KEYS)];
                 }
             }
         }
@@ -338,7 +341,7 @@ __device__ __forceinline__ void select(const CmpForwardParams& p, const BandTile
     if constexpr (FREE > 0) {
         const int visible = Visible(tile.sequence).end(t);
         const int tiles = visible > 0 ? ceil_div(visible + EXTRA, KEYS) : 0;
-        const Importance importance{kept + (TWICE ? query * SHARERS : row) * COLUMNS, visible, tiles};
+        const Importance importance{kept + (TWICE ? query * SHARERS : row) * COLUMNS, row, visible, tiles};
         if constexpr (!TWICE) importance.sum_heads(kept + ROWS * COLUMNS + row, factors + 2 * row);
         Best best(importance);
         best.offer(importance, SELECT_INITIAL + FREE, candidates - SELECT_LOCAL);
