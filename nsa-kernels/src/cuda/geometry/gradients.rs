@@ -204,7 +204,7 @@ mod tests {
         // Compressed keys of 8,192 and 65,536 tokens, the first of them seen by most.
         let compressed = |tiles: usize| (0..tiles).map(|tile| (tiles - tile) * 64 * 16 * 16).collect::<Vec<_>>();
         assert_eq!([8, 64].map(|tiles| parts(&compressed(tiles))), [(44, 200, 3008), (12, 420, 87_392)]);
-        // Few rows are not worth it; none are one part.
+        // Shorter parts are not worth it; no rows are one part.
         assert_eq!((parts(&[16 * 64]), parts(&[0, 0]), parts(&[])), ((2, 2, 512), (1, 0, 32), (1, 0, 32)));
     }
 }
