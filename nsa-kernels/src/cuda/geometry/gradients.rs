@@ -3,6 +3,7 @@
 use super::{ARRIVALS_BYTES, Geometry, Unit, WARPGROUP_SHARED_BYTES, pitch};
 use crate::cuda::tensor_map::Boxes;
 use nsa_core::NsaConfig;
+use std::iter;
 
 /// Warps of gradients of keys that a multiprocessor runs at once: their registers are as many as a thread can have.
 const KEY_WARPS: usize = 8;
@@ -131,24 +132,28 @@ impl GradientTiles {
         Geometry { grid, threads, shared_bytes: self.bytes_of_queries() as u32 }
     }
 
-    /// Parts of tiles of keys that `rows` rows of queries see, a KV head, for a device with so many multiprocessors. Parts are
-    /// equally long and fill it in few rounds: of what takes at most a tenth longer than the fastest, that with fewest parts, as
-    /// each leaves gradients in memory.
+    /// Parts of the tiles of keys of each KV head, each seen by so many of `rows` rows of queries, for a device with so many
+    /// multiprocessors. Parts are equally long and fill it in few rounds: of what takes at most a tenth longer than the fastest, that
+    /// with fewest parts, as each leaves gradients in memory.
     pub(crate) fn parts(&self, rows: &[usize], heads: usize, multiprocessors: usize) -> Parts {
         let longest = rows.iter().copied().max().unwrap_or(0);
-        let blocks = |part: usize| heads * rows.iter().map(|rows| rows.div_ceil(part).max(1)).sum::<usize>();
         let at_once = (multiprocessors * KEY_WARPS / (self.warps * if self.apart { 2 } else { 1 })).max(1);
-        let most = (longest / (PART_STEPS * self.query_rows)).max(1);
-        let cut = (1..=most).map(|parts| {
-            let part = longest.div_ceil(parts).next_multiple_of(self.query_rows).max(self.query_rows);
-            (part, blocks(part).div_ceil(at_once))
+        let rounds = |part: usize| {
+            let blocks = rows.iter().map(|rows| rows.div_ceil(part).max(1)).sum::<usize>();
+            (heads * blocks).div_ceil(at_once)
+        };
+        // Of the longest tile: each time a sixteenth more.
+        let counts = iter::successors(Some(1usize), |count| Some(count + count.div_ceil(16)));
+        let counts = counts.take_while(|&count| count == 1 || longest >= count * PART_STEPS * self.query_rows);
+        let cuts = counts.map(|count| {
+            let part = longest.div_ceil(count).next_multiple_of(self.query_rows).max(self.query_rows);
+            (part, rounds(part))
         });
-        let cut = cut.enumerate().take_while(|&(i, (_, rounds))| i == 0 || rounds <= ROUNDS);
-        let cost = |(part, rounds): (usize, usize)| rounds * (part + STEPS_BESIDE * self.query_rows);
-        let cut = cut.map(|(_, cut)| cut).collect::<Vec<_>>();
-        let least = cut.iter().copied().map(cost).min().unwrap_or(0);
-        let chosen = cut.into_iter().find(|&cut| 10 * cost(cut) <= 11 * least);
-        let rows = chosen.map_or(self.query_rows, |(part, _)| part);
+        let cuts = cuts.take_while(|&(part, rounds)| part >= longest || rounds <= ROUNDS).collect::<Vec<_>>();
+        let cost = |&(part, rounds): &(usize, usize)| rounds * (part + STEPS_BESIDE * self.query_rows);
+        let least = cuts.iter().map(cost).min().unwrap_or(0);
+        let chosen = cuts.iter().find(|cut| 10 * cost(cut) <= 11 * least);
+        let rows = chosen.map_or(self.query_rows, |&(part, _)| part);
         Parts { rows, most: longest.div_ceil(rows).max(1) }
     }
 
@@ -203,7 +208,7 @@ mod tests {
         assert_eq!([32, 128, 438, 1024].map(window), [(6, 192, 1536), (3, 384, 3072), (2, 876, 4608), (1, 1024, 9216)]);
         // Compressed keys of 8,192 and 65,536 tokens, the first of them seen by most.
         let compressed = |tiles: usize| (0..tiles).map(|tile| (tiles - tile) * 64 * 16 * 16).collect::<Vec<_>>();
-        assert_eq!([8, 64].map(|tiles| parts(&compressed(tiles))), [(44, 200, 3008), (12, 420, 87_392)]);
+        assert_eq!([8, 64].map(|tiles| parts(&compressed(tiles))), [(45, 204, 2944), (12, 420, 87_392)]);
         // Shorter parts are not worth it; no rows are one part.
         assert_eq!((parts(&[16 * 64]), parts(&[0, 0]), parts(&[])), ((2, 2, 512), (1, 0, 32), (1, 0, 32)));
     }
