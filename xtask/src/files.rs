@@ -54,5 +54,11 @@ mod tests {
         assert!(below.is_dir() && std::fs::read_dir(&below).expect("there").next().is_none());
         let error = out(Some(&file), "unused").expect_err("a file");
         assert!(error.to_string().contains(&file.display().to_string()), "{error:#}");
+        // Nobody can make a file there, whatever they may do elsewhere.
+        #[cfg(target_os = "linux")]
+        {
+            let error = out(Some(Path::new("/proc")), "unused").expect_err("not a disk");
+            assert!(error.to_string().starts_with("cannot write to the folder /proc"), "{error:#}");
+        }
     }
 }
