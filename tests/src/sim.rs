@@ -84,16 +84,36 @@ fn link_to(file: &Path, link: &Path) -> std::io::Result<()> {
 /// Begins a line of a test on the simulator with a hash of its results.
 pub const BITS: &str = "bits of ";
 
-/// Runs a test of this program again on the simulator, and there `body`: as an A100 and as an H100, whose kernels are others,
-/// each with two orders of blocks and warps.
+/// Runs a test of this program again on the simulator, and there `body`: as an A100 and as an H100, which has kernels of its own, each
+/// with two orders of blocks and warps.
 ///
 /// # Panics
 /// If it fails there, the simulator reports anything, or lines that begin with [`BITS`] depend on the order.
 pub fn on_simulator(test: &str, body: impl FnOnce()) {
+    on(&["a100", "h100"], test, body);
+}
+
+/// The same as an A100 alone, for kernels that other devices have too, launched alike.
+///
+/// # Panics
+/// As [`on_simulator`].
+pub fn on_an_a100(test: &str, body: impl FnOnce()) {
+    on(&["a100"], test, body);
+}
+
+/// The same as an H100 alone, for what it alone does.
+///
+/// # Panics
+/// As [`on_simulator`].
+pub fn on_an_h100(test: &str, body: impl FnOnce()) {
+    on(&["h100"], test, body);
+}
+
+fn on(devices: &[&str], test: &str, body: impl FnOnce()) {
     if inside() {
         return body();
     }
-    let runs = [("a100", None), ("a100", Some("7")), ("h100", None), ("h100", Some("3"))].map(|(device, seed)| {
+    let run = |device: &str, seed: Option<&str>| {
         let mut command = this_program().unwrap_or_else(|error| panic!("{error}"));
         command.args(["--exact", test, "--nocapture"]).env("CUDA_SIM_DEVICE", device).env("CUDA_SIM_CHECK", "1");
         match seed {
@@ -105,8 +125,9 @@ pub fn on_simulator(test: &str, body: impl FnOnce()) {
         let clean = output.status.success() && text.contains("1 passed") && !text.contains("cuda-sim:");
         assert!(clean, "on {device}, seed {seed:?}:\n{text}");
         text.lines().filter(|line| line.starts_with(BITS)).map(str::to_owned).collect::<Vec<_>>()
-    });
-    for (device, orders) in ["A100", "H100"].iter().zip(runs.chunks_exact(2)) {
-        assert_eq!(orders[0], orders[1], "results depend on the order of blocks and warps, on an {device}");
+    };
+    for device in devices {
+        let [first, second] = [None, Some("7")].map(|seed| run(device, seed));
+        assert_eq!(first, second, "results depend on the order of blocks and warps, on {device}");
     }
 }

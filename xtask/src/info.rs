@@ -62,8 +62,11 @@ fn cuda() {
         }
     };
     let compiler = cuda.compiler();
-    match (compiler.version(), compiler.arch()) {
-        (Ok((major, minor)), Ok(arch)) => println!("NVRTC       {major}.{minor}, compiles for {arch}"),
+    match (compiler.version(), compiler.arch(false)) {
+        (Ok((major, minor)), Ok(arch)) => {
+            let archs: Vec<_> = [Some(arch), compiler.arch(true).ok()].into_iter().flatten().collect();
+            println!("NVRTC       {major}.{minor}, compiles for {}", archs.join(", "));
+        }
         (Err(error), _) | (_, Err(error)) => println!("NVRTC       {error}"),
     }
     match compiler.cache_folder() {

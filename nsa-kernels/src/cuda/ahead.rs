@@ -135,6 +135,21 @@ mod tests {
     }
 
     #[test]
+    fn devices_from_8_0_to_9_0_differ_by_kernels_whose_warps_multiply_together() {
+        for (dims, dtype) in [(128, DType::Bf16), (128, DType::F32), (96, DType::F16)] {
+            let config = NsaConfig::builder(16, 1, dims, dims).compress_kind(CompressKind::Mean).build().unwrap();
+            let source = |build: &Build| build.program.source(&build.constants);
+            let old = builds(&config, dtype, (8, 0));
+            assert!(old.iter().all(|build| !build.constants.warpgroups()));
+            let old: Vec<_> = old.iter().map(source).collect();
+            let mut other = builds(&config, dtype, (9, 0));
+            other.retain(|build| !old.contains(&source(build)));
+            assert!(other.iter().all(|build| build.constants.warpgroups()), "{dims} {dtype}");
+            assert_eq!(other.is_empty(), (dims, dtype) != (128, DType::Bf16));
+        }
+    }
+
+    #[test]
     fn a_budget_is_read_from_its_line() {
         let read = budget(" kernel=k threads=256 registers=40 spills=0 shared=32").unwrap();
         let (kernel, arch) = ("k".to_owned(), None);

@@ -328,7 +328,7 @@ impl SelectTiles {
         let constants = constants.with("STAGES", self.stages).with("QUERIES", self.queries);
         let constants =
             constants.with("QUERIES_HELD", usize::from(self.held)).with("JOINT_PERCENT", self.joint_percent);
-        constants.with("WARPGROUPS", usize::from(self.unit == Unit::Warpgroup))
+        constants.unit(self.unit)
     }
 }
 
@@ -358,7 +358,7 @@ impl BandTiles {
     pub(super) fn bake(&self, constants: Constants) -> Constants {
         let constants = constants.with("WARPS", self.warps).with("TILES", self.tiles).with("KEYS", self.keys);
         let constants = constants.with("COPIED", self.copied).with("QUERIES_HELD", usize::from(self.held));
-        constants.with("WARPGROUPS", usize::from(self.unit == Unit::Warpgroup))
+        constants.unit(self.unit)
     }
 
     /// The tiles, if the device can have them.

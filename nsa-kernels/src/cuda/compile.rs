@@ -47,17 +47,23 @@ impl Compiler {
         self.nvrtc.get_or_init(library::nvrtc).as_ref().map_err(Clone::clone)
     }
 
-    /// The architecture to compile for, such as `compute_80`: the device's, or the newest before it that NVRTC knows (its
-    /// PTX runs on later devices too). Kernels for compute capability 9.0 may use what only that one has.
+    /// The architecture to compile for, such as `compute_80`: the newest up to the device's that NVRTC knows, whose PTX later
+    /// devices run too; but the oldest for devices from 8.0 to 9.0, which share compiled kernels so: their PTX is the same, save that
+    /// of kernels whose warps multiply together (`warpgroups`), which is for 9.0 alone.
     ///
     /// # Errors
     /// If NVRTC is not there or knows none that fits.
-    pub fn arch(&self) -> Result<String> {
+    pub fn arch(&self, warpgroups: bool) -> Result<String> {
         let nvrtc = self.nvrtc()?;
         let wanted = self.capability.0 * 10 + self.capability.1;
-        arch(&nvrtc.archs, wanted).ok_or_else(|| Error::Backend {
+        arch(&nvrtc.archs, wanted, warpgroups).ok_or_else(|| Error::Backend {
             requested: "cuda".to_owned(),
-            missing: format!("NVRTC {}.{} compiles for none of sm_80 to sm_{wanted}", nvrtc.version.0, nvrtc.version.1),
+            missing: format!(
+                "NVRTC {}.{} compiles for none of sm_{} to sm_{wanted}",
+                nvrtc.version.0,
+                nvrtc.version.1,
+                if warpgroups { wanted } else { 80 }
+            ),
             advice: "install NVRTC of CUDA 11 to 13, whose version fits the device".to_owned(),
         })
     }
@@ -68,7 +74,7 @@ impl Compiler {
     /// If NVRTC is not there or refuses the text.
     pub fn ptx(&self, program: &Program, constants: &Constants) -> Result<String> {
         let source = program.source(constants);
-        let options = options(&self.arch()?);
+        let options = options(&self.arch(constants.warpgroups())?);
         let (major, minor) = self.version()?;
         let key = [source.as_str(), &options.join(" "), &format!("NVRTC {major}.{minor}")];
         if let Some(ptx) = self.cache.get(&key) {
@@ -82,10 +88,14 @@ impl Compiler {
     }
 }
 
-/// The newest architecture of `known`, ascending, from 80 to `wanted`.
-fn arch(known: &[i32], wanted: i32) -> Option<String> {
-    let found = known.iter().rev().find(|&&arch| (80..=wanted).contains(&arch))?;
-    Some(if (*found, wanted) == (90, 90) { "compute_90a".to_owned() } else { format!("compute_{found}") })
+/// Of those that are `known`, ascending.
+fn arch(known: &[i32], wanted: i32, warpgroups: bool) -> Option<String> {
+    if warpgroups {
+        return (wanted == 90 && known.contains(&90)).then(|| "compute_90a".to_owned());
+    }
+    let mut fitting = known.iter().filter(|&&arch| (80..=wanted).contains(&arch));
+    let found = if wanted <= 90 { fitting.next() } else { fitting.next_back() };
+    found.map(|arch| format!("compute_{arch}"))
 }
 
 /// NVRTC's options. Its defaults: division and roots are rounded as IEEE 754 asks, products and sums may be fused. Functions
@@ -111,14 +121,17 @@ mod tests {
     use super::arch;
 
     #[test]
-    fn the_newest_architecture_that_fits_is_taken() {
+    fn devices_up_to_9_0_share_what_is_not_for_it_alone() {
         let known = [75, 80, 86, 89, 90, 100];
-        let found = |wanted| arch(&known, wanted);
-        assert_eq!(found(80).as_deref(), Some("compute_80"));
-        assert_eq!(found(87).as_deref(), Some("compute_86"));
-        assert_eq!(found(90).as_deref(), Some("compute_90a"));
+        let found = |wanted| arch(&known, wanted, false);
+        for device in [80, 86, 87, 90] {
+            assert_eq!(found(device).as_deref(), Some("compute_80"));
+        }
         assert_eq!(found(103).as_deref(), Some("compute_100"));
-        assert_eq!(arch(&[70, 75], 80), None);
-        assert_eq!(arch(&[80, 90], 120).as_deref(), Some("compute_90"));
+        assert_eq!(arch(&[70, 75], 80, false), None);
+        assert_eq!(arch(&[80, 90], 120, false).as_deref(), Some("compute_90"));
+        assert_eq!(arch(&known, 90, true).as_deref(), Some("compute_90a"));
+        assert_eq!(arch(&[80, 86], 90, true), None);
+        assert_eq!(arch(&known, 100, true), None);
     }
 }

@@ -178,7 +178,6 @@ pub(super) fn prepare<'c, T: Element>(
         ..params
     };
     let call = call.constants(|constants| copies::<T>(constants.config(config), config, addresses, 0));
-    let call = call.constants(|constants| bake_boxes(constants, of_queries));
     Ok(Prepared { call, params, queries: query_tiles, keys: key_tiles, _facts: facts })
 }
 
@@ -267,7 +266,7 @@ pub(super) fn backward<T: Element>(
     let (heads, of_keys) = (config.num_kv_heads(), prepared.keys.tiles);
     let seen = span.rows_of_tiles(config, packing, offsets, tiles.rows());
     let parts = tiles.parts(&seen, heads, cuda.device().multiprocessors);
-    let call = prepared.call.clone().constants(|constants| tiles.bake(constants));
+    let call = prepared.call.again(|constants| tiles.bake(bake_boxes(constants, boxes[0])));
     let mut partial = call.workspace::<f32>((parts.most - 1) * of_keys * heads * tiles.partial_floats(config))?;
     let params = BandBackward { partial: partial.written_by(), part_rows: parts.rows as i32, ..prepared.params };
     let [facts_name, of_queries_name, of_keys_name, add_name] = span.kernels();
@@ -288,7 +287,7 @@ impl GradientTiles {
         let constants =
             constants.with("WARPS", self.warps).with("QUERY_WARPS", self.query_warps).with("KEYS", self.keys);
         let constants = constants.with("QUERY_ROWS", self.query_rows).with("COPIED", self.copied);
-        constants.with("WARPGROUPS", usize::from(self.unit == Unit::Warpgroup))
+        constants.unit(self.unit)
     }
 }
 

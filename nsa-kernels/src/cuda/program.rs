@@ -4,9 +4,13 @@
 //! (`element.cuh` …), `params.cuh` with the kernel's argument structs, made from the Rust structs, and `config.cuh` with the
 //! constants of the call. No header of the CUDA toolkit is needed.
 
+use super::geometry::Unit;
 use super::params::{Cpp, Grad, Stored, Weight};
 use nsa_core::{DType, NsaConfig};
 use std::fmt::Write as _;
+
+/// The constant that says whether warps multiply together.
+const WARPGROUPS: &str = "WARPGROUPS";
 
 /// The headers that kernels share.
 const HEADERS: &[(&str, &str)] = &[
@@ -89,6 +93,16 @@ impl Constants {
     pub fn with_signed(mut self, name: &'static str, value: i64) -> Self {
         self.values.push((name, value));
         self
+    }
+
+    /// With who makes products of matrices.
+    pub(crate) fn unit(self, unit: Unit) -> Self {
+        self.with(WARPGROUPS, usize::from(unit == Unit::Warpgroup))
+    }
+
+    /// Whether warps multiply together, which devices of compute capability 9.0 alone can.
+    pub(super) fn warpgroups(&self) -> bool {
+        self.values.contains(&(WARPGROUPS, 1))
     }
 
     /// With another name of an element type.

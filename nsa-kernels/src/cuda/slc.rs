@@ -122,7 +122,7 @@ pub(crate) fn backward<T: Element>(cuda: &Cuda, args: Backward<'_, T>) -> Result
     let sizes = (tiles.select.queries, config.select_block());
     let boxes = [tiles.keys.boxes(config, false), None];
     let prepared = gradients::prepare(cuda, OP, args, packing.cu_seqlens(), sizes, boxes)?;
-    let call = prepared.call.clone().constants(|constants| tiles.bake(constants));
+    let call = prepared.call.again(|constants| tiles.bake(gradients::bake_boxes(constants, boxes[0])));
     let blocks = prepared.keys.tiles;
     if blocks == 0 {
         return Ok(());
@@ -189,7 +189,7 @@ impl BackwardTiles {
         let constants = constants.with("QUERIES_HELD", usize::from(self.select.held));
         let constants = constants.with("JOINT_PERCENT", self.select.joint_percent);
         let constants = constants.with("QUERIES", self.select.queries).with("QUERY_ROWS", self.keys.query_rows);
-        constants.with("WARPGROUPS", usize::from(self.keys.unit == Unit::Warpgroup))
+        constants.unit(self.keys.unit)
     }
 
     /// Numbers of a work's gradients.
@@ -219,10 +219,10 @@ pub(crate) fn builds(config: &NsaConfig, dtype: DType, unit: Unit) -> Vec<Build>
         ("slc_key_gradients", tiles.of_keys(1).threads, tiles.of_keys(1).shared_bytes),
         ("slc_add_works", ADD_THREADS, 0),
     ];
-    let constants = gradients::bake_boxes(constants, tiles.keys.boxes(config, false));
+    let boxed = gradients::bake_boxes(constants.clone(), tiles.keys.boxes(config, false));
     let launched = |(name, threads, shared_bytes)| Launched { name, threads, shared_bytes };
     let kernels = kernels.map(launched).to_vec();
-    let backward = Build { program: &BACKWARD, constants: tiles.bake(constants.clone()), kernels };
+    let backward = Build { program: &BACKWARD, constants: tiles.bake(boxed), kernels };
     let mut builds = vec![backward, index::build(constants.clone(), works(0).0)];
     builds.extend(turned::builds(config, size, &constants));
     builds

@@ -1,11 +1,11 @@
-//! Rows that come to tiles in boxes, where a device copies so, and end within one.
+//! Rows that come to tiles in boxes, as an H100 copies, and end within one.
 
 use super::pages::numbers;
 use half::bf16;
 use nsa_core::{CompressKind, CuSeqlens, NsaConfig, Packing, index};
 use nsa_kernels::op::{cmp, dense, slc, win};
 use nsa_kernels::{Backend, Buffer, Rows};
-use nsa_tests::sim::on_simulator;
+use nsa_tests::sim::on_an_h100;
 use nsa_tests::{Case, generate};
 
 /// Tokens of the sequences: none fills a tile, and keys of the last one end with their tensor.
@@ -143,7 +143,7 @@ fn assert_apart(op: Op, config: &NsaConfig) -> usize {
 /// addresses that boxes cannot begin at, threads copy, and the bits are the same.
 #[test]
 fn boxes_hold_what_threads_copy() {
-    on_simulator("boxes::boxes_hold_what_threads_copy", || {
+    on_an_h100("boxes::boxes_hold_what_threads_copy", || {
         let config = config([16, 2], [64, 64], 32);
         for op in [Op::Dense, Op::Win, Op::Cmp, Op::Slc] {
             let [boxes, threads] = [0, 1].map(|lead| inputs(lead, |_| true).results(op, &config));

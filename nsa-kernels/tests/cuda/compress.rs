@@ -2,17 +2,17 @@
 
 use super::{assert_cases, assert_op};
 use half::bf16;
-use nsa_core::{CompressKind, CuSeqlens, NsaConfig, NsaConfigBuilder, Packing, index};
+use nsa_core::{CompressKind, CuSeqlens, DType, NsaConfig, NsaConfigBuilder, Packing, index};
 use nsa_kernels::op::compress::{Backward, Phi, PhiGrad, backward};
 use nsa_kernels::{Backend, Buffer};
 use nsa_tests::check::{Op, compress_inputs};
 use nsa_tests::generate::Side;
-use nsa_tests::sim::on_simulator;
+use nsa_tests::sim::on_an_a100;
 use nsa_tests::{Case, Kind};
 
 #[test]
 fn cases() {
-    on_simulator("compress::cases", || assert_op(Op::Compress));
+    on_an_a100("compress::cases", || assert_op(Op::Compress));
 }
 
 fn config(kv_heads: usize, [l, d]: [usize; 2], kind: CompressKind) -> NsaConfigBuilder {
@@ -44,7 +44,7 @@ fn odd_cases() -> Vec<Case> {
 
 #[test]
 fn odd_shapes() {
-    on_simulator("compress::odd_shapes", || assert_cases(Op::Compress, odd_cases()));
+    on_an_a100("compress::odd_shapes", || assert_cases(Op::Compress, &odd_cases(), &[DType::F32, DType::Bf16]));
 }
 
 /// Tokens behind the last block of a sequence are NaN, and nothing shows it.
@@ -65,7 +65,7 @@ fn tokens_of_no_block_are_not_read() {
         assert_eq!((planted.x, planted.position), (grads.x, grads.position), "{}", case.name);
         assert_eq!(planted.weights, grads.weights, "{}", case.name);
     }
-    on_simulator("compress::tokens_of_no_block_are_not_read", || {
+    on_an_a100("compress::tokens_of_no_block_are_not_read", || {
         let backend = Backend::cuda(0).expect("the simulator");
         for case in odd_cases() {
             check::<f32>(&backend, &case);
@@ -124,7 +124,7 @@ fn gradients_are_added() {
         targets.iter().map(read).collect()
     }
 
-    on_simulator("compress::gradients_are_added", || {
+    on_an_a100("compress::gradients_are_added", || {
         let backend = Backend::cuda(0).expect("the simulator");
         let (alone, added) = (grads(&backend, 0.0), grads(&backend, 0.5));
         for (i, (alone, added)) in alone.iter().flatten().zip(added.iter().flatten()).enumerate() {

@@ -1,6 +1,6 @@
 //! Decoding steps on the simulator.
 
-use super::{assert_few_bytes, assert_op, counted, paper};
+use super::{assert_few_bytes, assert_large_op, counted, paper};
 use half::bf16;
 use nsa_core::{DType, NsaConfigBuilder, index};
 use nsa_kernels::cuda::decode::{Capacity, Workspace};
@@ -8,18 +8,18 @@ use nsa_kernels::cuda::graph::Graph;
 use nsa_kernels::{Backend, op};
 use nsa_tests::check::{self, Op};
 use nsa_tests::operator::{self, Inputs};
-use nsa_tests::sim::{BITS, on_simulator};
+use nsa_tests::sim::{BITS, on_an_a100, on_simulator};
 use nsa_tests::{Case, decode};
 
 #[test]
 fn cases() {
-    on_simulator("decode::cases", || assert_op(Op::Decode));
+    on_an_a100("decode::cases", || assert_large_op(Op::Decode));
 }
 
 /// Batches of contexts from one token to thousands, from pages as long as selection blocks and longer.
 #[test]
 fn long_contexts() {
-    on_simulator("decode::long_contexts", || {
+    on_an_a100("decode::long_contexts", || {
         let backend = Backend::cuda(0).expect("the simulator");
         for (name, config, length, dtype, page_rows) in [
             ("long-group-16", paper(16, 1, 128, 128), 4500, DType::Bf16, 64),

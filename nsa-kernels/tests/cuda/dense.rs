@@ -1,17 +1,30 @@
 //! Full attention on the simulator: whole sequences, and single queries, whose keys are cut into chunks.
 
-use super::{assert_few_bytes, assert_op, counted, paper};
+use super::{IN_EVERY_TYPE, IN_F32, assert_cases, assert_few_bytes, counted, paper, table};
 use half::{bf16, f16};
-use nsa_core::NsaConfigBuilder;
+use nsa_core::{DType, NsaConfigBuilder};
 use nsa_kernels::Backend;
 use nsa_tests::check::{self, Op};
 use nsa_tests::decode::take_dense;
-use nsa_tests::sim::{BITS, on_simulator};
+use nsa_tests::sim::{BITS, on_an_a100, on_simulator};
 use nsa_tests::{Case, Kind};
+use std::collections::HashMap;
 
 #[test]
 fn cases() {
-    on_simulator("dense::cases", || assert_op(Op::Dense));
+    on_simulator("dense::cases", || {
+        // Full attention has no blocks: of the same heads and dims, cases with the first one's suffice.
+        let mut blocks = HashMap::new();
+        let mut cases = table(None);
+        cases.retain(|Case { config, .. }| {
+            let dims = [config.group_size(), config.head_dim_qk(), config.head_dim_v()];
+            let of_case = [config.compress_stride(), config.select_block(), config.select_count(), config.window()];
+            *blocks.entry(dims).or_insert(of_case) == of_case
+        });
+        assert_cases(Op::Dense, &cases, &[DType::Bf16]);
+        assert_cases(Op::Dense, &table(Some(&IN_EVERY_TYPE)), &[DType::F16, DType::F32]);
+        assert_cases(Op::Dense, &table(Some(&IN_F32)), &[DType::F32]);
+    });
 }
 
 /// Queries `from..to` of sequence `s` for each `(s, from, to)`.
@@ -29,7 +42,7 @@ fn assert_steps<T: Kind>(name: &str, config: NsaConfigBuilder, lengths: &[usize]
 /// them are joined at once.
 #[test]
 fn single_queries() {
-    on_simulator("dense::single_queries", || {
+    on_an_a100("dense::single_queries", || {
         let long: Chunks<'_> = &[(0, 4499, 4500), (0, 4095, 4096), (1, 299, 300)];
         assert_steps::<bf16>("lone-group-16", paper(16, 1, 128, 128), &[4500, 300], long);
         // Chunks of 64 keys, 265 of them: joined three times.
@@ -50,7 +63,7 @@ fn single_queries() {
 /// The bits of a query's o and lse depend on no other sequence.
 #[test]
 fn single_queries_beside_others() {
-    on_simulator("dense::single_queries_beside_others", || {
+    on_an_a100("dense::single_queries_beside_others", || {
         let backend = Backend::cuda(0).expect("the simulator");
         let case = Case::new("lone-beside", paper(8, 2, 32, 16), [1700, 300]);
         let forward = |chunks: Chunks<'_>| {

@@ -6,7 +6,7 @@ use nsa_core::{DType, Element, Real};
 use nsa_kernels::layer::{adamw, add, copy, cross_entropy, embedding, linear, rmsnorm, rope, round, sigmoid, swiglu};
 use nsa_kernels::{Backend, Buffer, Isa};
 use nsa_tests::compare::Compared;
-use nsa_tests::sim::{BITS, on_simulator};
+use nsa_tests::sim::{BITS, on_an_a100};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -363,7 +363,7 @@ fn check_loss<T: Element>() {
 
 #[test]
 fn each_element_by_itself() {
-    on_simulator("layer::each_element_by_itself", || {
+    on_an_a100("layer::each_element_by_itself", || {
         for shape in SHAPES {
             check!(elementwise(shape));
         }
@@ -372,7 +372,7 @@ fn each_element_by_itself() {
 
 #[test]
 fn norms() {
-    on_simulator("layer::norms", || {
+    on_an_a100("layer::norms", || {
         for shape in [[0, 8], [1, 1], [5, 33], [70, 128], [3, 1032], [130, 300]] {
             check!(norm(shape, shape[0] % 2 == 1));
         }
@@ -381,7 +381,7 @@ fn norms() {
 
 #[test]
 fn rotations() {
-    on_simulator("layer::rotations", || {
+    on_an_a100("layer::rotations", || {
         check!(rotated(9, 3, 64));
         check!(rotated(4, 2, 6));
         check!(rotated(0, 2, 16));
@@ -410,7 +410,7 @@ fn check_copies<T: Element>() {
 
 #[test]
 fn copies() {
-    on_simulator("layer::copies", || {
+    on_an_a100("layer::copies", || {
         check_copies::<f32>();
         check_copies::<bf16>();
     });
@@ -418,7 +418,7 @@ fn copies() {
 
 #[test]
 fn embeddings() {
-    on_simulator("layer::embeddings", || {
+    on_an_a100("layer::embeddings", || {
         check!(embedded(0, 8));
         check!(embedded(7, 5));
         check!(embedded(300, 24));
@@ -427,7 +427,7 @@ fn embeddings() {
 
 #[test]
 fn optimizers() {
-    on_simulator("layer::optimizers", || {
+    on_an_a100("layer::optimizers", || {
         let (paths, cuda) = (paths(), Backend::cuda(0).expect("the simulator"));
         for count in [0, 1, 7, 40_003] {
             let models: Vec<_> = paths.iter().map(|path| optimizer(path, true, count)).collect();
@@ -443,7 +443,7 @@ fn optimizers() {
 
 #[test]
 fn products() {
-    on_simulator("layer::products", || {
+    on_an_a100("layer::products", || {
         check_linear!(f32, f32);
         check_linear!(bf16, bf16);
         check_linear!(f16, f16);
@@ -454,7 +454,7 @@ fn products() {
 
 #[test]
 fn losses() {
-    on_simulator("layer::losses", || {
+    on_an_a100("layer::losses", || {
         check_loss::<f32>();
         check_loss::<bf16>();
         check_loss::<f16>();
@@ -463,7 +463,7 @@ fn losses() {
 
 #[test]
 fn what_is_not_there_is_an_error() {
-    on_simulator("layer::what_is_not_there_is_an_error", || {
+    on_an_a100("layer::what_is_not_there_is_an_error", || {
         let (cuda, cpu) = (Backend::cuda(0).expect("the simulator"), Backend::pick(Some("cpu")).unwrap().0);
         let message = |result: nsa_kernels::Result<()>| result.unwrap_err().to_string();
         let (x, mut y) = (cpu.alloc::<f32>(6), cuda.alloc::<f32>(6));

@@ -14,35 +14,57 @@ use half::bf16;
 use nsa_core::{CompressKind, DType, NsaConfig, NsaConfigBuilder};
 use nsa_kernels::Backend;
 use nsa_tests::check::{self, Op};
-use nsa_tests::sim::{self, BITS, on_simulator};
+use nsa_tests::sim::{self, BITS, on_an_a100, on_an_h100, on_simulator};
 use nsa_tests::{Case, case, ties};
 
-/// The types that GPUs compute.
-const DTYPES: [DType; 3] = [DType::F32, DType::Bf16, DType::F16];
-
-/// Cases that run in f16 too, whose kernels differ from those in bf16 by their conversions alone. Compiling kernels is most of these
-/// tests' time; `cargo xtask check --full` has every case in every type.
-const IN_HALVES: [&str; 8] =
+/// Cases of the table that run in every type; the others run in bf16. Compiling kernels is most of these tests' time, and those of f16
+/// differ from those of bf16 by their conversions alone; `cargo xtask check --full` has every case in every type.
+const IN_EVERY_TYPE: [&str; 8] =
     ["ragged", "group-16", "odd-sizes", "dims-64", "dims-128", "sharp", "far-group-2", "blocks-of-many-steps"];
+/// Cases of the table that run in f32 too, whose tiles are others.
+const IN_F32: [&str; 5] = ["1025", "dims-192-128", "dims-256", "all-blocks", "far-group-1"];
+/// Cases that run in every type of operations that are made of others, or whose kernels are the largest.
+const FEW_IN_EVERY_TYPE: [&str; 3] = ["ragged", "dims-64", "far-group-2"];
 
-/// Every case of an operation.
+/// The table, or its cases of these names.
+fn table(names: Option<&[&str]>) -> Vec<Case> {
+    let cases = case::cases().into_iter().filter(|case| names.is_none_or(|names| names.contains(&case.name.as_str())));
+    let cases: Vec<_> = cases.collect();
+    assert!(names.is_none_or(|names| names.len() == cases.len()), "no case is missing");
+    cases
+}
+
+/// The cases of an operation.
 fn assert_op(op: Op) {
-    let cases = case::cases();
-    let in_halves: Vec<_> = cases.iter().filter(|case| IN_HALVES.contains(&case.name.as_str())).cloned().collect();
-    assert_eq!(in_halves.len(), IN_HALVES.len());
-    let backend = Backend::cuda(0).expect("the simulator");
-    assert_cases_on(&backend, op, &cases, &[DType::F32, DType::Bf16]);
-    assert_cases_on(&backend, op, &in_halves, &[DType::F16]);
+    assert_cases(op, &table(None), &[DType::Bf16]);
+    assert_cases(op, &table(Some(&IN_EVERY_TYPE)), &[DType::F16, DType::F32]);
+    assert_cases(op, &table(Some(&IN_F32)), &[DType::F32]);
 }
 
-fn assert_cases(op: Op, cases: Vec<Case>) {
-    assert_cases_on(&Backend::cuda(0).expect("the simulator"), op, &cases, &DTYPES);
+/// The cases of an operation, few of them in other types than bf16.
+fn assert_large_op(op: Op) {
+    assert_cases(op, &table(None), &[DType::Bf16]);
+    assert_cases(op, &table(Some(&FEW_IN_EVERY_TYPE)), &[DType::F16, DType::F32]);
 }
 
+fn assert_cases(op: Op, cases: &[Case], dtypes: &[DType]) {
+    assert_cases_on(&Backend::cuda(0).expect("the simulator"), op, cases, dtypes);
+}
+
+/// Whether the kernels for a case are those of all devices up to 9.0: it has its own for types and dims that its warps multiply
+/// together.
+fn shared_by_devices(case: &Case, dtype: DType) -> bool {
+    let dims = [case.config.head_dim_qk(), case.config.head_dim_v()];
+    dtype == DType::F32 || dims.iter().any(|dim| !dim.is_multiple_of(64))
+}
+
+/// Checks the cases whose kernels the device does not share with one that checks them already.
 fn assert_cases_on(backend: &Backend, op: Op, cases: &[Case], dtypes: &[DType]) {
+    let Backend::Cuda(cuda) = backend else { panic!("a CUDA device") };
+    let again = cuda.device().capability == (9, 0);
     let mut red = Vec::new();
     for &dtype in dtypes {
-        for case in cases {
+        for case in cases.iter().filter(|case| !again || !shared_by_devices(case, dtype)) {
             let report = check::check(op, case, dtype, backend);
             println!("{BITS}{op} {} {dtype}: {:016x}", case.name, report.bits());
             red.extend(report.failures().into_iter().map(|failure| format!("{op} {} {dtype}: {failure}", case.name)));
@@ -95,7 +117,8 @@ fn wide_groups() {
     on_simulator("wide_groups", || {
         for op in [Op::Cmp, Op::Slc, Op::Win, Op::Dense] {
             let config = paper(70, 1, 64, 64).compress_block(8).compress_stride(4).select_block(16).window(24);
-            assert_cases(op, vec![Case::new("group-70", config.select_count(3), [70])]);
+            let case = Case::new("group-70", config.select_count(3), [70]);
+            assert_cases(op, &[case], &[DType::F32, DType::Bf16]);
         }
     });
 }
@@ -104,27 +127,26 @@ fn wide_groups() {
 #[test]
 fn parts_of_tiles() {
     on_simulator("parts_of_tiles", || {
-        let backend = Backend::cuda(0).expect("the simulator");
         let config = || paper(16, 1, 64, 64).compress_block(8).compress_stride(4).select_block(16).window(65);
         for (op, longest) in [(Op::Dense, 128), (Op::Win, 128), (Op::Cmp, 135)] {
-            let cases = [Case::new("parts", config().select_count(3), [longest, 40, 3])];
-            assert_cases_on(&backend, op, &cases, &[DType::Bf16]);
+            let case = Case::new("parts", config().select_count(3), [longest, 40, 3]);
+            assert_cases(op, &[case], &[DType::Bf16]);
         }
     });
 }
 
-/// Groups whose queries walk over the union of their blocks together, where the device has warpgroups: four queries, eight, seven
+/// Groups whose queries walk over the union of their blocks together: four queries, eight, seven
 /// and one row that is none, one of two tiles.
 #[test]
 fn unions_of_lists() {
-    on_simulator("unions_of_lists", || {
+    on_an_h100("unions_of_lists", || {
         let config =
             |heads, block| paper(heads, 1, 64, 64).compress_block(8).compress_stride(4).select_block(block).window(24);
         let case = |heads, block, lengths: &[usize]| {
             Case::new(format!("group-{heads}"), config(heads, block).select_count(3), lengths.to_vec())
         };
-        let cases = vec![case(16, 64, &[270, 45]), case(8, 32, &[120]), case(9, 32, &[100]), case(70, 32, &[100])];
-        assert_cases(Op::Slc, cases);
+        let cases = [case(16, 64, &[270, 45]), case(8, 32, &[120]), case(9, 32, &[100]), case(70, 32, &[100])];
+        assert_cases(Op::Slc, &cases, &[DType::Bf16]);
     });
 }
 
@@ -138,12 +160,16 @@ fn importance_over_heads() {
             let config = paper(heads, 1, 64, 64).compress_block(8).compress_stride(4).select_block(16).window(24);
             Case::new(format!("group-{heads}"), config.select_count(6), lengths.to_vec())
         };
-        assert_cases(
-            Op::Cmp,
-            vec![case(8, &[120, 35]), case(16, &[130]), case(16, &[5]), case(32, &[100]), case(7, &[300, 260])],
-        );
         let apart = paper(7, 1, 64, 64).compress_block(8).compress_stride(8).select_block(8).window(24);
-        assert_cases(Op::Cmp, vec![Case::new("apart", apart.select_count(6), [400, 35])]);
+        let cases = [
+            case(8, &[120, 35]),
+            case(16, &[130]),
+            case(16, &[5]),
+            case(32, &[100]),
+            case(7, &[300, 260]),
+            Case::new("apart", apart.select_count(6), [400, 35]),
+        ];
+        assert_cases(Op::Cmp, &cases, &[DType::F32, DType::Bf16]);
     });
 }
 
@@ -152,13 +178,14 @@ fn importance_over_heads() {
 fn scores_in_memory() {
     on_simulator("scores_in_memory", || {
         let config = paper(1, 1, 64, 64).compress_block(2).compress_stride(1).select_block(4).window(8);
-        assert_cases(Op::Cmp, vec![Case::new("scores-in-memory", config.select_count(5), [880])]);
+        let case = Case::new("scores-in-memory", config.select_count(5), [880]);
+        assert_cases(Op::Cmp, &[case], &[DType::F32, DType::Bf16]);
     });
 }
 
 #[test]
 fn gate() {
-    on_simulator("gate", || assert_op(Op::Gate));
+    on_an_a100("gate", || assert_op(Op::Gate));
 }
 
 #[test]
@@ -192,5 +219,5 @@ fn win() {
 
 #[test]
 fn nsa() {
-    on_simulator("nsa", || assert_op(Op::Nsa));
+    on_simulator("nsa", || assert_large_op(Op::Nsa));
 }

@@ -2,11 +2,13 @@
 //! that are none.
 
 use super::slc::{UNLIMITED, device};
-use super::{BITS, DTYPES, assert_cases_on, counted, slc};
+use super::{BITS, assert_cases_on, counted, slc};
 use nsa_core::{CompressKind, DType, NsaConfig};
 use nsa_tests::check::{self, Op};
-use nsa_tests::sim::on_simulator;
+use nsa_tests::sim::on_an_a100;
 use nsa_tests::{Case, case, generate};
+
+const DTYPES: [DType; 3] = [DType::F32, DType::Bf16, DType::F16];
 
 /// Blocks so small that 250 tokens have many more than a query selects; a group of one head makes do with fewer.
 fn config(heads: usize, groups: usize) -> NsaConfig {
@@ -60,7 +62,7 @@ fn cases_are_turned() {
 /// queries are sums.
 #[test]
 fn runs_of_queries() {
-    on_simulator("turned::runs_of_queries", || {
+    on_an_a100("turned::runs_of_queries", || {
         let (backend, cuda) = device();
         for case in cases() {
             cuda.limit_shares(share_bytes(&case.config, 192));
@@ -74,7 +76,7 @@ fn runs_of_queries() {
 /// Runs change no bit, and take no more memory than they may.
 #[test]
 fn runs_change_no_bit() {
-    on_simulator("turned::runs_change_no_bit", || {
+    on_an_a100("turned::runs_change_no_bit", || {
         for config in [config(2, 2), config(4, 2), config(8, 2)] {
             let lists = lists(&config, 250);
             let (all, _) = forward(&config, &[(250, 0)], &lists, UNLIMITED);
@@ -94,7 +96,7 @@ fn runs_change_no_bit() {
 /// A sequence's queries behind a context get the bits that they have as part of the whole sequence, beside another one too.
 #[test]
 fn contexts_change_no_bit() {
-    on_simulator("turned::contexts_change_no_bit", || {
+    on_an_a100("turned::contexts_change_no_bit", || {
         let config = config(8, 2);
         let of_query = config.num_kv_heads() * config.select_count();
         let lists = lists(&config, 250);
@@ -115,7 +117,7 @@ fn contexts_change_no_bit() {
 /// What is no list ends where it stops being one: a block twice, one of the past, of the future, of no sequence, negative ones.
 #[test]
 fn lists_end_where_they_are_none() {
-    on_simulator("turned::lists_end_where_they_are_none", || {
+    on_an_a100("turned::lists_end_where_they_are_none", || {
         let config = config(4, 2);
         let legal = lists(&config, 250);
         let (mut broken, mut cut) = (legal.clone(), legal);

@@ -8,7 +8,7 @@ use nsa_kernels::cuda::workspace::Workspace;
 use nsa_kernels::op::compress::{Phi, PhiGrad};
 use nsa_kernels::op::{compress, dense, nsa};
 use nsa_kernels::{Backend, Buffer, Result, Rows, Tensor, TensorMut};
-use nsa_tests::sim::on_simulator;
+use nsa_tests::sim::on_an_a100;
 
 /// Keys of the branches cmp, slc, win, or values; then the weight of φ.
 struct Side {
@@ -232,7 +232,7 @@ fn bits(all: &[f64]) -> Vec<u64> {
 /// and in a workspace that has been lent to other shapes before.
 #[test]
 fn the_operator_is_recorded() {
-    on_simulator("workspace::the_operator_is_recorded", || {
+    on_an_a100("workspace::the_operator_is_recorded", || {
         let (backend, cuda) = device();
         let mut operator = Operator::new(&backend, &[355, 0, 1, 20]);
         operator.run().expect("runs");
@@ -261,7 +261,7 @@ fn the_operator_is_recorded() {
 /// What a workspace lacks is not made while it is recorded.
 #[test]
 fn recording_needs_a_workspace_of_its_size() {
-    on_simulator("workspace::recording_needs_a_workspace_of_its_size", || {
+    on_an_a100("workspace::recording_needs_a_workspace_of_its_size", || {
         let (backend, cuda) = device();
         let mut operator = Operator::new(&backend, &[40]);
         operator.run().expect("compiled");
@@ -276,7 +276,7 @@ fn recording_needs_a_workspace_of_its_size() {
 /// A decoding step of full attention.
 #[test]
 fn a_single_query_is_recorded() {
-    on_simulator("workspace::a_single_query_is_recorded", || {
+    on_an_a100("workspace::a_single_query_is_recorded", || {
         let (backend, cuda) = device();
         let config = NsaConfig::builder(8, 2, 40, 24).compress_kind(CompressKind::Mean).build().expect("valid");
         let packing = Packing::with_contexts(CuSeqlens::single(1).expect("short"), vec![2999]).expect("short");

@@ -4,7 +4,7 @@ use super::index::{self, Index, Lists, SlcIndex, Works};
 use crate::Result;
 use crate::cuda::ahead::{Build, Launched};
 use crate::cuda::attention::{self, BandForward};
-use crate::cuda::geometry::{Geometry, TurnedTiles, extents};
+use crate::cuda::geometry::{Geometry, TurnedTiles, Unit, extents};
 use crate::cuda::gradients::{self, BandBackward};
 use crate::cuda::launch::Call;
 use crate::cuda::params::{In, Out, Params, params};
@@ -121,7 +121,7 @@ fn works(tiles: TurnedTiles) -> Works {
 
 /// With the sizes of tiles of gradients; shared headers have more than these kernels read.
 fn bake_gradients(tiles: TurnedTiles, constants: Constants) -> Constants {
-    tiles.bake(constants).with("QUERY_ROWS", 16).with("WARPGROUPS", 0)
+    gradients::bake_boxes(tiles.bake(constants), None).with("QUERY_ROWS", 16).unit(Unit::Warp)
 }
 
 impl TurnedTiles {
