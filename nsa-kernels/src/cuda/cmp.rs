@@ -1,15 +1,16 @@
 //! Compressed attention, importance and selection.
 
-use super::Cuda;
 use super::attention::{self, BandForward};
-use super::geometry::{BandTiles, KeptScores};
+use super::geometry::{BandTiles, Geometry, KeptScores};
 use super::gradients::{self, Span};
 use super::params::{Out, Params, params};
 use super::program::Program;
+use super::workspace::{Needs, Places};
+use super::{Cuda, Device};
 use crate::op::Gating;
 use crate::op::cmp::{Backward, Forward};
 use crate::{Element, Result};
-use nsa_core::index;
+use nsa_core::{NsaConfig, Packing, index};
 
 /// The kernel of the forward.
 pub(crate) static FORWARD: Program = Program {
@@ -41,16 +42,8 @@ pub(crate) fn forward<T: Element>(cuda: &Cuda, args: Forward<'_, T>) -> Result<(
     let prepared = attention::prepare(cuda, OP, args, tiles.queries)?;
     let common = prepared.params_of(config, tiles.unit.key_boxes(tiles.keys))?;
     let call = prepared.call;
-    let most = packing.seqs().map(|seq| index::num_blocks(config, seq.end())).max().unwrap_or(0);
-    let device = cuda.device();
-    let kept = KeptScores::new(config, tiles, most, (device.multiprocessors, device.shared_bytes));
-    let mut geometry = tiles.geometry(prepared.sequences.tiles, config.num_kv_heads());
-    geometry.shared_bytes = kept.shared_bytes as u32;
-    if kept.slots > 0 {
-        geometry.grid[0] = geometry.grid[0].min(kept.slots as u64);
-    }
-    let slots = if kept.slots > 0 { geometry.grid[0] as usize } else { 0 };
-    let mut scores = call.workspace::<f32>(slots * kept.floats)?;
+    let (kept, geometry) = keep(config, packing, tiles, cuda.device());
+    let mut scores = call.workspace::<f32>(floats_in_memory(&kept, geometry))?;
     let params = CmpForward {
         common,
         block_indices: call.optional_output("block_indices", block_indices.as_mut())?,
@@ -60,6 +53,35 @@ pub(crate) fn forward<T: Element>(cuda: &Cuda, args: Forward<'_, T>) -> Result<(
     };
     let call = call.constants(|constants| kept.bake(constants));
     call.launch(&FORWARD, "cmp_forward", geometry, params)
+}
+
+/// How scores are kept, and what is launched.
+fn keep(config: &NsaConfig, packing: &Packing, tiles: BandTiles, device: &Device) -> (KeptScores, Geometry) {
+    let most = packing.seqs().map(|seq| index::num_blocks(config, seq.end())).max().unwrap_or(0);
+    let kept = KeptScores::new(config, tiles, most, (device.multiprocessors, device.shared_bytes));
+    let of_queries = packing.seqs().map(|seq| seq.rows.len().div_ceil(tiles.queries)).sum();
+    let mut geometry = tiles.geometry(of_queries, config.num_kv_heads());
+    geometry.shared_bytes = kept.shared_bytes as u32;
+    if kept.slots > 0 {
+        geometry.grid[0] = geometry.grid[0].min(kept.slots as u64);
+    }
+    (kept, geometry)
+}
+
+/// Scores that are kept in the workspace.
+fn floats_in_memory(kept: &KeptScores, geometry: Geometry) -> usize {
+    if kept.slots > 0 { geometry.grid[0] as usize * kept.floats } else { 0 }
+}
+
+/// What [`forward`] takes of a workspace.
+pub(super) fn forward_places(needs: &Needs<'_>) -> Places {
+    let Needs { device, config, packing, .. } = needs;
+    let (tiles, mut places) = (BandTiles::compressed(config, needs.size(), needs.unit()), Places::default());
+    if tiles.queries > 0 {
+        let (kept, geometry) = keep(config, packing, tiles, device);
+        places.take_of::<f32>(floats_in_memory(&kept, geometry));
+    }
+    places
 }
 
 pub(crate) fn backward<T: Element>(cuda: &Cuda, args: Backward<'_, T>) -> Result<()> {

@@ -8,9 +8,26 @@ mod sum;
 
 use super::Cuda;
 use super::ahead::Build;
+use super::workspace::{Needs, PhiParts, Places};
 use crate::op::compress::{Backward, Forward, Phi};
 use crate::{Element, Result};
-use nsa_core::{DType, NsaConfig};
+use nsa_core::{CompressKind, DType, NsaConfig};
+
+/// What [`forward`] takes of a workspace.
+pub(super) fn forward_places(needs: &Needs<'_>, dim: usize, given: PhiParts) -> Places {
+    match needs.config.compress_kind() {
+        CompressKind::Mean | CompressKind::Weighted => sum::forward_places(needs, dim),
+        CompressKind::Linear | CompressKind::Mlp => matrix::forward_places(needs, dim, given),
+    }
+}
+
+/// What [`backward`] takes of a workspace.
+pub(super) fn backward_places(needs: &Needs<'_>, dim: usize, given: PhiParts) -> Places {
+    match needs.config.compress_kind() {
+        CompressKind::Mean | CompressKind::Weighted => sum::backward_places(needs, dim, given),
+        CompressKind::Linear | CompressKind::Mlp => matrix::backward_places(needs, dim, given),
+    }
+}
 
 /// What φ of every kind runs.
 pub(crate) fn builds(config: &NsaConfig, dtype: DType) -> Vec<Build> {

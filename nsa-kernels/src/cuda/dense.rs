@@ -1,12 +1,13 @@
 //! Full causal attention.
 
-use super::Cuda;
 use super::attention::{self, BandForward, Prepared};
 use super::geometry::BandTiles;
 use super::geometry::step::StepTiles;
 use super::gradients::{self, Span};
 use super::params::{Out, Params, params};
 use super::program::Program;
+use super::workspace::{Needs, Places};
+use super::{Cuda, Device};
 use crate::op::Gating;
 use crate::op::dense::{Backward, Forward};
 use crate::{Element, Result};
@@ -43,7 +44,7 @@ pub(crate) fn forward<T: Element>(cuda: &Cuda, args: Forward<'_, T>) -> Result<(
     const OP: &str = "dense::forward";
     let Forward { config, packing, q, k, v, o, lse } = args;
     let step = StepTiles::new(config, size_of::<T>(), false);
-    let lone = |queries: usize| queries == 1 && step.fits(cuda.device().shared_bytes);
+    let lone = |queries: usize| is_step(&step, queries, cuda.device());
     let chunks_of = |keys: usize, queries: usize| if lone(queries) { step.splits(keys) } else { 0 };
     let args = attention::Forward { config, packing, q, k: ("k", k), v: ("v", v), o, lse };
     if packing.seqs().all(|seq| seq.rows.is_empty() || lone(seq.rows.len())) {
@@ -59,16 +60,41 @@ pub(crate) fn forward<T: Element>(cuda: &Cuda, args: Forward<'_, T>) -> Result<(
     Ok(())
 }
 
+/// Whether a sequence of so many queries is cut into chunks of its keys.
+fn is_step(tiles: &StepTiles, queries: usize, device: &Device) -> bool {
+    queries == 1 && tiles.fits(device.shared_bytes)
+}
+
+/// Numbers of shares, their statistics, and those that count what has come, of so many chunks.
+fn step_lens(config: &NsaConfig, tiles: &StepTiles, chunks: usize) -> [usize; 3] {
+    let heads = chunks * config.num_heads();
+    [heads * config.head_dim_v(), heads * 2, chunks * config.num_kv_heads() * tiles.group_parts(config)]
+}
+
+/// What [`forward`] takes of a workspace.
+pub(super) fn forward_places(needs: &Needs<'_>) -> Places {
+    let Needs { device, config, packing, .. } = needs;
+    let (tiles, mut places) = (StepTiles::new(config, needs.size(), false), Places::default());
+    let lone = |queries: usize| is_step(&tiles, queries, device);
+    let all = packing.seqs().all(|seq| seq.rows.is_empty() || lone(seq.rows.len()));
+    if all || packing.seqs().any(|seq| lone(seq.rows.len())) {
+        let chunks = packing.seqs().filter(|seq| lone(seq.rows.len())).map(|seq| tiles.splits(seq.end())).sum();
+        for len in step_lens(config, &tiles, chunks) {
+            places.take_of::<f32>(len);
+        }
+    }
+    places
+}
+
 /// Launches `dense_step` over the chunks that are prepared.
 fn launch_step<T: Element>(cuda: &Cuda, config: &NsaConfig, tiles: StepTiles, prepared: Prepared<'_>) -> Result<()> {
     let (chunks, size, device) = (prepared.sequences.tiles, size_of::<T>(), cuda.device());
     let blocks = tiles.geometry(config, chunks, 0).grid[0];
     let tiles = if blocks <= device.multiprocessors as u64 { tiles.alone(device.shared_bytes) } else { tiles };
     let (call, common) = (&prepared.call, prepared.params);
-    let heads = chunks * config.num_heads();
-    let mut shares = call.workspace::<f32>(heads * config.head_dim_v())?;
-    let mut statistics = call.workspace::<f32>(heads * 2)?;
-    let mut arrived = call.zeros::<u32>(chunks * config.num_kv_heads() * tiles.group_parts(config))?;
+    let [of_shares, of_statistics, of_arrived] = step_lens(config, &tiles, chunks);
+    let (mut shares, mut statistics) = (call.workspace::<f32>(of_shares)?, call.workspace::<f32>(of_statistics)?);
+    let mut arrived = call.zeros::<u32>(of_arrived)?;
     let params = DenseStep {
         common,
         shares: shares.written_by(),

@@ -8,7 +8,7 @@ pub(crate) mod step;
 mod turned;
 
 pub(crate) use band::{BandTiles, KeptScores};
-pub(crate) use gradients::GradientTiles;
+pub(crate) use gradients::{GradientTiles, Parts};
 pub(crate) use select::SelectTiles;
 pub(crate) use turned::{Extent, TurnedTiles, extents};
 

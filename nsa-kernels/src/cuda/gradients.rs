@@ -1,14 +1,14 @@
 //! Gradients of the branches on the host: what they share, and those of `dense`, `win` and `cmp`.
 
-use super::Cuda;
 use super::ahead::{Build, Launched};
 use super::attention::{Sequences, copies, packed_sequences, unsupported};
-use super::geometry::{Geometry, GradientTiles, Unit};
+use super::geometry::{Geometry, GradientTiles, Parts, Unit};
 use super::launch::Call;
 use super::params::{Field, In, Out, Params, Stored, params};
 use super::program::{Constants, Program};
 use super::tensor_map::{Boxes, TensorMap};
-use super::workspace::Scratch;
+use super::workspace::{Needs, Places, Scratch};
+use super::{Cuda, Device};
 use crate::op::Gating;
 use crate::{Element, Result, Tensor, TensorMut};
 use nsa_core::{CuSeqlens, DType, NsaConfig, Packing, Seq, index};
@@ -247,6 +247,51 @@ impl Span {
     }
 }
 
+/// The tiles of keys of a call, and their parts.
+struct Cut {
+    tiles: GradientTiles,
+    /// Tiles of keys, a KV head.
+    count: usize,
+    parts: Parts,
+}
+
+impl Cut {
+    /// For elements of `size` bytes, of sequences whose keys lie as `offsets` says.
+    fn new(
+        span: Span,
+        (config, packing): (&NsaConfig, &Packing),
+        offsets: &CuSeqlens,
+        size: usize,
+        device: &Device,
+    ) -> Self {
+        let tiles = GradientTiles::banded(config, size, Unit::of(device.capability));
+        let seen = span.rows_of_tiles(config, packing, offsets, tiles.rows());
+        let parts = tiles.parts(&seen, config.num_kv_heads(), device.multiprocessors);
+        Self { tiles, count: seen.len(), parts }
+    }
+
+    /// Numbers of what parts after the first of their tiles leave.
+    fn partial_floats(&self, config: &NsaConfig) -> usize {
+        (self.parts.most - 1) * self.count * config.num_kv_heads() * self.tiles.partial_floats(config)
+    }
+}
+
+/// What every backward takes of a workspace.
+pub(super) fn places_of_facts(needs: &Needs<'_>) -> Places {
+    let mut places = Places::default();
+    places.take_of::<RowFacts>(needs.packing.num_tokens() * needs.config.num_heads());
+    places
+}
+
+/// What [`backward`] takes of a workspace.
+pub(super) fn places(needs: &Needs<'_>, span: Span, offsets: &CuSeqlens) -> Places {
+    let Needs { device, config, packing, .. } = needs;
+    let mut places = places_of_facts(needs);
+    let cut = Cut::new(span, (config, packing), offsets, needs.size(), device);
+    places.take_of::<f32>(cut.partial_floats(config));
+    places
+}
+
 /// Gradients of an operation whose queries see a run of keys each; sequences' keys lie as `offsets` says.
 pub(super) fn backward<T: Element>(
     cuda: &Cuda,
@@ -256,18 +301,17 @@ pub(super) fn backward<T: Element>(
     offsets: &CuSeqlens,
 ) -> Result<()> {
     let (config, packing) = (args.config, args.packing);
-    let tiles = GradientTiles::banded(config, size_of::<T>(), cuda.unit());
+    let cut = Cut::new(span, (config, packing), offsets, size_of::<T>(), cuda.device());
+    let Cut { tiles, count: of_keys, parts } = cut;
     if tiles.queries == 0 || tiles.shared_bytes() > cuda.device().shared_bytes {
         let what = format!("{} query heads a KV head with these dims", config.group_size());
         return Err(unsupported(cuda, op, &what, "use the backend `cpu`"));
     }
     let boxes = [tiles.boxes(config, true), tiles.unit.key_boxes(tiles.keys)];
     let prepared = prepare(cuda, op, args, offsets, (tiles.queries, tiles.rows()), boxes)?;
-    let (heads, of_keys) = (config.num_kv_heads(), prepared.keys.tiles);
-    let seen = span.rows_of_tiles(config, packing, offsets, tiles.rows());
-    let parts = tiles.parts(&seen, heads, cuda.device().multiprocessors);
+    let heads = config.num_kv_heads();
     let call = prepared.call.again(|constants| tiles.bake(bake_boxes(constants, boxes[0])));
-    let mut partial = call.workspace::<f32>((parts.most - 1) * of_keys * heads * tiles.partial_floats(config))?;
+    let mut partial = call.workspace::<f32>(cut.partial_floats(config))?;
     let params = BandBackward { partial: partial.written_by(), part_rows: parts.rows as i32, ..prepared.params };
     let [facts_name, of_queries_name, of_keys_name, add_name] = span.kernels();
     let launch = |name, geometry| call.launch(span.program(), name, geometry, params);

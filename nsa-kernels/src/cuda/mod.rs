@@ -201,6 +201,30 @@ impl Cuda {
 }
 
 impl Device {
+    /// An A100 of 80 GB, for what is asked without one.
+    pub fn a100() -> Self {
+        Self {
+            ordinal: 0,
+            name: "NVIDIA A100-SXM4-80GB".to_owned(),
+            capability: (8, 0),
+            memory_bytes: 80 << 30,
+            multiprocessors: 108,
+            shared_bytes: 163 << 10,
+            driver: (13, 0),
+        }
+    }
+
+    /// An H100 of 80 GB, for what is asked without one.
+    pub fn h100() -> Self {
+        Self {
+            name: "NVIDIA H100 80GB HBM3".to_owned(),
+            capability: (9, 0),
+            multiprocessors: 132,
+            shared_bytes: 227 << 10,
+            ..Self::a100()
+        }
+    }
+
     fn of(context: &Arc<CudaContext>) -> std::result::Result<Self, DriverError> {
         let number = |attribute| Ok(usize::try_from(context.attribute(attribute)?).unwrap_or(0));
         Ok(Self {

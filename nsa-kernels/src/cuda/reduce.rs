@@ -5,7 +5,7 @@ use super::geometry::Geometry;
 use super::launch::Call;
 use super::params::{In, Out, Params, Stored, params};
 use super::program::{Constants, Program};
-use super::workspace::Scratch;
+use super::workspace::{Places, Scratch};
 use crate::Result;
 use nsa_core::DType;
 
@@ -152,6 +152,19 @@ pub(crate) fn column_totals(call: &Call<'_>, x: In<f32>, [rows, columns]: [usize
     };
     call.of_type(DType::F32).launch(&PROGRAM, "column_sums_double", parts.geometry(columns), params)?;
     totals_of_parts(call, &partial, [parts.count, columns])
+}
+
+/// Takes of a workspace what [`add_column_sums`] does.
+pub(super) fn take_column_sums(places: &mut Places, [rows, columns]: [usize; 2]) {
+    places.take_of::<f32>(Parts::of(rows).count * columns);
+}
+
+/// Takes of a workspace what [`column_totals`] does: the place of its result.
+pub(super) fn take_column_totals(places: &mut Places, [rows, columns]: [usize; 2]) -> usize {
+    let partial = places.take_of::<f64>(Parts::of(rows).count * columns);
+    let totals = places.take_of::<f64>(columns);
+    places.give_back(partial);
+    totals
 }
 
 /// Sums over parts, `[columns]`, of partial sums `[parts, columns]`, in double.

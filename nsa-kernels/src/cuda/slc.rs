@@ -10,10 +10,11 @@ use super::geometry::{Extent, Geometry, GradientTiles, SelectTiles, TurnedTiles,
 use super::gradients::{self, ADD_THREADS, BandBackward, FACTS_THREADS};
 use super::params::{In, Out, Params, params};
 use super::program::{Constants, Program};
+use super::workspace::{Needs, Places};
 use crate::op::Gating;
 use crate::op::slc::{Backward, Forward};
 use crate::{Element, Result};
-use index::{Index, Lists, SlcIndex, Works};
+use index::{Index, IndexSizes, Lists, SlcIndex, Works};
 use nsa_core::{DType, NsaConfig, Packing};
 use turned::Turned;
 
@@ -62,7 +63,7 @@ pub(crate) fn forward<T: Element>(cuda: &Cuda, args: Forward<'_, T>) -> Result<(
     const OP: &str = "slc::forward";
     let Forward { config, packing, q, k, v, block_indices, o, lse } = args;
     let walking = SelectTiles::of_warps(config, size_of::<T>());
-    let turned = turned(cuda, config, packing, TurnedTiles::forward(config, size_of::<T>()), &walking);
+    let turned = turned((config, packing), TurnedTiles::forward(config, size_of::<T>()), &walking, cuda.share_bytes());
     let longest = packing.seqs().map(|seq| seq.end()).max().unwrap_or(0);
     let tiles = SelectTiles::new(config, size_of::<T>(), cuda.unit(), longest);
     let args = attention::Forward { config, packing, q, k: ("k", k), v: ("v", v), o, lse };
@@ -85,15 +86,45 @@ pub(crate) fn forward<T: Element>(cuda: &Cuda, args: Forward<'_, T>) -> Result<(
     call.launch(&FORWARD, "slc_forward", geometry, params)
 }
 
+/// What [`forward`] takes of a workspace.
+pub(super) fn forward_places(needs: &Needs<'_>) -> Places {
+    let Needs { config, packing, share_bytes, .. } = *needs;
+    let walking = SelectTiles::of_warps(config, needs.size());
+    let turned = turned((config, packing), TurnedTiles::forward(config, needs.size()), &walking, share_bytes);
+    let mut places = Places::default();
+    if let Some(turned) = turned {
+        turned.take(&mut places);
+    }
+    places
+}
+
+/// What [`backward`] takes of a workspace.
+pub(super) fn backward_places(needs: &Needs<'_>) -> Places {
+    let Needs { config, packing, share_bytes, .. } = *needs;
+    let tiles = BackwardTiles::new(config, needs.size(), needs.unit());
+    let mut places = gradients::places_of_facts(needs);
+    let blocks = packing.seqs().map(|seq| seq.end().div_ceil(config.select_block())).sum();
+    if blocks == 0 {
+        return places;
+    }
+    let extent = Extent { first_token: 0, tokens: packing.num_tokens(), first_block: 0, blocks };
+    let (works, more_works) = works(extent.tokens * config.num_kv_heads() * config.select_count());
+    IndexSizes::new(config, extent, works).take(&mut places);
+    places.take_of::<f32>(more_works * tiles.partial_floats(config));
+    let of_queries = TurnedTiles::gradients(config, needs.size());
+    if let Some(turned) = turned((config, packing), of_queries, &tiles.select, share_bytes) {
+        turned.take(&mut places);
+    }
+    places
+}
+
 /// How a call is turned round with such tiles, if that is faster than to walk with those.
 fn turned<'a>(
-    cuda: &Cuda,
-    config: &'a NsaConfig,
-    packing: &'a Packing,
+    (config, packing): (&'a NsaConfig, &'a Packing),
     tiles: Option<TurnedTiles>,
     walking: &SelectTiles,
+    share_bytes: usize,
 ) -> Option<Turned<'a>> {
-    let share_bytes = cuda.share_bytes();
     let tiles = tiles?.where_faster(config, packing, walking, share_bytes)?;
     Some(Turned { config, packing, tiles, share_bytes })
 }
@@ -144,7 +175,8 @@ pub(crate) fn backward<T: Element>(cuda: &Cuda, args: Backward<'_, T>) -> Result
     };
     let launch = |kernel, geometry| call.launch(&BACKWARD, kernel, geometry, params);
     launch("slc_row_facts", prepared.facts_geometry())?;
-    match turned(cuda, config, packing, TurnedTiles::gradients(config, size_of::<T>()), &tiles.select) {
+    let of_queries = TurnedTiles::gradients(config, size_of::<T>());
+    match turned((config, packing), of_queries, &tiles.select, cuda.share_bytes()) {
         Some(turned) => turned.query_gradients(&prepared, lists)?,
         None => launch("slc_query_gradients", tiles.of_queries(prepared.queries.tiles, heads))?,
     }

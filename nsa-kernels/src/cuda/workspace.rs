@@ -13,6 +13,13 @@
 //! graph.launch()
 //! # }
 //! ```
+//!
+//! [`Needs`] says before what it will hold, [`layer`] for the layer operations.
+
+pub mod layer;
+mod needs;
+
+pub use needs::{Needs, PhiParts};
 
 use super::Cuda;
 use super::graph::OP;
@@ -50,7 +57,7 @@ struct Arena {
 
 /// Which bytes are taken: the last ones are given back first, others when all behind them are.
 #[derive(Debug, Default)]
-struct Places {
+pub(super) struct Places {
     /// Where each ends, and whether it is still taken; each begins where the one before ends.
     ends: Vec<(usize, bool)>,
     /// Bytes that were taken at once, at most.
@@ -67,10 +74,16 @@ impl Places {
         (self.ends.len() - 1, start)
     }
 
-    fn give_back(&mut self, number: usize) {
+    /// Gives a place back, by its number.
+    pub(super) fn give_back(&mut self, number: usize) {
         self.ends[number].1 = false;
         while self.ends.pop_if(|(_, taken)| !*taken).is_some() {}
     }
+}
+
+/// Bytes of so many elements; if these are more than there are addresses, still so many that nobody has them.
+fn bytes_of<T>(len: usize) -> usize {
+    len.checked_mul(size_of::<T>()).unwrap_or(usize::MAX / 2)
 }
 
 impl fmt::Debug for Workspace {
@@ -83,6 +96,17 @@ impl Workspace {
     /// An empty one, which grows after the first work in it.
     pub fn new(cuda: &Cuda) -> Self {
         Self { cuda: cuda.clone(), arena: Lent::default() }
+    }
+
+    /// One of so many bytes, as [`Needs`] says them.
+    ///
+    /// # Errors
+    /// If the device has too little memory.
+    pub fn with_bytes(cuda: &Cuda, bytes: usize) -> Result<Self> {
+        let mut workspace = Self::new(cuda);
+        workspace.arena.lock().places.most = bytes;
+        workspace.grow()?;
+        Ok(workspace)
     }
 
     /// Bytes of device memory that it holds, those of tables not included.
@@ -194,7 +218,7 @@ impl Drop for Piece {
 impl<T: Pod> Scratch<T> {
     /// What was there before.
     pub(super) fn unwritten(cuda: &Cuda, len: usize) -> Result<Self> {
-        let bytes = len.checked_mul(size_of::<T>()).unwrap_or(usize::MAX / 2);
+        let bytes = bytes_of::<T>(len);
         let Some(lent) = cuda.lent() else {
             return Ok(Self { held: Held::Own(DeviceBuffer::unwritten(cuda, bytes)?), len, of: PhantomData });
         };

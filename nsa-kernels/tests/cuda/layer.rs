@@ -14,18 +14,18 @@ use rand_chacha::ChaCha8Rng;
 type Written = (&'static str, usize, DType, Vec<f64>, f64);
 
 /// Makes operands in a backend's memory and reads results from it. `R` is the type that values are rounded to first.
-struct Kit<'b, R> {
+pub struct Kit<'b, R> {
     backend: &'b Backend,
     of: std::marker::PhantomData<R>,
 }
 
 impl<'b, R: Element> Kit<'b, R> {
-    fn new(backend: &'b Backend) -> Self {
+    pub fn new(backend: &'b Backend) -> Self {
         Self { backend, of: std::marker::PhantomData }
     }
 
     /// Numbers in (−2, 2), rounded to `R`, as elements of type `T`.
-    fn values<T: Element>(&self, seed: u64, len: usize) -> Buffer<T> {
+    pub fn values<T: Element>(&self, seed: u64, len: usize) -> Buffer<T> {
         self.upload(&random(seed, len))
     }
 

@@ -5,6 +5,7 @@ mod compress;
 mod decode;
 mod dense;
 mod layer;
+mod needs;
 mod pages;
 mod slc;
 mod turned;
@@ -13,6 +14,7 @@ mod workspace;
 use half::bf16;
 use nsa_core::{CompressKind, DType, NsaConfig, NsaConfigBuilder};
 use nsa_kernels::Backend;
+use nsa_kernels::cuda::workspace::Workspace;
 use nsa_tests::check::{self, Op};
 use nsa_tests::sim::{self, BITS, on_an_a100, on_an_h100, on_simulator};
 use nsa_tests::{Case, case, ties};
@@ -65,9 +67,14 @@ fn assert_cases_on(backend: &Backend, op: Op, cases: &[Case], dtypes: &[DType]) 
     let mut red = Vec::new();
     for &dtype in dtypes {
         for case in cases.iter().filter(|case| !again || !shared_by_devices(case, dtype)) {
-            let report = check::check(op, case, dtype, backend);
+            let mut workspace = Workspace::new(cuda);
+            let work = || Ok(check::check(op, case, dtype, backend));
+            let report = cuda.with_workspace(&mut workspace, work).expect("memory for the workspace");
             println!("{BITS}{op} {} {dtype}: {:016x}", case.name, report.bits());
-            red.extend(report.failures().into_iter().map(|failure| format!("{op} {} {dtype}: {failure}", case.name)));
+            let (bytes, needed) = (workspace.bytes(), needs::of_case(cuda, op, case, dtype));
+            let other = (bytes != needed).then(|| format!("{bytes} bytes of a workspace, {needed} said before"));
+            let failures = report.failures().into_iter().chain(other);
+            red.extend(failures.map(|failure| format!("{op} {} {dtype}: {failure}", case.name)));
         }
     }
     assert!(red.is_empty(), "{} red:\n{}", red.len(), red.join("\n"));

@@ -2,9 +2,9 @@
 
 use super::pages::numbers;
 use half::bf16;
-use nsa_core::{CompressKind, CuSeqlens, NsaConfig, Packing};
+use nsa_core::{CompressKind, CuSeqlens, DType, NsaConfig, Packing};
 use nsa_kernels::cuda::Cuda;
-use nsa_kernels::cuda::workspace::Workspace;
+use nsa_kernels::cuda::workspace::{PhiParts, Workspace};
 use nsa_kernels::op::compress::{Phi, PhiGrad};
 use nsa_kernels::op::{compress, dense, nsa};
 use nsa_kernels::{Backend, Buffer, Result, Rows, Tensor, TensorMut};
@@ -255,6 +255,32 @@ fn the_operator_is_recorded() {
             assert_eq!(bits(&operator.take()), expected);
         }
         assert_eq!(workspace.bytes(), most);
+    });
+}
+
+/// A workspace of what is needed is enough, for the operator and φ: it can be recorded in once tables are there.
+#[test]
+fn what_is_needed_is_enough() {
+    on_an_a100("workspace::what_is_needed_is_enough", || {
+        let (backend, cuda) = device();
+        let mut operator = Operator::new(&backend, &[355, 0, 1, 20]);
+        let config = operator.config.clone();
+        let needs = cuda.needs(&config, &operator.packing, DType::Bf16).expect("short");
+        let of_phi = |dim| {
+            let given = PhiParts::default();
+            needs.compress_forward(dim, given).max(needs.compress_backward(dim, given))
+        };
+        let of_operator = needs.nsa_forward().max(needs.nsa_backward());
+        let bytes = of_operator.max(of_phi(config.head_dim_qk())).max(of_phi(config.head_dim_v()));
+        let mut workspace = Workspace::with_bytes(&cuda, bytes).expect("memory");
+        for _ in 0..2 {
+            cuda.with_workspace(&mut workspace, || operator.run()).expect("runs");
+            assert_eq!(workspace.bytes(), bytes);
+        }
+        let graph = cuda.record(|| cuda.with_workspace(&mut workspace, || operator.run())).expect("recorded");
+        let expected = bits(&operator.take());
+        graph.launch().expect("the graph");
+        assert_eq!(bits(&operator.take()), expected);
     });
 }
 

@@ -5,8 +5,10 @@
 //! result: what they are multiplied with is widened.
 
 mod backward;
+mod places;
 
 pub(super) use backward::backward;
+pub(super) use places::{backward_places, forward_places};
 
 use super::chunks::Chunks;
 use crate::cuda::Cuda;
@@ -221,6 +223,12 @@ impl Sizes {
             .with("VECTOR", vector)
     }
 
+    /// The first token, if chunks lie in `[N, G, D]` as they do in `[C, G, d, D]`.
+    fn in_place(&self, chunks: &Chunks) -> Option<usize> {
+        let first = chunks.tokens.first().map(|&first| first as usize);
+        first.filter(|_| self.heads == 1 && chunks.have_no_gaps(self.stride))
+    }
+
     /// Elements of a chunk of one head: d·D.
     fn chunk(&self) -> usize {
         self.stride * self.dim
@@ -283,10 +291,7 @@ impl<'c> Network<'c> {
             sizes,
             rows: chunks.blocks.len(),
             chunks: chunks.tokens.len(),
-            in_place: match chunks.tokens.first() {
-                Some(&first) if sizes.heads == 1 && chunks.have_no_gaps(sizes.stride) => Some(first as usize),
-                _ => None,
-            },
+            in_place: sizes.in_place(&chunks),
             tokens: call.upload(&chunks.tokens)?,
             blocks: call.upload(&chunks.blocks)?,
             position: call.optional_input("position", position)?,

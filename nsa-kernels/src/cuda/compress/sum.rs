@@ -7,11 +7,11 @@ use crate::cuda::geometry::{Geometry, vector};
 use crate::cuda::launch::Call;
 use crate::cuda::params::{In, Out, Params, Stored, params};
 use crate::cuda::program::{Constants, Program};
-use crate::cuda::reduce::{Parts, column_totals, totals_of_parts};
-use crate::cuda::workspace::Scratch;
+use crate::cuda::reduce::{Parts, column_totals, take_column_totals, totals_of_parts};
+use crate::cuda::workspace::{Needs, PhiParts, Places, Scratch};
 use crate::op::compress::{Backward, Forward, PhiGrad};
 use crate::{Element, Result, Tensor};
-use nsa_core::{DType, NsaConfig, Packing};
+use nsa_core::{CompressKind, DType, NsaConfig, Packing};
 
 /// The kernels.
 pub(crate) static PROGRAM: Program = Program {
@@ -174,6 +174,29 @@ impl<'c> Operands<'c> {
     fn geometry(&self, rows: usize, width: usize) -> Geometry {
         Geometry::linear((rows * (self.row / width)) as u64, THREADS)
     }
+}
+
+/// What [`forward`] takes of a workspace.
+pub(super) fn forward_places(needs: &Needs<'_>, dim: usize) -> Places {
+    let mut places = Places::default();
+    places.take_of::<f32>(needs.config.num_kv_heads() * dim);
+    places
+}
+
+/// What [`backward`] takes of a workspace.
+pub(super) fn backward_places(needs: &Needs<'_>, dim: usize, given: PhiParts) -> Places {
+    let Needs { config, packing, .. } = needs;
+    let (l, heads, mut places) = (config.compress_block(), config.num_kv_heads(), Places::default());
+    let weighted = config.compress_kind() == CompressKind::Weighted;
+    let count = starts(config, packing).flatten().count();
+    if given.position || weighted {
+        take_column_totals(&mut places, [count, heads * dim]);
+    }
+    if weighted {
+        places.take_of::<f64>(Parts::of(count).count * l * heads);
+        places.take_of::<f64>(l * heads);
+    }
+    places
 }
 
 /// `weight`: that of `weighted`.

@@ -103,10 +103,15 @@ pub(crate) fn step<R: Real>(cuda: &Cuda, op: &'static str, args: Step<'_, R>) ->
     call.launch(&PROGRAM, "adamw_step", geometry, params)
 }
 
+/// Partial sums of so many gradients.
+pub(in crate::cuda) fn parts(count: usize) -> usize {
+    count.div_ceil(PART)
+}
+
 pub(crate) fn sum_of_squares<R: Real>(cuda: &Cuda, op: &'static str, grads: Tensor<'_, R, 1>) -> Result<f64> {
     let call = Call::new::<R>(cuda, op)?.constants(|given| constants(given, 4));
     let [count] = grads.shape();
-    let parts = count.div_ceil(PART);
+    let parts = parts(count);
     let mut partial = call.workspace::<f64>(parts)?;
     let params =
         SumOfSquares { grads: call.input("grads", &grads)?, partial: partial.written_by(), count: count as i64 };

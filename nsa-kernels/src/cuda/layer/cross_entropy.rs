@@ -27,6 +27,8 @@ const THREADS: u32 = 256;
 const CHUNK_ELEMENTS: usize = 1 << 26;
 /// Rows of a chunk at least: with fewer, reading the head costs more than the products.
 const MIN_ROWS: usize = 256;
+/// Numbers that losses sum to: their sum and count, and a target that is none with its row.
+pub(in crate::cuda) const TOTALS: usize = 4;
 
 params! {
     /// Arguments of `cross_entropy`.
@@ -96,7 +98,7 @@ impl<'c> Head<'c> {
         mut f: impl FnMut(usize, Matrix) -> Result<()>,
     ) -> Result<()> {
         let ([n, _], [vocabulary, _]) = (self.hidden.shape, self.weight.shape);
-        let chunk = (CHUNK_ELEMENTS / vocabulary.max(1)).max(MIN_ROWS).min(n);
+        let chunk = chunk_rows(n, vocabulary);
         let mut logits = self.call.workspace::<f32>(chunk * vocabulary)?;
         let logits: Out<f32> = logits.written_by();
         let gradients = usize::from(scale.is_some());
@@ -129,7 +131,7 @@ impl<'c> Head<'c> {
     fn finish(&self, losses: In<f32>) -> Result<Loss> {
         let ([rows, _], [vocabulary, _]) = (self.hidden.shape, self.weight.shape);
         let call = self.call.of_type(DType::F32).constants(|constants| constants.with("GRADIENTS", 0));
-        let mut total = call.workspace::<f64>(4)?;
+        let mut total = call.workspace::<f64>(TOTALS)?;
         let params = CrossEntropyTotal {
             losses,
             targets: self.targets,
@@ -139,7 +141,7 @@ impl<'c> Head<'c> {
         };
         let geometry = Geometry { grid: [1, 1, 1], threads: THREADS, shared_bytes: 0 };
         call.launch(&PROGRAM, "cross_entropy_total", geometry, params)?;
-        let mut numbers = [0.0; 4];
+        let mut numbers = [0.0; TOTALS];
         total.read(call.op(), &mut numbers)?;
         let [sum, count, target, row] = numbers;
         if row >= 0.0 {
@@ -147,6 +149,11 @@ impl<'c> Head<'c> {
         }
         Ok(Loss { sum, count: count as usize })
     }
+}
+
+/// Of so many rows, those whose logits exist at a time.
+pub(in crate::cuda) fn chunk_rows(rows: usize, vocabulary: usize) -> usize {
+    (CHUNK_ELEMENTS / vocabulary.max(1)).max(MIN_ROWS).min(rows)
 }
 
 fn rows_of(matrix: Matrix, start: usize, rows: usize) -> Matrix {

@@ -10,7 +10,7 @@ use crate::cuda::params::{Grad, In, Out, Params, Stored, Weight, params};
 use crate::cuda::program::{Constants, Program};
 use crate::cuda::reduce::add_column_sums;
 use crate::layer::linear::{BackwardInput, BackwardWeight, Forward};
-use nsa_core::Element;
+use nsa_core::{DType, Element};
 
 /// The kernel.
 pub(crate) static PROGRAM: Program =
@@ -59,14 +59,18 @@ where
     W: Element<Acc = T::Acc>,
 {
     let call = Call::new::<T>(cuda, op)?.with_type::<W, Weight>()?;
-    // The library takes factors of one type and no bias.
-    if args.x.shape()[0] <= FEW_ROWS && (T::DTYPE != W::DTYPE || args.bias.is_some()) {
+    if has_few_rows(args.x.shape()[0], [T::DTYPE, W::DTYPE], args.bias.is_some()) {
         return few_rows(call, args);
     }
     let Forward { x, weight, bias, mut y, accumulate } = args;
     let bias = bias.map(|bias| Ok::<_, crate::Error>(Bias { address: call.address("bias", &bias)?, dtype: W::DTYPE }));
     let (bias, y) = (bias.transpose()?, matrix_mut(&call, "y", &mut y)?);
     times_transposed(&call, [matrix(&call, "x", &x)?, matrix(&call, "weight", &weight)?, y], bias, accumulate)
+}
+
+/// Whether rows of x and the weight, of these types, are the kernel's: the library takes factors of one type and no bias.
+pub(in crate::cuda) fn has_few_rows(rows: usize, [x, weight]: [DType; 2], bias: bool) -> bool {
+    rows <= FEW_ROWS && (x != weight || bias)
 }
 
 fn few_rows<T: Element, W: Element>(call: Call<'_>, args: Forward<'_, T, W>) -> Result<()> {

@@ -6,7 +6,7 @@ use crate::cuda::geometry::{Extent, Geometry};
 use crate::cuda::launch::Call;
 use crate::cuda::params::{Field, In, Out, Params, params};
 use crate::cuda::program::{Constants, Program};
-use crate::cuda::workspace::Scratch;
+use crate::cuda::workspace::{Places, Scratch};
 use nsa_core::NsaConfig;
 
 /// The kernels.
@@ -98,6 +98,41 @@ impl Works {
     }
 }
 
+/// How large an index is.
+pub(super) struct IndexSizes {
+    /// Queries of a part.
+    part_tokens: usize,
+    parts: usize,
+    /// G·blocks.
+    blocks: usize,
+    /// tokens·G·n.
+    entries: usize,
+    /// Works at most.
+    works: usize,
+}
+
+impl IndexSizes {
+    /// Of the queries of `extent`.
+    pub(super) fn new(config: &NsaConfig, extent: Extent, works: Works) -> Self {
+        let heads = config.num_kv_heads();
+        let (blocks, entries) = (heads * extent.blocks, extent.tokens * heads * config.select_count());
+        let part_tokens = extent.tokens.div_ceil(PARTS.0).max(1).next_multiple_of(PARTS.1);
+        let parts = extent.tokens.div_ceil(part_tokens);
+        Self { part_tokens, parts, blocks, entries, works: works.most(entries, blocks) }
+    }
+
+    /// Numbers of counts, masks, totals, starts, lists, works and where these start.
+    fn lens(&self) -> [usize; 7] {
+        let Self { parts, blocks, entries, works, .. } = *self;
+        [parts * blocks, parts * blocks, blocks, blocks, entries, works, blocks + 1]
+    }
+
+    /// Takes them of a workspace.
+    pub(super) fn take(&self, places: &mut Places) -> [usize; 7] {
+        self.lens().map(|len| places.take_of::<i32>(len))
+    }
+}
+
 /// The index of some queries, once its kernels are launched.
 pub(super) struct Index {
     pub(super) params: SlcIndex,
@@ -117,15 +152,14 @@ impl Index {
         works: Works,
     ) -> Result<Self> {
         let Extent { first_token, tokens, first_block, blocks } = extent;
-        let (heads, entries) = (config.num_kv_heads(), tokens * config.num_kv_heads() * config.select_count());
-        let part_tokens = tokens.div_ceil(PARTS.0).max(1).next_multiple_of(PARTS.1);
-        let (parts, all) = (tokens.div_ceil(part_tokens), heads * blocks);
-        let most = works.most(entries, all);
-        let mut counts = call.zeros::<i32>(parts * all)?;
-        let mut masks = call.workspace::<u32>(parts * all)?;
-        let (mut totals, mut starts) = (call.workspace::<i32>(all)?, call.workspace::<i32>(all)?);
-        let mut held = call.workspace::<i32>(entries)?;
-        let (mut of_works, mut work_starts) = (call.workspace::<i32>(most)?, call.workspace::<i32>(all + 1)?);
+        let sizes = IndexSizes::new(config, extent, works);
+        let IndexSizes { part_tokens, parts, blocks: all, entries, works: most } = sizes;
+        let lens = sizes.lens();
+        let mut counts = call.zeros::<i32>(lens[0])?;
+        let mut masks = call.workspace::<u32>(lens[1])?;
+        let (mut totals, mut starts) = (call.workspace::<i32>(lens[2])?, call.workspace::<i32>(lens[3])?);
+        let mut held = call.workspace::<i32>(lens[4])?;
+        let (mut of_works, mut work_starts) = (call.workspace::<i32>(lens[5])?, call.workspace::<i32>(lens[6])?);
         let params = SlcIndex {
             block_indices: lists.block_indices,
             sequences: lists.sequences,
@@ -154,7 +188,7 @@ impl Index {
         launch("slc_count", [entries.div_ceil(THREADS as usize), 1], THREADS)?;
         launch("slc_sum_parts", [all.div_ceil(32), 1], SUM_THREADS)?;
         launch("slc_sum_blocks", [1, 1], SUM_THREADS)?;
-        launch("slc_scatter", [parts, heads], THREADS)?;
+        launch("slc_scatter", [parts, config.num_kv_heads()], THREADS)?;
         let _held = (vec![counts, totals, starts, held, of_works, work_starts], masks);
         Ok(Self { params, works: most, _held })
     }

@@ -1,6 +1,6 @@
 //! The way of small groups, turned round: blocks of keys gather the queries that have selected them.
 
-use super::index::{self, Index, Lists, SlcIndex, Works};
+use super::index::{self, Index, IndexSizes, Lists, SlcIndex, Works};
 use crate::Result;
 use crate::cuda::ahead::{Build, Launched};
 use crate::cuda::attention::{self, BandForward};
@@ -9,6 +9,7 @@ use crate::cuda::gradients::{self, BandBackward};
 use crate::cuda::launch::Call;
 use crate::cuda::params::{In, Out, Params, params};
 use crate::cuda::program::{Constants, Program};
+use crate::cuda::workspace::Places;
 use nsa_core::{NsaConfig, Packing};
 
 /// The kernels.
@@ -66,9 +67,9 @@ impl Turned<'_> {
     pub(super) fn forward(self, prepared: &attention::Prepared<'_>, block_indices: In<i32>) -> Result<()> {
         let Self { config, tiles, .. } = self;
         let call = prepared.call.again(|constants| tiles.bake(constants).with("LANES", tiles.merge_lanes()));
-        let shares = self.shares();
-        let mut statistics = call.workspace::<f32>(shares * tiles.statistics)?;
-        let mut shares = call.workspace::<f32>(shares * tiles.columns)?;
+        let [of_statistics, of_shares] = self.lens();
+        let mut statistics = call.workspace::<f32>(of_statistics)?;
+        let mut shares = call.workspace::<f32>(of_shares)?;
         let common = prepared.params;
         let lists = Lists { block_indices, sequences: common.sequences, num_sequences: common.num_sequences };
         self.each_run(&prepared.call, lists, |index| {
@@ -84,7 +85,8 @@ impl Turned<'_> {
     pub(super) fn query_gradients(self, prepared: &gradients::Prepared<'_>, lists: Lists) -> Result<()> {
         let Self { config, tiles, .. } = self;
         let call = prepared.call.again(|constants| bake_gradients(tiles, constants));
-        let mut shares = call.workspace::<f32>(self.shares() * tiles.columns)?;
+        let [_, of_shares] = self.lens();
+        let mut shares = call.workspace::<f32>(of_shares)?;
         self.each_run(&prepared.call, lists, |index| {
             let params =
                 SlcTurnedBackward { common: prepared.params, index: index.params, shares: shares.written_by() };
@@ -99,9 +101,23 @@ impl Turned<'_> {
         self.tiles.run_tokens(self.config, self.share_bytes).min(self.packing.num_tokens())
     }
 
-    /// Shares of a run.
-    fn shares(self) -> usize {
-        self.run_tokens() * self.config.num_heads() * self.config.select_count()
+    /// Numbers of the shares' statistics, if they have some, and of the shares of a run.
+    fn lens(self) -> [usize; 2] {
+        let shares = self.run_tokens() * self.config.num_heads() * self.config.select_count();
+        [self.tiles.statistics, self.tiles.columns].map(|of_share| shares * of_share)
+    }
+
+    /// Takes of a workspace what it needs.
+    pub(super) fn take(self, places: &mut Places) {
+        let Self { config, packing, tiles, .. } = self;
+        for len in self.lens().into_iter().skip(usize::from(tiles.statistics == 0)) {
+            places.take_of::<f32>(len);
+        }
+        for extent in extents(packing, config.select_block(), self.run_tokens()) {
+            for place in IndexSizes::new(config, extent, works(tiles)).take(places) {
+                places.give_back(place);
+            }
+        }
     }
 
     /// Makes the index of each run, by a call with the config's constants, and launches what reads it.
