@@ -1,5 +1,5 @@
-//! `cargo xtask kernels`: every CUDA kernel compiled ahead, to PTX by NVRTC and to machine code by ptxas, and what it takes
-//! against what its header comment allows.
+//! `cargo xtask kernels`: every CUDA kernel compiled ahead, to PTX by NVRTC, which devices then find in the cache, and to machine code
+//! by ptxas, and what it takes against what its header comment allows.
 
 mod sass;
 
@@ -10,7 +10,7 @@ use comfy_table::{Table, presets};
 use cuda_sim::toolchain::{Resources, Toolchain};
 use nsa_core::{CompressKind, DType, NsaConfig};
 use nsa_kernels::cuda::ahead::{Budget, Build, Launched, builds};
-use nsa_kernels::cuda::compile::Compiler;
+use nsa_kernels::cuda::compile::{CACHE_VARIABLE, Compiler};
 use nsa_tests::sim;
 use sass::Counts;
 use std::path::{Path, PathBuf};
@@ -126,6 +126,11 @@ pub fn run(options: &Options) -> Result<()> {
     // NVRTC is found where the simulator's processes find it.
     if !sim::inside() {
         let mut command = sim::this_program().map_err(|message| anyhow!(message))?;
+        // What is compiled here is for the machine's devices, not for simulated ones alone.
+        match std::env::var_os(CACHE_VARIABLE) {
+            Some(folder) => command.env(CACHE_VARIABLE, folder),
+            None => command.env_remove(CACHE_VARIABLE),
+        };
         let status = command.args(std::env::args_os().skip(1)).status()?;
         ensure!(status.success(), "the kernels failed, as said above");
         return Ok(());
@@ -140,6 +145,7 @@ pub fn run(options: &Options) -> Result<()> {
     let toolchain = sim::toolchain().map_err(|message| anyhow!(message))?;
     let bench = Bench { toolchain, folder, shared: options.config.is_none(), filters: &options.kernel };
     let mut lines = Vec::new();
+    let compiler = Compiler::new(ARCHS[0].capability);
     for &dtype in &options.dtype {
         for arch in &options.arch {
             for build in builds(&config, dtype.into(), arch.capability) {
@@ -149,6 +155,11 @@ pub fn run(options: &Options) -> Result<()> {
     }
     ensure!(!lines.is_empty(), "no kernel has {} in its name", options.kernel.join(" or "));
     println!("{}", table(&lines));
+    let (major, minor) = compiler.version()?;
+    match compiler.cache_folder() {
+        Some(folder) => println!("PTX of NVRTC {major}.{minor} is kept in {}, for devices too", folder.display()),
+        None => println!("PTX is not kept: neither {CACHE_VARIABLE} nor a user's cache folder is set"),
+    }
     let breaches: Vec<String> = lines.iter().flat_map(Line::breaches).collect();
     if !breaches.is_empty() {
         bail!("{} over their budgets:\n{}", breaches.len(), breaches.join("\n"));
