@@ -39,7 +39,9 @@ fn odd_cases() -> Vec<Case> {
             case("chunks-of-one", 2, [3, 1], &[20, 2, 3]),
         ]
     };
-    kinds.into_iter().flat_map(of_kind).collect()
+    // So many hidden units that they are most of what a call takes, in f32 where chunks lie where they are multiplied.
+    let wide = Case::new("mlp-wide", config(1, [8, 4], CompressKind::Mlp).compress_hidden(200), [16, 24]);
+    kinds.into_iter().flat_map(of_kind).chain([wide]).collect()
 }
 
 #[test]
