@@ -13,6 +13,14 @@ pub fn inside() -> bool {
     std::env::var_os(INSIDE).is_some()
 }
 
+/// Whether the test that runs here on the simulator has run as another device already.
+pub fn again() -> bool {
+    std::env::var_os(INSIDE).is_some_and(|value| value == AGAIN)
+}
+
+/// What [`INSIDE`] holds then.
+const AGAIN: &str = "again";
+
 /// A command that runs this program again on the simulator: with the simulator as libcuda and libcublas, the pinned NVRTC
 /// (fetched below `target` if the machine has no CUDA toolkit), compiled kernels kept below `target`.
 ///
@@ -113,9 +121,12 @@ fn on(devices: &[&str], test: &str, body: impl FnOnce()) {
     if inside() {
         return body();
     }
-    let run = |device: &str, seed: Option<&str>| {
+    let run = |at: usize, device: &str, seed: Option<&str>| {
         let mut command = this_program().unwrap_or_else(|error| panic!("{error}"));
         command.args(["--exact", test, "--nocapture"]).env("CUDA_SIM_DEVICE", device).env("CUDA_SIM_CHECK", "1");
+        if at > 0 {
+            command.env(INSIDE, AGAIN);
+        }
         match seed {
             Some(seed) => command.env("CUDA_SIM_SEED", seed),
             None => command.env_remove("CUDA_SIM_SEED"),
@@ -126,8 +137,8 @@ fn on(devices: &[&str], test: &str, body: impl FnOnce()) {
         assert!(clean, "on {device}, seed {seed:?}:\n{text}");
         text.lines().filter(|line| line.starts_with(BITS)).map(str::to_owned).collect::<Vec<_>>()
     };
-    for device in devices {
-        let [first, second] = [None, Some("7")].map(|seed| run(device, seed));
+    for (at, device) in devices.iter().enumerate() {
+        let [first, second] = [None, Some("7")].map(|seed| run(at, device, seed));
         assert_eq!(first, second, "results depend on the order of blocks and warps, on {device}");
     }
 }

@@ -53,20 +53,19 @@ fn assert_cases(op: Op, cases: &[Case], dtypes: &[DType]) {
     assert_cases_on(&Backend::cuda(0).expect("the simulator"), op, cases, dtypes);
 }
 
-/// Whether the kernels for a case are those of all devices up to 9.0: it has its own for types and dims that its warps multiply
+/// Whether the kernels for a case are those of all devices up to 9.0, which has its own for types and dims that its warps multiply
 /// together.
 fn shared_by_devices(case: &Case, dtype: DType) -> bool {
     let dims = [case.config.head_dim_qk(), case.config.head_dim_v()];
     dtype == DType::F32 || dims.iter().any(|dim| !dim.is_multiple_of(64))
 }
 
-/// Checks the cases whose kernels the device does not share with one that checks them already.
+/// Checks the cases; on another device again those whose kernels it does not share with the first.
 fn assert_cases_on(backend: &Backend, op: Op, cases: &[Case], dtypes: &[DType]) {
     let Backend::Cuda(cuda) = backend else { panic!("a CUDA device") };
-    let again = cuda.device().capability == (9, 0);
     let mut red = Vec::new();
     for &dtype in dtypes {
-        for case in cases.iter().filter(|case| !again || !shared_by_devices(case, dtype)) {
+        for case in cases.iter().filter(|case| !sim::again() || !shared_by_devices(case, dtype)) {
             let mut workspace = Workspace::new(cuda);
             let work = || Ok(check::check(op, case, dtype, backend));
             let report = cuda.with_workspace(&mut workspace, work).expect("memory for the workspace");
