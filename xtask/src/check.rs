@@ -11,6 +11,7 @@ use nsa_core::DType;
 use nsa_kernels::Backend;
 use nsa_tests::check::{self, Op, Report};
 use nsa_tests::{Case, case, sim};
+use rayon::prelude::*;
 use std::collections::BTreeSet;
 
 /// Options of `cargo xtask check`.
@@ -100,20 +101,15 @@ pub fn run(options: &Options) -> Result<()> {
     println!("{} ({why}), {} cases; {}", backend.name(), cases.len(), Machine::here().line());
     let mut lines = Lines { list: Vec::new(), missing: BTreeSet::new(), all: options.all };
     let mut red = Vec::new();
-    for op in ops {
-        for &dtype in &dtypes {
-            for case in &cases {
-                let report = check::check(op, case, dtype, &backend);
-                if report.is_missing() && options.op.is_empty() {
-                    lines.missing.insert(op.to_string());
-                    continue;
-                }
-                red.extend(
-                    report.failures().into_iter().map(|failure| format!("{op} {} {dtype}: {failure}", case.name)),
-                );
-                lines.take(op, dtype, case, &report);
-            }
+    let cases_of = |op, dtype| cases.iter().map(move |case| Job { op, dtype, case });
+    let jobs: Vec<_> = ops.iter().flat_map(|&op| dtypes.iter().flat_map(move |&dtype| cases_of(op, dtype))).collect();
+    for (Job { op, dtype, case }, report) in jobs.iter().zip(reports(&jobs, &backend, &options.choice)?) {
+        if report.is_missing() && options.op.is_empty() {
+            lines.missing.insert(op.to_string());
+            continue;
         }
+        red.extend(report.failures().into_iter().map(|failure| format!("{op} {} {dtype}: {failure}", case.name)));
+        lines.take(*op, *dtype, case, &report);
     }
     println!("{}", lines.table());
     for op in &lines.missing {
@@ -127,6 +123,32 @@ pub fn run(options: &Options) -> Result<()> {
     }
     println!("all green");
     Ok(())
+}
+
+/// An operation on a case in a type.
+struct Job<'a> {
+    op: Op,
+    dtype: DType,
+    case: &'a Case,
+}
+
+impl Job<'_> {
+    fn check(&self, backend: &Backend) -> Report {
+        check::check(self.op, self.case, self.dtype, backend)
+    }
+}
+
+/// The reports on all jobs. Where a GPU computes, or the simulator, each of the host's threads has a stream of its own and does what the
+/// host has to do beside; the CPU's backend has threads itself.
+fn reports(jobs: &[Job<'_>], first: &Backend, choice: &Choice) -> Result<Vec<Report>> {
+    if !matches!(first, Backend::Cuda(_)) {
+        return Ok(jobs.iter().map(|job| job.check(first)).collect());
+    }
+    let pool = rayon::ThreadPoolBuilder::new().build()?;
+    let more = (1..pool.current_num_threads()).map(|_| Ok(backend(choice)?.0));
+    let backends = std::iter::once(Ok(first.clone())).chain(more).collect::<Result<Vec<_>>>()?;
+    let own = || &backends[rayon::current_thread_index().expect("a thread of the pool")];
+    Ok(pool.install(|| jobs.par_iter().map(|job| job.check(own())).collect()))
 }
 
 /// A backend of the kernels, none of its scratch memory taken yet, and why it is this one.
