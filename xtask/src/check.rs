@@ -144,7 +144,8 @@ fn reports(jobs: &[Job<'_>], first: &Backend, choice: &Choice) -> Result<Vec<Rep
     if !matches!(first, Backend::Cuda(_)) {
         return Ok(jobs.iter().map(|job| job.check(first)).collect());
     }
-    let pool = rayon::ThreadPoolBuilder::new().build()?;
+    let threads = rayon::current_num_threads().min(jobs.len().max(1));
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build()?;
     let more = (1..pool.current_num_threads()).map(|_| Ok(backend(choice)?.0));
     let backends = std::iter::once(Ok(first.clone())).chain(more).collect::<Result<Vec<_>>>()?;
     let own = || &backends[rayon::current_thread_index().expect("a thread of the pool")];

@@ -157,6 +157,9 @@ pub fn run(options: &Options) -> Result<()> {
     println!("{}", table(&lines));
     let (major, minor) = compiler.version()?;
     match compiler.cache_folder() {
+        Some(folder) if tempfile::tempfile_in(folder).is_err() => {
+            println!("PTX is not kept: {} cannot be written", folder.display());
+        }
         Some(folder) => println!("PTX of NVRTC {major}.{minor} is kept in {}, for devices too", folder.display()),
         None => println!("PTX is not kept: neither {CACHE_VARIABLE} nor a user's cache folder is set"),
     }

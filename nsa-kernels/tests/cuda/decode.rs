@@ -19,7 +19,7 @@ fn cases() {
 /// Batches of contexts from one token to thousands, from pages as long as selection blocks and longer.
 #[test]
 fn long_contexts() {
-    on_an_a100("decode::long_contexts", || {
+    on_simulator("decode::long_contexts", || {
         let backend = Backend::cuda(0).expect("the simulator");
         for (name, config, length, dtype, page_rows) in [
             ("long-group-16", paper(16, 1, 128, 128), 4500, DType::Bf16, 64),

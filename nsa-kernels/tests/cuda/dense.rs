@@ -42,7 +42,7 @@ fn assert_steps<T: Kind>(name: &str, config: NsaConfigBuilder, lengths: &[usize]
 /// them are joined at once.
 #[test]
 fn single_queries() {
-    on_an_a100("dense::single_queries", || {
+    on_simulator("dense::single_queries", || {
         let long: Chunks<'_> = &[(0, 4499, 4500), (0, 4095, 4096), (1, 299, 300)];
         assert_steps::<bf16>("lone-group-16", paper(16, 1, 128, 128), &[4500, 300], long);
         // Chunks of 64 keys, 265 of them: joined three times.

@@ -3,8 +3,8 @@
 use super::pages::numbers;
 use half::bf16;
 use nsa_core::{CompressKind, CuSeqlens, DType, NsaConfig, Packing};
-use nsa_kernels::cuda::Cuda;
 use nsa_kernels::cuda::workspace::{PhiParts, Workspace};
+use nsa_kernels::cuda::{Cuda, Device};
 use nsa_kernels::op::compress::{Phi, PhiGrad};
 use nsa_kernels::op::{compress, dense, nsa};
 use nsa_kernels::{Backend, Buffer, Result, Rows, Tensor, TensorMut};
@@ -265,6 +265,9 @@ fn what_is_needed_is_enough() {
         let (backend, cuda) = device();
         let mut operator = Operator::new(&backend, &[355, 0, 1, 20]);
         let config = operator.config.clone();
+        // What is asked without a device is an answer for this one.
+        let of = |device: &Device| (device.capability, device.multiprocessors, device.shared_bytes);
+        assert_eq!(of(&Device::a100()), of(cuda.device()));
         let needs = cuda.needs(&config, &operator.packing, DType::Bf16).expect("short");
         let of_phi = |dim| {
             let given = PhiParts::default();

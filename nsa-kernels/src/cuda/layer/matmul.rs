@@ -95,7 +95,7 @@ pub(super) fn times_transposed(
     bias: Option<Bias>,
     accumulate: bool,
 ) -> Result<()> {
-    let common = if x.dtype == w.dtype { x.dtype } else { DType::F32 };
+    let common = common([x.dtype, w.dtype]);
     let (x, w) = (Operand::of_type(call, x, common)?, Operand::of_type(call, w, common)?);
     product(call, x.factor(false), w.factor(true), y, (bias, accumulate))
 }
@@ -113,10 +113,20 @@ pub(super) fn add_outer(call: &Call<'_>, [dy, x, dw]: [Matrix; 3]) -> Result<()>
     product(call, dy.factor(true), Factor { matrix: x, transposed: false }, dw, (None, true))
 }
 
+/// The type that factors of these types are multiplied in.
+pub(in crate::cuda) fn common([x, w]: [DType; 2]) -> DType {
+    if x == w { x } else { DType::F32 }
+}
+
+/// Whether a product of factors `a` to `y` is summed in f32 before it is rounded.
+pub(in crate::cuda) fn is_summed_first([a, y]: [DType; 2], bias: bool, accumulate: bool) -> bool {
+    bias || (y != DType::F32 && (y != a || accumulate))
+}
+
 /// y = \[y +\] a·b + bias. Where the library does not round as asked, it writes sums, which are rounded then: of bf16 and f16 it
 /// rounds a product before it adds it (seen on an H100).
 fn product(call: &Call<'_>, a: Factor, b: Factor, y: Matrix, (bias, accumulate): (Option<Bias>, bool)) -> Result<()> {
-    if bias.is_none() && (y.dtype == DType::F32 || (y.dtype == a.matrix.dtype && !accumulate)) {
+    if !is_summed_first([a.matrix.dtype, y.dtype], bias.is_some(), accumulate) {
         return multiply(call, a, b, y, accumulate);
     }
     let [rows, columns] = y.shape;

@@ -4,7 +4,7 @@
 //! in f32 first.
 
 use super::Places;
-use crate::cuda::layer::{adamw, cross_entropy, linear};
+use crate::cuda::layer::{adamw, cross_entropy, linear, matmul};
 use crate::cuda::reduce::{Parts, take_column_sums};
 use nsa_core::DType;
 
@@ -24,10 +24,10 @@ pub fn linear_forward(sizes: Linear, [x, weight]: [DType; 2], bias: bool, accumu
     let Linear { rows, inputs, outputs } = sizes;
     let mut places = Places::default();
     if !linear::has_few_rows(rows, [x, weight], bias) {
-        let common = if x == weight { x } else { DType::F32 };
+        let common = matmul::common([x, weight]);
         take_operand(&mut places, rows * inputs, [x, common]);
         take_operand(&mut places, outputs * inputs, [weight, common]);
-        if bias || (x != DType::F32 && (x != common || accumulate)) {
+        if matmul::is_summed_first([common, x], bias, accumulate) {
             places.take_of::<f32>(rows * outputs);
         }
     }
@@ -39,7 +39,7 @@ pub fn linear_backward_input(sizes: Linear, [dy, weight, dx]: [DType; 3], accumu
     let Linear { rows, inputs, outputs } = sizes;
     let mut places = Places::default();
     take_operand(&mut places, rows * outputs, [dy, weight]);
-    if dx != DType::F32 && (dx != weight || accumulate) {
+    if matmul::is_summed_first([weight, dx], false, accumulate) {
         places.take_of::<f32>(rows * inputs);
     }
     places.most()
@@ -110,7 +110,7 @@ fn take_chunk(places: &mut Places, sizes: Head, [hidden, weight]: [DType; 2], gr
     let chunk = cross_entropy::chunk_rows(rows, vocabulary);
     let logits = places.take_of::<f32>(chunk * vocabulary);
     if rows > 0 {
-        let common = if hidden == weight { hidden } else { DType::F32 };
+        let common = matmul::common([hidden, weight]);
         let copies = [
             take_operand(places, chunk * channels, [hidden, common]),
             take_operand(places, vocabulary * channels, [weight, common]),

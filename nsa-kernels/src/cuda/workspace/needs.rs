@@ -54,7 +54,7 @@ impl Cuda {
 }
 
 impl<'a> Needs<'a> {
-    /// Of operations on these sequences, of tensors of a type, on a device.
+    /// Of operations on these sequences, of tensors of f32, bf16 or f16, on a device.
     ///
     /// # Errors
     /// If sequences have more compression blocks than an i32 counts.
@@ -174,5 +174,29 @@ mod tests {
         let less = needs.clone().limit_shares(1 << 20);
         assert!((SHARE_BYTES / 2..2 * SHARE_BYTES).contains(&needs.slc_forward()), "{}", needs.slc_forward());
         assert!(less.slc_forward() < needs.slc_forward() / 10);
+    }
+
+    #[test]
+    fn what_no_kernel_takes_needs_some_number() {
+        let none = Device { multiprocessors: 0, shared_bytes: 0, ..Device::a100() };
+        for device in [&none, &Device::h100()] {
+            for (heads, dim) in [(1, 1), (1000, 256), (7, 5000)] {
+                for kind in [CompressKind::Weighted, CompressKind::Mlp] {
+                    let config = NsaConfig::builder(heads, 1, dim, dim).compress_kind(kind).compress_hidden(dim);
+                    let config = config.build().unwrap();
+                    for lengths in [vec![], vec![0, 0], vec![1, 40_000]] {
+                        let packing = Packing::new(CuSeqlens::from_lengths(lengths).unwrap());
+                        for dtype in [DType::F32, DType::Bf16] {
+                            let needs = Needs::new(device, &config, &packing, dtype).unwrap();
+                            let given = PhiParts { position: true, bias1: true, bias2: true };
+                            let of_phi = needs.compress_forward(dim, given).max(needs.compress_backward(dim, given));
+                            let of_nsa = needs.nsa_forward().max(needs.nsa_backward());
+                            let all = of_phi.max(of_nsa).max(needs.dense_forward()).max(needs.dense_backward());
+                            assert!(all < 1 << 40, "{heads} heads of {dim}: {all}");
+                        }
+                    }
+                }
+            }
+        }
     }
 }

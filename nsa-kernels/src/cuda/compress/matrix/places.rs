@@ -21,10 +21,8 @@ struct Taking {
 
 /// What [`forward`](super::forward) takes.
 pub(in crate::cuda::compress) fn forward_places(needs: &Needs<'_>, dim: usize, given: PhiParts) -> Places {
-    let mut taking = Taking::new(needs, dim, given);
-    taking.network();
+    let mut taking = Taking::begun(needs, dim, given);
     if taking.rows > 0 {
-        taking.gathered();
         taking.units();
         if taking.second {
             taking.outputs();
@@ -35,10 +33,8 @@ pub(in crate::cuda::compress) fn forward_places(needs: &Needs<'_>, dim: usize, g
 
 /// What [`backward`](super::backward) takes.
 pub(in crate::cuda::compress) fn backward_places(needs: &Needs<'_>, dim: usize, given: PhiParts) -> Places {
-    let mut taking = Taking::new(needs, dim, given);
-    taking.network();
+    let mut taking = Taking::begun(needs, dim, given);
     if taking.rows > 0 {
-        taking.gathered();
         taking.outputs();
         if taking.second {
             taking.second_backward();
@@ -52,12 +48,13 @@ pub(in crate::cuda::compress) fn backward_places(needs: &Needs<'_>, dim: usize, 
 }
 
 impl Taking {
-    fn new(needs: &Needs<'_>, dim: usize, given: PhiParts) -> Self {
+    /// With what both directions take first.
+    fn begun(needs: &Needs<'_>, dim: usize, given: PhiParts) -> Self {
         let config = needs.config;
         let second = config.compress_kind() == CompressKind::Mlp;
         let hidden = config.compress_hidden().filter(|_| second).unwrap_or(dim);
         let (sizes, chunks) = (Sizes::new(config, dim, hidden), Chunks::new(config, needs.packing));
-        Self {
+        let mut taking = Self {
             places: Places::default(),
             sizes,
             dtype: needs.dtype,
@@ -66,7 +63,12 @@ impl Taking {
             rows: chunks.blocks.len(),
             gathered: chunks.tokens.len() * sizes.heads * sizes.chunk(),
             in_place: sizes.in_place(&chunks).is_some(),
+        };
+        taking.network();
+        if taking.rows > 0 && !taking.in_place {
+            taking.places.take_of::<u8>(taking.gathered * taking.dtype.size_bytes());
         }
+        taking
     }
 
     /// What the layers add to every row, and the second weight in f32.
@@ -92,13 +94,6 @@ impl Taking {
     /// A copy in f32 of a matrix of the tensors' type: its place.
     fn widened(&mut self, elements: usize) -> Option<usize> {
         (self.dtype != DType::F32).then(|| self.places.take_of::<f32>(elements))
-    }
-
-    /// Copies of chunks.
-    fn gathered(&mut self) {
-        if !self.in_place {
-            self.places.take_of::<u8>(self.gathered * self.dtype.size_bytes());
-        }
     }
 
     /// `[rows, G, H]`.
