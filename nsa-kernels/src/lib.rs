@@ -6,6 +6,7 @@
 //! - [`backend`]: which machine code runs them, and why.
 //! - [`cuda`]: NVIDIA GPUs: the device, compiled kernels.
 //! - `candle` (feature; on GPUs `candle-cuda`): φ and the whole operator as candle ops with gradients.
+//! - [`record`]: work that a device is given as one piece.
 //! - [`mem`]: tensors and buffers in the memory that a backend computes on.
 #![deny(unsafe_code)]
 
@@ -19,6 +20,7 @@ pub mod error;
 pub mod layer;
 pub mod mem;
 pub mod op;
+pub mod record;
 
 pub use backend::{Backend, Why};
 pub use cpu::isa::Isa;

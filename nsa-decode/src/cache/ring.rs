@@ -3,7 +3,7 @@
 use crate::Result;
 use nsa_core::index::ring_row;
 use nsa_kernels::layer::copy::{self, Piece};
-use nsa_kernels::{Backend, Buffer, Tensor};
+use nsa_kernels::{Backend, Buffer, Tensor, TensorMut};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -77,14 +77,21 @@ impl Lane {
         Ok(copy::all(backend, copies)?)
     }
 
-    /// Copies positions `positions` to row `to` of `target` on.
-    fn read(&self, positions: Range<usize>, target: &mut Buffer<f32>, to: usize) -> Result<()> {
+    /// Copies positions `positions` to the first rows of `target`, once `copies` are made. Returns the rest of `target`.
+    fn read<'a>(
+        &'a self,
+        positions: Range<usize>,
+        mut target: TensorMut<'a, f32, 1>,
+        copies: &mut Vec<Piece<'a, f32>>,
+    ) -> Result<TensorMut<'a, f32, 1>> {
         let row_len = self.row_len();
-        let Some(data) = self.data.as_ref().filter(|_| !positions.is_empty()) else { return Ok(()) };
-        for (row, run, done) in runs(self.rows, positions) {
-            target.copy_from((to + done) * row_len, data, row * row_len..(row + run) * row_len)?;
+        let Some(data) = self.data.as_ref().filter(|_| !positions.is_empty()) else { return Ok(target) };
+        for (row, run, _) in runs(self.rows, positions) {
+            let (part, rest) = target.split_at(run * row_len)?;
+            copies.push(Piece { source: data.tensor_at(row * row_len, [run * row_len])?, target: part });
+            target = rest;
         }
-        Ok(())
+        Ok(target)
     }
 
     fn bytes(&self) -> u64 {
@@ -122,10 +129,16 @@ impl Ring {
         Ok(data.tensor([self.live.rows, self.live.row_shape[0], self.live.row_shape[1]])?)
     }
 
-    /// Copies the rows of positions `positions`, which are in the ring, to row `to` of `target` on.
-    pub(crate) fn read(&self, positions: Range<usize>, target: &mut Buffer<f32>, to: usize) -> Result<()> {
+    /// Copies the rows of positions `positions`, which are in the ring, to the first rows of `target`, once `copies` are made.
+    /// Returns the rest of `target`.
+    pub(crate) fn read<'a>(
+        &'a self,
+        positions: Range<usize>,
+        target: TensorMut<'a, f32, 1>,
+        copies: &mut Vec<Piece<'a, f32>>,
+    ) -> Result<TensorMut<'a, f32, 1>> {
         debug_assert!(positions.end <= self.len && positions.start + self.live.rows >= self.len);
-        self.live.read(positions, target, to)
+        self.live.read(positions, target, copies)
     }
 
     /// Appends rows `rows` of `source` `[.., G, D]`, once `copies` are made. (What falls out is saved now.)
@@ -204,7 +217,11 @@ mod tests {
     fn read(ring: &Ring, positions: Range<usize>) -> Vec<f32> {
         let backend = backend();
         let mut target = backend.alloc(2 * positions.len() + 2);
-        ring.read(positions.clone(), &mut target, 1).unwrap();
+        let (mut copies, len) = (Vec::new(), target.len());
+        let (_, rows) = target.tensor_mut([len]).unwrap().split_at(2).unwrap();
+        let rest = ring.read(positions.clone(), rows, &mut copies).unwrap();
+        assert_eq!(rest.shape(), [0]);
+        copy::all(&backend, copies).unwrap();
         let mut host = vec![0.0; target.len()];
         target.read(&mut host).unwrap();
         host[2..].to_vec()

@@ -6,13 +6,100 @@ use super::workspace::{Workspace, fit};
 use crate::Result;
 use crate::cache::{DenseCache, LayerCache, NsaCache, Paged, Ring};
 use crate::weights::{F32Weight, Weight};
-use nsa_core::{CuSeqlens, Packing, index};
-use nsa_kernels::layer::{copy, rope, sigmoid};
+use nsa_core::{CuSeqlens, NsaConfig, Packing, index};
+use nsa_kernels::layer::copy::{self, Piece};
+use nsa_kernels::layer::{rope, sigmoid};
 use nsa_kernels::op;
-use nsa_kernels::{Buffer, Pages, Rows};
+use nsa_kernels::{Buffer, Pages, Rows, TensorMut};
+use std::ops::Range;
 
-/// Makes room for what depends on the number of new tokens alone.
-pub(super) fn prepare(pass: &Pass<'_>, ws: &mut Workspace) {
+/// Where the caches of a pass are.
+pub(super) enum Caches<'a, 'r> {
+    /// Here: each operation is told of them when it is called.
+    Here(&'a mut [Run<'r>]),
+    /// Where the device was told before the pass, see [`place`].
+    Placed(&'a copy::Table),
+}
+
+/// Copies of a layer: to the raw tokens of new blocks, of these blocks to their pages, of new rows to theirs.
+#[derive(Clone, Copy)]
+enum Copies {
+    Tails,
+    Blocks,
+    Rows,
+}
+
+/// Slots of a table for the copies of so many layers, and copies that one needs for a step of so many sequences. A sequence has a row
+/// for two page tables and four rings; the raw keys and values of a block are in two parts of a ring and a new row each.
+pub(super) fn table_shape(layers: usize, sequences: usize) -> [usize; 2] {
+    [3 * layers, 6 * sequences]
+}
+
+impl Copies {
+    fn slot(self, layer: usize) -> usize {
+        3 * layer + self as usize
+    }
+}
+
+impl<'r> Caches<'_, 'r> {
+    /// Makes copies that `collect` finds, or those that were placed.
+    fn copy<'p>(
+        &'p mut self,
+        pass: &Pass<'_>,
+        (copies, layer): (Copies, usize),
+        collect: impl FnOnce(&'p mut [Run<'r>]) -> Result<Vec<Piece<'p, f32>>>,
+    ) -> Result<()> {
+        match self {
+            Self::Here(runs) => Ok(copy::all(&pass.model.backend, collect(runs)?)?),
+            Self::Placed(table) => Ok(table.run(copies.slot(layer))?),
+        }
+    }
+}
+
+/// The compression blocks that the new tokens of a pass complete.
+#[derive(Debug)]
+pub(super) struct NewBlocks {
+    /// What they are of, in order.
+    owners: Vec<Owner>,
+    /// Raw tokens of each owner.
+    tails: Packing,
+    /// Positions of the blocks' first tokens.
+    positions: Vec<i32>,
+}
+
+/// A sequence that has new blocks.
+#[derive(Debug)]
+struct Owner {
+    sequence: usize,
+    /// First token of the first new block: all from there on are raw tokens of new blocks.
+    start: usize,
+    /// Its rows among all new blocks.
+    rows: Range<usize>,
+}
+
+impl NewBlocks {
+    pub(super) fn of(config: &NsaConfig, packing: &Packing) -> Result<Self> {
+        let (mut owners, mut lengths, mut positions) = (Vec::new(), Vec::new(), Vec::<i32>::new());
+        for (sequence, seq) in packing.seqs().enumerate() {
+            let (before, after) = (index::num_blocks(config, seq.context), index::num_blocks(config, seq.end()));
+            if before < after {
+                let start = before * config.compress_stride();
+                owners.push(Owner { sequence, start, rows: positions.len()..positions.len() + after - before });
+                lengths.push(seq.end() - start);
+                positions.extend((before..after).map(|i| (i * config.compress_stride()) as i32));
+            }
+        }
+        Ok(Self { owners, tails: Packing::new(CuSeqlens::from_lengths(lengths)?), positions })
+    }
+
+    /// Sequences that have new blocks.
+    pub(super) fn owners(&self) -> usize {
+        self.owners.len()
+    }
+}
+
+/// Makes room for the pass but for what the window reaches back to, and writes the new blocks' positions.
+pub(super) fn prepare(pass: &Pass<'_>, ws: &mut Workspace) -> Result<()> {
     let (config, backend, n) = (&pass.model.attention, &pass.model.backend, pass.rows());
     let (heads, kv_heads) = (config.num_heads(), config.num_kv_heads());
     let (dim_k, dim_v) = (config.head_dim_qk(), config.head_dim_v());
@@ -36,6 +123,15 @@ pub(super) fn prepare(pass: &Pass<'_>, ws: &mut Workspace) {
         fit(backend, &mut ws.gates, n * 3 * heads);
         fit(backend, &mut ws.indices, n * kv_heads * config.select_count());
     }
+    let Some(new) = &pass.new_blocks else { return Ok(()) };
+    let (rows, blocks) = (new.tails.num_tokens(), new.positions.len());
+    fit(backend, &mut ws.tail_k, rows * kv_heads * dim_k);
+    fit(backend, &mut ws.tail_v, rows * kv_heads * dim_v);
+    fit(backend, &mut ws.raw_blocks, blocks * kv_heads * dim_k);
+    fit(backend, &mut ws.k_blocks, blocks * kv_heads * dim_k);
+    fit(backend, &mut ws.v_blocks, blocks * kv_heads * dim_v);
+    fit(backend, &mut ws.block_positions, blocks);
+    Ok(ws.block_positions.write(&new.positions)?)
 }
 
 /// Where projections that are normed and rotated are finished.
@@ -83,9 +179,10 @@ pub(super) fn dense(
     ws: &mut Workspace,
     weights: &Layer,
     (k, v, k_norm): (&Weight, &Weight, Option<&F32Weight>),
-    runs: &mut [Run<'_>],
+    caches: &mut Caches<'_, '_>,
     layer: usize,
 ) -> Result<Vec<usize>> {
+    let Caches::Here(runs) = caches else { unreachable!("steps of full attention are not placed") };
     let (config, backend, n) = (&pass.model.attention, &pass.model.backend, pass.rows());
     let (h, q_out, k_out, v_out) = (&ws.h, &mut ws.q, &mut ws.k_slc, &mut ws.v_slc);
     both(backend.join(
@@ -122,23 +219,58 @@ pub(super) fn dense(
     Ok(pass.packing.seqs().map(|seq| seq.end()).collect())
 }
 
-/// Sparse attention. Returns the token-rows that each sequence read, when the pass is a decoding step.
+/// Sparse attention. Returns the token-rows that each sequence read, when the pass is a decoding step whose caches are here.
 pub(super) fn nsa(
     pass: &Pass<'_>,
     ws: &mut Workspace,
     layer_weights: &Layer,
     weights: &NsaWeights,
-    runs: &mut [Run<'_>],
+    caches: &mut Caches<'_, '_>,
     layer: usize,
 ) -> Result<Vec<usize>> {
-    let backend = &pass.model.backend;
     project_branches(pass, ws, layer_weights, weights)?;
-    compress_new_blocks(pass, ws, weights, runs, layer)?;
-    let reach = match pass.is_step {
-        true => None,
-        false => Some(gather_reach(pass, ws, runs, layer)?),
+    if let Some(new) = &pass.new_blocks {
+        caches.copy(pass, (Copies::Tails, layer), |runs| tails(pass, new, ws, runs, layer))?;
+        compress_tails(pass, new, ws, weights)?;
+        caches.copy(pass, (Copies::Blocks, layer), |runs| block_rows(pass, new, ws, runs, layer))?;
+    }
+    let reach = match caches {
+        Caches::Here(runs) if !pass.is_step => Some(gather_reach(pass, ws, runs, layer)?),
+        _ => None,
     };
-    // All the rings and pages are apart, so that the order of their copies does not matter.
+    caches.copy(pass, (Copies::Rows, layer), |runs| new_rows(pass, ws, runs, layer))?;
+    match (caches, reach) {
+        (Caches::Here(runs), Some(reach)) => chunk(pass, ws, runs, layer, &reach).map(|()| Vec::new()),
+        (Caches::Here(runs), None) => step(pass, ws, runs, layer),
+        (Caches::Placed(_), _) => launch(pass, ws, layer).map(|()| Vec::new()),
+    }
+}
+
+/// Tells where the new rows of a decoding step go in one layer, and where its caches then are.
+pub(super) fn place(
+    pass: &Pass<'_>,
+    ws: &mut Workspace,
+    runs: &mut [Run<'_>],
+    layer: usize,
+    table: &mut copy::Table,
+) -> Result<op::decode::Placed> {
+    if let Some(new) = &pass.new_blocks {
+        table.set(Copies::Tails.slot(layer), tails(pass, new, ws, runs, layer)?)?;
+        table.set(Copies::Blocks.slot(layer), block_rows(pass, new, ws, runs, layer)?)?;
+    }
+    table.set(Copies::Rows.slot(layer), new_rows(pass, ws, runs, layer)?)?;
+    let caches = step_caches(pass, runs, layer)?;
+    Ok(ws.decode.place(&pass.model.backend, &pass.model.attention, layer, &caches)?)
+}
+
+/// Appends the new tokens' rows to pages and rings. All of these are apart, so that the order of their copies does not matter.
+fn new_rows<'a>(
+    pass: &Pass<'_>,
+    ws: &'a Workspace,
+    runs: &'a mut [Run<'_>],
+    layer: usize,
+) -> Result<Vec<Piece<'a, f32>>> {
+    let backend = &pass.model.backend;
     let mut copies = Vec::new();
     for (run, seq) in runs.iter_mut().zip(pass.packing.seqs()) {
         let NsaCache { k_slc, v_slc, k_cmp, v_cmp, k_win, v_win, .. } = nsa_cache(run, layer);
@@ -149,11 +281,7 @@ pub(super) fn nsa(
             ring.push(backend, new, seq.rows.clone(), &mut copies)?;
         }
     }
-    copy::all(backend, copies)?;
-    match reach {
-        None => step(pass, ws, runs, layer),
-        Some(reach) => chunk(pass, ws, runs, layer, &reach).map(|()| Vec::new()),
-    }
+    Ok(copies)
 }
 
 /// Queries, keys and values of all branches, and the gates.
@@ -183,62 +311,57 @@ fn project_branches(pass: &Pass<'_>, ws: &mut Workspace, layer: &Layer, weights:
     Ok(sigmoid::forward(&pass.model.backend, args)?)
 }
 
-/// Appends the compression blocks that the new tokens complete. Raw tokens are those of the ring, from the first
-/// incomplete block's start on, and the new ones.
-fn compress_new_blocks(
+/// Gathers the raw tokens of new blocks: those of the ring, from the first incomplete block's start on, and the new ones.
+fn tails<'a>(
     pass: &Pass<'_>,
-    ws: &mut Workspace,
-    weights: &NsaWeights,
-    runs: &mut [Run<'_>],
+    new: &NewBlocks,
+    ws: &'a mut Workspace,
+    runs: &'a mut [Run<'_>],
     layer: usize,
-) -> Result<()> {
-    let (config, backend) = (&pass.model.attention, &pass.model.backend);
-    let (keys, values) = (config.num_kv_heads() * config.head_dim_qk(), config.num_kv_heads() * config.head_dim_v());
-    let (mut lengths, mut positions, mut owners) = (Vec::new(), Vec::<i32>::new(), Vec::new());
-    for (s, seq) in pass.packing.seqs().enumerate() {
-        let (before, after) = (index::num_blocks(config, seq.context), index::num_blocks(config, seq.end()));
-        if before < after {
-            let start = before * config.compress_stride();
-            owners.push((s, start, positions.len()..positions.len() + after - before));
-            lengths.push(seq.end() - start);
-            positions.extend((before..after).map(|i| (i * config.compress_stride()) as i32));
-        }
-    }
-    if lengths.is_empty() {
-        return Ok(());
-    }
-    let (rows, blocks) = (lengths.iter().sum::<usize>(), positions.len());
-    fit(backend, &mut ws.tail_k, rows * keys);
-    fit(backend, &mut ws.tail_v, rows * values);
-    fit(backend, &mut ws.raw_blocks, blocks * keys);
-    fit(backend, &mut ws.k_blocks, blocks * keys);
-    fit(backend, &mut ws.v_blocks, blocks * values);
-    fit(backend, &mut ws.block_positions, blocks);
-    ws.block_positions.write(&positions)?;
-    let mut at = 0;
-    for ((s, start, _), length) in owners.iter().zip(&lengths) {
-        let (cache, seq) = (nsa_cache(&mut runs[*s], layer), pass.packing.seq(*s));
-        gather((&cache.k_cmp, *start..seq.context), (&ws.k_cmp, seq.rows.clone()), (&mut ws.tail_k, at), keys)?;
-        gather((&cache.v_cmp, *start..seq.context), (&ws.v_cmp, seq.rows), (&mut ws.tail_v, at), values)?;
-        at += length;
-    }
-    let packing = Packing::new(CuSeqlens::from_lengths(lengths)?);
-    let normed = weights.k_norm.as_ref().map(|norms| &norms[0]);
-    let k_target = if normed.is_some() { &mut ws.raw_blocks } else { &mut ws.k_blocks };
-    compress(pass, &packing, &weights.compress_k, &ws.tail_k, k_target, config.head_dim_qk())?;
-    compress(pass, &packing, &weights.compress_v, &ws.tail_v, &mut ws.v_blocks, config.head_dim_v())?;
-    if let Some(weight) = normed {
-        norm(backend, &ws.raw_blocks, weight, pass.eps(), blocks * config.num_kv_heads(), &mut ws.k_blocks)?;
-    }
-    rotate(pass, &ws.block_positions, &mut ws.k_blocks, [blocks, config.num_kv_heads()])?;
-    let (mut copies, mut owners) = (Vec::new(), owners.into_iter().peekable());
+) -> Result<Vec<Piece<'a, f32>>> {
+    let Workspace { k_cmp, v_cmp, tail_k, tail_v, .. } = ws;
+    let mut to = [whole(tail_k)?, whole(tail_v)?];
+    let (mut copies, mut owners) = (Vec::new(), new.owners.iter().peekable());
     for (s, run) in runs.iter_mut().enumerate() {
-        let Some((_, _, rows)) = owners.next_if(|(owner, ..)| *owner == s) else { continue };
+        let Some(Owner { start, .. }) = owners.next_if(|owner| owner.sequence == s) else { continue };
+        let (cache, seq) = (&*nsa_cache(run, layer), pass.packing.seq(s));
+        let parts = [(&cache.k_cmp, &*k_cmp), (&cache.v_cmp, &*v_cmp)];
+        to = gather(pass, parts, (*start..seq.context, seq.rows), to, &mut copies)?;
+    }
+    Ok(copies)
+}
+
+/// Appends the new blocks to their pages.
+fn block_rows<'a>(
+    pass: &Pass<'_>,
+    new: &NewBlocks,
+    ws: &'a Workspace,
+    runs: &'a mut [Run<'_>],
+    layer: usize,
+) -> Result<Vec<Piece<'a, f32>>> {
+    let backend = &pass.model.backend;
+    let (mut copies, mut owners) = (Vec::new(), new.owners.iter().peekable());
+    for (s, run) in runs.iter_mut().enumerate() {
+        let Some(Owner { rows, .. }) = owners.next_if(|owner| owner.sequence == s) else { continue };
         let NsaCache { k_blocks, v_blocks, .. } = nsa_cache(run, layer);
         k_blocks.push(backend, &ws.k_blocks, rows.clone(), &mut copies)?;
-        v_blocks.push(backend, &ws.v_blocks, rows, &mut copies)?;
+        v_blocks.push(backend, &ws.v_blocks, rows.clone(), &mut copies)?;
     }
-    Ok(copy::all(backend, copies)?)
+    Ok(copies)
+}
+
+/// φ, norm and rotation of the new blocks.
+fn compress_tails(pass: &Pass<'_>, new: &NewBlocks, ws: &mut Workspace, weights: &NsaWeights) -> Result<()> {
+    let config = &pass.model.attention;
+    let (kv_heads, blocks) = (config.num_kv_heads(), new.positions.len());
+    let normed = weights.k_norm.as_ref().map(|norms| &norms[0]);
+    let k_target = if normed.is_some() { &mut ws.raw_blocks } else { &mut ws.k_blocks };
+    compress(pass, &new.tails, &weights.compress_k, &ws.tail_k, k_target, config.head_dim_qk())?;
+    compress(pass, &new.tails, &weights.compress_v, &ws.tail_v, &mut ws.v_blocks, config.head_dim_v())?;
+    if let Some(weight) = normed {
+        norm(&pass.model.backend, &ws.raw_blocks, weight, pass.eps(), blocks * kv_heads, &mut ws.k_blocks)?;
+    }
+    rotate(pass, &ws.block_positions, &mut ws.k_blocks, [blocks, kv_heads])
 }
 
 /// φ of the sequences of `packing`.
@@ -263,16 +386,30 @@ fn compress(
     Ok(op::compress::forward(&pass.model.backend, args)?)
 }
 
-/// Rows of a ring, then new ones, to row `at` of a buffer on.
-fn gather(
-    (ring, positions): (&Ring, std::ops::Range<usize>),
-    (new, rows): (&Buffer<f32>, std::ops::Range<usize>),
-    (target, at): (&mut Buffer<f32>, usize),
-    row_len: usize,
-) -> Result<()> {
-    let after = at + positions.len();
-    ring.read(positions, target, at)?;
-    Ok(target.copy_from(after * row_len, new, rows.start * row_len..rows.end * row_len)?)
+/// All of a buffer.
+fn whole(buffer: &mut Buffer<f32>) -> Result<TensorMut<'_, f32, 1>> {
+    let len = buffer.len();
+    Ok(buffer.tensor_mut([len])?)
+}
+
+/// Copies positions of rings of keys and of values, then new rows, to the first rows of `to`, once `copies` are made. Returns the rest
+/// of `to`.
+fn gather<'a>(
+    pass: &Pass<'_>,
+    parts: [(&'a Ring, &'a Buffer<f32>); 2],
+    (positions, rows): (Range<usize>, Range<usize>),
+    to: [TensorMut<'a, f32, 1>; 2],
+    copies: &mut Vec<Piece<'a, f32>>,
+) -> Result<[TensorMut<'a, f32, 1>; 2]> {
+    let config = &pass.model.attention;
+    let mut one = |(ring, new): (&'a Ring, &'a Buffer<f32>), to, dim| -> Result<TensorMut<'a, f32, 1>> {
+        let row_len = config.num_kv_heads() * dim;
+        let (target, rest) = ring.read(positions.clone(), to, copies)?.split_at(rows.len() * row_len)?;
+        copies.push(Piece { source: new.tensor_at(rows.start * row_len, target.shape())?, target });
+        Ok(rest)
+    };
+    let ([keys, values], [to_k, to_v]) = (parts, to);
+    Ok([one(keys, to_k, config.head_dim_qk())?, one(values, to_v, config.head_dim_v())?])
 }
 
 /// Lays out the window branch's rows: what the first new query of each sequence reaches back to, then the new ones.
@@ -283,12 +420,14 @@ fn gather_reach(pass: &Pass<'_>, ws: &mut Workspace, runs: &mut [Run<'_>], layer
     let offsets = CuSeqlens::from_lengths(pass.packing.seqs().map(|seq| seq.end() - back(seq.context)))?;
     fit(backend, &mut ws.reach_k, offsets.total() * keys);
     fit(backend, &mut ws.reach_v, offsets.total() * values);
-    for (s, (run, seq)) in runs.iter_mut().zip(pass.packing.seqs()).enumerate() {
-        let (cache, at) = (nsa_cache(run, layer), offsets.range(s).start);
-        let reach = back(seq.context)..seq.context;
-        gather((&cache.k_win, reach.clone()), (&ws.k_win, seq.rows.clone()), (&mut ws.reach_k, at), keys)?;
-        gather((&cache.v_win, reach), (&ws.v_win, seq.rows), (&mut ws.reach_v, at), values)?;
+    let Workspace { k_win, v_win, reach_k, reach_v, .. } = ws;
+    let (mut copies, mut to) = (Vec::new(), [whole(reach_k)?, whole(reach_v)?]);
+    for (run, seq) in runs.iter_mut().zip(pass.packing.seqs()) {
+        let cache = &*nsa_cache(run, layer);
+        let parts = [(&cache.k_win, &*k_win), (&cache.v_win, &*v_win)];
+        to = gather(pass, parts, (back(seq.context)..seq.context, seq.rows), to, &mut copies)?;
     }
+    copy::all(backend, copies)?;
     Ok(offsets)
 }
 
@@ -323,13 +462,11 @@ fn chunk(pass: &Pass<'_>, ws: &mut Workspace, runs: &mut [Run<'_>], layer: usize
     Ok(op::nsa::forward(&pass.model.backend, args)?)
 }
 
-/// The operator's decoding step.
-fn step(pass: &Pass<'_>, ws: &mut Workspace, runs: &mut [Run<'_>], layer: usize) -> Result<Vec<usize>> {
-    let (config, n) = (&pass.model.attention, pass.rows());
-    let (heads, kv_heads) = (config.num_heads(), config.num_kv_heads());
+/// The caches, as a decoding step takes them.
+fn step_caches<'a>(pass: &Pass<'_>, runs: &'a mut [Run<'_>], layer: usize) -> Result<Vec<op::decode::Cache<'a, f32>>> {
     let mut caches = Vec::with_capacity(runs.len());
     for (run, seq) in runs.iter_mut().zip(pass.packing.seqs()) {
-        let cache = nsa_cache(run, layer);
+        let cache = &*nsa_cache(run, layer);
         caches.push(op::decode::Cache {
             context: seq.end(),
             k_cmp: cache.k_blocks.table(),
@@ -340,15 +477,42 @@ fn step(pass: &Pass<'_>, ws: &mut Workspace, runs: &mut [Run<'_>], layer: usize)
             v_win: cache.v_win.tensor()?,
         });
     }
+    Ok(caches)
+}
+
+/// The operator's decoding step.
+fn step(pass: &Pass<'_>, ws: &mut Workspace, runs: &mut [Run<'_>], layer: usize) -> Result<Vec<usize>> {
+    let config = &pass.model.attention;
+    let caches = step_caches(pass, runs, layer)?;
+    let [queries, gates, outputs, lists] = step_shapes(pass);
     let args = op::decode::Step {
         config,
         caches: &caches,
-        q: ws.q.tensor([n, heads, config.head_dim_qk()])?,
-        gates: ws.gates.tensor([n, heads, 3])?,
-        o: ws.o.tensor_mut([n, heads, config.head_dim_v()])?,
-        block_indices: ws.indices.tensor_mut([n, kv_heads, config.select_count()])?,
+        q: ws.q.tensor(queries)?,
+        gates: ws.gates.tensor(gates)?,
+        o: ws.o.tensor_mut(outputs)?,
+        block_indices: ws.indices.tensor_mut(lists)?,
     };
     Ok(op::decode::step_with(&pass.model.backend, &mut ws.decode, layer, args)?)
+}
+
+/// The same on caches that were placed.
+fn launch(pass: &Pass<'_>, ws: &mut Workspace, layer: usize) -> Result<()> {
+    let [queries, gates, outputs, lists] = step_shapes(pass);
+    let (q, gates) = (ws.q.tensor(queries)?, ws.gates.tensor(gates)?);
+    Ok(ws.decode.launch(layer, q, gates, ws.o.tensor_mut(outputs)?, ws.indices.tensor_mut(lists)?)?)
+}
+
+/// Shapes of a decoding step's queries, gates, outputs and lists of blocks.
+fn step_shapes(pass: &Pass<'_>) -> [[usize; 3]; 4] {
+    let (config, n) = (&pass.model.attention, pass.rows());
+    let (heads, kv_heads) = (config.num_heads(), config.num_kv_heads());
+    [
+        [n, heads, config.head_dim_qk()],
+        [n, heads, 3],
+        [n, heads, config.head_dim_v()],
+        [n, kv_heads, config.select_count()],
+    ]
 }
 
 fn nsa_cache<'a>(run: &'a mut Run<'_>, layer: usize) -> &'a mut NsaCache {

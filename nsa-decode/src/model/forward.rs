@@ -1,8 +1,9 @@
 //! The forward pass: new tokens of several sequences, each after what its caches hold.
 
+use super::attention::{self, Caches, NewBlocks};
 use super::layers::{AttentionWeights, Layer, embed, norm, project};
 use super::workspace::{Workspace, fit};
-use super::{Inner, attention};
+use super::{Idle, Inner};
 use crate::Result;
 use crate::cache::Cache;
 use nsa_core::{CuSeqlens, Packing};
@@ -34,6 +35,9 @@ pub(super) struct Pass<'a> {
     pub(super) packing: Packing,
     /// Every sequence has one new token.
     pub(super) is_step: bool,
+    /// Compression blocks that the new tokens complete, if any.
+    pub(super) new_blocks: Option<NewBlocks>,
+    wanted: Wanted,
 }
 
 impl Pass<'_> {
@@ -57,8 +61,27 @@ impl Inner {
         let offsets = CuSeqlens::from_lengths(runs.iter().map(|run| run.tokens.len()))?;
         let packing = Packing::with_contexts(offsets, runs.iter().map(|run| run.cache.len).collect())?;
         let is_step = runs.iter().all(|run| run.tokens.len() == 1);
-        let pass = Pass { model: self, packing, is_step };
-        self.with_workspace(|ws| self.backend.run(|| pass.run(ws, runs, wanted, logits)))
+        let is_sparse = self.config.nsa_config().is_some();
+        let new_blocks = if is_sparse { Some(NewBlocks::of(&self.attention, &packing)?) } else { None };
+        let new_blocks = new_blocks.filter(|new| new.owners() > 0);
+        let pass = Pass { model: self, packing, is_step, new_blocks, wanted };
+        let rows_read = self.with_workspace(|Idle { workspace: ws, recorded }| {
+            self.backend.run(|| {
+                pass.prepare(ws, runs)?;
+                let rows_read = match recorded {
+                    Some(recorded) if is_sparse && is_step && wanted == Wanted::Last => {
+                        recorded.step(&pass, ws, runs)?
+                    }
+                    _ => pass.compute(ws, &mut Caches::Here(runs))?,
+                };
+                pass.read(ws, logits)?;
+                Ok(rows_read)
+            })
+        });
+        if rows_read.is_ok() {
+            runs.iter_mut().for_each(|run| run.cache.len += run.tokens.len());
+        }
+        rows_read
     }
 }
 
@@ -68,55 +91,58 @@ pub(super) fn both((a, b): (Result<()>, Result<()>)) -> Result<()> {
 }
 
 impl Pass<'_> {
-    fn run(
-        &self,
-        ws: &mut Workspace,
-        runs: &mut [Run<'_>],
-        wanted: Wanted,
-        logits: &mut Vec<f32>,
-    ) -> Result<Vec<usize>> {
-        self.prepare(ws, runs)?;
-        let mut rows_read = Vec::new();
-        for (index, layer) in self.model.layers.iter().enumerate() {
-            rows_read = self.layer(ws, layer, runs, index)?;
-        }
-        for run in runs.iter_mut() {
-            run.cache.len += run.tokens.len();
-        }
-        self.logits(ws, wanted, logits)?;
-        Ok(rows_read)
-    }
-
-    /// Makes room, and looks the tokens up.
+    /// Makes room, and writes what the device is to know of the new tokens.
     fn prepare(&self, ws: &mut Workspace, runs: &[Run<'_>]) -> Result<()> {
         let (config, backend, n) = (&self.model.config, &self.model.backend, self.rows());
-        let (width, hidden) = (config.hidden_size(), config.intermediate_size());
+        let (width, hidden, outputs) = (config.hidden_size(), config.intermediate_size(), self.outputs());
         for buffer in [&mut ws.x, &mut ws.h] {
             fit(backend, buffer, n * width);
         }
         for buffer in [&mut ws.mlp_gate, &mut ws.mlp_up, &mut ws.mlp] {
             fit(backend, buffer, n * hidden);
         }
-        attention::prepare(self, ws);
+        for buffer in [&mut ws.last, &mut ws.last_norm] {
+            fit(backend, buffer, outputs * width);
+        }
+        fit(backend, &mut ws.logits, outputs * config.vocab_size());
+        attention::prepare(self, ws)?;
         fit(backend, &mut ws.tokens, n);
         fit(backend, &mut ws.positions, n);
         let tokens: Vec<u32> = runs.iter().flat_map(|run| run.tokens).copied().collect();
         ws.tokens.write(&tokens)?;
         let positions: Vec<i32> =
             self.packing.seqs().flat_map(|seq| seq.context..seq.end()).map(|position| position as i32).collect();
-        ws.positions.write(&positions)?;
-        embed(backend, ws.tokens.tensor([n])?, &self.model.embed, ws.x.tensor_mut([n, width])?)
+        Ok(ws.positions.write(&positions)?)
+    }
+
+    /// All that is computed: embedding, layers, head.
+    pub(super) fn compute(&self, ws: &mut Workspace, caches: &mut Caches<'_, '_>) -> Result<Vec<usize>> {
+        let (config, n) = (&self.model.config, self.rows());
+        let x = ws.x.tensor_mut([n, config.hidden_size()])?;
+        embed(&self.model.backend, ws.tokens.tensor([n])?, &self.model.embed, x)?;
+        let mut rows_read = Vec::new();
+        for (index, layer) in self.model.layers.iter().enumerate() {
+            rows_read = self.layer(ws, layer, caches, index)?;
+        }
+        self.head(ws)?;
+        Ok(rows_read)
     }
 
     /// x += attention(norm(x)); x += mlp(norm(x)).
-    fn layer(&self, ws: &mut Workspace, layer: &Layer, runs: &mut [Run<'_>], index: usize) -> Result<Vec<usize>> {
+    fn layer(
+        &self,
+        ws: &mut Workspace,
+        layer: &Layer,
+        caches: &mut Caches<'_, '_>,
+        index: usize,
+    ) -> Result<Vec<usize>> {
         let (config, backend, n) = (&self.model.config, &self.model.backend, self.rows());
         let (width, hidden) = (config.hidden_size(), config.intermediate_size());
         norm(backend, &ws.x, &layer.input_norm, self.eps(), n, &mut ws.h)?;
         let rows_read = match &layer.attention {
-            AttentionWeights::Nsa(weights) => attention::nsa(self, ws, layer, weights, runs, index)?,
+            AttentionWeights::Nsa(weights) => attention::nsa(self, ws, layer, weights, caches, index)?,
             AttentionWeights::Dense { k, v, k_norm } => {
-                attention::dense(self, ws, layer, (k, v, k_norm.as_ref()), runs, index)?
+                attention::dense(self, ws, layer, (k, v, k_norm.as_ref()), caches, index)?
             }
         };
         let joined = config.num_attention_heads() * config.v_head_dim();
@@ -138,34 +164,39 @@ impl Pass<'_> {
         Ok(rows_read)
     }
 
-    /// The last norm and the head, of the rows wanted.
-    fn logits(&self, ws: &mut Workspace, wanted: Wanted, logits: &mut Vec<f32>) -> Result<()> {
-        let (config, backend) = (&self.model.config, &self.model.backend);
-        let (width, vocab) = (config.hidden_size(), config.vocab_size());
-        let rows = match wanted {
+    /// Rows whose logits are wanted.
+    fn outputs(&self) -> usize {
+        match self.wanted {
             Wanted::None => 0,
             Wanted::Last => self.packing.num_seqs(),
             Wanted::All => self.rows(),
-        };
-        logits.resize(rows * vocab, 0.0);
+        }
+    }
+
+    /// The last norm and the head, of the rows wanted.
+    fn head(&self, ws: &mut Workspace) -> Result<()> {
+        let (config, backend, rows) = (&self.model.config, &self.model.backend, self.outputs());
+        let (width, vocab) = (config.hidden_size(), config.vocab_size());
         if rows == 0 {
             return Ok(());
         }
-        fit(backend, &mut ws.last, rows * width);
-        fit(backend, &mut ws.last_norm, rows * width);
-        fit(backend, &mut ws.logits, rows * vocab);
-        match wanted {
-            Wanted::All | Wanted::None => ws.last.copy_from(0, &ws.x, 0..rows * width)?,
-            Wanted::Last => {
-                for (row, seq) in self.packing.seqs().enumerate() {
-                    let last = seq.rows.end - 1;
-                    ws.last.copy_from(row * width, &ws.x, last * width..(last + 1) * width)?;
-                }
+        let last = if rows == self.rows() {
+            &ws.x
+        } else {
+            for (row, seq) in self.packing.seqs().enumerate() {
+                let last = seq.rows.end - 1;
+                ws.last.copy_from(row * width, &ws.x, last * width..(last + 1) * width)?;
             }
-        }
-        norm(backend, &ws.last, &self.model.norm, self.eps(), rows, &mut ws.last_norm)?;
+            &ws.last
+        };
+        norm(backend, last, &self.model.norm, self.eps(), rows, &mut ws.last_norm)?;
         let hidden = ws.last_norm.tensor([rows, width])?;
-        project(backend, hidden, &self.model.head, ws.logits.tensor_mut([rows, vocab])?, false)?;
+        project(backend, hidden, &self.model.head, ws.logits.tensor_mut([rows, vocab])?, false)
+    }
+
+    /// The logits wanted.
+    fn read(&self, ws: &Workspace, logits: &mut Vec<f32>) -> Result<()> {
+        logits.resize(self.outputs() * self.model.config.vocab_size(), 0.0);
         Ok(ws.logits.read(logits)?)
     }
 

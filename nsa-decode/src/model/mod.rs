@@ -3,6 +3,7 @@
 mod attention;
 mod forward;
 mod layers;
+mod recorded;
 mod workspace;
 
 use crate::weights::{F32Weight, Weight, Weights};
@@ -14,6 +15,7 @@ use nsa_core::tokenizer::Tokenizer;
 use nsa_core::{CompressKind, DType, NsaConfig, read_json};
 use nsa_kernels::Backend;
 use nsa_kernels::layer::rope::RopeCache;
+use recorded::Recorded;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use workspace::Workspace;
@@ -52,7 +54,15 @@ pub(crate) struct Inner {
     norm: F32Weight,
     head: Weight,
     rope: RopeCache<f32>,
-    workspaces: Mutex<Vec<Workspace>>,
+    idle: Mutex<Vec<Idle>>,
+}
+
+/// What passes leave for the next ones.
+#[derive(Debug)]
+struct Idle {
+    workspace: Workspace,
+    /// Decoding steps, where the backend repeats recorded work.
+    recorded: Option<Recorded>,
 }
 
 impl Model {
@@ -85,7 +95,6 @@ impl Model {
         let positions = config.max_position_embeddings();
         let rope = RopeCache::new(&backend, &table.inv_freq, table.attention_factor, positions);
         let attention = attention_config(&config)?;
-        let workspaces = Mutex::default();
         tracing::info!(
             folder = %folder.display(),
             file_bytes = weights_info.file_bytes,
@@ -104,7 +113,7 @@ impl Model {
             norm,
             head,
             rope,
-            workspaces,
+            idle: Mutex::default(),
         })))
     }
 
@@ -126,6 +135,13 @@ impl Model {
     /// How the weights are held.
     pub fn weights_info(&self) -> &WeightsInfo {
         &self.0.weights_info
+    }
+
+    /// Kinds of decoding steps, by numbers of sequences and of new compression blocks, that the device repeats as recorded work;
+    /// none on the CPU, and none of full attention.
+    pub fn recorded_steps(&self) -> usize {
+        let idle = self.0.idle.lock().unwrap_or_else(PoisonError::into_inner);
+        idle.iter().filter_map(|idle| idle.recorded.as_ref()).map(Recorded::len).sum()
     }
 
     /// An empty sequence with the default options.
@@ -181,12 +197,15 @@ impl Inner {
     }
 
     /// Runs `work` with a workspace that no other pass uses.
-    fn with_workspace<R>(&self, work: impl FnOnce(&mut Workspace) -> R) -> R {
-        let lock = || self.workspaces.lock().unwrap_or_else(PoisonError::into_inner);
+    fn with_workspace<R>(&self, work: impl FnOnce(&mut Idle) -> R) -> R {
+        let lock = || self.idle.lock().unwrap_or_else(PoisonError::into_inner);
         let idle = lock().pop();
-        let mut workspace = idle.unwrap_or_else(|| Workspace::new(&self.backend, self.layers.len()));
-        let result = work(&mut workspace);
-        lock().push(workspace);
+        let mut idle = idle.unwrap_or_else(|| Idle {
+            workspace: Workspace::new(&self.backend, self.layers.len()),
+            recorded: Recorded::new(&self.backend),
+        });
+        let result = work(&mut idle);
+        lock().push(idle);
         result
     }
 }

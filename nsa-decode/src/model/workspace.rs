@@ -18,6 +18,11 @@ macro_rules! workspace {
             pub(crate) fn new(backend: &Backend, layers: usize) -> Self {
                 Self { $($name: backend.alloc(0),)* decode: decode::Workspace::new(layers) }
             }
+
+            /// Elements of all buffers. They only grow: while the number is the same, so are the buffers.
+            pub(crate) fn len(&self) -> usize {
+                [$(self.$name.len()),*].iter().sum()
+            }
         }
     };
 }

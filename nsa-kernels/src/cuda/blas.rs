@@ -4,8 +4,10 @@ use super::launch::Call;
 use super::library;
 use crate::{Error, Result};
 use cudarc::cublas::{CudaBlas, result, sys};
+use cudarc::driver::CudaStream;
 use nsa_core::DType;
 use std::ffi::{c_int, c_longlong};
+use std::sync::Arc;
 
 /// A row-major matrix in device memory; of a batch, the first one.
 #[derive(Clone, Copy, Debug)]
@@ -51,17 +53,17 @@ pub(crate) struct Factor {
     pub(crate) transposed: bool,
 }
 
-/// A handle of the library on a device's stream.
-pub(super) fn open(cuda: &super::Cuda) -> Result<CudaBlas> {
+/// A handle of the library on a stream of the device.
+pub(super) fn open(cuda: &super::Cuda, stream: &Arc<CudaStream>) -> Result<Arc<CudaBlas>> {
     library::check_cublas(&cuda.name())?;
     let broken =
         |error: result::CublasError| Error::Device { op: "cuBLAS".to_owned(), message: format!("{:?}", error.0) };
-    let blas = CudaBlas::new(cuda.stream().clone()).map_err(broken)?;
+    let blas = CudaBlas::new(stream.clone()).map_err(broken)?;
     // Sums of bf16 and f16 products stay in f32 where a library splits them.
     let mode = sys::cublasMath_t::CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION;
     // SAFETY: the handle was just made.
     unsafe { sys::cublasSetMathMode(*blas.handle(), mode) }.result().map_err(broken)?;
-    Ok(blas)
+    Ok(Arc::new(blas))
 }
 
 /// C = A·B, or C += A·B. A and B are of one type, C is of that type or f32; sums in f32.

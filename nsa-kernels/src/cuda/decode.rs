@@ -21,7 +21,7 @@ use super::geometry::copy_bytes;
 use super::geometry::decode::{DecodeSizes, columns};
 use super::geometry::step::StepTiles;
 use super::launch::Call;
-use super::memory::DeviceBuffer;
+use super::memory::{DeviceBuffer, Mirror};
 use super::params::{In, Out, Params, Stored, params};
 use super::program::{Constants, Program};
 use crate::op::decode::{Cache, OP, RowsRead, Step};
@@ -105,10 +105,13 @@ impl Capacity {
         }
     }
 
-    /// With room for more sequences and longer contexts, so that few workspaces are made while a text grows.
-    fn with_room(self) -> Self {
-        let context = self.context.max(LEAST_CONTEXT).checked_next_power_of_two().unwrap_or(self.context);
-        Self { sequences: self.sequences.next_power_of_two(), context: context.min(i32::MAX as usize), ..self }
+    /// With room for more sequences and longer contexts, so that few workspaces are made while a text grows, and for what was
+    /// there before, so that none is made again and again by batches that come in turns.
+    fn with_room(self, before: Option<Self>) -> Self {
+        let (sequences, context) = before.map_or((0, 0), |before| (before.sequences, before.context));
+        let (sequences, context) = (self.sequences.max(sequences), self.context.max(context).max(LEAST_CONTEXT));
+        let context = context.checked_next_power_of_two().unwrap_or(context).min(i32::MAX as usize);
+        Self { sequences: sequences.next_power_of_two(), context, ..self }
     }
 
     /// Whether a workspace of this capacity holds what asks for `other`.
@@ -124,9 +127,9 @@ impl Capacity {
         [blocks.div_ceil(self.block_page_rows), self.context.div_ceil(self.token_page_rows)]
     }
 
-    /// Addresses in the tables of a layer.
-    fn table_len(&self, config: &NsaConfig) -> usize {
-        self.sequences * (HEADER + 2 * self.pages(config).iter().sum::<usize>())
+    /// Numbers in the headers of a layer, and addresses in its page tables.
+    fn table_lens(&self, config: &NsaConfig) -> [usize; 2] {
+        [HEADER, 2 * self.pages(config).iter().sum::<usize>()].map(|of_a_sequence| self.sequences * of_a_sequence)
     }
 }
 
@@ -139,7 +142,7 @@ const LEAST_CONTEXT: usize = 1024;
 pub fn workspace_bytes<T: Element>(config: &NsaConfig, capacity: Capacity) -> usize {
     let tiles = StepTiles::new(config, size_of::<T>(), true);
     let sizes = DecodeSizes::new(config, &tiles, capacity.sequences, capacity.context);
-    sizes.bytes() + size_of::<u64>() * capacity.layers * capacity.table_len(config)
+    sizes.bytes() + size_of::<u64>() * capacity.layers * capacity.table_lens(config).iter().sum::<usize>()
 }
 
 /// Device memory of a decoding step, for batches up to a capacity.
@@ -152,11 +155,10 @@ pub struct Workspace<T> {
     sizes: DecodeSizes,
     floats: DeviceBuffer<f32>,
     arrived: DeviceBuffer<u32>,
-    /// Of each layer: headers of sequences `[S, HEADER]`, then pages of k̃, ṽ `[S, pages of blocks]`, k^slc, v^slc `[S, pages of
-    /// tokens]`.
-    tables: DeviceBuffer<u64>,
-    /// What is in them.
-    uploaded: Vec<u64>,
+    /// Of the sequences of all layers, `[layers, S, HEADER]`.
+    headers: Mirror<u64>,
+    /// Of each layer pages of k̃, ṽ `[S, pages of blocks]`, k^slc, v^slc `[S, pages of tokens]`.
+    pages: Mirror<u64>,
     of: PhantomData<T>,
 }
 
@@ -192,7 +194,7 @@ impl<T: Element> Workspace<T> {
         let sizes = DecodeSizes::new(config, &tiles, capacity.sequences, capacity.context);
         let alone = sizes.blocks(config, &tiles, capacity.sequences) <= device.multiprocessors as u64;
         let tiles = if alone { tiles.alone(device.shared_bytes) } else { tiles };
-        let table_len = capacity.layers * capacity.table_len(config);
+        let [headers, pages] = capacity.table_lens(config).map(|len| capacity.layers * len);
         Ok(Self {
             cuda: cuda.clone(),
             config: config.clone(),
@@ -201,8 +203,8 @@ impl<T: Element> Workspace<T> {
             sizes,
             floats: DeviceBuffer::unwritten(cuda, sizes.floats.iter().sum())?,
             arrived: DeviceBuffer::zeros(cuda, sizes.counters)?,
-            tables: DeviceBuffer::zeros(cuda, table_len)?,
-            uploaded: vec![0; table_len],
+            headers: Mirror::zeros(cuda, headers)?,
+            pages: Mirror::zeros(cuda, pages)?,
             of: PhantomData,
         })
     }
@@ -212,20 +214,28 @@ impl<T: Element> Workspace<T> {
         self.cuda.stream() == cuda.stream() && self.config == *config && self.capacity.holds(capacity)
     }
 
-    /// Tells the device where the caches of layer `layer` are. Sequences beyond them count as absent: launches write nothing for them.
+    /// Tells the device where the caches of layer `layer` are: [`Workspace::place`], then [`Workspace::send`].
     ///
-    /// Copied to the device, in the order of the stream: three numbers a sequence (its context and where its rings are), and
-    /// all page tables if a page is another one than at the layer's last call. Nothing is waited for.
+    /// # Errors
+    /// Those of the two.
+    pub fn upload<'w>(&'w mut self, layer: usize, caches: &'w [Cache<'_, T>]) -> Result<Ready<'w, T>> {
+        let rows_read = self.place(layer, caches)?;
+        self.send()?;
+        Ok(Ready { workspace: self, layer, rows_read })
+    }
+
+    /// Notes where the caches of layer `layer` are. Sequences beyond them count as absent: launches write nothing for them. Returns
+    /// the token-rows of K and V that a launch reads, one entry a sequence.
     ///
     /// # Errors
     /// If a cache does not hold the rows that its context asks for, is not in this device's memory, or the batch is beyond
     /// the capacity.
-    pub fn upload<'w>(&'w mut self, layer: usize, caches: &'w [Cache<'_, T>]) -> Result<Ready<'w, T>> {
+    pub fn place(&mut self, layer: usize, caches: &[Cache<'_, T>]) -> Result<RowsRead> {
         let Capacity { layers, sequences, context, .. } = self.capacity;
         ShapeError::check(OP, "layers", &[layers.max(layer + 1)], &[layers])?;
         ShapeError::check(OP, "caches", &[caches.len().min(sequences)], &[caches.len()])?;
-        let mut tables = vec![0; self.capacity.table_len(&self.config)];
-        let (headers, mut pages) = tables.split_at_mut(sequences * HEADER);
+        let [headers_len, pages_len] = self.capacity.table_lens(&self.config);
+        let mut headers = vec![0; headers_len];
         for (s, (cache, header)) in caches.iter().zip(headers.chunks_exact_mut(HEADER)).enumerate() {
             cache.check(&self.config, s)?;
             if cache.context > context {
@@ -236,16 +246,30 @@ impl<T: Element> Workspace<T> {
             let k = ring("k_win", &cache.k_win, self.config.head_dim_qk())?;
             header.copy_from_slice(&[cache.context as u64, k, ring("v_win", &cache.v_win, self.config.head_dim_v())?]);
         }
+        let mut pages = vec![0; pages_len];
+        let mut rest = &mut pages[..];
         for table in self.page_tables() {
-            let (own, rest) = pages.split_at_mut(sequences * table.pages);
+            let (own, others) = rest.split_at_mut(sequences * table.pages);
             for (cache, own) in caches.iter().zip(own.chunks_mut(table.pages.max(1))) {
                 self.fill(&table, (table.of)(cache), own)?;
             }
-            pages = rest;
+            rest = others;
         }
-        self.send(layer, &tables)?;
-        let rows_read = caches.iter().map(|cache| rows_read(&self.config, cache.context)).collect();
-        Ok(Ready { workspace: self, layer, rows_read })
+        self.headers.set(layer * headers_len, &headers);
+        self.pages.set(layer * pages_len, &pages);
+        Ok(caches.iter().map(|cache| rows_read(&self.config, cache.context)).collect())
+    }
+
+    /// Tells the device what was noted since it was told before.
+    ///
+    /// Copied to the device, in the order of its work: three numbers a sequence and layer (its context and where its rings are), and
+    /// page tables where a page is another one. Nothing is waited for.
+    ///
+    /// # Errors
+    /// If the device refuses.
+    pub fn send(&mut self) -> Result<()> {
+        self.headers.send(OP)?;
+        self.pages.send(OP)
     }
 
     /// The four page tables, in their order.
@@ -289,18 +313,6 @@ impl<T: Element> Workspace<T> {
         Err(unsupported(&self.cuda, OP, &what, "let it begin where its memory does, or whole rows behind"))
     }
 
-    /// Copies the tables of a layer to the device, where they are others than there.
-    fn send(&mut self, layer: usize, tables: &[u64]) -> Result<()> {
-        let (start, header) = (layer * tables.len(), self.capacity.sequences * HEADER);
-        let there = &mut self.uploaded[start..start + tables.len()];
-        let sent = if tables[header..] == there[header..] { header } else { tables.len() };
-        if tables[..sent] != there[..sent] {
-            self.tables.mem_mut(start..start + sent).write(OP, &tables[..sent])?;
-            there[..sent].copy_from_slice(&tables[..sent]);
-        }
-        Ok(())
-    }
-
     fn params(&mut self, layer: usize) -> Decode {
         let sequences = self.capacity.sequences;
         let [blocks, tokens] = self.capacity.pages(&self.config);
@@ -311,18 +323,18 @@ impl<T: Element> Workspace<T> {
                 next - len
             })
         };
-        let first = layer * self.capacity.table_len(&self.config);
-        let table = starts(first, [HEADER, blocks, blocks, tokens, tokens].map(|len| len * sequences));
-        let table = table.map(|at| In(self.tables.mem(at..self.tables.len()).address(), PhantomData));
+        let [headers_len, pages_len] = self.capacity.table_lens(&self.config);
+        let pages = starts(layer * pages_len, [blocks, blocks, tokens, tokens, 0].map(|len| len * sequences));
+        let pages = pages.map(|at| In(self.pages.address(at), PhantomData));
         let floats = starts(0, self.sizes.floats);
         let floats = floats.map(|at| Out(self.floats.mem_mut(at..self.floats.len()).address(), PhantomData));
         let [cmp_splits, win_splits, slc_splits] = self.sizes.splits.map(|count| count as i32);
         Decode {
-            sequences: table[0],
-            k_cmp_pages: table[1],
-            v_cmp_pages: table[2],
-            k_slc_pages: table[3],
-            v_slc_pages: table[4],
+            sequences: In(self.headers.address(layer * headers_len), PhantomData),
+            k_cmp_pages: pages[0],
+            v_cmp_pages: pages[1],
+            k_slc_pages: pages[2],
+            v_slc_pages: pages[3],
             q: In(0, PhantomData),
             gates: In(0, PhantomData),
             o: Out(0, PhantomData),
@@ -393,9 +405,9 @@ fn rows_read(config: &NsaConfig, context: usize) -> usize {
     index::num_blocks(config, context) + selected + config.window().min(context)
 }
 
-impl<T: Element> Ready<'_, T> {
-    /// Launches the step: [`op::decode::step`](crate::op::decode::step) on the caches that were uploaded. Two kernels, and
-    /// nothing else once they have been compiled.
+impl<T: Element> Workspace<T> {
+    /// Launches the step of layer `layer`: [`op::decode::step`](crate::op::decode::step) on the caches that the device was told of.
+    /// Two kernels, and nothing else once they have been compiled.
     ///
     /// **Shapes**: `q` `[S, Hq, Dk]`, `gates` `[S, Hq, 3]`, `o` `[S, Hq, Dv]`, `block_indices` `[S, G, n]`, with S up to the
     /// capacity: in a graph, the most sequences of any batch that it will serve.
@@ -404,35 +416,53 @@ impl<T: Element> Ready<'_, T> {
     /// If a shape does not fit, or the device refuses.
     pub fn launch(
         &mut self,
+        layer: usize,
         q: Tensor<'_, T, 3>,
         gates: Tensor<'_, T, 3>,
         mut o: TensorMut<'_, T, 3>,
         mut block_indices: TensorMut<'_, i32, 3>,
     ) -> Result<()> {
-        let Workspace { config, capacity, .. } = &*self.workspace;
+        let Self { config, capacity, .. } = self;
         let ([seqs, ..], heads) = (q.shape(), config.num_heads());
+        ShapeError::check(OP, "layers", &[capacity.layers.max(layer + 1)], &[capacity.layers])?;
         ShapeError::check(OP, "q", &[seqs.min(capacity.sequences)], &[seqs])?;
         q.check(OP, "q", [seqs, heads, config.head_dim_qk()])?;
         gates.check(OP, "gates", [seqs, heads, 3])?;
         o.check(OP, "o", [seqs, heads, config.head_dim_v()])?;
         block_indices.check(OP, "block_indices", [seqs, config.num_kv_heads(), config.select_count()])?;
-        let cuda = self.workspace.cuda.clone();
+        let cuda = self.cuda.clone();
         let call = Call::new::<T>(&cuda, OP)?;
         let params = Decode {
             q: call.input("q", &q)?,
             gates: call.input("gates", &gates)?,
             o: call.output("o", &mut o)?,
             block_indices: call.output("block_indices", &mut block_indices)?,
-            ..self.workspace.params(self.layer)
+            ..self.params(layer)
         };
-        let Workspace { config, tiles, sizes, .. } = &*self.workspace;
-        let page_rows = [self.workspace.capacity.block_page_rows, self.workspace.capacity.token_page_rows];
+        let Self { config, capacity, tiles, sizes, .. } = &*self;
+        let page_rows = [capacity.block_page_rows, capacity.token_page_rows];
         let addresses = [params.q.0, params.o.0];
         let call = call.constants(|constants| bake(constants, config, (tiles, size_of::<T>()), page_rows, addresses));
         let [cmp, win, slc] = sizes.splits;
         let scan = tiles.geometry(config, seqs * (cmp + win), tiles.scan_bytes());
         call.launch(&PROGRAM, "decode_scan", scan, params)?;
         call.launch(&PROGRAM, "decode_attend", tiles.geometry(config, seqs * slc, tiles.attend_bytes()), params)
+    }
+}
+
+impl<T: Element> Ready<'_, T> {
+    /// Launches the step: [`Workspace::launch`].
+    ///
+    /// # Errors
+    /// Its.
+    pub fn launch(
+        &mut self,
+        q: Tensor<'_, T, 3>,
+        gates: Tensor<'_, T, 3>,
+        o: TensorMut<'_, T, 3>,
+        block_indices: TensorMut<'_, i32, 3>,
+    ) -> Result<()> {
+        self.workspace.launch(self.layer, q, gates, o, block_indices)
     }
 
     /// Token-rows of K and V that a launch reads, one entry a sequence.
@@ -441,23 +471,33 @@ impl<T: Element> Ready<'_, T> {
     }
 }
 
+/// The workspace, if it serves caches like these in so many layers, else a new one, which has room for what was before, too; and
+/// whether it is a new one.
+pub(crate) fn serving<'w, T: Element>(
+    cuda: &Cuda,
+    (workspace, layers): (&'w mut Option<Workspace<T>>, usize),
+    config: &NsaConfig,
+    caches: &[Cache<'_, T>],
+) -> Result<(&'w mut Workspace<T>, bool)> {
+    let asked = Capacity::of(layers, caches);
+    let outgrown = !workspace.as_ref().is_some_and(|there| there.serves(cuda, config, &asked));
+    if outgrown {
+        // The old memory is given back first.
+        let before = workspace.take().map(|before| before.capacity);
+        *workspace = Some(Workspace::new(cuda, config, asked.with_room(before))?);
+    }
+    Ok((workspace.as_mut().expect("it was there, or made"), outgrown))
+}
+
 /// See `op::decode::step_with`: makes the workspace anew when it is too small.
 pub(crate) fn step<T: Element>(
     cuda: &Cuda,
-    (workspace, layers): (&mut Option<Workspace<T>>, usize),
+    workspace: (&mut Option<Workspace<T>>, usize),
     layer: usize,
     args: Step<'_, T>,
 ) -> Result<RowsRead> {
     let Step { config, caches, q, gates, o, block_indices } = args;
-    let asked = Capacity::of(layers, caches);
-    let workspace = match workspace {
-        Some(there) if there.serves(cuda, config, &asked) => there,
-        outgrown => {
-            // The old memory is given back first.
-            *outgrown = None;
-            outgrown.insert(Workspace::new(cuda, config, asked.with_room())?)
-        }
-    };
+    let (workspace, _) = serving(cuda, workspace, config, caches)?;
     let mut ready = workspace.upload(layer, caches)?;
     ready.launch(q, gates, o, block_indices)?;
     Ok(ready.rows_read)

@@ -268,7 +268,8 @@ impl<'c> Call<'c> {
             shared_mem_bytes: geometry.shared_bytes,
         };
         let argument = Argument(params);
-        let mut builder = self.cuda.stream().launch_builder(&function);
+        let stream = self.cuda.target();
+        let mut builder = stream.launch_builder(&function);
         builder.arg(&argument);
         // SAFETY: the struct is the kernel's, whose C++ declaration is made from it with assertions on its layout; its
         // addresses come from `input` and `output`, which hold borrows of memory on this stream, whose sizes the operation's

@@ -1,5 +1,6 @@
 //! Memory of a device. An address is used on one stream only, that of the memory, so that all uses are in order.
 
+use super::graph::{check_not_recording, target};
 use super::{Cuda, failed};
 use crate::{Error, Result};
 use bytemuck::Pod;
@@ -92,6 +93,7 @@ impl<T: Pod> DeviceBuffer<T> {
                 message: format!("{len} elements overflow the address space"),
             });
         };
+        check_not_recording(cuda.stream(), || format!("{OP} of {bytes} bytes cannot be recorded: make memory before"))?;
         // SAFETY: every byte is a legal u8; who reads elements has written them or `zeros` did.
         let bytes = unsafe { cuda.stream().alloc::<u8>(bytes.max(1)) };
         let bytes = bytes.map_err(|error| failed(OP, &error))?;
@@ -148,10 +150,57 @@ impl<T: Pod> DeviceBuffer<T> {
                 got: place(source.bytes.stream()),
             });
         }
-        let size = size_of::<T>();
-        let from = source.bytes.slice(range.start * size..range.end * size);
-        let mut to = self.bytes.slice_mut(offset * size..(offset + range.len()) * size);
-        stream.memcpy_dtod(&from, &mut to).map_err(|error| failed(op, &error))
+        let (from, to) = (source.mem(range.clone()), self.mem_mut(offset..offset + range.len()));
+        stream.context().bind_to_thread().map_err(|error| failed(op, &error))?;
+        let size = size_of::<T>() * range.len();
+        // SAFETY: both are borrowed, the target mutably, and hold so many bytes; their stream, or what records its work, orders
+        // the copy among other uses.
+        let copied = unsafe { result::memcpy_dtod_async(to.address, from.address, size, target(&stream).cu_stream()) };
+        copied.map_err(|error| failed(op, &error))
+    }
+}
+
+/// Elements that the host writes, and the device's copy of them.
+#[derive(Debug)]
+pub(crate) struct Mirror<T> {
+    host: Vec<T>,
+    device: DeviceBuffer<T>,
+    /// What the device has others of.
+    stale: Range<usize>,
+}
+
+impl<T: Pod + PartialEq> Mirror<T> {
+    /// Zeros.
+    pub(crate) fn zeros(cuda: &Cuda, len: usize) -> Result<Self> {
+        Ok(Self { host: vec![T::zeroed(); len], device: DeviceBuffer::zeros(cuda, len)?, stale: 0..0 })
+    }
+
+    /// The host's elements.
+    pub(crate) fn host(&self) -> &[T] {
+        &self.host
+    }
+
+    /// Writes the host's elements from `start` on.
+    pub(crate) fn set(&mut self, start: usize, new: &[T]) {
+        let (range, stale) = (start..start + new.len(), &self.stale);
+        let there = &mut self.host[range.clone()];
+        if there == new {
+            return;
+        }
+        there.copy_from_slice(new);
+        let only = stale.start == stale.end;
+        self.stale = if only { range } else { stale.start.min(range.start)..stale.end.max(range.end) };
+    }
+
+    /// Copies what the device has others of, in the order of its work.
+    pub(crate) fn send(&mut self, op: &str) -> Result<()> {
+        let stale = std::mem::take(&mut self.stale);
+        self.device.mem_mut(stale.clone()).write(op, &self.host[stale])
+    }
+
+    /// The address of the device's elements from `start` on.
+    pub(crate) fn address(&self, start: usize) -> u64 {
+        self.device.mem(start..self.host.len()).address()
     }
 }
 
@@ -216,6 +265,7 @@ impl<T: Pod> DeviceMem<'_, T> {
         if target.is_empty() {
             return Ok(());
         }
+        check_not_recording(self.stream, || format!("{op} to the host cannot be recorded: read what is launched"))?;
         self.stream.context().bind_to_thread().map_err(|error| failed(op, &error))?;
         let target = bytemuck::cast_slice_mut::<T, u8>(target);
         // SAFETY: the memory is borrowed and holds as many bytes; the target is borrowed until the copy is complete.
@@ -283,6 +333,7 @@ impl<T: Pod> DeviceMemMut<'_, T> {
         if source.is_empty() {
             return Ok(());
         }
+        check_not_recording(self.stream, || format!("{op} from the host cannot be recorded: copy before"))?;
         self.stream.context().bind_to_thread().map_err(|error| failed(op, &error))?;
         let source = bytemuck::cast_slice::<T, u8>(source);
         // SAFETY: the memory is borrowed mutably and as long as the source; the driver has taken the host's bytes, which
@@ -303,9 +354,9 @@ impl<T: Pod> DeviceMemMut<'_, T> {
             return self.write(op, &vec![value; count]);
         }
         self.stream.context().bind_to_thread().map_err(|error| failed(op, &error))?;
-        let (address, count, stream) = (self.address, size_of::<T>() * count, self.stream.cu_stream());
+        let (address, count, stream) = (self.address, size_of::<T>() * count, target(self.stream));
         // SAFETY: the memory is borrowed mutably and holds so many bytes.
-        let set = unsafe { result::memset_d8_async(address, pattern[0], count, stream) };
+        let set = unsafe { result::memset_d8_async(address, pattern[0], count, stream.cu_stream()) };
         set.map_err(|error| failed(op, &error))
     }
 }

@@ -10,6 +10,7 @@
 
 pub mod ahead;
 pub mod compile;
+#[expect(unsafe_code, reason = "a graph is launched on another stream than it was recorded on")]
 pub mod graph;
 pub mod program;
 pub mod workspace;
@@ -47,10 +48,13 @@ use compile::Compiler;
 use cudarc::cublas::CudaBlas;
 use cudarc::driver::sys::{CUdevice_attribute_enum as Attribute, cudaError_enum};
 use cudarc::driver::{CudaContext, CudaStream, DriverError};
+use graph::Recording;
 use launch::Modules;
+use std::collections::HashMap;
 use std::fmt;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
+use std::thread::ThreadId;
 use workspace::Lent;
 
 /// The oldest compute capability that kernels are written for.
@@ -67,9 +71,11 @@ struct Inner {
     device: Device,
     compiler: Compiler,
     modules: Modules,
-    blas: OnceLock<Result<CudaBlas>>,
-    /// The workspace that operations are in, if any.
-    lent: Mutex<Option<Lent>>,
+    blas: OnceLock<Result<Arc<CudaBlas>>>,
+    /// The workspaces that operations of threads are in, where they are in one.
+    lent: Mutex<HashMap<ThreadId, Lent>>,
+    /// What the first record made.
+    recording: Mutex<Option<Arc<Recording>>>,
     /// See [`Cuda::limit_shares`].
     share_bytes: AtomicUsize,
 }
@@ -145,6 +151,7 @@ impl Cuda {
                 modules: Modules::default(),
                 blas: OnceLock::new(),
                 lent: Mutex::default(),
+                recording: Mutex::default(),
                 share_bytes: AtomicUsize::new(SHARE_BYTES),
             }),
         })
@@ -189,9 +196,17 @@ impl Cuda {
         self.inner.stream.synchronize().map_err(|error| failed("Cuda::synchronize", &error))
     }
 
-    /// cuBLAS on the stream.
-    pub(crate) fn blas(&self) -> Result<&CudaBlas> {
-        self.inner.blas.get_or_init(|| blas::open(self)).as_ref().map_err(Clone::clone)
+    /// The stream that this thread's work goes to: that, or one that records it.
+    pub(crate) fn target(&self) -> Arc<CudaStream> {
+        graph::target(self.stream())
+    }
+
+    /// cuBLAS on the stream that this thread's work goes to.
+    pub(crate) fn blas(&self) -> Result<Arc<CudaBlas>> {
+        match graph::recording(self.stream()) {
+            Some(recording) => recording.blas(self),
+            None => self.inner.blas.get_or_init(|| blas::open(self, self.stream())).clone(),
+        }
     }
 
     /// What compiles its kernels.

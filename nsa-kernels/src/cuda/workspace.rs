@@ -22,13 +22,12 @@ mod needs;
 pub use needs::{Needs, PhiParts};
 
 use super::Cuda;
-use super::graph::OP;
+use super::graph::check_not_recording;
 use super::launch::Names;
 use super::memory::DeviceBuffer;
 use super::params::{In, Out};
 use crate::{Error, Result};
 use bytemuck::Pod;
-use cudarc::driver::sys::CUstreamCaptureStatus;
 use std::collections::HashMap;
 use std::fmt;
 use std::marker::PhantomData;
@@ -129,7 +128,7 @@ impl Workspace {
 }
 
 impl Cuda {
-    /// Does `work`, whose operations on this device take the memory that they need from `workspace`. What it lacks comes from the
+    /// Does `work`, whose operations on this device in this thread take the memory that they need from `workspace`. What it lacks comes from the
     /// device, as ever, and the workspace then grows to what the work needed: a graph that was recorded in it before is void.
     ///
     /// # Errors
@@ -137,7 +136,11 @@ impl Cuda {
     ///
     /// # Panics
     /// If the workspace is another stream's.
-    pub fn with_workspace<R>(&self, workspace: &mut Workspace, work: impl FnOnce() -> Result<R>) -> Result<R> {
+    pub fn with_workspace<R, E: From<Error>>(
+        &self,
+        workspace: &mut Workspace,
+        work: impl FnOnce() -> std::result::Result<R, E>,
+    ) -> std::result::Result<R, E> {
         assert!(workspace.cuda.stream() == self.stream(), "a workspace is used on the stream that it was made for");
         let before = self.lend(Some(workspace.arena.clone()));
         let result = {
@@ -148,23 +151,26 @@ impl Cuda {
         Ok(result)
     }
 
-    /// Lets operations use another workspace, or none; gives back which one it was.
+    /// Lets this thread's operations use another workspace, or none; gives back which one it was.
     fn lend(&self, lent: Option<Lent>) -> Option<Lent> {
-        std::mem::replace(&mut *self.inner.lent.lock().unwrap_or_else(PoisonError::into_inner), lent)
+        let mut all = self.inner.lent.lock().unwrap_or_else(PoisonError::into_inner);
+        let thread = std::thread::current().id();
+        match lent {
+            Some(lent) => all.insert(thread, lent),
+            None => all.remove(&thread),
+        }
     }
 
     fn lent(&self) -> Option<Lent> {
-        self.inner.lent.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        let all = self.inner.lent.lock().unwrap_or_else(PoisonError::into_inner);
+        all.get(&std::thread::current().id()).cloned()
     }
 
     /// That work which is being recorded finds what it needs in its workspace.
     fn check_not_recording(&self, what: &str) -> Result<()> {
-        let status = self.stream().capture_status().map_err(|error| super::failed(OP, &error))?;
-        if status == CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE {
-            return Ok(());
-        }
-        let message = format!("the workspace lacks {what}: do the same work in it once before it is recorded");
-        Err(Error::Device { op: OP.to_owned(), message })
+        check_not_recording(self.stream(), || {
+            format!("the workspace lacks {what}: do the same work in it once before it is recorded")
+        })
     }
 }
 

@@ -41,16 +41,80 @@ pub struct Step<'a, T: Element> {
 
 /// What steps leave for the next ones of their layer and of others: on a device, memory for a step and tables of where the
 /// caches lie, so that a step allocates nothing. It grows when a batch or a context is larger than any before.
+///
+/// On a device a step can be told where its caches lie ([`Workspace::place`]) before it is launched ([`Workspace::launch`]), so that
+/// launches are the same from step to step and can be [recorded](crate::record).
 #[derive(Debug)]
 pub struct Workspace<T> {
     layers: usize,
     device: Option<cuda::decode::Workspace<T>>,
 }
 
+/// What [`Workspace::place`] found.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Placed {
+    /// Token-rows of K and V that the step will read, one entry a sequence.
+    pub rows_read: RowsRead,
+    /// Whether the workspace has other memory than before: launches that were recorded are void, and the places of other layers'
+    /// caches are forgotten.
+    pub anew: bool,
+}
+
 impl<T> Workspace<T> {
     /// For the steps of so many layers, each with caches of its own.
     pub fn new(layers: usize) -> Self {
         Self { layers, device: None }
+    }
+}
+
+impl<T: Element> Workspace<T> {
+    /// Notes where the caches of a layer lie, for [`Workspace::send`] and [`Workspace::launch`]. The caches must be there when the
+    /// launch is done.
+    ///
+    /// # Errors
+    /// On the CPU, which is told of them when it computes ([`step_with`]); if the workspace is for fewer layers, or a cache does not
+    /// hold the rows that its context asks for.
+    pub fn place(
+        &mut self,
+        backend: &Backend,
+        config: &NsaConfig,
+        layer: usize,
+        caches: &[Cache<'_, T>],
+    ) -> Result<Placed> {
+        let Backend::Cuda(cuda) = backend else {
+            let (backend, what) = (backend.name(), "steps whose caches are placed before".to_owned());
+            return Err(Error::Unsupported { op: OP, backend, what, advice: "call `step_with`" });
+        };
+        ShapeError::check(OP, "layers", &[self.layers.max(layer + 1)], &[self.layers])?;
+        let (workspace, anew) = cuda::decode::serving(cuda, (&mut self.device, self.layers), config, caches)?;
+        Ok(Placed { rows_read: workspace.place(layer, caches)?, anew })
+    }
+
+    /// Tells the device what was noted since it was told before: one or two copies for all layers, in the order of its work.
+    ///
+    /// # Errors
+    /// If the device refuses.
+    pub fn send(&mut self) -> Result<()> {
+        self.device.as_mut().map_or(Ok(()), cuda::decode::Workspace::send)
+    }
+
+    /// Launches the step of a layer on the caches that the device was told of. Shapes and numerics as of [`step`].
+    ///
+    /// # Errors
+    /// If no caches were placed, a shape does not fit, or the device refuses.
+    pub fn launch(
+        &mut self,
+        layer: usize,
+        q: Tensor<'_, T, 3>,
+        gates: Tensor<'_, T, 3>,
+        o: TensorMut<'_, T, 3>,
+        block_indices: TensorMut<'_, i32, 3>,
+    ) -> Result<()> {
+        let Some(workspace) = &mut self.device else {
+            let (value, rule) = ("none".to_owned(), "must be placed before the launch");
+            return Err(Error::Value { op: OP, arg: "caches", value, rule });
+        };
+        workspace.launch(layer, q, gates, o, block_indices)
     }
 }
 

@@ -7,6 +7,7 @@ mod dense;
 mod layer;
 mod needs;
 mod pages;
+mod record;
 mod slc;
 mod turned;
 mod workspace;
@@ -67,7 +68,7 @@ fn assert_cases_on(backend: &Backend, op: Op, cases: &[Case], dtypes: &[DType]) 
     for &dtype in dtypes {
         for case in cases.iter().filter(|case| !sim::again() || !shared_by_devices(case, dtype)) {
             let mut workspace = Workspace::new(cuda);
-            let work = || Ok(check::check(op, case, dtype, backend));
+            let work = || Ok::<_, nsa_kernels::Error>(check::check(op, case, dtype, backend));
             let report = cuda.with_workspace(&mut workspace, work).expect("memory for the workspace");
             println!("{BITS}{op} {} {dtype}: {:016x}", case.name, report.bits());
             let (bytes, needed) = (workspace.bytes(), needs::of_case(cuda, op, case, dtype));

@@ -127,3 +127,60 @@ fn sessions_fork_and_go_back() {
         assert_eq!(fork.reads().steps, 3, "nothing was computed again");
     });
 }
+
+/// Steps that are given to the device as one piece have the same bits as those whose operations are called one by one, across
+/// blocks and pages, alone and together, in other sequences' turns, and from several threads.
+#[test]
+fn recorded_steps_are_the_steps() {
+    on_simulator("decoding::recorded_steps_are_the_steps", || {
+        let folder = tempfile::tempdir().expect("a folder");
+        let trainer =
+            kit::trainer(&kit::cpu(), folder.path(), kit::config(Nsa, CompressKind::Weighted, true), kit::options());
+        let checkpoint = trainer.save(&folder.path().join("run")).expect("a checkpoint");
+        let model = open(&checkpoint, kit::cuda());
+        let text = TEXT.repeat(3);
+        // Up to the end of a page of tokens and beyond; and other lengths.
+        let starts = [250, 5, 63].map(|length| session(&model, &text[..length]));
+        let tokens: Vec<u32> = text.bytes().take(13).map(u32::from).collect();
+        let one_by_one = starts.clone().map(|mut session| {
+            session.logits().expect("logits");
+            tokens.iter().map(|&token| bits(&session.append_all(&[token]).expect("logits"))).collect::<Vec<_>>()
+        });
+        assert_eq!(model.recorded_steps(), 0);
+        let steps = |mut session: Session| {
+            session.logits().expect("logits");
+            tokens.iter().map(|&token| bits(session.append(&[token]).expect("logits"))).collect::<Vec<_>>()
+        };
+        assert_eq!(starts.clone().map(steps), one_by_one);
+        assert_eq!(model.recorded_steps(), 2, "with a new block and without");
+        let together = || {
+            let mut sessions = starts.clone();
+            let steps = tokens.iter().map(|&token| {
+                let mut all = sessions.each_mut();
+                all.iter_mut().for_each(|session| session.push(&[token]).expect("room"));
+                nsa_decode::advance(&mut all).expect("a step");
+                all.map(|session| session.logits().expect("logits").to_vec())
+            });
+            steps.collect::<Vec<_>>()
+        };
+        // The first of each kind is called, all later ones are recorded.
+        let first = together();
+        for (all, at) in first.iter().zip(0..) {
+            for (logits, expected) in all.iter().zip(&one_by_one) {
+                let expected: Vec<f32> = expected[at].iter().copied().map(f32::from_bits).collect();
+                assert!(kit::difference(logits, &expected) < 2e-5, "as alone, but for the products' order of sums");
+            }
+        }
+        let all_bits = |steps: &[[Vec<f32>; 3]]| steps.concat().iter().map(|logits| bits(logits)).collect::<Vec<_>>();
+        assert_eq!(all_bits(&together()), all_bits(&first));
+        assert_eq!(starts.clone().map(steps), one_by_one);
+        std::thread::scope(|scope| {
+            let threads = starts.map(|session| scope.spawn(|| steps(session)));
+            assert_eq!(threads.map(|thread| thread.join().expect("no panic")), one_by_one);
+        });
+    });
+}
+
+fn bits(logits: &[f32]) -> Vec<u32> {
+    logits.iter().map(|x| x.to_bits()).collect()
+}

@@ -1,10 +1,12 @@
-// Copies of up to 32 segments of neighbouring bytes, none of which is written by one copy and read or written by another.
+// Copies of segments of neighbouring bytes, none of which is written by one copy and read or written by another.
 //
 // Grid: blocks along a segment, up to 64, which take turns; segments. Shared memory: none. Bytes: each segment read and
-// written once. The segments are part of the arguments: there is no table to upload, and a step of decoding allocates nothing.
-// A thread moves 16 bytes at a time where both addresses and the length allow it, else 4, else 2.
+// written once. A thread moves 16 bytes at a time where both addresses and the length allow it, else 4, else 2.
+// copy_segments has up to 32 segments as its arguments: there is no table to upload. copy_table reads them where they lie on the
+// device, for launches that are recorded before it is known what they copy; segments of no bytes are none.
 //
 // budget: kernel=copy_segments threads=256 registers=32 spills=0 shared=0
+// budget: kernel=copy_table threads=256 registers=32 spills=0 shared=0
 #include "element.cuh"
 #include "config.cuh"
 
@@ -23,8 +25,7 @@ __device__ __forceinline__ void copy(const CopySegmentParams& segment) {
     for (u64 i = u64(blockIdx.x) * 256 + threadIdx.x; i < count; i += u64(gridDim.x) * 256) to[i] = from[i];
 }
 
-extern "C" __global__ void __launch_bounds__(256) copy_segments(const __grid_constant__ CopySegmentsParams p) {
-    const CopySegmentParams segment = p.segments.at[blockIdx.y];
+__device__ __forceinline__ void copy(const CopySegmentParams& segment) {
     const u64 places = segment.from | segment.to | segment.bytes;
     if (places % 16 == 0) {
         copy<uint4>(segment);
@@ -33,4 +34,12 @@ extern "C" __global__ void __launch_bounds__(256) copy_segments(const __grid_con
     } else {
         copy<u16>(segment);
     }
+}
+
+extern "C" __global__ void __launch_bounds__(256) copy_segments(const __grid_constant__ CopySegmentsParams p) {
+    copy(p.segments.at[blockIdx.y]);
+}
+
+extern "C" __global__ void __launch_bounds__(256) copy_table(const __grid_constant__ CopyTableParams p) {
+    copy(p.segments[blockIdx.y]);
 }

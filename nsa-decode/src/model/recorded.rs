@@ -1,0 +1,62 @@
+//! Decoding steps of sparse attention on a device, which is given a whole step at once: all that differs from one step to the
+//! next (tokens, where new rows go, where caches are) is written to its memory before.
+
+use super::attention::{self, Caches, NewBlocks};
+use super::forward::{Pass, Run};
+use super::workspace::Workspace;
+use crate::Result;
+use nsa_kernels::Backend;
+use nsa_kernels::layer::copy;
+use nsa_kernels::record::Recorder;
+
+/// The steps that were computed in one workspace.
+#[derive(Debug)]
+pub(super) struct Recorded {
+    /// By the number of sequences, and of those that complete a compression block.
+    recorder: Recorder<[usize; 2]>,
+    /// Where new rows go.
+    table: Option<copy::Table>,
+    /// Elements of the workspace that records use.
+    workspace: usize,
+}
+
+impl Recorded {
+    /// None on a backend that does not record.
+    pub(super) fn new(backend: &Backend) -> Option<Self> {
+        backend.recorder().map(|recorder| Self { recorder, table: None, workspace: 0 })
+    }
+
+    /// Kinds of steps that are recorded.
+    pub(super) fn len(&self) -> usize {
+        self.recorder.len()
+    }
+
+    /// Computes a step. Returns the token-rows of keys and values that each sequence's attention reads in one layer.
+    pub(super) fn step(&mut self, pass: &Pass<'_>, ws: &mut Workspace, runs: &mut [Run<'_>]) -> Result<Vec<usize>> {
+        let Self { recorder, table, workspace } = self;
+        let (layers, sequences) = (pass.model.layers.len(), runs.len());
+        let [slots, copies] = attention::table_shape(layers, sequences.next_power_of_two());
+        if *workspace != ws.len() {
+            recorder.forget();
+            *workspace = ws.len();
+        }
+        if table.as_ref().is_none_or(|table| table.shape()[1] < copies) {
+            recorder.forget();
+            *table = Some(copy::Table::new(&pass.model.backend, slots, copies)?);
+        }
+        let table = table.as_mut().expect("it was there, or made");
+        let mut rows_read = Vec::new();
+        for layer in 0..layers {
+            let placed = attention::place(pass, ws, runs, layer, table)?;
+            if placed.anew {
+                recorder.forget();
+            }
+            rows_read = placed.rows_read;
+        }
+        table.send()?;
+        ws.decode.send()?;
+        let completing = pass.new_blocks.as_ref().map_or(0, NewBlocks::owners);
+        recorder.run([sequences, completing], || pass.compute(ws, &mut Caches::Placed(table)).map(drop))?;
+        Ok(rows_read)
+    }
+}

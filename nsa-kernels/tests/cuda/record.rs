@@ -1,0 +1,238 @@
+//! Work that is given to the device as one piece, and copies whose places it is told before.
+
+use nsa_kernels::layer::copy::{Piece, Table};
+use nsa_kernels::layer::{linear, sigmoid};
+use nsa_kernels::{Backend, Buffer, Cuda, Error, Result};
+use nsa_tests::sim::on_an_a100;
+use std::sync::Barrier;
+
+fn device() -> (Backend, Cuda) {
+    let backend = Backend::cuda(0).expect("the simulator");
+    let Backend::Cuda(cuda) = backend.clone() else { panic!("a CUDA device") };
+    (backend, cuda)
+}
+
+fn read(buffer: &Buffer<f32>) -> Vec<f32> {
+    let mut host = vec![0.0; buffer.len()];
+    buffer.read(&mut host).expect("there");
+    host
+}
+
+/// Numbers that differ.
+fn numbers(from: usize, count: usize) -> Vec<f32> {
+    (from..from + count).map(|i| 0.25 * (i % 61) as f32 - 7.0).collect()
+}
+
+fn piece<'a>(
+    source: &'a Buffer<f32>,
+    from: usize,
+    target: &'a mut Buffer<f32>,
+    to: usize,
+    len: usize,
+) -> Piece<'a, f32> {
+    Piece {
+        source: source.tensor_at(from, [len]).expect("inside"),
+        target: target.tensor_mut_at(to, [len]).expect("inside"),
+    }
+}
+
+/// What is recorded copies what the table says when it is done, to other places and of other lengths than it said before.
+#[test]
+fn tables_say_what_is_copied() {
+    on_an_a100("record::tables_say_what_is_copied", || {
+        let (backend, cuda) = device();
+        let source = backend.upload(&numbers(0, 9000));
+        let targets = || [0; 3].map(|_| backend.upload(&[-1.0f32; 9000]));
+        let mut table = Table::new(&backend, 2, 3).expect("memory");
+        assert_eq!(table.shape(), [2, 3]);
+        table.run(1).expect("nothing to copy");
+        let graph = cuda.record(|| table.run(1).and_then(|()| table.run(0))).expect("recorded");
+        let all = numbers(0, 9000);
+        for (from, lens) in [(0, [1, 8000, 4]), (17, [0, 3, 5]), (4, [8, 9, 0])] {
+            let mut targets = targets();
+            let [first, second, third] = &mut targets;
+            let last = piece(&source, from, third, 2 * from, lens[2]);
+            let copies = vec![piece(&source, from, first, 5, lens[0]), piece(&source, from + 9, second, 0, lens[1])];
+            table.set(1, copies).expect("two copies");
+            table.set(0, vec![last]).expect("one copy");
+            table.send().expect("sent");
+            graph.launch().expect("the graph");
+            for ((target, (from, to)), len) in
+                targets.iter().zip([(from, 5), (from + 9, 0), (from, 2 * from)]).zip(lens)
+            {
+                let mut expected = vec![-1.0; 9000];
+                expected[to..to + len].copy_from_slice(&all[from..from + len]);
+                assert_eq!(read(target), expected);
+            }
+        }
+        let (mut long, mut short) = (backend.alloc::<f32>(8), backend.alloc::<f32>(8));
+        let message = |result: Result<()>| result.expect_err("wrong").to_string();
+        let wrong = Piece { source: source.tensor([4]).unwrap(), target: long.tensor_mut([5]).unwrap() };
+        assert!(message(table.set(0, vec![wrong])).contains("copy::Table: `target`"));
+        let (mut rest, mut four) = (short.tensor_mut([8]).unwrap(), Vec::new());
+        for _ in 0..4 {
+            let (target, after) = rest.split_at(2).unwrap();
+            four.push(Piece { source: source.tensor([2]).unwrap(), target });
+            rest = after;
+        }
+        assert!(message(table.set(0, four)).contains("copies"));
+        assert!(message(table.run(2)).contains("slots"));
+        let cpu = Backend::pick(Some("cpu")).unwrap().0;
+        assert!(message(Table::new(&cpu, 1, 1).map(drop)).contains("copy::all"));
+    });
+}
+
+/// y = x·Wᵀ, of many rows by cuBLAS and a copy of the weight in another type, then the sigmoid.
+struct Work {
+    backend: Backend,
+    x: Buffer<f32>,
+    weight: Buffer<half::bf16>,
+    y: Buffer<f32>,
+    z: Buffer<f32>,
+}
+
+const ROWS: usize = 40;
+const WIDTH: usize = 24;
+const OUTPUTS: usize = 7;
+
+impl Work {
+    fn new(backend: &Backend) -> Self {
+        let weight: Vec<_> = numbers(5, OUTPUTS * WIDTH).into_iter().map(|x| half::bf16::from_f32(x / 16.0)).collect();
+        Self {
+            backend: backend.clone(),
+            x: backend.alloc(ROWS * WIDTH),
+            weight: backend.upload(&weight),
+            y: backend.alloc(ROWS * OUTPUTS),
+            z: backend.alloc(ROWS * OUTPUTS),
+        }
+    }
+
+    fn run(&mut self, rows: usize) -> Result<()> {
+        let args = linear::Forward {
+            x: self.x.tensor([rows, WIDTH])?,
+            weight: self.weight.tensor([OUTPUTS, WIDTH])?,
+            bias: None,
+            y: self.y.tensor_mut([rows, OUTPUTS])?,
+            accumulate: false,
+        };
+        linear::forward(&self.backend, args)?;
+        let (x, y) = (self.y.tensor([rows, OUTPUTS])?, self.z.tensor_mut([rows, OUTPUTS])?);
+        sigmoid::forward(&self.backend, sigmoid::Forward { x, y })
+    }
+
+    /// What comes out of numbers from `from` on, as bits.
+    fn of(&mut self, from: usize, mut run: impl FnMut(&mut Self) -> Result<()>) -> Vec<u32> {
+        self.x.write(&numbers(from, ROWS * WIDTH)).expect("there");
+        self.z.write(&[-1.0; ROWS * OUTPUTS]).expect("there");
+        run(self).expect("runs");
+        read(&self.z).into_iter().map(f32::to_bits).collect()
+    }
+}
+
+/// A recorder does work, records it, repeats it: the same bits every time, for every key; and again after what it has is void.
+#[test]
+fn work_is_done_then_recorded_then_repeated() {
+    on_an_a100("record::work_is_done_then_recorded_then_repeated", || {
+        let (backend, _) = device();
+        let (mut work, mut called) = (Work::new(&backend), 0);
+        let mut recorder = backend.recorder::<usize>().expect("a device records");
+        assert!(recorder.is_empty());
+        for round in 0..4 {
+            for rows in [2, ROWS, 0] {
+                let expected = work.of(100 * round + rows, |work| work.run(rows));
+                let repeated = work.of(100 * round + rows, |work| {
+                    recorder.run(rows, || {
+                        called += 1;
+                        work.run(rows)
+                    })
+                });
+                assert_eq!(repeated, expected, "round {round}, {rows} rows");
+            }
+        }
+        // Twice each: done and recorded; the first once more, since the memory for the second was made anew.
+        assert_eq!((called, recorder.len()), (7, 3));
+        recorder.forget();
+        assert_eq!(recorder.len(), 0);
+        for round in 0..3 {
+            let expected = work.of(round, |work| work.run(ROWS));
+            assert_eq!(work.of(round, |work| recorder.run(ROWS, || work.run(ROWS))), expected);
+        }
+        for key in 100..140 {
+            for _ in 0..2 {
+                recorder.run(key, || work.run(1)).expect("runs");
+            }
+        }
+        assert_eq!(recorder.len(), 32, "the last ones");
+        let failed: Result<()> = recorder.run(7, || work.run(ROWS + 1));
+        failed.expect_err("more rows than there are");
+        let cpu = Backend::pick(Some("cpu")).unwrap().0;
+        assert!(cpu.recorder::<usize>().is_none());
+    });
+}
+
+/// While one thread records, what another one asks for is done, and is not in the record.
+#[test]
+fn other_threads_go_on() {
+    on_an_a100("record::other_threads_go_on", || {
+        let (backend, cuda) = device();
+        let (mut recorded, mut other) = (Work::new(&backend), Work::new(&backend));
+        let expected = [3, 4].map(|from| recorded.of(from, |work| work.run(ROWS)));
+        let mut workspace = nsa_kernels::cuda::workspace::Workspace::new(&cuda);
+        cuda.with_workspace(&mut workspace, || recorded.run(ROWS)).expect("runs");
+        let held = workspace.bytes();
+        recorded.of(3, |_| Ok(()));
+        let (begun, done) = (Barrier::new(2), Barrier::new(2));
+        let graph = std::thread::scope(|scope| {
+            scope.spawn(|| {
+                begun.wait();
+                assert_eq!(other.of(4, |work| work.run(ROWS)), expected[1]);
+                done.wait();
+            });
+            cuda.record(|| {
+                cuda.with_workspace(&mut workspace, || {
+                    begun.wait();
+                    let result = recorded.run(ROWS);
+                    done.wait();
+                    result
+                })
+            })
+        });
+        assert_eq!(workspace.bytes(), held, "the other thread took nothing of it");
+        let graph = graph.expect("recorded");
+        assert!(read(&recorded.z).iter().all(|x| *x == -1.0), "nothing was done");
+        other.of(5, |_| Ok(()));
+        graph.launch().expect("the graph");
+        assert!(read(&other.z).iter().all(|x| *x == -1.0), "of the other's work nothing is recorded");
+        let got: Vec<u32> = read(&recorded.z).into_iter().map(f32::to_bits).collect();
+        assert_eq!(got, expected[0]);
+        // Another thread may have it.
+        let mut graph = Some(graph);
+        let launched = recorded.of(4, |_| {
+            let graph = graph.take().expect("once");
+            std::thread::spawn(move || graph.launch()).join().expect("no panic")
+        });
+        assert_eq!(launched, expected[1]);
+    });
+}
+
+/// What cannot be recorded is an error that says so, and the device goes on afterwards.
+#[test]
+fn what_cannot_be_recorded_is_an_error() {
+    on_an_a100("record::what_cannot_be_recorded_is_an_error", || {
+        let (backend, cuda) = device();
+        let (mut buffer, mut work) = (backend.alloc::<f32>(8), Work::new(&backend));
+        let expected = work.of(1, |work| work.run(ROWS));
+        let message = |result: Result<()>| result.expect_err("refused").to_string();
+        let record = |work: &mut dyn FnMut() -> Result<()>| message(cuda.record(work).map(drop));
+        let alone = record(&mut || work.run(ROWS));
+        assert!(alone.contains("Cuda::record") && alone.contains("make memory before"), "{alone}");
+        assert!(record(&mut || buffer.write(&[1.0])).contains("from the host cannot be recorded"));
+        assert!(record(&mut || buffer.read(&mut [0.0])).contains("to the host cannot be recorded"));
+        assert!(record(&mut || backend.alloc::<f32>(1).made().map(drop)).contains("make memory before"));
+        assert!(record(&mut || cuda.record(|| Ok::<_, Error>(())).map(drop)).contains("records already"));
+        assert!(std::panic::catch_unwind(|| cuda.record::<Error>(|| panic!("in the middle"))).is_err());
+        assert_eq!(work.of(1, |work| work.run(ROWS)), expected);
+        let empty = cuda.record(|| Ok::<_, Error>(())).expect("nothing to record");
+        empty.launch().expect("nothing to do");
+    });
+}
