@@ -164,7 +164,7 @@ fn rotations(criterion: &mut Criterion) {
     group.bench_function("forward_in_place", |b| {
         b.iter(|| {
             let (positions, x) = (tensor(&positions, [ROWS]), tensor_mut(&mut x, [ROWS, heads, dim]));
-            rope::forward_in_place(&backend, rope::RotateInPlace { cache: &cache, positions, x })
+            rope::forward_in_place(&backend, rope::RotateInPlace { cache: &cache, positions, x: vec![x] })
         });
     });
     group.finish();

@@ -81,15 +81,6 @@ impl Backend {
         }
     }
 
-    /// Runs both, at the same time if there are threads for it: for operations that are small and do not need each other.
-    pub fn join<A: Send, B: Send>(&self, a: impl FnOnce() -> A + Send, b: impl FnOnce() -> B + Send) -> (A, B) {
-        match self {
-            Self::Cpu(_) => rayon::join(a, b),
-            // They go to one stream; small ones do not fill its device, and are started in turn.
-            Self::Cuda(_) => (a(), b()),
-        }
-    }
-
     /// Waits until all work given to it is done. Operations on the CPU are when they return.
     ///
     /// # Errors

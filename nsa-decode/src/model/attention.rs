@@ -1,7 +1,7 @@
 //! The attention half of a layer: projections, caches, operator.
 
-use super::forward::{Pass, Run, both};
-use super::layers::{Compress, Layer, NsaWeights, norm, project};
+use super::forward::{Pass, Run};
+use super::layers::{Compress, Layer, NsaWeights, norm, project_all};
 use super::workspace::{Workspace, fit};
 use crate::Result;
 use crate::cache::{DenseCache, LayerCache, NsaCache, Paged, Ring};
@@ -103,8 +103,11 @@ pub(super) fn prepare(pass: &Pass<'_>, ws: &mut Workspace) -> Result<()> {
     let (config, backend, n) = (&pass.model.attention, &pass.model.backend, pass.rows());
     let (heads, kv_heads) = (config.num_heads(), config.num_kv_heads());
     let (dim_k, dim_v) = (config.head_dim_qk(), config.head_dim_v());
-    for buffer in [&mut ws.raw, &mut ws.q] {
-        fit(backend, buffer, n * heads * dim_k);
+    fit(backend, &mut ws.q, n * heads * dim_k);
+    if pass.model.config.qk_norm() {
+        fit(backend, &mut ws.raw_q, n * heads * dim_k);
+        fit(backend, &mut ws.raw_k_slc, n * kv_heads * dim_k);
+        fit(backend, &mut ws.raw_k_win, n * kv_heads * dim_k);
     }
     let outputs = [&mut ws.o, &mut ws.o_cmp, &mut ws.o_slc, &mut ws.o_win];
     let sums = [&mut ws.lse_cmp, &mut ws.lse_slc, &mut ws.lse_win];
@@ -134,43 +137,31 @@ pub(super) fn prepare(pass: &Pass<'_>, ws: &mut Workspace) -> Result<()> {
     Ok(ws.block_positions.write(&new.positions)?)
 }
 
-/// Where projections that are normed and rotated are finished.
-struct Rotated<'a> {
-    raw: &'a mut Buffer<f32>,
-    positions: &'a Buffer<i32>,
-}
-
-impl Rotated<'_> {
-    /// Norms and rotates a projection in place.
-    fn finish(
-        &mut self,
-        pass: &Pass<'_>,
-        norm_weight: Option<&F32Weight>,
-        heads: usize,
-        out: &mut Buffer<f32>,
-    ) -> Result<()> {
-        let n = pass.rows();
-        if let Some(norm_weight) = norm_weight {
-            let dim = pass.model.rope.head_dim();
-            self.raw.copy_from(0, out, 0..n * heads * dim)?;
-            norm(&pass.model.backend, self.raw, norm_weight, pass.eps(), n * heads, out)?;
-        }
-        rotate(pass, self.positions, out, [n, heads])
-    }
-}
-
-/// Rotates `[rows, heads, Dk]` in place.
-fn rotate(pass: &Pass<'_>, positions: &Buffer<i32>, x: &mut Buffer<f32>, [rows, heads]: [usize; 2]) -> Result<()> {
+/// Rotates `[rows, heads, Dk]` in place, each of its number of heads.
+fn rotate<const N: usize>(
+    pass: &Pass<'_>,
+    positions: &Buffer<i32>,
+    rows: usize,
+    tensors: [(&mut Buffer<f32>, usize); N],
+) -> Result<()> {
     let cache = &pass.model.rope;
-    let x = x.tensor_mut([rows, heads, cache.head_dim()])?;
+    let mut x = Vec::with_capacity(N);
+    for (buffer, heads) in tensors {
+        x.push(buffer.tensor_mut([rows, heads, cache.head_dim()])?);
+    }
     let args = rope::RotateInPlace { cache, positions: positions.tensor([rows])?, x };
     Ok(rope::forward_in_place(&pass.model.backend, args)?)
 }
 
-/// A projection that stays as it is.
-fn plain(pass: &Pass<'_>, h: &Buffer<f32>, weight: &Weight, out: &mut Buffer<f32>) -> Result<()> {
-    let (rows, outputs, inputs) = (pass.rows(), weight.shape()[0], weight.shape()[1]);
-    project(&pass.model.backend, h.tensor([rows, inputs])?, weight, out.tensor_mut([rows, outputs])?, false)
+/// Norms heads, where the model has a norm: `raw` is where projections that are normed go.
+fn norm_heads(
+    pass: &Pass<'_>,
+    weight: Option<&F32Weight>,
+    heads: usize,
+    raw: &Buffer<f32>,
+    out: &mut Buffer<f32>,
+) -> Result<()> {
+    weight.map_or(Ok(()), |weight| norm(&pass.model.backend, raw, weight, pass.eps(), pass.rows() * heads, out))
 }
 
 /// Full attention. Returns the token-rows that each sequence read.
@@ -184,14 +175,14 @@ pub(super) fn dense(
 ) -> Result<Vec<usize>> {
     let Caches::Here(runs) = caches else { unreachable!("steps of full attention are not placed") };
     let (config, backend, n) = (&pass.model.attention, &pass.model.backend, pass.rows());
-    let (h, q_out, k_out, v_out) = (&ws.h, &mut ws.q, &mut ws.k_slc, &mut ws.v_slc);
-    both(backend.join(
-        || plain(pass, h, &weights.q, q_out),
-        || both(backend.join(|| plain(pass, h, k, k_out), || plain(pass, h, v, v_out))),
-    ))?;
-    let mut rotated = Rotated { raw: &mut ws.raw, positions: &ws.positions };
-    rotated.finish(pass, weights.q_norm.as_ref(), config.num_heads(), &mut ws.q)?;
-    rotated.finish(pass, k_norm, config.num_kv_heads(), &mut ws.k_slc)?;
+    let (heads, kv_heads, q_norm) = (config.num_heads(), config.num_kv_heads(), weights.q_norm.as_ref());
+    let x = ws.h.tensor([n, pass.model.config.hidden_size()])?;
+    let q_out = if q_norm.is_some() { &mut ws.raw_q } else { &mut ws.q };
+    let k_out = if k_norm.is_some() { &mut ws.raw_k_slc } else { &mut ws.k_slc };
+    project_all(backend, x, [(&weights.q, q_out), (k, k_out), (v, &mut ws.v_slc)])?;
+    norm_heads(pass, q_norm, heads, &ws.raw_q, &mut ws.q)?;
+    norm_heads(pass, k_norm, kv_heads, &ws.raw_k_slc, &mut ws.k_slc)?;
+    rotate(pass, &ws.positions, n, [(&mut ws.q, heads), (&mut ws.k_slc, kv_heads)])?;
     let mut copies = Vec::new();
     for (run, seq) in runs.iter_mut().zip(pass.packing.seqs()) {
         let DenseCache { k, v } = dense_cache(run, layer);
@@ -291,20 +282,26 @@ fn project_branches(pass: &Pass<'_>, ws: &mut Workspace, layer: &Layer, weights:
         None => [None; 3],
         Some(norms) => norms.each_ref().map(Some),
     };
-    let (h, q_out) = (&ws.h, &mut ws.q);
-    let keys = [&mut ws.k_cmp, &mut ws.k_slc, &mut ws.k_win];
-    let values = [&mut ws.v_cmp, &mut ws.v_slc, &mut ws.v_win];
-    let each = |weights: &[Weight; 3], outputs: [&mut Buffer<f32>; 3]| -> Result<()> {
-        weights.iter().zip(outputs).try_for_each(|(weight, out)| plain(pass, h, weight, out))
-    };
-    both(backend.join(
-        || plain(pass, h, &layer.q, q_out),
-        || both(backend.join(|| each(&weights.k, keys), || each(&weights.v, values))),
-    ))?;
-    let (mut rotated, kv_heads) = (Rotated { raw: &mut ws.raw, positions: &ws.positions }, config.num_kv_heads());
-    rotated.finish(pass, layer.q_norm.as_ref(), config.num_heads(), &mut ws.q)?;
-    rotated.finish(pass, slc_norm, kv_heads, &mut ws.k_slc)?;
-    rotated.finish(pass, win_norm, kv_heads, &mut ws.k_win)?;
+    let (heads, kv_heads, q_norm) = (config.num_heads(), config.num_kv_heads(), layer.q_norm.as_ref());
+    let x = ws.h.tensor([n, pass.model.config.hidden_size()])?;
+    let q_out = if q_norm.is_some() { &mut ws.raw_q } else { &mut ws.q };
+    let k_slc = if slc_norm.is_some() { &mut ws.raw_k_slc } else { &mut ws.k_slc };
+    let k_win = if win_norm.is_some() { &mut ws.raw_k_win } else { &mut ws.k_win };
+    let (keys, values) = (&weights.k, &weights.v);
+    let products = [
+        (&layer.q, q_out),
+        (&keys[0], &mut ws.k_cmp),
+        (&keys[1], k_slc),
+        (&keys[2], k_win),
+        (&values[0], &mut ws.v_cmp),
+        (&values[1], &mut ws.v_slc),
+        (&values[2], &mut ws.v_win),
+    ];
+    project_all(backend, x, products)?;
+    norm_heads(pass, q_norm, heads, &ws.raw_q, &mut ws.q)?;
+    norm_heads(pass, slc_norm, kv_heads, &ws.raw_k_slc, &mut ws.k_slc)?;
+    norm_heads(pass, win_norm, kv_heads, &ws.raw_k_win, &mut ws.k_win)?;
+    rotate(pass, &ws.positions, n, [(&mut ws.q, heads), (&mut ws.k_slc, kv_heads), (&mut ws.k_win, kv_heads)])?;
     pass.project_biased(ws, &weights.gate, &weights.gate_bias)?;
     let shape = [n, 3 * config.num_heads()];
     let args = sigmoid::Forward { x: ws.gate_logits.tensor(shape)?, y: ws.gates.tensor_mut(shape)? };
@@ -361,7 +358,7 @@ fn compress_tails(pass: &Pass<'_>, new: &NewBlocks, ws: &mut Workspace, weights:
     if let Some(weight) = normed {
         norm(&pass.model.backend, &ws.raw_blocks, weight, pass.eps(), blocks * kv_heads, &mut ws.k_blocks)?;
     }
-    rotate(pass, &ws.block_positions, &mut ws.k_blocks, [blocks, kv_heads])
+    rotate(pass, &ws.block_positions, blocks, [(&mut ws.k_blocks, kv_heads)])
 }
 
 /// φ of the sequences of `packing`.

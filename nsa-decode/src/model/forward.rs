@@ -1,7 +1,7 @@
 //! The forward pass: new tokens of several sequences, each after what its caches hold.
 
 use super::attention::{self, Caches, NewBlocks};
-use super::layers::{AttentionWeights, Layer, embed, norm, project};
+use super::layers::{AttentionWeights, Layer, embed, norm, project, project_all};
 use super::workspace::{Workspace, fit};
 use super::{Idle, Inner};
 use crate::Result;
@@ -85,11 +85,6 @@ impl Inner {
     }
 }
 
-/// The first error of two.
-pub(super) fn both((a, b): (Result<()>, Result<()>)) -> Result<()> {
-    a.and(b)
-}
-
 impl Pass<'_> {
     /// Makes room, and writes what the device is to know of the new tokens.
     fn prepare(&self, ws: &mut Workspace, runs: &[Run<'_>]) -> Result<()> {
@@ -148,12 +143,8 @@ impl Pass<'_> {
         let joined = config.num_attention_heads() * config.v_head_dim();
         project(backend, ws.o.tensor([n, joined])?, &layer.o, ws.x.tensor_mut([n, width])?, true)?;
         norm(backend, &ws.x, &layer.post_norm, self.eps(), n, &mut ws.h)?;
-        let h = ws.h.tensor([n, width])?;
-        let (gate, up) = (ws.mlp_gate.tensor_mut([n, hidden])?, ws.mlp_up.tensor_mut([n, hidden])?);
-        both(
-            backend
-                .join(|| project(backend, h, &layer.gate, gate, false), || project(backend, h, &layer.up, up, false)),
-        )?;
+        let mlp = [(&layer.gate, &mut ws.mlp_gate), (&layer.up, &mut ws.mlp_up)];
+        project_all(backend, ws.h.tensor([n, width])?, mlp)?;
         let args = swiglu::Forward {
             gate: ws.mlp_gate.tensor([n, hidden])?,
             up: ws.mlp_up.tensor([n, hidden])?,

@@ -4,7 +4,8 @@ use crate::Result;
 use crate::weights::{F32Weight, Values, Weight, Weights};
 use nsa_core::model::{AttentionKind, ModelConfig};
 use nsa_core::{CompressKind, Element};
-use nsa_kernels::layer::{embedding, linear, rmsnorm};
+use nsa_kernels::layer::linear::{self, Product};
+use nsa_kernels::layer::{embedding, rmsnorm};
 use nsa_kernels::op::compress::Phi;
 use nsa_kernels::{Backend, Buffer, Mem, Tensor, TensorMut};
 
@@ -184,6 +185,34 @@ pub(crate) fn project(
         Values::Bf16(data) => typed(backend, x, (data, shape), y, accumulate),
         Values::F16(data) => typed(backend, x, (data, shape), y, accumulate),
     }
+}
+
+/// Products without bias of one input and several weights, whatever types these are stored in.
+pub(crate) fn project_all<const N: usize>(
+    backend: &Backend,
+    x: Tensor<'_, f32, 2>,
+    products: [(&Weight, &mut Buffer<f32>); N],
+) -> Result<()> {
+    fn product<'a, W: Element<Acc = f32>>(
+        data: Mem<'a, W>,
+        shape: [usize; 2],
+        y: TensorMut<'a, f32, 2>,
+    ) -> Result<Product<'a, f32, W>> {
+        Ok(Product { weight: Tensor::packed(data, shape)?, y })
+    }
+    let (mut in_f32, mut in_bf16, mut in_f16) = (Vec::new(), Vec::new(), Vec::new());
+    for (weight, y) in products {
+        let shape = [weight.shape()[0], weight.shape()[1]];
+        let y = y.tensor_mut([x.shape()[0], shape[0]])?;
+        match weight.values() {
+            Values::F32(data) => in_f32.push(product(data, shape, y)?),
+            Values::Bf16(data) => in_bf16.push(product(data, shape, y)?),
+            Values::F16(data) => in_f16.push(product(data, shape, y)?),
+        }
+    }
+    linear::forward_all(backend, x, in_f32)?;
+    linear::forward_all(backend, x, in_bf16)?;
+    Ok(linear::forward_all(backend, x, in_f16)?)
 }
 
 /// Rows of the embedding `[V, C]`, whatever type it is stored in.

@@ -36,8 +36,12 @@ workspace! {
     x: Buffer<f32> = "[N, C]",
     /// Its norm, input of both halves of a layer.
     h: Buffer<f32> = "[N, C]",
-    /// A projection before its norm.
-    raw: Buffer<f32> = "[N, max(Hq, G)·Dk]",
+    /// Queries before their norm.
+    raw_q: Buffer<f32> = "[N, Hq, Dk]",
+    /// Keys of slc, or of full attention, before their norm.
+    raw_k_slc: Buffer<f32> = "[N, G, Dk]",
+    /// Keys of win before their norm.
+    raw_k_win: Buffer<f32> = "[N, G, Dk]",
     /// Queries.
     q: Buffer<f32> = "[N, Hq, Dk]",
     /// Keys of cmp, before φ.

@@ -91,6 +91,17 @@ macro_rules! scalar_fields {
 
 scalar_fields!(f32, i32, u32, i64, u64);
 
+/// An array in a struct of arguments, whose program includes `array.cuh`.
+#[derive(Clone, Copy, Debug)]
+#[repr(transparent)]
+pub(crate) struct Array<T, const N: usize>(pub(crate) [T; N]);
+
+impl<T: Cpp, const N: usize> Field for Array<T, N> {
+    fn cpp() -> String {
+        format!("Array<{}, {N}>", T::NAME)
+    }
+}
+
 /// A struct of arguments.
 pub(crate) trait Params: Copy {
     /// The C++ declaration, with assertions that it lies in memory as this one does.
@@ -132,9 +143,13 @@ macro_rules! params {
                         <$ty as $crate::cuda::params::Field>::cpp(),
                         std::mem::offset_of!($name, $field),
                     )),*];
-                    let name = concat!(stringify!($name), "Params");
+                    let name = <Self as $crate::cuda::params::Cpp>::NAME;
                     $crate::cuda::params::declaration(name, size_of::<$name>(), &fields)
                 }
+            }
+
+            impl $crate::cuda::params::Cpp for $name {
+                const NAME: &'static str = concat!(stringify!($name), "Params");
             }
         )*
     };

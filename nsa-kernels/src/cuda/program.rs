@@ -14,6 +14,7 @@ const WARPGROUPS: &str = "WARPGROUPS";
 
 /// The headers that kernels share.
 const HEADERS: &[(&str, &str)] = &[
+    ("array.cuh", include_str!("kernels/array.cuh")),
     ("band.cuh", include_str!("kernels/band.cuh")),
     ("band_bwd.cuh", include_str!("kernels/band_bwd.cuh")),
     ("band_fwd.cuh", include_str!("kernels/band_fwd.cuh")),

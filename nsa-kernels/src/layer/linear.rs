@@ -18,6 +18,15 @@ pub struct Forward<'a, T: Element, W: Element> {
     pub accumulate: bool,
 }
 
+/// One of the layers of [`forward_all`].
+#[derive(Debug)]
+pub struct Product<'a, T: Element, W: Element> {
+    /// Weight `[O, I]`, O another number in each.
+    pub weight: Tensor<'a, W, 2>,
+    /// Written: `[N, O]`.
+    pub y: TensorMut<'a, T, 2>,
+}
+
 /// Arguments of [`backward_input`].
 #[derive(Debug)]
 pub struct BackwardInput<'a, W: Element, G: Element, D: Element> {
@@ -69,6 +78,35 @@ where
     match backend {
         Backend::Cpu(cpu) => cpu::layer::linear::forward(cpu, args),
         Backend::Cuda(cuda) => cuda::layer::linear::forward(cuda, OP, args),
+    }
+}
+
+/// Applies several linear layers without bias to one input `x` `[N, I]`, as projections to queries, keys and values are: on the CPU at
+/// the same time, on a device in one launch for few rows.
+///
+/// **Shapes**: on the fields of [`Product`].
+///
+/// **Numerics**: those of [`forward`]. (Few rows are summed on a device as they are where `x` and weights are of two types.)
+///
+/// **Source**: [`forward`].
+///
+/// # Errors
+/// If a shape does not fit.
+pub fn forward_all<T, W>(backend: &Backend, x: Tensor<'_, T, 2>, products: Vec<Product<'_, T, W>>) -> Result<()>
+where
+    T: Element,
+    W: Element<Acc = T::Acc>,
+{
+    const OP: &str = "linear::forward_all";
+    let [n, i] = x.shape();
+    for product in &products {
+        let [o, _] = product.weight.shape();
+        product.weight.check(OP, "weight", [o, i])?;
+        product.y.check(OP, "y", [n, o])?;
+    }
+    match backend {
+        Backend::Cpu(cpu) => cpu::layer::linear::forward_all(cpu, x, products),
+        Backend::Cuda(cuda) => cuda::layer::linear::forward_all(cuda, OP, x, products),
     }
 }
 

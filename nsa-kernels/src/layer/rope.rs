@@ -65,8 +65,8 @@ pub struct RotateInPlace<'a, T: Element> {
     pub cache: &'a RopeCache<T::Acc>,
     /// Position of each row `[N]`. (A compressed key's is i·d, its first token's.)
     pub positions: Tensor<'a, i32, 1>,
-    /// Read and written: `[N, H, D]`.
-    pub x: TensorMut<'a, T, 3>,
+    /// Read and written: each `[N, H, D]`, with any number of heads, as queries and keys of the same tokens are.
+    pub x: Vec<TensorMut<'a, T, 3>>,
 }
 
 /// Which way to turn.
@@ -151,9 +151,11 @@ fn rotate_in_place<T: Element>(
     args: RotateInPlace<'_, T>,
     direction: Direction,
 ) -> Result<()> {
-    let [n, h, _] = args.x.shape();
-    args.x.check(op, "x", [n, h, args.cache.head_dim()])?;
-    args.positions.check(op, "positions", [n])?;
+    let [n] = args.positions.shape();
+    for x in &args.x {
+        let [_, h, _] = x.shape();
+        x.check(op, "x", [n, h, args.cache.head_dim()])?;
+    }
     match backend {
         Backend::Cpu(cpu) => cpu::layer::rope::rotate_in_place(cpu, op, args, direction),
         Backend::Cuda(cuda) => cuda::layer::rope::rotate_in_place(cuda, op, args, direction),

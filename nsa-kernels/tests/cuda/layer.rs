@@ -168,11 +168,15 @@ fn rotated<T: Element, R: Element>(backend: &Backend, n: usize, heads: usize, di
     let positions: Buffer<i32> = backend.upload(&(0..n as i32).map(|i| i * 7 % 50).collect::<Vec<_>>());
     let (positions, x) = (positions.tensor([n]).unwrap(), kit.values::<T>(9, count));
     let (mut y, mut back) = (kit.unwritten::<T>(count), kit.values::<T>(9, count));
+    let mut others = [1, 2, 3, 4, 5].map(|heads| kit.values::<T>(40 + heads as u64, n * heads * dim));
     let args = rope::Rotate { cache: &cache, positions, x: x.tensor(shape).unwrap(), y: y.tensor_mut(shape).unwrap() };
     rope::forward(backend, args).unwrap();
-    let args = rope::RotateInPlace { cache: &cache, positions, x: back.tensor_mut(shape).unwrap() };
-    rope::backward_in_place(backend, args).unwrap();
-    vec![written("y", dim, &y, 4.0), written("back", dim, &back, 4.0)]
+    let mut x = vec![back.tensor_mut(shape).unwrap()];
+    x.extend(others.iter_mut().enumerate().map(|(i, x)| x.tensor_mut([n, i + 1, dim]).unwrap()));
+    rope::backward_in_place(backend, rope::RotateInPlace { cache: &cache, positions, x }).unwrap();
+    let mut all = vec![written("y", dim, &y, 4.0), written("back", dim, &back, 4.0)];
+    all.extend(others.iter().map(|x| written("others", dim, x, 4.0)));
+    all
 }
 
 fn embedded<T: Element, R: Element>(backend: &Backend, n: usize, c: usize) -> Vec<Written> {
@@ -385,6 +389,51 @@ fn rotations() {
         check!(rotated(9, 3, 64));
         check!(rotated(4, 2, 6));
         check!(rotated(0, 2, 16));
+    });
+}
+
+/// Several layers of one input have the bits of each layer alone, and rotations of several tensors those of each.
+fn check_together<T: Element, W: Element<Acc = T::Acc>>(rows: usize) {
+    const INPUTS: usize = 96;
+    let (cuda, cpu) = (Backend::cuda(0).expect("the simulator"), Backend::pick(Some("cpu")).unwrap().0);
+    let outputs = [5, 0, 300, 64, 64, 1, 7, 33, 16, 2];
+    let of = |backend: &Backend, together: bool| {
+        let x = Kit::<T>::new(backend).values::<T>(21, rows * INPUTS);
+        let x = x.tensor([rows, INPUTS]).unwrap();
+        let weights = outputs.map(|o| Kit::<W>::new(backend).values::<W>(30 + o as u64, o * INPUTS));
+        let mut y = outputs.map(|o| Kit::<T>::new(backend).unwritten::<T>(rows * o));
+        let layers = weights.iter().zip(&mut y).zip(outputs);
+        let layers = layers.map(|((w, y), o)| (w.tensor([o, INPUTS]).unwrap(), y.tensor_mut([rows, o]).unwrap()));
+        if together {
+            let products = layers.map(|(weight, y)| linear::Product { weight, y }).collect();
+            linear::forward_all(backend, x, products).unwrap();
+        } else {
+            for (weight, y) in layers {
+                let args = linear::Forward { x, weight, bias: None, y, accumulate: false };
+                linear::forward(backend, args).unwrap();
+            }
+        }
+        y.iter().map(read).collect::<Vec<_>>()
+    };
+    let expected = of(&cuda, false);
+    let same = of(&cuda, true) == expected;
+    assert!(same || T::DTYPE == W::DTYPE && rows <= 16, "{rows} rows");
+    assert_eq!(of(&cpu, true), of(&cpu, false));
+    // Where the library makes the products of one layer, its order of sums is another one.
+    for (got, want) in of(&cuda, true).iter().flatten().zip(of(&cpu, false).iter().flatten()) {
+        let unit = if T::DTYPE == DType::F32 { 1e-5 } else { 2f64.powi(-7) };
+        assert!((got - want).abs() <= unit * want.abs().max(1.0), "{rows} rows: {got}, expected {want}");
+    }
+}
+
+#[test]
+fn layers_of_one_input() {
+    on_an_a100("layer::layers_of_one_input", || {
+        for rows in [0, 1, 3, 16, 17] {
+            check_together::<f32, f32>(rows);
+            check_together::<f32, bf16>(rows);
+        }
+        check_together::<bf16, bf16>(5);
     });
 }
 

@@ -1,7 +1,7 @@
 use crate::kit::*;
 use half::{bf16, f16};
 use nsa_core::{Element, Real};
-use nsa_kernels::layer::linear::{self, BackwardInput, BackwardWeight, Forward};
+use nsa_kernels::layer::linear::{self, BackwardInput, BackwardWeight, Forward, Product};
 use nsa_kernels::{Backend, Error};
 
 /// [N, I, O]: empty ones, odd ones, each path by the number of rows, and more than one block, panel and task.
@@ -71,6 +71,37 @@ fn forward_is_a_plain_loop() {
         check_forward::<bf16, f32>(&backend);
         check_forward::<f16, f32>(&backend);
     }
+}
+
+#[test]
+fn several_layers_are_each_as_alone() {
+    fn check<T: Element, W: Element<Acc = T::Acc>>(backend: &Backend) {
+        for (n, i) in [(0, 5), (1, 700), (3, 33), (40, 65)] {
+            let x = random::<T>(n as u64, n * i);
+            let outputs = [19, 0, 1, 130];
+            let weights = outputs.map(|o| random::<W>(o as u64, o * i));
+            let mut together = outputs.map(|o| vec![T::from_f64(f64::NAN); n * o]);
+            let products = weights.iter().zip(&mut together).zip(outputs);
+            let products = products.map(|((w, y), o)| Product { weight: tensor(w, [o, i]), y: tensor_mut(y, [n, o]) });
+            linear::forward_all(backend, tensor(&x, [n, i]), products.collect()).unwrap();
+            for ((weight, together), o) in weights.iter().zip(&together).zip(outputs) {
+                let mut y = vec![T::from_f64(f64::NAN); n * o];
+                let (x, weight) = (tensor(&x, [n, i]), tensor(weight, [o, i]));
+                let args = Forward { x, weight, bias: None, y: tensor_mut(&mut y, [n, o]), accumulate: false };
+                linear::forward(backend, args).unwrap();
+                assert!(*together == y, "{} × {} {n}x{i}x{o}", T::DTYPE, W::DTYPE);
+            }
+        }
+    }
+    for backend in backends() {
+        check::<f32, f32>(&backend);
+        check::<f32, bf16>(&backend);
+        check::<bf16, bf16>(&backend);
+    }
+    let (x, weight, mut y) = (vec![0.0f32; 6], vec![0.0f32; 8], vec![0.0f32; 8]);
+    let product = Product { weight: tensor(&weight, [4, 2]), y: tensor_mut(&mut y, [2, 4]) };
+    let error = linear::forward_all(&backend(), tensor(&x, [2, 3]), vec![product]).unwrap_err().to_string();
+    assert_eq!(error, "linear::forward_all: `weight` has shape [4, 2], expected [4, 3]");
 }
 
 fn check_backward_input<W: Element>(backend: &Backend) {

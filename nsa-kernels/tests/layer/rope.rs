@@ -49,9 +49,15 @@ fn check<T: Element>() {
         assert_near(&format!("y {what}"), &y, &want, &scale, 4.0);
         let mut in_place = x.clone();
         let x_out = tensor_mut(&mut in_place, [n, heads, dim]);
-        rope::forward_in_place(&backend(), RotateInPlace { cache: &cache, positions: row_positions, x: x_out })
+        rope::forward_in_place(&backend(), RotateInPlace { cache: &cache, positions: row_positions, x: vec![x_out] })
             .unwrap();
         assert!(in_place == y, "in place {what}");
+        let mut both = [x.clone(), [x.clone(), x.clone()].concat()];
+        let [one, two] = &mut both;
+        let x_out = vec![tensor_mut(one, [n, heads, dim]), tensor_mut(&mut two[..x.len()], [n, heads, dim])];
+        rope::forward_in_place(&backend(), RotateInPlace { cache: &cache, positions: row_positions, x: x_out })
+            .unwrap();
+        assert!(both[0] == y && both[1][..x.len()] == y && both[1][x.len()..] == x, "two in place {what}");
     }
 }
 
@@ -77,7 +83,8 @@ fn gradients_are_slopes() {
     assert_gradient("dx", &x, &dx, |x| dot(&plain(x, &positions, heads, dim), &dy));
     let mut in_place = dy.clone();
     let x_out = tensor_mut(&mut in_place, shape);
-    rope::backward_in_place(&backend(), RotateInPlace { cache: &cache, positions: row_positions, x: x_out }).unwrap();
+    rope::backward_in_place(&backend(), RotateInPlace { cache: &cache, positions: row_positions, x: vec![x_out] })
+        .unwrap();
     assert_eq!(in_place, dx);
 }
 
@@ -87,13 +94,13 @@ fn wrong_arguments_are_named() {
         let cache = RopeCache::<A>::new(&backend(), &frequencies(4), 1.0, POSITIONS);
         let mut x = vec![A::of(0.0); 2 * dim];
         let (positions, x) = (tensor(positions, [positions.len()]), tensor_mut(&mut x, [2, 1, dim]));
-        let args = RotateInPlace { cache: &cache, positions, x };
+        let args = RotateInPlace { cache: &cache, positions, x: vec![x] };
         rope::forward_in_place(&backend(), args).map_err(|error| error.to_string())
     }
     assert_eq!(run::<f32>(&[0, 39], 4), Ok(()));
     let outside = "rope::forward_in_place: `positions` = 40 in row 1: must be in 0..positions of the cache";
     assert_eq!(run::<f32>(&[0, 40], 4).unwrap_err(), outside);
     assert!(run::<f32>(&[-1, 0], 4).unwrap_err().contains("= -1 in row 0"));
-    assert!(run::<f32>(&[0], 4).unwrap_err().contains("`positions` has shape [1], expected [2]"));
+    assert!(run::<f32>(&[0], 4).unwrap_err().contains("`x` has shape [2, 1, 4], expected [1, 1, 4]"));
     assert!(run::<f32>(&[0, 0], 6).unwrap_err().contains("`x` has shape [2, 1, 6], expected [2, 1, 4]"));
 }

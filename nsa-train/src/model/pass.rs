@@ -144,7 +144,7 @@ impl<T: Element> Pass<'_, T> {
         let args = RotateInPlace {
             cache: self.rope,
             positions: positions.tensor([count])?,
-            x: x.tensor_mut([count, heads, self.dims.head_dim])?,
+            x: vec![x.tensor_mut([count, heads, self.dims.head_dim])?],
         };
         let operation = if backward { rope::backward_in_place } else { rope::forward_in_place };
         self.run(Phase::Rope, |backend| operation(backend, args))

@@ -6,7 +6,7 @@ use nsa_core::CompressKind;
 use nsa_core::model::AttentionKind::{self, Dense, Nsa};
 use nsa_decode::{Batch, GenerateOptions, Model, Sampling, Session, SessionOptions};
 use nsa_kernels::Backend;
-use nsa_tests::sim::on_simulator;
+use nsa_tests::sim::{on_an_a100, on_simulator};
 use nsa_train::TrainOptions;
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
@@ -132,7 +132,7 @@ fn sessions_fork_and_go_back() {
 /// blocks and pages, alone and together, in other sequences' turns, and from several threads.
 #[test]
 fn recorded_steps_are_the_steps() {
-    on_simulator("decoding::recorded_steps_are_the_steps", || {
+    on_an_a100("decoding::recorded_steps_are_the_steps", || {
         let folder = tempfile::tempdir().expect("a folder");
         let trainer =
             kit::trainer(&kit::cpu(), folder.path(), kit::config(Nsa, CompressKind::Weighted, true), kit::options());

@@ -3,11 +3,11 @@
 use super::blocked::{self, Strips};
 use super::matmul::{FEW_ROWS, add_column_sums, add_outer, pairs, times, times_transposed};
 use super::par::{Widened, as_acc_mut, for_rows, row_range};
-use crate::Result;
 use crate::cpu::Cpu;
 use crate::cpu::gemm::Store;
 use crate::cpu::simd::{Loops, compiled_for};
-use crate::layer::linear::{BackwardInput, BackwardWeight, Forward};
+use crate::layer::linear::{BackwardInput, BackwardWeight, Forward, Product};
+use crate::{Result, Tensor};
 use nsa_core::{Element, Real};
 use std::ops::Range;
 
@@ -38,6 +38,35 @@ where
         times_transposed(cpu, &row_range(&x, rows.start, rows.len()), &weight, sums, Store::Write);
     });
     Ok(())
+}
+
+pub fn forward_all<T, W>(cpu: &Cpu, x: Tensor<'_, T, 2>, products: Vec<Product<'_, T, W>>) -> Result<()>
+where
+    T: Element,
+    W: Element<Acc = T::Acc>,
+{
+    in_groups(cpu, x, products, rayon::current_num_threads())
+}
+
+/// Layers one after the other in each of so many groups, whose weights are of about the same size: tasks for small layers cost more
+/// than they gain.
+fn in_groups<T, W>(cpu: &Cpu, x: Tensor<'_, T, 2>, mut products: Vec<Product<'_, T, W>>, groups: usize) -> Result<()>
+where
+    T: Element,
+    W: Element<Acc = T::Acc>,
+{
+    if groups < 2 || products.len() < 2 {
+        let one = |Product { weight, y }| forward(cpu, Forward { x, weight, bias: None, y, accumulate: false });
+        return products.into_iter().try_for_each(one);
+    }
+    let sizes = products.iter().map(|product| product.weight.shape()[0]);
+    let half = sizes.clone().sum::<usize>() / 2;
+    let before = sizes.scan(0, |sum, size| Some(std::mem::replace(sum, *sum + size)));
+    let middle = before.take_while(|&sum| sum <= half).count().clamp(1, products.len() - 1);
+    let rest = products.split_off(middle);
+    let halves = [groups.div_ceil(2), groups / 2];
+    let (first, second) = rayon::join(|| in_groups(cpu, x, products, halves[0]), || in_groups(cpu, x, rest, halves[1]));
+    first.and(second)
 }
 
 /// Has rows of a product written to sums, some at a time, and rounds these.

@@ -28,12 +28,14 @@ pub fn rotate_in_place<T: Element>(
     direction: Direction,
 ) -> Result<()> {
     let positions = check_positions(op, args.cache, &args.positions)?;
-    let [_, heads, dim] = args.x.shape();
     let (cos, sin) = (args.cache.cos()?.to_host()?, args.cache.sin()?.to_host()?);
-    for_rows(args.x.into_host()?.into_data(), heads * dim, |n, x| {
-        let (cos, sin) = (cos.row(positions[n] as usize), sin.row(positions[n] as usize));
-        compiled_for(cpu.isa(), Turn { x, cos, sin, direction });
-    });
+    for x in args.x {
+        let [_, heads, dim] = x.shape();
+        for_rows(x.into_host()?.into_data(), heads * dim, |n, x| {
+            let (cos, sin) = (cos.row(positions[n] as usize), sin.row(positions[n] as usize));
+            compiled_for(cpu.isa(), Turn { x, cos, sin, direction });
+        });
+    }
     Ok(())
 }
 

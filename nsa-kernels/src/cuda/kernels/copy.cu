@@ -7,14 +7,9 @@
 //
 // budget: kernel=copy_segments threads=256 registers=32 spills=0 shared=0
 // budget: kernel=copy_table threads=256 registers=32 spills=0 shared=0
+#include "array.cuh"
 #include "element.cuh"
 #include "config.cuh"
-
-template <class T, int N>
-struct Array {
-    T at[N];
-};
-
 #include "params.cuh"
 
 template <class Unit>

@@ -6,7 +6,7 @@ use crate::cuda::ahead::Build;
 use crate::cuda::geometry::Geometry;
 use crate::cuda::launch::Call;
 use crate::cuda::memory::Mirror;
-use crate::cuda::params::{Cpp, Field, In, Params, params};
+use crate::cuda::params::{Array, In, Params, params};
 use crate::cuda::program::{Constants, Program};
 use crate::layer::copy::Piece;
 use nsa_core::{DType, Element};
@@ -38,26 +38,12 @@ params! {
 
     /// Arguments of `copy_segments`.
     struct CopySegments {
-        segments: Segments,
+        segments: Array<CopySegment, SEGMENTS>,
     }
 
     /// Arguments of `copy_table`.
     struct CopyTable {
         segments: In<CopySegment>,
-    }
-}
-
-impl Cpp for CopySegment {
-    const NAME: &'static str = "CopySegmentParams";
-}
-
-#[derive(Clone, Copy, Debug)]
-#[repr(transparent)]
-pub(crate) struct Segments([CopySegment; SEGMENTS]);
-
-impl Field for Segments {
-    fn cpp() -> String {
-        format!("Array<CopySegmentParams, {SEGMENTS}>")
     }
 }
 
@@ -93,7 +79,7 @@ pub(crate) fn all<T: Element>(cuda: &Cuda, op: &'static str, copies: Vec<Piece<'
         }
         let longest = segments.iter().map(|segment| segment.bytes).max().unwrap_or(0);
         let geometry = geometry(longest, copies.len());
-        bytes.launch(&PROGRAM, "copy_segments", geometry, CopySegments { segments: Segments(segments) })?;
+        bytes.launch(&PROGRAM, "copy_segments", geometry, CopySegments { segments: Array(segments) })?;
     }
     Ok(())
 }
