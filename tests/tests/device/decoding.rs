@@ -142,15 +142,9 @@ fn recorded_steps_are_the_steps() {
         // Up to the end of a page of tokens and beyond; and other lengths.
         let starts = [250, 5, 63].map(|length| session(&model, &text[..length]));
         let tokens: Vec<u32> = text.bytes().take(13).map(u32::from).collect();
-        let one_by_one = starts.clone().map(|mut session| {
-            session.logits().expect("logits");
-            tokens.iter().map(|&token| bits(&session.append_all(&[token]).expect("logits"))).collect::<Vec<_>>()
-        });
+        let one_by_one = starts.clone().map(|session| called(session, &tokens));
         assert_eq!(model.recorded_steps(), 0);
-        let steps = |mut session: Session| {
-            session.logits().expect("logits");
-            tokens.iter().map(|&token| bits(session.append(&[token]).expect("logits"))).collect::<Vec<_>>()
-        };
+        let steps = |session| recorded(session, &tokens);
         assert_eq!(starts.clone().map(steps), one_by_one);
         assert_eq!(model.recorded_steps(), 2, "with a new block and without");
         let together = || {
@@ -179,6 +173,46 @@ fn recorded_steps_are_the_steps() {
             assert_eq!(threads.map(|thread| thread.join().expect("no panic")), one_by_one);
         });
     });
+}
+
+/// What is recorded is void when a context or a chunk of tokens outgrows the memory that it uses.
+#[test]
+fn records_end_with_their_memory() {
+    on_an_a100("decoding::records_end_with_their_memory", || {
+        let folder = tempfile::tempdir().expect("a folder");
+        let trainer =
+            kit::trainer(&kit::cpu(), folder.path(), kit::config(Nsa, CompressKind::Mean, false), kit::options());
+        let checkpoint = trainer.save(&folder.path().join("run")).expect("a checkpoint");
+        let model = open(&checkpoint, kit::cuda());
+        let text = TEXT.repeat(12);
+        let tokens: Vec<u32> = text.bytes().take(9).map(u32::from).collect();
+        let (short, long) = (session(&model, &text[..30]), session(&model, &text[..1019]));
+        let expected = [short.clone(), long.clone()].map(|session| called(session, &tokens));
+        // The memory of other models' passes is not known to this one.
+        let model = open(&checkpoint, kit::cuda());
+        let (short, long) = (session(&model, &text[..30]), session(&model, &text[..1019]));
+        assert_eq!(recorded(short.clone(), &tokens), expected[0]);
+        // Beyond 1,024 tokens steps have other memory.
+        assert_eq!(recorded(long, &tokens), expected[1]);
+        assert_eq!(recorded(short.clone(), &tokens), expected[0]);
+        assert_eq!(model.recorded_steps(), 2);
+        let mut chunk = model.session_with(SessionOptions { chunk: 50, undo: 0 }).expect("a session");
+        chunk.append(&tokens.repeat(6)).expect("logits");
+        assert_eq!(recorded(short, &tokens), expected[0]);
+        assert_eq!(model.recorded_steps(), 2);
+    });
+}
+
+/// Logits of tokens that are appended to a session, one at a time, in steps whose operations are called.
+fn called(mut session: Session, tokens: &[u32]) -> Vec<Vec<u32>> {
+    session.logits().expect("logits");
+    tokens.iter().map(|&token| bits(&session.append_all(&[token]).expect("logits"))).collect()
+}
+
+/// The same in steps that are recorded.
+fn recorded(mut session: Session, tokens: &[u32]) -> Vec<Vec<u32>> {
+    session.logits().expect("logits");
+    tokens.iter().map(|&token| bits(session.append(&[token]).expect("logits"))).collect()
 }
 
 fn bits(logits: &[f32]) -> Vec<u32> {

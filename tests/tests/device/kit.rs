@@ -34,7 +34,7 @@ pub fn config(attention: AttentionKind, kind: CompressKind, qk_norm: bool) -> Mo
         num_attention_heads: 4,
         num_key_value_heads: 1,
         head_dim: Some(16),
-        max_position_embeddings: 512,
+        max_position_embeddings: 1200,
         attention,
         nsa: Some(nsa),
         qk_norm,
