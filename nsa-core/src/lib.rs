@@ -63,7 +63,7 @@ pub mod tokenizer;
 pub mod view;
 
 pub use config::{CompressKind, NsaConfig, NsaConfigBuilder, read_json};
-pub use dtype::{DType, Element, Real};
+pub use dtype::{DType, Element, Precision, Real};
 pub use error::{ConfigError, FileError, LayoutError, ShapeError};
 pub use layout::{CuSeqlens, Packing, Seq};
 pub use view::{View, ViewMut};

@@ -18,7 +18,8 @@ pub mod weights;
 
 pub use error::{Error, Result, SamplingError, WeightsError};
 pub use generate::{Batch, Finish, Generate, GenerateOptions, Piece};
-pub use model::{Model, WeightsInfo};
+pub use model::{Model, ModelOptions, WeightsInfo};
+pub use nsa_core::Precision;
 pub use nsa_kernels::Backend;
 pub use sample::{Candidate, Sampler, Sampling};
 pub use session::{Reads, Session, SessionOptions, advance};

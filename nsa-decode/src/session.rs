@@ -1,7 +1,7 @@
 //! A sequence and its caches.
 
-use crate::cache::Cache;
-use crate::model::{Run, Wanted};
+use crate::cache::AnyCache;
+use crate::model::{NewTokens, Wanted};
 use crate::sample::Sampler;
 use crate::{Error, Model, Result};
 
@@ -72,8 +72,8 @@ pub struct Session {
     model: Model,
     options: SessionOptions,
     tokens: Vec<u32>,
-    /// Of the first `cache.len` tokens.
-    cache: Cache,
+    /// Of the first `cache.len()` tokens.
+    cache: AnyCache,
     /// Of the last token, if the caches hold it; empty if they are not known.
     logits: Vec<f32>,
     reads: Reads,
@@ -82,7 +82,7 @@ pub struct Session {
 impl Session {
     pub(crate) fn new(model: Model, options: SessionOptions) -> Self {
         let inner = model.inner();
-        let cache = Cache::new(inner.config(), inner.attention(), options.undo);
+        let cache = AnyCache::new(inner.precision(), inner.config(), inner.attention(), options.undo);
         Self { model, options, tokens: Vec::new(), cache, logits: Vec::new(), reads: Reads::default() }
     }
 
@@ -108,7 +108,7 @@ impl Session {
 
     /// Tokens that are still to be computed.
     pub fn pending(&self) -> usize {
-        self.tokens.len() - self.cache.len
+        self.tokens.len() - self.cache.len()
     }
 
     /// Bytes of the caches. Pages shared with forks count in each.
@@ -175,7 +175,7 @@ impl Session {
         self.push(tokens)?;
         let vocab = self.model.config().vocab_size();
         let (mut all, mut part) = (Vec::with_capacity(tokens.len() * vocab), Vec::new());
-        while self.cache.len < self.tokens.len() {
+        while self.cache.len() < self.tokens.len() {
             let take = self.pending().min(self.options.chunk);
             pass(&mut [self], &[take], Wanted::All, &mut part)?;
             all.extend_from_slice(&part);
@@ -219,7 +219,7 @@ impl Session {
 
     /// Makes the caches hold at most `len` tokens: cut back if possible, else none.
     fn rewind(&mut self, len: usize) -> Result<()> {
-        if self.cache.len <= len {
+        if self.cache.len() <= len {
             return Ok(());
         }
         let inner = self.model.inner();
@@ -232,7 +232,7 @@ impl Session {
 
     fn drop_cache(&mut self) {
         let inner = self.model.inner();
-        self.cache = Cache::new(inner.config(), inner.attention(), self.options.undo);
+        self.cache = AnyCache::new(inner.precision(), inner.config(), inner.attention(), self.options.undo);
         self.logits.clear();
     }
 }
@@ -287,19 +287,19 @@ pub fn advance(sessions: &mut [&mut Session]) -> Result<()> {
 /// Runs the next `takes[s]` tokens of each session.
 fn pass(sessions: &mut [&mut Session], takes: &[usize], wanted: Wanted, logits: &mut Vec<f32>) -> Result<()> {
     let model = sessions[0].model.clone();
-    let mut runs: Vec<Run<'_>> = sessions
+    let mut new: Vec<NewTokens<'_>> = sessions
         .iter_mut()
         .zip(takes)
         .map(|(session, &take)| {
-            let start = session.cache.len;
-            Run { cache: &mut session.cache, tokens: &session.tokens[start..start + take] }
+            let start = session.cache.len();
+            NewTokens { cache: &mut session.cache, tokens: &session.tokens[start..start + take] }
         })
         .collect();
-    match model.inner().forward(&mut runs, wanted, logits) {
+    match model.inner().forward(&mut new, wanted, logits) {
         Ok(rows_read) => {
             if takes.iter().all(|&take| take == 1) {
                 for (session, rows) in sessions.iter_mut().zip(rows_read) {
-                    session.reads += Reads { steps: 1, rows: rows as u64, full_rows: session.cache.len as u64 };
+                    session.reads += Reads { steps: 1, rows: rows as u64, full_rows: session.cache.len() as u64 };
                 }
             }
             Ok(())

@@ -1,10 +1,11 @@
 //! The tensors of a checkpoint: used where they lie in the mapped file, or copied to the device that computes.
 
 use crate::error::WeightsError;
+use bytemuck::Pod;
 use half::{bf16, f16};
 use memmap2::Mmap;
 use nsa_core::model::ParamSpec;
-use nsa_core::{DType, Element};
+use nsa_core::{DType, Element, Precision};
 use nsa_kernels::{Backend, Buffer, Mem, Tensor};
 use safetensors::tensor::TensorInfo;
 use safetensors::{Dtype, SafeTensors};
@@ -76,11 +77,24 @@ impl Weight {
     }
 }
 
-/// A weight in f32: the small tensors, which operations take in the type of the activations.
+/// A weight whose numbers are in type `T`: the small tensors, which operations take in a type of their own.
 #[derive(Clone, Debug)]
-pub struct F32Weight(Weight);
+pub struct Numbers<T: Pod> {
+    shape: Vec<usize>,
+    storage: NumbersStorage<T>,
+}
 
-impl F32Weight {
+/// A weight in f32.
+pub type F32Weight = Numbers<f32>;
+
+#[derive(Clone, Debug)]
+enum NumbersStorage<T: Pod> {
+    /// In the file, which aligns it and has it in that type.
+    Mapped(Arc<Stored>),
+    Copied(Arc<Buffer<T>>),
+}
+
+impl<T: Element> Numbers<T> {
     /// Number of elements.
     pub fn len(&self) -> usize {
         self.values().len()
@@ -91,10 +105,10 @@ impl F32Weight {
         self.len() == 0
     }
 
-    fn values(&self) -> Mem<'_, f32> {
-        match self.0.values() {
-            Values::F32(data) => data,
-            Values::Bf16(_) | Values::F16(_) => unreachable!("made by `Weights::take_f32` only"),
+    fn values(&self) -> Mem<'_, T> {
+        match &self.storage {
+            NumbersStorage::Mapped(stored) => Mem::Host(stored.in_place()),
+            NumbersStorage::Copied(data) => data.mem(),
         }
     }
 
@@ -102,11 +116,10 @@ impl F32Weight {
     ///
     /// # Errors
     /// If it has another number of dimensions.
-    pub fn tensor<const N: usize>(&self) -> nsa_kernels::Result<Tensor<'_, f32, N>> {
-        let shape = self.0.shape();
+    pub fn tensor<const N: usize>(&self) -> nsa_kernels::Result<Tensor<'_, T, N>> {
         let mut dims = [0; N];
-        nsa_core::ShapeError::check("F32Weight::tensor", "dimensions", &[N], &[shape.len()])?;
-        dims.copy_from_slice(shape);
+        nsa_core::ShapeError::check("Numbers::tensor", "dimensions", &[N], &[self.shape.len()])?;
+        dims.copy_from_slice(&self.shape);
         Tensor::packed(self.values(), dims)
     }
 }
@@ -156,14 +169,31 @@ impl Stored {
         bytemuck::cast_slice_mut(&mut data).copy_from_slice(&self.map[self.range.clone()]);
         Cow::Owned(data)
     }
+
+    /// The elements, in type `T`.
+    fn numbers<T: Element<Acc = f32>>(&self) -> Vec<T> {
+        fn of<S: Element<Acc = f32>, T: Element<Acc = f32>>(stored: &Stored) -> Vec<T> {
+            stored.read::<S>().iter().map(|x| T::from_acc(x.to_acc())).collect()
+        }
+        match self.dtype {
+            DType::Bf16 => of::<bf16, T>(self),
+            DType::F16 => of::<f16, T>(self),
+            DType::F32 | DType::F64 => of::<f32, T>(self),
+        }
+    }
 }
 
-/// The tensors of a checkpoint, checked against what the configuration asks for, and the backend that is to compute with them.
+/// The tensors of a checkpoint, checked against what the configuration asks for, and what is to compute with them.
 #[derive(Debug)]
 pub struct Weights {
     tensors: BTreeMap<String, Stored>,
     file_bytes: u64,
     backend: Backend,
+    precision: Precision,
+    /// Bytes in the files of what was taken and is used in place.
+    mapped_bytes: u64,
+    /// The same of what was copied.
+    copied_bytes: u64,
 }
 
 impl Weights {
@@ -174,7 +204,7 @@ impl Weights {
     /// # Errors
     /// If a file cannot be read, is cut off or no safetensors file; if a tensor of `manifest` is missing or has another
     /// shape or an element type other than F32, BF16 and F16; if there is a tensor that `manifest` does not have.
-    pub fn open(folder: &Path, manifest: &[ParamSpec], backend: &Backend) -> Result<Self> {
+    pub fn open(folder: &Path, manifest: &[ParamSpec], backend: &Backend, precision: Precision) -> Result<Self> {
         let mut found = BTreeMap::new();
         let mut file_bytes = 0;
         for path in weight_files(folder)? {
@@ -191,12 +221,16 @@ impl Weights {
             tensors.insert(spec.name.clone(), tensor.check(spec)?);
         }
         match found.pop_first() {
-            None => Ok(Self { tensors, file_bytes, backend: backend.clone() }),
+            None => {
+                let backend = backend.clone();
+                Ok(Self { tensors, file_bytes, backend, precision, mapped_bytes: 0, copied_bytes: 0 })
+            }
             Some((name, tensor)) => Err(WeightsError::Unknown { path: tensor.path, name, count: found.len() + 1 }),
         }
     }
 
-    /// Takes a tensor of the manifest out, to where the backend computes.
+    /// Takes a matrix of the manifest out, to where the backend computes. For a model that computes in bf16, numbers in f32 are
+    /// rounded to bf16; else they stay in the type that the file has them in.
     ///
     /// # Errors
     /// If a device has no memory for it.
@@ -205,41 +239,48 @@ impl Weights {
     /// If the manifest has no such tensor, or it was taken before.
     pub fn take(&mut self, name: &str) -> nsa_kernels::Result<Weight> {
         let stored = self.remove(name);
+        if self.precision == Precision::Bf16 && stored.dtype == DType::F32 {
+            self.copied_bytes += stored.bytes() as u64;
+            let storage = Storage::Bf16(self.copy(&stored.numbers::<bf16>())?);
+            return Ok(Weight { shape: stored.shape, storage });
+        }
         if self.backend.computes_in_host_memory() && !stored.is_aligned() {
             tracing::warn!(tensor = name, bytes = stored.bytes(), "tensor is not aligned in the file: copied");
         }
-        self.place(stored)
+        let shape = stored.shape.clone();
+        let in_place = self.takes_in_place(&stored, stored.dtype);
+        let storage = match stored.dtype {
+            _ if in_place => Storage::Mapped(Arc::new(stored)),
+            DType::Bf16 => Storage::Bf16(self.copy(&stored.read())?),
+            DType::F16 => Storage::F16(self.copy(&stored.read())?),
+            DType::F32 | DType::F64 => Storage::F32(self.copy(&stored.read())?),
+        };
+        Ok(Weight { shape, storage })
     }
 
-    /// Takes a tensor of the manifest out with its numbers in f32; if they are that already, as [`Weights::take`] does.
+    /// Takes a tensor of the manifest out with its numbers in type `T`: where they lie if they are in that type, else widened or
+    /// rounded.
     ///
     /// # Errors
     /// If a device has no memory for it.
     ///
     /// # Panics
     /// If the manifest has no such tensor, or it was taken before.
-    pub fn take_f32(&mut self, name: &str) -> nsa_kernels::Result<F32Weight> {
-        fn widened<T: Element<Acc = f32>>(stored: &Stored) -> Vec<f32> {
-            stored.read::<T>().iter().map(|x| x.to_acc()).collect()
-        }
+    pub fn take_numbers<T: Element<Acc = f32>>(&mut self, name: &str) -> nsa_kernels::Result<Numbers<T>> {
         let stored = self.remove(name);
-        let data = match stored.dtype {
-            DType::Bf16 => widened::<bf16>(&stored),
-            DType::F16 => widened::<f16>(&stored),
-            DType::F32 | DType::F64 => return self.place(stored).map(F32Weight),
+        let shape = stored.shape.clone();
+        let storage = match self.takes_in_place(&stored, T::DTYPE) {
+            true => NumbersStorage::Mapped(Arc::new(stored)),
+            false => NumbersStorage::Copied(self.copy(&stored.numbers::<T>())?),
         };
-        Ok(F32Weight(Weight { shape: stored.shape, storage: Storage::F32(self.copy(&data)?) }))
+        Ok(Numbers { shape, storage })
     }
 
-    fn place(&self, stored: Stored) -> nsa_kernels::Result<Weight> {
-        let shape = stored.shape.clone();
-        let storage = match stored.dtype {
-            _ if self.is_in_place(&stored) => Storage::Mapped(Arc::new(stored)),
-            DType::Bf16 => Storage::Bf16(self.copy(&stored.read())?),
-            DType::F16 => Storage::F16(self.copy(&stored.read())?),
-            DType::F32 | DType::F64 => Storage::F32(self.copy(&stored.read())?),
-        };
-        Ok(Weight { shape, storage })
+    /// Whether a tensor that is taken in a type is used where it lies, which is then counted.
+    fn takes_in_place(&mut self, stored: &Stored, dtype: DType) -> bool {
+        let in_place = stored.dtype == dtype && stored.is_aligned() && self.backend.computes_in_host_memory();
+        *(if in_place { &mut self.mapped_bytes } else { &mut self.copied_bytes }) += stored.bytes() as u64;
+        in_place
     }
 
     fn remove(&mut self, name: &str) -> Stored {
@@ -251,14 +292,14 @@ impl Weights {
         self.backend.upload(data).made().map(Arc::new)
     }
 
-    /// Whether the backend computes with a tensor where it lies in the file.
-    pub fn is_in_place(&self, stored: &Stored) -> bool {
-        self.backend.computes_in_host_memory() && stored.is_aligned()
-    }
-
     /// Bytes of the files.
     pub fn file_bytes(&self) -> u64 {
         self.file_bytes
+    }
+
+    /// Bytes in the files of the tensors that were taken: of those used in place, and of those copied, in whatever type.
+    pub fn taken_bytes(&self) -> [u64; 2] {
+        [self.mapped_bytes, self.copied_bytes]
     }
 
     /// The tensors that were not taken.

@@ -42,4 +42,5 @@ pub mod schedule;
 pub mod trainer;
 
 pub use error::{Error, Result};
-pub use options::{Precision, TrainOptions};
+pub use nsa_core::Precision;
+pub use options::TrainOptions;

@@ -1,43 +1,9 @@
 //! What a run is asked to do.
 
 use crate::{Error, Result};
+use nsa_core::Precision;
 use nsa_core::model::ModelConfig;
 use serde::{Deserialize, Serialize};
-use std::fmt;
-use std::str::FromStr;
-
-/// The type of activations and of the matrices that they are multiplied with. Parameters, gradients and the optimizer are
-/// f32 in any case.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Precision {
-    /// Single precision.
-    #[default]
-    F32,
-    /// bfloat16.
-    Bf16,
-}
-
-impl fmt::Display for Precision {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::F32 => "f32",
-            Self::Bf16 => "bf16",
-        })
-    }
-}
-
-impl FromStr for Precision {
-    type Err = Error;
-
-    fn from_str(name: &str) -> Result<Self> {
-        match name {
-            "f32" => Ok(Self::F32),
-            "bf16" => Ok(Self::Bf16),
-            _ => Err(Error::value("precision", name, "must be f32 or bf16")),
-        }
-    }
-}
 
 /// Everything that shapes a run besides model and text. JSON: absent fields take their defaults, unknown fields are errors.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]

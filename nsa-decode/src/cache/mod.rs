@@ -4,9 +4,11 @@ mod paged;
 mod ring;
 
 use crate::Result;
+use bytemuck::Pod;
+use half::bf16;
 use nsa_core::model::ModelConfig;
-use nsa_core::{NsaConfig, index};
-use nsa_kernels::Backend;
+use nsa_core::{NsaConfig, Precision, index};
+use nsa_kernels::{Backend, Element};
 pub(crate) use paged::Paged;
 pub(crate) use ring::Ring;
 
@@ -15,49 +17,90 @@ const PAGE_TOKENS: usize = 256;
 /// Compression blocks of a page, about.
 const PAGE_BLOCKS: usize = 64;
 
+/// The caches of one sequence, in the type that its model computes in.
+#[derive(Clone, Debug)]
+pub(crate) enum AnyCache {
+    F32(Cache<f32>),
+    Bf16(Cache<bf16>),
+}
+
+impl AnyCache {
+    /// See [`Cache::new`].
+    pub(crate) fn new(precision: Precision, config: &ModelConfig, attention: &NsaConfig, undo: usize) -> Self {
+        match precision {
+            Precision::F32 => Self::F32(Cache::new(config, attention, undo)),
+            Precision::Bf16 => Self::Bf16(Cache::new(config, attention, undo)),
+        }
+    }
+
+    /// Tokens in each layer's cache.
+    pub(crate) fn len(&self) -> usize {
+        match self {
+            Self::F32(cache) => cache.len,
+            Self::Bf16(cache) => cache.len,
+        }
+    }
+
+    /// See [`Cache::bytes`].
+    pub(crate) fn bytes(&self) -> u64 {
+        match self {
+            Self::F32(cache) => cache.bytes(),
+            Self::Bf16(cache) => cache.bytes(),
+        }
+    }
+
+    /// See [`Cache::rewind`].
+    pub(crate) fn rewind(&mut self, backend: &Backend, attention: &NsaConfig, len: usize) -> Result<bool> {
+        match self {
+            Self::F32(cache) => cache.rewind(backend, attention, len),
+            Self::Bf16(cache) => cache.rewind(backend, attention, len),
+        }
+    }
+}
+
 /// The caches of one sequence, one a layer, `len` tokens in each.
 #[derive(Clone, Debug)]
-pub(crate) struct Cache {
-    pub(crate) layers: Vec<LayerCache>,
+pub(crate) struct Cache<T: Pod> {
+    pub(crate) layers: Vec<LayerCache<T>>,
     pub(crate) len: usize,
 }
 
 /// The cache of one layer.
 #[derive(Clone, Debug)]
-pub(crate) enum LayerCache {
-    Nsa(Box<NsaCache>),
-    Dense(DenseCache),
+pub(crate) enum LayerCache<T: Pod> {
+    Nsa(Box<NsaCache<T>>),
+    Dense(DenseCache<T>),
 }
 
 /// Sparse attention's: rows `[G, Dk]` of keys and `[G, Dv]` of values.
 #[derive(Clone, Debug)]
-pub(crate) struct NsaCache {
+pub(crate) struct NsaCache<T: Pod> {
     /// k^slc of all tokens.
-    pub(crate) k_slc: Paged,
+    pub(crate) k_slc: Paged<T>,
     /// v^slc of all tokens.
-    pub(crate) v_slc: Paged,
+    pub(crate) v_slc: Paged<T>,
     /// k̃ of all complete blocks.
-    pub(crate) k_blocks: Paged,
+    pub(crate) k_blocks: Paged<T>,
     /// ṽ of all complete blocks.
-    pub(crate) v_blocks: Paged,
+    pub(crate) v_blocks: Paged<T>,
     /// The last l raw k^cmp.
-    pub(crate) k_cmp: Ring,
+    pub(crate) k_cmp: Ring<T>,
     /// The last l raw v^cmp.
-    pub(crate) v_cmp: Ring,
+    pub(crate) v_cmp: Ring<T>,
     /// The last w k^win.
-    pub(crate) k_win: Ring,
+    pub(crate) k_win: Ring<T>,
     /// The last w v^win.
-    pub(crate) v_win: Ring,
+    pub(crate) v_win: Ring<T>,
 }
 
 /// Full attention's: keys and values of all tokens.
 #[derive(Clone, Debug)]
-pub(crate) struct DenseCache {
-    pub(crate) k: Paged,
-    pub(crate) v: Paged,
+pub(crate) struct DenseCache<T: Pod> {
+    pub(crate) k: Paged<T>,
+    pub(crate) v: Paged<T>,
 }
 
-impl NsaCache {
+impl<T: Element> NsaCache<T> {
     fn new(config: &NsaConfig, undo: usize) -> Self {
         let (keys, values) = row_shapes(config);
         let multiple = |about: usize| config.select_block() * (about / config.select_block()).max(1);
@@ -74,7 +117,7 @@ impl NsaCache {
         }
     }
 
-    fn rings(&mut self) -> [&mut Ring; 4] {
+    fn rings(&mut self) -> [&mut Ring<T>; 4] {
         [&mut self.k_cmp, &mut self.v_cmp, &mut self.k_win, &mut self.v_win]
     }
 }
@@ -84,7 +127,7 @@ fn row_shapes(config: &NsaConfig) -> ([usize; 2], [usize; 2]) {
     ([heads, config.head_dim_qk()], [heads, config.head_dim_v()])
 }
 
-impl Cache {
+impl<T: Element> Cache<T> {
     /// Empty caches that can be cut back by `undo` tokens without computing anything again. `attention` gives heads and
     /// dimensions, and block sizes if the model is sparse.
     pub(crate) fn new(config: &ModelConfig, attention: &NsaConfig, undo: usize) -> Self {
@@ -100,7 +143,7 @@ impl Cache {
 
     /// Bytes that the caches hold, memory shared with forks included.
     pub(crate) fn bytes(&self) -> u64 {
-        let layer = |layer: &LayerCache| match layer {
+        let layer = |layer: &LayerCache<T>| match layer {
             LayerCache::Dense(cache) => cache.k.bytes() + cache.v.bytes(),
             LayerCache::Nsa(cache) => {
                 let pages = [&cache.k_slc, &cache.v_slc, &cache.k_blocks, &cache.v_blocks].map(Paged::bytes);

@@ -1,22 +1,23 @@
 //! Rows in pages that forks share.
 
 use crate::Result;
+use bytemuck::Pod;
 use nsa_kernels::layer::copy::Piece;
-use nsa_kernels::{Backend, Buffer, Pages};
+use nsa_kernels::{Backend, Buffer, Element, Pages};
 use std::ops::Range;
 use std::sync::Arc;
 
 /// Rows `[len, G, D]` in pages of `page_rows` rows. Clones share pages; a page that is shared is copied before it is
 /// written to.
 #[derive(Clone, Debug)]
-pub(crate) struct Paged {
-    pages: Vec<Arc<Buffer<f32>>>,
+pub(crate) struct Paged<T: Pod> {
+    pages: Vec<Arc<Buffer<T>>>,
     page_rows: usize,
     row_shape: [usize; 2],
     len: usize,
 }
 
-impl Paged {
+impl<T: Element> Paged<T> {
     pub(crate) fn new(page_rows: usize, row_shape: [usize; 2]) -> Self {
         Self { pages: Vec::new(), page_rows, row_shape, len: 0 }
     }
@@ -27,16 +28,16 @@ impl Paged {
 
     /// Bytes of the pages, those shared with forks included.
     pub(crate) fn bytes(&self) -> u64 {
-        self.pages.iter().map(|page| size_of::<f32>() as u64 * page.len() as u64).sum()
+        self.pages.iter().map(|page| size_of::<T>() as u64 * page.len() as u64).sum()
     }
 
     /// Appends rows `rows` of `source` `[.., G, D]`, once `copies` are made.
     pub(crate) fn push<'a>(
         &'a mut self,
         backend: &Backend,
-        source: &'a Buffer<f32>,
+        source: &'a Buffer<T>,
         rows: Range<usize>,
-        copies: &mut Vec<Piece<'a, f32>>,
+        copies: &mut Vec<Piece<'a, T>>,
     ) -> Result<()> {
         if rows.is_empty() {
             return Ok(());
@@ -66,7 +67,7 @@ impl Paged {
     }
 
     /// The page table, as operations take it.
-    pub(crate) fn table(&self) -> Pages<'_, f32> {
+    pub(crate) fn table(&self) -> Pages<'_, T> {
         let pages = self.pages.iter().map(|page| page.mem()).collect();
         Pages { pages, page_rows: self.page_rows, len: self.len, row_shape: self.row_shape }
     }
@@ -99,13 +100,13 @@ mod tests {
         Backend::pick(Some("cpu")).unwrap().0
     }
 
-    fn push(paged: &mut Paged, source: &Buffer<f32>, rows: Range<usize>) {
+    fn push(paged: &mut Paged<f32>, source: &Buffer<f32>, rows: Range<usize>) {
         let mut copies = Vec::new();
         paged.push(&backend(), source, rows, &mut copies).unwrap();
         copy::all(&backend(), copies).unwrap();
     }
 
-    fn rows(paged: &Paged) -> Vec<f32> {
+    fn rows(paged: &Paged<f32>) -> Vec<f32> {
         let table = paged.table();
         let mut data = Vec::new();
         for page in &paged.pages {

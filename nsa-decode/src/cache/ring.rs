@@ -1,9 +1,10 @@
 //! The last rows of a stream, and what of their past can be brought back.
 
 use crate::Result;
+use bytemuck::Pod;
 use nsa_core::index::ring_row;
 use nsa_kernels::layer::copy::{self, Piece};
-use nsa_kernels::{Backend, Buffer, Tensor, TensorMut};
+use nsa_kernels::{Backend, Buffer, Element, Tensor, TensorMut};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -11,9 +12,9 @@ use std::sync::Arc;
 /// of `undo` rows, so that the stream can be cut back by up to `undo` positions. Clones share memory until one is
 /// written to.
 #[derive(Clone, Debug)]
-pub(crate) struct Ring {
-    live: Lane,
-    undo: Lane,
+pub(crate) struct Ring<T: Pod> {
+    live: Lane<T>,
+    undo: Lane<T>,
     len: usize,
     /// Lowest position that is still there, in either ring.
     low: usize,
@@ -21,19 +22,19 @@ pub(crate) struct Ring {
 
 /// Rows in a ring of memory, made at the first write.
 #[derive(Clone, Debug)]
-struct Lane {
-    data: Option<Arc<Buffer<f32>>>,
+struct Lane<T: Pod> {
+    data: Option<Arc<Buffer<T>>>,
     rows: usize,
     row_shape: [usize; 2],
 }
 
-impl Lane {
+impl<T: Element> Lane<T> {
     fn row_len(&self) -> usize {
         self.row_shape[0] * self.row_shape[1]
     }
 
     /// The memory, no longer shared with anyone.
-    fn writable(&mut self, backend: &Backend) -> Result<&mut Buffer<f32>> {
+    fn writable(&mut self, backend: &Backend) -> Result<&mut Buffer<T>> {
         let size = self.rows * self.row_len();
         let data = self.data.get_or_insert_with(|| Arc::new(backend.alloc(size)));
         if Arc::get_mut(data).is_none() {
@@ -49,8 +50,8 @@ impl Lane {
         &'a mut self,
         backend: &Backend,
         positions: Range<usize>,
-        (source, from): (&'a Buffer<f32>, usize),
-        copies: &mut Vec<Piece<'a, f32>>,
+        (source, from): (&'a Buffer<T>, usize),
+        copies: &mut Vec<Piece<'a, T>>,
     ) -> Result<()> {
         if positions.is_empty() {
             return Ok(());
@@ -71,7 +72,7 @@ impl Lane {
     }
 
     /// Writes positions `positions`, at most `rows` of them, from row `from` of `source` on.
-    fn write(&mut self, backend: &Backend, positions: Range<usize>, source: &Buffer<f32>, from: usize) -> Result<()> {
+    fn write(&mut self, backend: &Backend, positions: Range<usize>, source: &Buffer<T>, from: usize) -> Result<()> {
         let mut copies = Vec::new();
         self.write_later(backend, positions, (source, from), &mut copies)?;
         Ok(copy::all(backend, copies)?)
@@ -81,9 +82,9 @@ impl Lane {
     fn read<'a>(
         &'a self,
         positions: Range<usize>,
-        mut target: TensorMut<'a, f32, 1>,
-        copies: &mut Vec<Piece<'a, f32>>,
-    ) -> Result<TensorMut<'a, f32, 1>> {
+        mut target: TensorMut<'a, T, 1>,
+        copies: &mut Vec<Piece<'a, T>>,
+    ) -> Result<TensorMut<'a, T, 1>> {
         let row_len = self.row_len();
         let Some(data) = self.data.as_ref().filter(|_| !positions.is_empty()) else { return Ok(target) };
         for (row, run, _) in runs(self.rows, positions) {
@@ -95,7 +96,7 @@ impl Lane {
     }
 
     fn bytes(&self) -> u64 {
-        self.data.as_ref().map_or(0, |data| size_of::<f32>() as u64 * data.len() as u64)
+        self.data.as_ref().map_or(0, |data| size_of::<T>() as u64 * data.len() as u64)
     }
 }
 
@@ -113,7 +114,7 @@ fn runs(rows: usize, positions: Range<usize>) -> impl Iterator<Item = (usize, us
     })
 }
 
-impl Ring {
+impl<T: Element> Ring<T> {
     pub(crate) fn new(rows: usize, undo: usize, row_shape: [usize; 2]) -> Self {
         let lane = |rows| Lane { data: None, rows, row_shape };
         Self { live: lane(rows), undo: lane(undo), len: 0, low: 0 }
@@ -124,7 +125,7 @@ impl Ring {
     }
 
     /// The ring `[rows, G, D]`, as a decoding step takes it. Something must have been pushed.
-    pub(crate) fn tensor(&self) -> Result<Tensor<'_, f32, 3>> {
+    pub(crate) fn tensor(&self) -> Result<Tensor<'_, T, 3>> {
         let data = self.live.data.as_ref().expect("a ring that was written to");
         Ok(data.tensor([self.live.rows, self.live.row_shape[0], self.live.row_shape[1]])?)
     }
@@ -134,9 +135,9 @@ impl Ring {
     pub(crate) fn read<'a>(
         &'a self,
         positions: Range<usize>,
-        target: TensorMut<'a, f32, 1>,
-        copies: &mut Vec<Piece<'a, f32>>,
-    ) -> Result<TensorMut<'a, f32, 1>> {
+        target: TensorMut<'a, T, 1>,
+        copies: &mut Vec<Piece<'a, T>>,
+    ) -> Result<TensorMut<'a, T, 1>> {
         debug_assert!(positions.end <= self.len && positions.start + self.live.rows >= self.len);
         self.live.read(positions, target, copies)
     }
@@ -145,9 +146,9 @@ impl Ring {
     pub(crate) fn push<'a>(
         &'a mut self,
         backend: &Backend,
-        source: &'a Buffer<f32>,
+        source: &'a Buffer<T>,
         rows: Range<usize>,
-        copies: &mut Vec<Piece<'a, f32>>,
+        copies: &mut Vec<Piece<'a, T>>,
     ) -> Result<()> {
         let (old, new) = (self.len, self.len + rows.len());
         self.save(backend, source, &rows)?;
@@ -158,7 +159,7 @@ impl Ring {
     }
 
     /// Saves what falls out when `rows` of `source` come in: rows of the ring, and of `source` itself if it is longer.
-    fn save(&mut self, backend: &Backend, source: &Buffer<f32>, rows: &Range<usize>) -> Result<()> {
+    fn save(&mut self, backend: &Backend, source: &Buffer<T>, rows: &Range<usize>) -> Result<()> {
         let (old, new) = (self.len, self.len + rows.len());
         if self.undo.rows == 0 || new <= self.live.rows {
             return Ok(());
@@ -207,14 +208,14 @@ mod tests {
         Backend::pick(Some("cpu")).unwrap().0
     }
 
-    fn push(ring: &mut Ring, source: &Buffer<f32>, rows: Range<usize>) {
+    fn push(ring: &mut Ring<f32>, source: &Buffer<f32>, rows: Range<usize>) {
         let mut copies = Vec::new();
         ring.push(&backend(), source, rows, &mut copies).unwrap();
         copy::all(&backend(), copies).unwrap();
     }
 
     /// Rows of positions as the ring gives them back; row s holds s and −s.
-    fn read(ring: &Ring, positions: Range<usize>) -> Vec<f32> {
+    fn read(ring: &Ring<f32>, positions: Range<usize>) -> Vec<f32> {
         let backend = backend();
         let mut target = backend.alloc(2 * positions.len() + 2);
         let (mut copies, len) = (Vec::new(), target.len());

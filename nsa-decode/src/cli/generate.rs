@@ -180,5 +180,5 @@ fn report(model: &Model, batch: &Batch<'_>, figures: &Figures, finishes: &[Optio
             writeln!(err, "ended    prompt {}: {finish}", index + 1)?;
         }
     }
-    writeln!(err, "backend  {}", model.backend().name())
+    writeln!(err, "backend  {}, {}", model.backend().name(), model.precision())
 }

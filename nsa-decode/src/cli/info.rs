@@ -1,8 +1,8 @@
 //! `nsa-decode info`.
 
 use super::{ModelArgs, bytes};
+use nsa_core::index;
 use nsa_core::model::{kv_cache_bytes, param_counts};
-use nsa_core::{DType, index};
 use nsa_decode::Model;
 use std::io::{self, Write};
 
@@ -49,11 +49,11 @@ fn print_weights(out: &mut impl Write, model: &Model) -> io::Result<()> {
 
 fn print_cache(out: &mut impl Write, model: &Model, contexts: &[usize]) -> io::Result<()> {
     let config = model.config();
-    let size = |context| kv_cache_bytes(config, context, DType::F32);
+    let size = |context| kv_cache_bytes(config, context, model.precision().dtype());
     // Far from the start, where no ring is filling and blocks come at their steady rate.
     let span = config.nsa_config().map_or(1, |nsa| nsa.compress_stride());
     let far = config.max_position_embeddings().max(4096);
-    writeln!(out, "cache a token  {} (f32)", bytes((size(far + span) - size(far)) / span as u64))?;
+    writeln!(out, "cache a token  {} ({})", bytes((size(far + span) - size(far)) / span as u64), model.precision())?;
     for &context in contexts {
         writeln!(out, "context {context}")?;
         writeln!(out, "  cache        {}", bytes(size(context)))?;

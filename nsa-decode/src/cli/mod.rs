@@ -5,7 +5,7 @@ mod info;
 
 use anyhow::Context;
 use clap::{Parser, Subcommand};
-use nsa_decode::{Backend, Model};
+use nsa_decode::{Backend, Model, ModelOptions, Precision};
 use std::path::PathBuf;
 use tracing_subscriber::EnvFilter;
 
@@ -35,6 +35,9 @@ struct ModelArgs {
     /// weights are copied [default: the variable NSA_BACKEND, else the processor's best].
     #[arg(long)]
     backend: Option<String>,
+    /// Type of activations and caches: f32 or bf16, which also rounds matrices in f32.
+    #[arg(long, default_value_t = Precision::F32)]
+    precision: Precision,
     /// Threads to compute with [default: RAYON_NUM_THREADS, else one a core].
     #[arg(long, value_parser = clap::value_parser!(u16).range(1..), allow_negative_numbers = true)]
     threads: Option<u16>,
@@ -48,7 +51,7 @@ impl ModelArgs {
         }
         let (backend, why) = Backend::pick(self.backend.as_deref())?;
         tracing::info!(backend = backend.name(), %why, "backend chosen");
-        Ok(Model::open(&self.model, backend)?)
+        Ok(Model::open_with(&self.model, backend, ModelOptions { precision: self.precision })?)
     }
 }
 

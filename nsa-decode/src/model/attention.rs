@@ -1,5 +1,6 @@
 //! The attention half of a layer: projections, caches, operator.
 
+use super::Activation;
 use super::forward::{Pass, Run};
 use super::layers::{Compress, Layer, NsaWeights, norm, project_all};
 use super::workspace::{Workspace, fit};
@@ -14,9 +15,9 @@ use nsa_kernels::{Buffer, Pages, Rows, TensorMut};
 use std::ops::Range;
 
 /// Where the caches of a pass are.
-pub(super) enum Caches<'a, 'r> {
+pub(super) enum Caches<'a, 'r, T: Activation> {
     /// Here: each operation is told of them when it is called.
-    Here(&'a mut [Run<'r>]),
+    Here(&'a mut [Run<'r, T>]),
     /// Where the device was told before the pass, see [`place`].
     Placed(&'a copy::Table),
 }
@@ -41,13 +42,13 @@ impl Copies {
     }
 }
 
-impl<'r> Caches<'_, 'r> {
+impl<'r, T: Activation> Caches<'_, 'r, T> {
     /// Makes copies that `collect` finds, or those that were placed.
     fn copy<'p>(
         &'p mut self,
-        pass: &Pass<'_>,
+        pass: &Pass<'_, T>,
         (copies, layer): (Copies, usize),
-        collect: impl FnOnce(&'p mut [Run<'r>]) -> Result<Vec<Piece<'p, f32>>>,
+        collect: impl FnOnce(&'p mut [Run<'r, T>]) -> Result<Vec<Piece<'p, T>>>,
     ) -> Result<()> {
         match self {
             Self::Here(runs) => Ok(copy::all(&pass.model.backend, collect(runs)?)?),
@@ -99,7 +100,7 @@ impl NewBlocks {
 }
 
 /// Makes room for the pass but for what the window reaches back to, and writes the new blocks' positions.
-pub(super) fn prepare(pass: &Pass<'_>, ws: &mut Workspace) -> Result<()> {
+pub(super) fn prepare<T: Activation>(pass: &Pass<'_, T>, ws: &mut Workspace<T>) -> Result<()> {
     let (config, backend, n) = (&pass.model.attention, &pass.model.backend, pass.rows());
     let (heads, kv_heads) = (config.num_heads(), config.num_kv_heads());
     let (dim_k, dim_v) = (config.head_dim_qk(), config.head_dim_v());
@@ -138,13 +139,13 @@ pub(super) fn prepare(pass: &Pass<'_>, ws: &mut Workspace) -> Result<()> {
 }
 
 /// Rotates `[rows, heads, Dk]` in place, each of its number of heads.
-fn rotate<const N: usize>(
-    pass: &Pass<'_>,
+fn rotate<T: Activation, const N: usize>(
+    pass: &Pass<'_, T>,
     positions: &Buffer<i32>,
     rows: usize,
-    tensors: [(&mut Buffer<f32>, usize); N],
+    tensors: [(&mut Buffer<T>, usize); N],
 ) -> Result<()> {
-    let cache = &pass.model.rope;
+    let cache = &pass.net.rope;
     let mut x = Vec::with_capacity(N);
     for (buffer, heads) in tensors {
         x.push(buffer.tensor_mut([rows, heads, cache.head_dim()])?);
@@ -154,23 +155,23 @@ fn rotate<const N: usize>(
 }
 
 /// Norms heads, where the model has a norm: `raw` is where projections that are normed go.
-fn norm_heads(
-    pass: &Pass<'_>,
+fn norm_heads<T: Activation>(
+    pass: &Pass<'_, T>,
     weight: Option<&F32Weight>,
     heads: usize,
-    raw: &Buffer<f32>,
-    out: &mut Buffer<f32>,
+    raw: &Buffer<T>,
+    out: &mut Buffer<T>,
 ) -> Result<()> {
     weight.map_or(Ok(()), |weight| norm(&pass.model.backend, raw, weight, pass.eps(), pass.rows() * heads, out))
 }
 
 /// Full attention. Returns the token-rows that each sequence read.
-pub(super) fn dense(
-    pass: &Pass<'_>,
-    ws: &mut Workspace,
-    weights: &Layer,
+pub(super) fn dense<T: Activation>(
+    pass: &Pass<'_, T>,
+    ws: &mut Workspace<T>,
+    weights: &Layer<T>,
     (k, v, k_norm): (&Weight, &Weight, Option<&F32Weight>),
-    caches: &mut Caches<'_, '_>,
+    caches: &mut Caches<'_, '_, T>,
     layer: usize,
 ) -> Result<Vec<usize>> {
     let Caches::Here(runs) = caches else { unreachable!("steps of full attention are not placed") };
@@ -211,12 +212,12 @@ pub(super) fn dense(
 }
 
 /// Sparse attention. Returns the token-rows that each sequence read, when the pass is a decoding step whose caches are here.
-pub(super) fn nsa(
-    pass: &Pass<'_>,
-    ws: &mut Workspace,
-    layer_weights: &Layer,
-    weights: &NsaWeights,
-    caches: &mut Caches<'_, '_>,
+pub(super) fn nsa<T: Activation>(
+    pass: &Pass<'_, T>,
+    ws: &mut Workspace<T>,
+    layer_weights: &Layer<T>,
+    weights: &NsaWeights<T>,
+    caches: &mut Caches<'_, '_, T>,
     layer: usize,
 ) -> Result<Vec<usize>> {
     project_branches(pass, ws, layer_weights, weights)?;
@@ -238,10 +239,10 @@ pub(super) fn nsa(
 }
 
 /// Tells where the new rows of a decoding step go in one layer, and where its caches then are.
-pub(super) fn place(
-    pass: &Pass<'_>,
-    ws: &mut Workspace,
-    runs: &mut [Run<'_>],
+pub(super) fn place<T: Activation>(
+    pass: &Pass<'_, T>,
+    ws: &mut Workspace<T>,
+    runs: &mut [Run<'_, T>],
     layer: usize,
     table: &mut copy::Table,
 ) -> Result<op::decode::Placed> {
@@ -255,12 +256,12 @@ pub(super) fn place(
 }
 
 /// Appends the new tokens' rows to pages and rings. All of these are apart, so that the order of their copies does not matter.
-fn new_rows<'a>(
-    pass: &Pass<'_>,
-    ws: &'a Workspace,
-    runs: &'a mut [Run<'_>],
+fn new_rows<'a, T: Activation>(
+    pass: &Pass<'_, T>,
+    ws: &'a Workspace<T>,
+    runs: &'a mut [Run<'_, T>],
     layer: usize,
-) -> Result<Vec<Piece<'a, f32>>> {
+) -> Result<Vec<Piece<'a, T>>> {
     let backend = &pass.model.backend;
     let mut copies = Vec::new();
     for (run, seq) in runs.iter_mut().zip(pass.packing.seqs()) {
@@ -276,7 +277,12 @@ fn new_rows<'a>(
 }
 
 /// Queries, keys and values of all branches, and the gates.
-fn project_branches(pass: &Pass<'_>, ws: &mut Workspace, layer: &Layer, weights: &NsaWeights) -> Result<()> {
+fn project_branches<T: Activation>(
+    pass: &Pass<'_, T>,
+    ws: &mut Workspace<T>,
+    layer: &Layer<T>,
+    weights: &NsaWeights<T>,
+) -> Result<()> {
     let (config, backend, n) = (&pass.model.attention, &pass.model.backend, pass.rows());
     let [_, slc_norm, win_norm] = match &weights.k_norm {
         None => [None; 3],
@@ -309,13 +315,13 @@ fn project_branches(pass: &Pass<'_>, ws: &mut Workspace, layer: &Layer, weights:
 }
 
 /// Gathers the raw tokens of new blocks: those of the ring, from the first incomplete block's start on, and the new ones.
-fn tails<'a>(
-    pass: &Pass<'_>,
+fn tails<'a, T: Activation>(
+    pass: &Pass<'_, T>,
     new: &NewBlocks,
-    ws: &'a mut Workspace,
-    runs: &'a mut [Run<'_>],
+    ws: &'a mut Workspace<T>,
+    runs: &'a mut [Run<'_, T>],
     layer: usize,
-) -> Result<Vec<Piece<'a, f32>>> {
+) -> Result<Vec<Piece<'a, T>>> {
     let Workspace { k_cmp, v_cmp, tail_k, tail_v, .. } = ws;
     let mut to = [whole(tail_k)?, whole(tail_v)?];
     let (mut copies, mut owners) = (Vec::new(), new.owners.iter().peekable());
@@ -329,13 +335,13 @@ fn tails<'a>(
 }
 
 /// Appends the new blocks to their pages.
-fn block_rows<'a>(
-    pass: &Pass<'_>,
+fn block_rows<'a, T: Activation>(
+    pass: &Pass<'_, T>,
     new: &NewBlocks,
-    ws: &'a Workspace,
-    runs: &'a mut [Run<'_>],
+    ws: &'a Workspace<T>,
+    runs: &'a mut [Run<'_, T>],
     layer: usize,
-) -> Result<Vec<Piece<'a, f32>>> {
+) -> Result<Vec<Piece<'a, T>>> {
     let backend = &pass.model.backend;
     let (mut copies, mut owners) = (Vec::new(), new.owners.iter().peekable());
     for (s, run) in runs.iter_mut().enumerate() {
@@ -348,7 +354,12 @@ fn block_rows<'a>(
 }
 
 /// φ, norm and rotation of the new blocks.
-fn compress_tails(pass: &Pass<'_>, new: &NewBlocks, ws: &mut Workspace, weights: &NsaWeights) -> Result<()> {
+fn compress_tails<T: Activation>(
+    pass: &Pass<'_, T>,
+    new: &NewBlocks,
+    ws: &mut Workspace<T>,
+    weights: &NsaWeights<T>,
+) -> Result<()> {
     let config = &pass.model.attention;
     let (kv_heads, blocks) = (config.num_kv_heads(), new.positions.len());
     let normed = weights.k_norm.as_ref().map(|norms| &norms[0]);
@@ -362,12 +373,12 @@ fn compress_tails(pass: &Pass<'_>, new: &NewBlocks, ws: &mut Workspace, weights:
 }
 
 /// φ of the sequences of `packing`.
-fn compress(
-    pass: &Pass<'_>,
+fn compress<T: Activation>(
+    pass: &Pass<'_, T>,
     packing: &Packing,
-    weights: &Compress,
-    x: &Buffer<f32>,
-    blocks: &mut Buffer<f32>,
+    weights: &Compress<T>,
+    x: &Buffer<T>,
+    blocks: &mut Buffer<T>,
     dim: usize,
 ) -> Result<()> {
     let config = &pass.model.attention;
@@ -384,22 +395,22 @@ fn compress(
 }
 
 /// All of a buffer.
-fn whole(buffer: &mut Buffer<f32>) -> Result<TensorMut<'_, f32, 1>> {
+fn whole<T: Activation>(buffer: &mut Buffer<T>) -> Result<TensorMut<'_, T, 1>> {
     let len = buffer.len();
     Ok(buffer.tensor_mut([len])?)
 }
 
 /// Copies positions of rings of keys and of values, then new rows, to the first rows of `to`, once `copies` are made. Returns the rest
 /// of `to`.
-fn gather<'a>(
-    pass: &Pass<'_>,
-    parts: [(&'a Ring, &'a Buffer<f32>); 2],
+fn gather<'a, T: Activation>(
+    pass: &Pass<'_, T>,
+    parts: [(&'a Ring<T>, &'a Buffer<T>); 2],
     (positions, rows): (Range<usize>, Range<usize>),
-    to: [TensorMut<'a, f32, 1>; 2],
-    copies: &mut Vec<Piece<'a, f32>>,
-) -> Result<[TensorMut<'a, f32, 1>; 2]> {
+    to: [TensorMut<'a, T, 1>; 2],
+    copies: &mut Vec<Piece<'a, T>>,
+) -> Result<[TensorMut<'a, T, 1>; 2]> {
     let config = &pass.model.attention;
-    let mut one = |(ring, new): (&'a Ring, &'a Buffer<f32>), to, dim| -> Result<TensorMut<'a, f32, 1>> {
+    let mut one = |(ring, new): (&'a Ring<T>, &'a Buffer<T>), to, dim| -> Result<TensorMut<'a, T, 1>> {
         let row_len = config.num_kv_heads() * dim;
         let (target, rest) = ring.read(positions.clone(), to, copies)?.split_at(rows.len() * row_len)?;
         copies.push(Piece { source: new.tensor_at(rows.start * row_len, target.shape())?, target });
@@ -410,7 +421,12 @@ fn gather<'a>(
 }
 
 /// Lays out the window branch's rows: what the first new query of each sequence reaches back to, then the new ones.
-fn gather_reach(pass: &Pass<'_>, ws: &mut Workspace, runs: &mut [Run<'_>], layer: usize) -> Result<CuSeqlens> {
+fn gather_reach<T: Activation>(
+    pass: &Pass<'_, T>,
+    ws: &mut Workspace<T>,
+    runs: &mut [Run<'_, T>],
+    layer: usize,
+) -> Result<CuSeqlens> {
     let (config, backend) = (&pass.model.attention, &pass.model.backend);
     let (keys, values) = (config.num_kv_heads() * config.head_dim_qk(), config.num_kv_heads() * config.head_dim_v());
     let back = |context: usize| context - (config.window() - 1).min(context);
@@ -429,12 +445,18 @@ fn gather_reach(pass: &Pass<'_>, ws: &mut Workspace, runs: &mut [Run<'_>], layer
 }
 
 /// The operator on chunks of any size.
-fn chunk(pass: &Pass<'_>, ws: &mut Workspace, runs: &mut [Run<'_>], layer: usize, reach: &CuSeqlens) -> Result<()> {
+fn chunk<T: Activation>(
+    pass: &Pass<'_, T>,
+    ws: &mut Workspace<T>,
+    runs: &mut [Run<'_, T>],
+    layer: usize,
+    reach: &CuSeqlens,
+) -> Result<()> {
     let (config, n) = (&pass.model.attention, pass.rows());
     let (heads, kv_heads) = (config.num_heads(), config.num_kv_heads());
     let (dim_k, dim_v) = (config.head_dim_qk(), config.head_dim_v());
-    let caches: Vec<&NsaCache> = runs.iter_mut().map(|run| &*nsa_cache(run, layer)).collect();
-    let tables = |pages: fn(&NsaCache) -> &Paged| -> Vec<Pages<'_, f32>> {
+    let caches: Vec<&NsaCache<T>> = runs.iter_mut().map(|run| &*nsa_cache(run, layer)).collect();
+    let tables = |pages: fn(&NsaCache<T>) -> &Paged<T>| -> Vec<Pages<'_, T>> {
         caches.iter().map(|cache| pages(cache).table()).collect()
     };
     let (k_blocks, v_blocks) = (tables(|cache| &cache.k_blocks), tables(|cache| &cache.v_blocks));
@@ -460,7 +482,11 @@ fn chunk(pass: &Pass<'_>, ws: &mut Workspace, runs: &mut [Run<'_>], layer: usize
 }
 
 /// The caches, as a decoding step takes them.
-fn step_caches<'a>(pass: &Pass<'_>, runs: &'a mut [Run<'_>], layer: usize) -> Result<Vec<op::decode::Cache<'a, f32>>> {
+fn step_caches<'a, T: Activation>(
+    pass: &Pass<'_, T>,
+    runs: &'a mut [Run<'_, T>],
+    layer: usize,
+) -> Result<Vec<op::decode::Cache<'a, T>>> {
     let mut caches = Vec::with_capacity(runs.len());
     for (run, seq) in runs.iter_mut().zip(pass.packing.seqs()) {
         let cache = &*nsa_cache(run, layer);
@@ -478,7 +504,12 @@ fn step_caches<'a>(pass: &Pass<'_>, runs: &'a mut [Run<'_>], layer: usize) -> Re
 }
 
 /// The operator's decoding step.
-fn step(pass: &Pass<'_>, ws: &mut Workspace, runs: &mut [Run<'_>], layer: usize) -> Result<Vec<usize>> {
+fn step<T: Activation>(
+    pass: &Pass<'_, T>,
+    ws: &mut Workspace<T>,
+    runs: &mut [Run<'_, T>],
+    layer: usize,
+) -> Result<Vec<usize>> {
     let config = &pass.model.attention;
     let caches = step_caches(pass, runs, layer)?;
     let [queries, gates, outputs, lists] = step_shapes(pass);
@@ -494,14 +525,14 @@ fn step(pass: &Pass<'_>, ws: &mut Workspace, runs: &mut [Run<'_>], layer: usize)
 }
 
 /// The same on caches that were placed.
-fn launch(pass: &Pass<'_>, ws: &mut Workspace, layer: usize) -> Result<()> {
+fn launch<T: Activation>(pass: &Pass<'_, T>, ws: &mut Workspace<T>, layer: usize) -> Result<()> {
     let [queries, gates, outputs, lists] = step_shapes(pass);
     let (q, gates) = (ws.q.tensor(queries)?, ws.gates.tensor(gates)?);
     Ok(ws.decode.launch(layer, q, gates, ws.o.tensor_mut(outputs)?, ws.indices.tensor_mut(lists)?)?)
 }
 
 /// Shapes of a decoding step's queries, gates, outputs and lists of blocks.
-fn step_shapes(pass: &Pass<'_>) -> [[usize; 3]; 4] {
+fn step_shapes<T: Activation>(pass: &Pass<'_, T>) -> [[usize; 3]; 4] {
     let (config, n) = (&pass.model.attention, pass.rows());
     let (heads, kv_heads) = (config.num_heads(), config.num_kv_heads());
     [
@@ -512,14 +543,14 @@ fn step_shapes(pass: &Pass<'_>) -> [[usize; 3]; 4] {
     ]
 }
 
-fn nsa_cache<'a>(run: &'a mut Run<'_>, layer: usize) -> &'a mut NsaCache {
+fn nsa_cache<'a, T: Activation>(run: &'a mut Run<'_, T>, layer: usize) -> &'a mut NsaCache<T> {
     match &mut run.cache.layers[layer] {
         LayerCache::Nsa(cache) => cache,
         LayerCache::Dense(_) => unreachable!("caches are made for the model's kind of attention"),
     }
 }
 
-fn dense_cache<'a>(run: &'a mut Run<'_>, layer: usize) -> &'a mut DenseCache {
+fn dense_cache<'a, T: Activation>(run: &'a mut Run<'_, T>, layer: usize) -> &'a mut DenseCache<T> {
     match &mut run.cache.layers[layer] {
         LayerCache::Dense(cache) => cache,
         LayerCache::Nsa(_) => unreachable!("caches are made for the model's kind of attention"),

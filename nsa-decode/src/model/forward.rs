@@ -3,19 +3,25 @@
 use super::attention::{self, Caches, NewBlocks};
 use super::layers::{AttentionWeights, Layer, embed, norm, project, project_all};
 use super::workspace::{Workspace, fit};
-use super::{Idle, Inner};
+use super::{Activation, AnyNet, Idle, Inner, Net};
 use crate::Result;
-use crate::cache::Cache;
-use nsa_core::{CuSeqlens, Packing};
+use crate::cache::{AnyCache, Cache};
+use nsa_core::{CuSeqlens, DType, Packing};
 use nsa_kernels::layer::{linear, swiglu};
 
-/// One sequence of a pass.
+/// New tokens of one sequence.
 #[derive(Debug)]
-pub(crate) struct Run<'a> {
-    /// Its caches; as long as the tokens before `tokens`.
-    pub(crate) cache: &'a mut Cache,
-    /// New tokens, at least one.
+pub(crate) struct NewTokens<'a> {
+    /// The sequence's caches; as long as the tokens before `tokens`.
+    pub(crate) cache: &'a mut AnyCache,
+    /// At least one.
     pub(crate) tokens: &'a [u32],
+}
+
+/// One sequence of a pass, its caches in the type that is computed in.
+pub(super) struct Run<'a, T: Activation> {
+    pub(super) cache: &'a mut Cache<T>,
+    pub(super) tokens: &'a [u32],
 }
 
 /// Which logits a pass returns.
@@ -30,8 +36,9 @@ pub(crate) enum Wanted {
 }
 
 /// What all layers of a pass share.
-pub(super) struct Pass<'a> {
+pub(super) struct Pass<'a, T: Activation> {
     pub(super) model: &'a Inner,
+    pub(super) net: &'a Net<T>,
     pub(super) packing: Packing,
     /// Every sequence has one new token.
     pub(super) is_step: bool,
@@ -40,7 +47,7 @@ pub(super) struct Pass<'a> {
     wanted: Wanted,
 }
 
-impl Pass<'_> {
+impl<T: Activation> Pass<'_, T> {
     /// N.
     pub(super) fn rows(&self) -> usize {
         self.packing.num_tokens()
@@ -57,22 +64,42 @@ impl Inner {
     /// step.
     ///
     /// After an error the caches are in pieces: the caller must drop them.
-    pub(crate) fn forward(&self, runs: &mut [Run<'_>], wanted: Wanted, logits: &mut Vec<f32>) -> Result<Vec<usize>> {
+    pub(crate) fn forward(
+        &self,
+        sequences: &mut [NewTokens<'_>],
+        wanted: Wanted,
+        logits: &mut Vec<f32>,
+    ) -> Result<Vec<usize>> {
+        match &self.net {
+            AnyNet::F32(net) => self.forward_in(net, sequences, wanted, logits),
+            AnyNet::Bf16(net) => self.forward_in(net, sequences, wanted, logits),
+        }
+    }
+
+    fn forward_in<T: Activation>(
+        &self,
+        net: &Net<T>,
+        sequences: &mut [NewTokens<'_>],
+        wanted: Wanted,
+        logits: &mut Vec<f32>,
+    ) -> Result<Vec<usize>> {
+        let runs = sequences.iter_mut().map(|new| Run { cache: T::cache(new.cache), tokens: new.tokens });
+        let mut runs: Vec<Run<'_, T>> = runs.collect();
         let offsets = CuSeqlens::from_lengths(runs.iter().map(|run| run.tokens.len()))?;
         let packing = Packing::with_contexts(offsets, runs.iter().map(|run| run.cache.len).collect())?;
         let is_step = runs.iter().all(|run| run.tokens.len() == 1);
         let is_sparse = self.config.nsa_config().is_some();
         let new_blocks = if is_sparse { Some(NewBlocks::of(&self.attention, &packing)?) } else { None };
         let new_blocks = new_blocks.filter(|new| new.owners() > 0);
-        let pass = Pass { model: self, packing, is_step, new_blocks, wanted };
-        let rows_read = self.with_workspace(|Idle { workspace: ws, recorded }| {
+        let pass = Pass { model: self, net, packing, is_step, new_blocks, wanted };
+        let rows_read = net.with_workspace(&self.backend, |Idle { workspace: ws, recorded }| {
             self.backend.run(|| {
-                pass.prepare(ws, runs)?;
+                pass.prepare(ws, &runs)?;
                 let rows_read = match recorded {
                     Some(recorded) if is_sparse && is_step && wanted == Wanted::Last => {
-                        recorded.step(&pass, ws, runs)?
+                        recorded.step(&pass, ws, &mut runs)?
                     }
-                    _ => pass.compute(ws, &mut Caches::Here(runs))?,
+                    _ => pass.compute(ws, &mut Caches::Here(&mut runs))?,
                 };
                 pass.read(ws, logits)?;
                 Ok(rows_read)
@@ -85,9 +112,9 @@ impl Inner {
     }
 }
 
-impl Pass<'_> {
+impl<T: Activation> Pass<'_, T> {
     /// Makes room, and writes what the device is to know of the new tokens.
-    fn prepare(&self, ws: &mut Workspace, runs: &[Run<'_>]) -> Result<()> {
+    fn prepare(&self, ws: &mut Workspace<T>, runs: &[Run<'_, T>]) -> Result<()> {
         let (config, backend, n) = (&self.model.config, &self.model.backend, self.rows());
         let (width, hidden, outputs) = (config.hidden_size(), config.intermediate_size(), self.outputs());
         for buffer in [&mut ws.x, &mut ws.h] {
@@ -99,6 +126,7 @@ impl Pass<'_> {
         for buffer in [&mut ws.last, &mut ws.last_norm] {
             fit(backend, buffer, outputs * width);
         }
+        fit(backend, &mut ws.hidden, if T::DTYPE == DType::F32 { 0 } else { outputs * width });
         fit(backend, &mut ws.logits, outputs * config.vocab_size());
         attention::prepare(self, ws)?;
         fit(backend, &mut ws.tokens, n);
@@ -111,12 +139,12 @@ impl Pass<'_> {
     }
 
     /// All that is computed: embedding, layers, head.
-    pub(super) fn compute(&self, ws: &mut Workspace, caches: &mut Caches<'_, '_>) -> Result<Vec<usize>> {
+    pub(super) fn compute(&self, ws: &mut Workspace<T>, caches: &mut Caches<'_, '_, T>) -> Result<Vec<usize>> {
         let (config, n) = (&self.model.config, self.rows());
         let x = ws.x.tensor_mut([n, config.hidden_size()])?;
-        embed(&self.model.backend, ws.tokens.tensor([n])?, &self.model.embed, x)?;
+        embed(&self.model.backend, ws.tokens.tensor([n])?, &self.net.embed, x)?;
         let mut rows_read = Vec::new();
-        for (index, layer) in self.model.layers.iter().enumerate() {
+        for (index, layer) in self.net.layers.iter().enumerate() {
             rows_read = self.layer(ws, layer, caches, index)?;
         }
         self.head(ws)?;
@@ -126,9 +154,9 @@ impl Pass<'_> {
     /// x += attention(norm(x)); x += mlp(norm(x)).
     fn layer(
         &self,
-        ws: &mut Workspace,
-        layer: &Layer,
-        caches: &mut Caches<'_, '_>,
+        ws: &mut Workspace<T>,
+        layer: &Layer<T>,
+        caches: &mut Caches<'_, '_, T>,
         index: usize,
     ) -> Result<Vec<usize>> {
         let (config, backend, n) = (&self.model.config, &self.model.backend, self.rows());
@@ -165,7 +193,7 @@ impl Pass<'_> {
     }
 
     /// The last norm and the head, of the rows wanted.
-    fn head(&self, ws: &mut Workspace) -> Result<()> {
+    fn head(&self, ws: &mut Workspace<T>) -> Result<()> {
         let (config, backend, rows) = (&self.model.config, &self.model.backend, self.outputs());
         let (width, vocab) = (config.hidden_size(), config.vocab_size());
         if rows == 0 {
@@ -180,13 +208,13 @@ impl Pass<'_> {
             }
             &ws.last
         };
-        norm(backend, last, &self.model.norm, self.eps(), rows, &mut ws.last_norm)?;
-        let hidden = ws.last_norm.tensor([rows, width])?;
-        project(backend, hidden, &self.model.head, ws.logits.tensor_mut([rows, vocab])?, false)
+        norm(backend, last, &self.net.norm, self.eps(), rows, &mut ws.last_norm)?;
+        let hidden = T::widened(backend, &ws.last_norm, &mut ws.hidden, rows * width)?.tensor([rows, width])?;
+        project(backend, hidden, &self.net.head, ws.logits.tensor_mut([rows, vocab])?, false)
     }
 
     /// The logits wanted.
-    fn read(&self, ws: &Workspace, logits: &mut Vec<f32>) -> Result<()> {
+    fn read(&self, ws: &Workspace<T>, logits: &mut Vec<f32>) -> Result<()> {
         logits.resize(self.outputs() * self.model.config.vocab_size(), 0.0);
         Ok(ws.logits.read(logits)?)
     }
@@ -194,7 +222,7 @@ impl Pass<'_> {
     /// y = x·Wᵀ + b of the layer's input, for weights in f32.
     pub(super) fn project_biased(
         &self,
-        ws: &mut Workspace,
+        ws: &mut Workspace<T>,
         weight: &crate::weights::F32Weight,
         bias: &crate::weights::F32Weight,
     ) -> Result<()> {

@@ -1,21 +1,23 @@
 //! The weights of a model, taken from the checkpoint and grouped as the forward pass uses them.
 
+use super::Activation;
 use crate::Result;
-use crate::weights::{F32Weight, Values, Weight, Weights};
+use crate::weights::{F32Weight, Numbers, Values, Weight, Weights};
+use bytemuck::Pod;
+use nsa_core::CompressKind;
 use nsa_core::model::{AttentionKind, ModelConfig};
-use nsa_core::{CompressKind, Element};
 use nsa_kernels::layer::linear::{self, Product};
 use nsa_kernels::layer::{embedding, rmsnorm};
 use nsa_kernels::op::compress::Phi;
-use nsa_kernels::{Backend, Buffer, Mem, Tensor, TensorMut};
+use nsa_kernels::{Backend, Buffer, Element, Mem, Tensor, TensorMut};
 
 /// One layer.
 #[derive(Debug)]
-pub(crate) struct Layer {
+pub(crate) struct Layer<T: Pod> {
     pub(crate) input_norm: F32Weight,
     pub(crate) q: Weight,
     pub(crate) q_norm: Option<F32Weight>,
-    pub(crate) attention: AttentionWeights,
+    pub(crate) attention: AttentionWeights<T>,
     pub(crate) o: Weight,
     pub(crate) post_norm: F32Weight,
     pub(crate) gate: Weight,
@@ -25,41 +27,41 @@ pub(crate) struct Layer {
 
 /// Keys, values and what depends on the kind of attention.
 #[derive(Debug)]
-pub(crate) enum AttentionWeights {
-    Nsa(Box<NsaWeights>),
+pub(crate) enum AttentionWeights<T: Pod> {
+    Nsa(Box<NsaWeights<T>>),
     Dense { k: Weight, v: Weight, k_norm: Option<F32Weight> },
 }
 
 /// Sparse attention's; arrays are ordered cmp, slc, win.
 #[derive(Debug)]
-pub(crate) struct NsaWeights {
+pub(crate) struct NsaWeights<T: Pod> {
     pub(crate) k: [Weight; 3],
     pub(crate) v: [Weight; 3],
     pub(crate) k_norm: Option<[F32Weight; 3]>,
     pub(crate) gate: F32Weight,
     pub(crate) gate_bias: F32Weight,
-    pub(crate) compress_k: Compress,
-    pub(crate) compress_v: Compress,
+    pub(crate) compress_k: Compress<T>,
+    pub(crate) compress_v: Compress<T>,
 }
 
 /// φ of keys or of values, with its position embedding.
 #[derive(Debug)]
-pub(crate) struct Compress {
-    phi: PhiWeights,
-    position: Option<F32Weight>,
+pub(crate) struct Compress<T: Pod> {
+    phi: PhiWeights<T>,
+    position: Option<Numbers<T>>,
 }
 
 #[derive(Debug)]
-enum PhiWeights {
+enum PhiWeights<T: Pod> {
     Mean,
-    Weighted(F32Weight),
-    Linear(F32Weight),
-    Mlp { weights: [F32Weight; 2], biases: Option<[F32Weight; 2]> },
+    Weighted(Numbers<T>),
+    Linear(Numbers<T>),
+    Mlp { weights: [Numbers<T>; 2], biases: Option<[Numbers<T>; 2]> },
 }
 
-impl Compress {
+impl<T: Activation> Compress<T> {
     fn take(config: &ModelConfig, weights: &mut Weights, prefix: &str, side: &str, kind: CompressKind) -> Result<Self> {
-        let mut take = |name: &str| weights.take_f32(&format!("{prefix}.{name}"));
+        let mut take = |name: &str| weights.take_numbers(&format!("{prefix}.{name}"));
         let phi = match kind {
             CompressKind::Mean => PhiWeights::Mean,
             CompressKind::Weighted => PhiWeights::Weighted(take(&format!("phi_{side}.weight"))?),
@@ -79,7 +81,7 @@ impl Compress {
     }
 
     /// φ, as its operation takes it.
-    pub(crate) fn phi(&self) -> Result<Phi<'_, f32>> {
+    pub(crate) fn phi(&self) -> Result<Phi<'_, T>> {
         Ok(match &self.phi {
             PhiWeights::Mean => Phi::Mean,
             PhiWeights::Weighted(weight) => Phi::Weighted { weight: weight.tensor()? },
@@ -94,12 +96,12 @@ impl Compress {
     }
 
     /// The position embedding within a block `[l, G, D]`.
-    pub(crate) fn position(&self) -> Result<Option<Tensor<'_, f32, 3>>> {
-        Ok(self.position.as_ref().map(F32Weight::tensor).transpose()?)
+    pub(crate) fn position(&self) -> Result<Option<Tensor<'_, T, 3>>> {
+        Ok(self.position.as_ref().map(Numbers::tensor).transpose()?)
     }
 }
 
-impl Layer {
+impl<T: Activation> Layer<T> {
     /// Takes layer `index` out of the checkpoint.
     pub(crate) fn take(config: &ModelConfig, weights: &mut Weights, index: usize) -> Result<Self> {
         let prefix = format!("model.layers.{index}");
@@ -111,16 +113,16 @@ impl Layer {
                 k: weights.take(&format!("{prefix}.self_attn.k_proj.weight"))?,
                 v: weights.take(&format!("{prefix}.self_attn.v_proj.weight"))?,
                 k_norm: match config.qk_norm() {
-                    true => Some(weights.take_f32(&format!("{prefix}.self_attn.k_norm.weight"))?),
+                    true => Some(weights.take_numbers(&format!("{prefix}.self_attn.k_norm.weight"))?),
                     false => None,
                 },
             },
         };
         let q_norm = match config.qk_norm() {
-            true => Some(weights.take_f32(&format!("{prefix}.self_attn.q_norm.weight"))?),
+            true => Some(weights.take_numbers(&format!("{prefix}.self_attn.q_norm.weight"))?),
             false => None,
         };
-        let mut norm = |name: &str| weights.take_f32(&format!("{prefix}.{name}.weight"));
+        let mut norm = |name: &str| weights.take_numbers(&format!("{prefix}.{name}.weight"));
         let (input_norm, post_norm) = (norm("input_layernorm")?, norm("post_attention_layernorm")?);
         let mut take = |name: &str| weights.take(&format!("{prefix}.{name}.weight"));
         Ok(Self {
@@ -138,11 +140,11 @@ impl Layer {
 }
 
 /// What `make` makes of sparse attention's branches cmp, slc, win.
-fn branches<T>(mut make: impl FnMut(&str) -> nsa_kernels::Result<T>) -> Result<[T; 3]> {
+fn branches<B>(mut make: impl FnMut(&str) -> nsa_kernels::Result<B>) -> Result<[B; 3]> {
     Ok([make("cmp")?, make("slc")?, make("win")?])
 }
 
-impl NsaWeights {
+impl<T: Activation> NsaWeights<T> {
     fn take(config: &ModelConfig, weights: &mut Weights, prefix: &str) -> Result<Self> {
         let kind = config.nsa_config().expect("the caller saw that attention is `nsa`").compress_kind();
         let norm = |branch: &str| format!("{prefix}.k_{branch}_norm.weight");
@@ -150,11 +152,11 @@ impl NsaWeights {
             k: branches(|branch| weights.take(&format!("{prefix}.k_{branch}_proj.weight")))?,
             v: branches(|branch| weights.take(&format!("{prefix}.v_{branch}_proj.weight")))?,
             k_norm: match config.qk_norm() {
-                true => Some(branches(|branch| weights.take_f32(&norm(branch)))?),
+                true => Some(branches(|branch| weights.take_numbers(&norm(branch)))?),
                 false => None,
             },
-            gate: weights.take_f32(&format!("{prefix}.gate_proj.weight"))?,
-            gate_bias: weights.take_f32(&format!("{prefix}.gate_proj.bias"))?,
+            gate: weights.take_numbers(&format!("{prefix}.gate_proj.weight"))?,
+            gate_bias: weights.take_numbers(&format!("{prefix}.gate_proj.bias"))?,
             compress_k: Compress::take(config, weights, prefix, "k", kind)?,
             compress_v: Compress::take(config, weights, prefix, "v", kind)?,
         })
@@ -162,18 +164,18 @@ impl NsaWeights {
 }
 
 /// y = x·Wᵀ, or y += x·Wᵀ, whatever type the weight `[O, I]` is stored in.
-pub(crate) fn project(
+pub(crate) fn project<T: Activation>(
     backend: &Backend,
-    x: Tensor<'_, f32, 2>,
+    x: Tensor<'_, T, 2>,
     weight: &Weight,
-    y: TensorMut<'_, f32, 2>,
+    y: TensorMut<'_, T, 2>,
     accumulate: bool,
 ) -> Result<()> {
-    fn typed<W: Element<Acc = f32>>(
+    fn typed<T: Activation, W: Element<Acc = f32>>(
         backend: &Backend,
-        x: Tensor<'_, f32, 2>,
+        x: Tensor<'_, T, 2>,
         (data, shape): (Mem<'_, W>, [usize; 2]),
-        y: TensorMut<'_, f32, 2>,
+        y: TensorMut<'_, T, 2>,
         accumulate: bool,
     ) -> Result<()> {
         let weight = Tensor::packed(data, shape)?;
@@ -188,16 +190,16 @@ pub(crate) fn project(
 }
 
 /// Products without bias of one input and several weights, whatever types these are stored in.
-pub(crate) fn project_all<const N: usize>(
+pub(crate) fn project_all<T: Activation, const N: usize>(
     backend: &Backend,
-    x: Tensor<'_, f32, 2>,
-    products: [(&Weight, &mut Buffer<f32>); N],
+    x: Tensor<'_, T, 2>,
+    products: [(&Weight, &mut Buffer<T>); N],
 ) -> Result<()> {
-    fn product<'a, W: Element<Acc = f32>>(
+    fn product<'a, T: Activation, W: Element<Acc = f32>>(
         data: Mem<'a, W>,
         shape: [usize; 2],
-        y: TensorMut<'a, f32, 2>,
-    ) -> Result<Product<'a, f32, W>> {
+        y: TensorMut<'a, T, 2>,
+    ) -> Result<Product<'a, T, W>> {
         Ok(Product { weight: Tensor::packed(data, shape)?, y })
     }
     let (mut in_f32, mut in_bf16, mut in_f16) = (Vec::new(), Vec::new(), Vec::new());
@@ -216,17 +218,17 @@ pub(crate) fn project_all<const N: usize>(
 }
 
 /// Rows of the embedding `[V, C]`, whatever type it is stored in.
-pub(crate) fn embed(
+pub(crate) fn embed<T: Activation>(
     backend: &Backend,
     tokens: Tensor<'_, u32, 1>,
     weight: &Weight,
-    y: TensorMut<'_, f32, 2>,
+    y: TensorMut<'_, T, 2>,
 ) -> Result<()> {
-    fn typed<W: Element<Acc = f32>>(
+    fn typed<T: Activation, W: Element<Acc = f32>>(
         backend: &Backend,
         tokens: Tensor<'_, u32, 1>,
         (data, shape): (Mem<'_, W>, [usize; 2]),
-        y: TensorMut<'_, f32, 2>,
+        y: TensorMut<'_, T, 2>,
     ) -> Result<()> {
         let weight = Tensor::packed(data, shape)?;
         Ok(embedding::forward(backend, embedding::Forward { tokens, weight, y })?)
@@ -240,13 +242,13 @@ pub(crate) fn embed(
 }
 
 /// RMSNorm of `rows` rows of `x` into `y`; the weight's length is that of a row.
-pub(crate) fn norm(
+pub(crate) fn norm<T: Activation>(
     backend: &Backend,
-    x: &Buffer<f32>,
+    x: &Buffer<T>,
     weight: &F32Weight,
     eps: f64,
     rows: usize,
-    y: &mut Buffer<f32>,
+    y: &mut Buffer<T>,
 ) -> Result<()> {
     let shape = [rows, weight.len()];
     let args =

@@ -6,18 +6,21 @@ mod layers;
 mod recorded;
 mod workspace;
 
+use crate::cache::{AnyCache, Cache};
 use crate::weights::{F32Weight, Weight, Weights};
 use crate::{Result, Session, SessionOptions};
-pub(crate) use forward::{Run, Wanted};
+pub(crate) use forward::{NewTokens, Wanted};
+use half::bf16;
 use layers::Layer;
 use nsa_core::model::{ModelConfig, manifest, rope_frequencies};
 use nsa_core::tokenizer::Tokenizer;
-use nsa_core::{CompressKind, DType, NsaConfig, read_json};
-use nsa_kernels::Backend;
+use nsa_core::{CompressKind, DType, NsaConfig, Precision, read_json};
 use nsa_kernels::layer::rope::RopeCache;
+use nsa_kernels::layer::round::{self, Widen};
+use nsa_kernels::{Backend, Buffer, Element};
 use recorded::Recorded;
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use workspace::Workspace;
 
 /// Name of the configuration in a checkpoint's folder.
@@ -26,6 +29,14 @@ pub const CONFIG_FILE: &str = "config.json";
 /// A model that is ready to run. Clones share everything; sessions keep it alive.
 #[derive(Clone, Debug)]
 pub struct Model(Arc<Inner>);
+
+/// How a model computes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ModelOptions {
+    /// Type of activations and caches. In bf16, matrices that the files have in f32 are rounded to it when the model is opened, as
+    /// training in bf16 does every step; logits are f32 in any case.
+    pub precision: Precision,
+}
 
 /// How the weights of a model are held.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -36,7 +47,7 @@ pub struct WeightsInfo {
     pub dtypes: Vec<(DType, u64)>,
     /// Bytes used in place.
     pub mapped_bytes: u64,
-    /// Bytes copied: to the device that computes, or because the file does not align them.
+    /// Bytes copied: to the device that computes, in another type, or because the file does not align them.
     pub copied_bytes: u64,
 }
 
@@ -49,72 +60,125 @@ pub(crate) struct Inner {
     tokenizer: Tokenizer,
     backend: Backend,
     weights_info: WeightsInfo,
+    net: AnyNet,
+}
+
+/// The weights, and what passes leave for the next ones, in the type that the model computes in.
+#[derive(Debug)]
+enum AnyNet {
+    F32(Net<f32>),
+    Bf16(Net<bf16>),
+}
+
+/// The same in one type.
+#[derive(Debug)]
+struct Net<T: Activation> {
     embed: Weight,
-    layers: Vec<Layer>,
+    layers: Vec<Layer<T>>,
     norm: F32Weight,
     head: Weight,
     rope: RopeCache<f32>,
-    idle: Mutex<Vec<Idle>>,
+    idle: Mutex<Vec<Idle<T>>>,
+}
+
+/// A type that a model computes in.
+pub(crate) trait Activation: Element<Acc = f32> {
+    /// A sequence's caches, which are of that type.
+    fn cache(cache: &mut AnyCache) -> &mut Cache<Self>;
+
+    /// The first `len` elements of `x` in the type of sums: `x` itself, or written to `wide`.
+    ///
+    /// # Errors
+    /// If a device refuses.
+    fn widened<'a>(
+        backend: &Backend,
+        x: &'a Buffer<Self>,
+        wide: &'a mut Buffer<f32>,
+        len: usize,
+    ) -> Result<&'a Buffer<f32>>;
+}
+
+impl Activation for f32 {
+    fn cache(cache: &mut AnyCache) -> &mut Cache<Self> {
+        match cache {
+            AnyCache::F32(cache) => cache,
+            AnyCache::Bf16(_) => unreachable!("caches are made for the model's precision"),
+        }
+    }
+
+    fn widened<'a>(_: &Backend, x: &'a Buffer<f32>, _: &'a mut Buffer<f32>, _: usize) -> Result<&'a Buffer<f32>> {
+        Ok(x)
+    }
+}
+
+impl Activation for bf16 {
+    fn cache(cache: &mut AnyCache) -> &mut Cache<Self> {
+        match cache {
+            AnyCache::Bf16(cache) => cache,
+            AnyCache::F32(_) => unreachable!("caches are made for the model's precision"),
+        }
+    }
+
+    fn widened<'a>(
+        backend: &Backend,
+        x: &'a Buffer<bf16>,
+        wide: &'a mut Buffer<f32>,
+        len: usize,
+    ) -> Result<&'a Buffer<f32>> {
+        round::widen(backend, Widen { x: x.tensor([len])?, y: wide.tensor_mut([len])? })?;
+        Ok(wide)
+    }
 }
 
 /// What passes leave for the next ones.
 #[derive(Debug)]
-struct Idle {
-    workspace: Workspace,
+struct Idle<T: Activation> {
+    workspace: Workspace<T>,
     /// Decoding steps, where the backend repeats recorded work.
     recorded: Option<Recorded>,
 }
 
 impl Model {
+    /// Opens the model in `folder`: [`Model::open_with`] the default options, in f32.
+    ///
+    /// # Errors
+    /// Those of that function.
+    pub fn open(folder: impl AsRef<Path>, backend: Backend) -> Result<Self> {
+        Self::open_with(folder, backend, ModelOptions::default())
+    }
+
     /// Opens the model in `folder`: `config.json`, `model.safetensors` (or several such files and their
     /// `model.safetensors.index.json`) and, if the configuration says so, `tokenizer.json`.
     ///
-    /// Matrices are in f32, bf16 or f16 as the files have them: used where they lie in the mapped files, or copied to the device
-    /// that computes. Small tensors and φ, if not in f32, are widened to it. Activations and caches are f32. The files must not
-    /// be changed in place while the model is in use.
+    /// Matrices are in f32, bf16 or f16 as the files have them (but see [`ModelOptions::precision`]): used where they lie in the
+    /// mapped files, or copied to the device that computes. Small tensors, if not in f32, are widened to it; φ is in the type that
+    /// the model computes in. The files must not be changed in place while the model is in use.
     ///
     /// # Errors
     /// If a file is missing or not what it should be, the configuration breaks a rule or describes a model that cannot be
     /// run, or the weights are not those of the configuration: the error names the file and the field or tensor.
-    pub fn open(folder: impl AsRef<Path>, backend: Backend) -> Result<Self> {
-        let folder = folder.as_ref();
+    pub fn open_with(folder: impl AsRef<Path>, backend: Backend, options: ModelOptions) -> Result<Self> {
+        let (folder, precision) = (folder.as_ref(), options.precision);
         let config: ModelConfig = read_json(folder.join(CONFIG_FILE))?;
         config.check_runnable()?;
-        let mut weights = Weights::open(folder, &manifest(&config), &backend)?;
+        let mut weights = Weights::open(folder, &manifest(&config), &backend, precision)?;
         let tokenizer = Tokenizer::for_model(&config, folder)?;
-        let weights_info = WeightsInfo::of(&weights);
-        let embed = weights.take("model.embed_tokens.weight")?;
-        let head = match config.tie_word_embeddings() {
-            true => embed.clone(),
-            false => weights.take("lm_head.weight")?,
+        let mut weights_info = WeightsInfo::of(&weights);
+        let net = match precision {
+            Precision::F32 => AnyNet::F32(Net::take(&config, &mut weights, &backend)?),
+            Precision::Bf16 => AnyNet::Bf16(Net::take(&config, &mut weights, &backend)?),
         };
-        let norm = weights.take_f32("model.norm.weight")?;
-        let layers = (0..config.num_hidden_layers()).map(|i| Layer::take(&config, &mut weights, i));
-        let layers = layers.collect::<Result<Vec<_>>>()?;
-        let table = rope_frequencies(&config);
-        let positions = config.max_position_embeddings();
-        let rope = RopeCache::new(&backend, &table.inv_freq, table.attention_factor, positions);
+        [weights_info.mapped_bytes, weights_info.copied_bytes] = weights.taken_bytes();
         let attention = attention_config(&config)?;
         tracing::info!(
             folder = %folder.display(),
             file_bytes = weights_info.file_bytes,
             copied_bytes = weights_info.copied_bytes,
             backend = backend.name(),
+            %precision,
             "model opened"
         );
-        Ok(Self(Arc::new(Inner {
-            config,
-            attention,
-            tokenizer,
-            backend,
-            weights_info,
-            embed,
-            layers,
-            norm,
-            head,
-            rope,
-            idle: Mutex::default(),
-        })))
+        Ok(Self(Arc::new(Inner { config, attention, tokenizer, backend, weights_info, net })))
     }
 
     /// The configuration.
@@ -140,8 +204,15 @@ impl Model {
     /// Kinds of decoding steps, by numbers of sequences and of new compression blocks, that the device repeats as recorded work;
     /// none on the CPU, and none of full attention.
     pub fn recorded_steps(&self) -> usize {
-        let idle = self.0.idle.lock().unwrap_or_else(PoisonError::into_inner);
-        idle.iter().filter_map(|idle| idle.recorded.as_ref()).map(Recorded::len).sum()
+        match &self.0.net {
+            AnyNet::F32(net) => net.recorded_steps(),
+            AnyNet::Bf16(net) => net.recorded_steps(),
+        }
+    }
+
+    /// The type of activations and caches.
+    pub fn precision(&self) -> Precision {
+        self.0.precision()
     }
 
     /// An empty sequence with the default options.
@@ -196,16 +267,47 @@ impl Inner {
         &self.backend
     }
 
+    pub(crate) fn precision(&self) -> Precision {
+        match &self.net {
+            AnyNet::F32(_) => Precision::F32,
+            AnyNet::Bf16(_) => Precision::Bf16,
+        }
+    }
+}
+
+impl<T: Activation> Net<T> {
+    /// Takes the weights out of the checkpoint.
+    fn take(config: &ModelConfig, weights: &mut Weights, backend: &Backend) -> Result<Self> {
+        let embed = weights.take("model.embed_tokens.weight")?;
+        let head = match config.tie_word_embeddings() {
+            true => embed.clone(),
+            false => weights.take("lm_head.weight")?,
+        };
+        let norm = weights.take_numbers("model.norm.weight")?;
+        let layers = (0..config.num_hidden_layers()).map(|i| Layer::take(config, weights, i));
+        let layers = layers.collect::<Result<Vec<_>>>()?;
+        let (table, positions) = (rope_frequencies(config), config.max_position_embeddings());
+        let rope = RopeCache::new(backend, &table.inv_freq, table.attention_factor, positions);
+        Ok(Self { embed, layers, norm, head, rope, idle: Mutex::default() })
+    }
+
+    fn idle(&self) -> MutexGuard<'_, Vec<Idle<T>>> {
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn recorded_steps(&self) -> usize {
+        self.idle().iter().filter_map(|idle| idle.recorded.as_ref()).map(Recorded::len).sum()
+    }
+
     /// Runs `work` with a workspace that no other pass uses.
-    fn with_workspace<R>(&self, work: impl FnOnce(&mut Idle) -> R) -> R {
-        let lock = || self.idle.lock().unwrap_or_else(PoisonError::into_inner);
-        let idle = lock().pop();
+    fn with_workspace<R>(&self, backend: &Backend, work: impl FnOnce(&mut Idle<T>) -> R) -> R {
+        let idle = self.idle().pop();
         let mut idle = idle.unwrap_or_else(|| Idle {
-            workspace: Workspace::new(&self.backend, self.layers.len()),
-            recorded: Recorded::new(&self.backend),
+            workspace: Workspace::new(backend, self.layers.len()),
+            recorded: Recorded::new(backend),
         });
         let result = work(&mut idle);
-        lock().push(idle);
+        self.idle().push(idle);
         result
     }
 }
@@ -221,14 +323,11 @@ fn attention_config(config: &ModelConfig) -> Result<NsaConfig> {
 }
 
 impl WeightsInfo {
+    /// Of weights of which none was taken yet.
     fn of(weights: &Weights) -> Self {
         let mut info = Self { file_bytes: weights.file_bytes(), ..Self::default() };
         for (_, stored) in weights.iter() {
             let count = stored.shape().iter().product::<usize>() as u64;
-            match weights.is_in_place(stored) {
-                true => info.mapped_bytes += stored.bytes() as u64,
-                false => info.copied_bytes += stored.bytes() as u64,
-            }
             match info.dtypes.iter_mut().find(|(dtype, _)| *dtype == stored.dtype()) {
                 Some((_, total)) => *total += count,
                 None => info.dtypes.push((stored.dtype(), count)),

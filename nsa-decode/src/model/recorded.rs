@@ -1,6 +1,7 @@
 //! Decoding steps of sparse attention on a device, which is given a whole step at once: all that differs from one step to the
 //! next (tokens, where new rows go, where caches are) is written to its memory before.
 
+use super::Activation;
 use super::attention::{self, Caches, NewBlocks};
 use super::forward::{Pass, Run};
 use super::workspace::Workspace;
@@ -32,9 +33,14 @@ impl Recorded {
     }
 
     /// Computes a step. Returns the token-rows of keys and values that each sequence's attention reads in one layer.
-    pub(super) fn step(&mut self, pass: &Pass<'_>, ws: &mut Workspace, runs: &mut [Run<'_>]) -> Result<Vec<usize>> {
+    pub(super) fn step<T: Activation>(
+        &mut self,
+        pass: &Pass<'_, T>,
+        ws: &mut Workspace<T>,
+        runs: &mut [Run<'_, T>],
+    ) -> Result<Vec<usize>> {
         let Self { recorder, table, workspace } = self;
-        let (layers, sequences) = (pass.model.layers.len(), runs.len());
+        let (layers, sequences) = (pass.net.layers.len(), runs.len());
         let [slots, copies] = attention::table_shape(layers, sequences.next_power_of_two());
         if *workspace != ws.len() {
             recorder.forget();

@@ -47,6 +47,23 @@ fn one_prompt_streams_and_reports() {
 }
 
 #[test]
+fn bf16_is_asked_for() {
+    let checkpoint = Checkpoint::new(small(CompressKind::Weighted), 84);
+    let arguments = ["generate", "--prompt", "Hello", "--max-tokens", "20", "--precision"];
+    let of = |precision: &str| texts(&run(&checkpoint, &[&arguments[..], &[precision]].concat())).1;
+    let cache = |report: &str| -> u64 {
+        let line = report.lines().find(|line| line.starts_with("cache")).expect(report);
+        line.split(['(', ' ']).find_map(|word| word.parse().ok().filter(|&bytes| bytes > 999)).expect(line)
+    };
+    let (wide, narrow, other) = (of("f32"), of("bf16"), of("f8"));
+    assert!(wide.contains("backend  cpu:") && wide.contains(", f32"), "{wide}");
+    assert!(narrow.contains(", bf16") && cache(&wide) == 2 * cache(&narrow), "{narrow}");
+    assert!(other.contains("`f8` is no precision: must be f32 or bf16"), "{other}");
+    let (info, _) = texts(&run(&checkpoint, &["info", "--precision", "bf16"]));
+    assert!(info.lines().any(|line| line.starts_with("cache a token") && line.ends_with("(bf16)")), "{info}");
+}
+
+#[test]
 fn several_prompts_are_printed_whole() {
     let checkpoint = Checkpoint::new(small(CompressKind::Mean), 81);
     let file = checkpoint.path().join("prompt.txt");

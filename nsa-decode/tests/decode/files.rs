@@ -2,7 +2,7 @@
 
 use crate::kit::{Checkpoint, Stored, bytes_of, small, small_dense, tokens, write_tensors};
 use nsa_core::{CompressKind, DType};
-use nsa_decode::{Error, WeightsError};
+use nsa_decode::{Error, Precision, WeightsError};
 use std::collections::BTreeMap;
 
 const WEIGHTS: &str = "model.safetensors";
@@ -149,6 +149,33 @@ fn shards_are_one_model() {
     assert!(message.contains("`model.norm.weight` = `../model.safetensors`"), "{message}");
     std::fs::write(&index, b"[]").unwrap();
     assert!(refusal(&checkpoint).contains("model.safetensors.index.json"));
+}
+
+/// What is copied, of files in a type and models that compute in one.
+#[test]
+fn weights_in_another_type_are_copied() {
+    let sizes = |stored, precision| {
+        let checkpoint = Checkpoint::with_dtype(small(CompressKind::Linear), 67, |_| stored);
+        let of = |names: &[&str]| -> u64 {
+            let named = |name: &String| names.iter().any(|part| name.contains(part));
+            let tensors = checkpoint.tensors.iter().filter(|(name, _)| named(name));
+            tensors.map(|(_, tensor)| (tensor.data.len() * tensor.dtype.size_bytes()) as u64).sum()
+        };
+        let info = checkpoint.open_in(precision).weights_info().clone();
+        assert_eq!(info.mapped_bytes + info.copied_bytes, of(&[""]));
+        (info.copied_bytes, of(&["norm", "self_attn.gate_proj"]), of(&["phi_", "pe_"]), of(&[""]))
+    };
+    let (copied, ..) = sizes(DType::F32, Precision::F32);
+    assert_eq!(copied, 0);
+    // In f32: norms and gates; φ in the type that is computed in; matrices as they are, unless they are wider than that.
+    let (copied, small, phi, _) = sizes(DType::Bf16, Precision::F32);
+    assert_eq!(copied, small + phi);
+    let (copied, small, _, _) = sizes(DType::Bf16, Precision::Bf16);
+    assert_eq!(copied, small);
+    let (copied, small, phi, _) = sizes(DType::F16, Precision::Bf16);
+    assert_eq!(copied, small + phi);
+    let (copied, small, _, all) = sizes(DType::F32, Precision::Bf16);
+    assert_eq!(copied, all - small);
 }
 
 /// A safetensors file whose data starts at an odd offset.

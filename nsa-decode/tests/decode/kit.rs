@@ -3,7 +3,7 @@
 use half::{bf16, f16};
 use nsa_core::model::{AttentionKind, Init, ModelConfig, ModelFields, NsaFields, ParamKind, manifest};
 use nsa_core::{CompressKind, DType};
-use nsa_decode::{Backend, Model};
+use nsa_decode::{Backend, Model, ModelOptions, Precision};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use safetensors::tensor::{Dtype, TensorView};
@@ -105,6 +105,10 @@ impl Checkpoint {
 
     pub fn open(&self) -> Model {
         self.try_open().unwrap()
+    }
+
+    pub fn open_in(&self, precision: Precision) -> Model {
+        Model::open_with(self.path(), Backend::pick(Some("cpu")).unwrap().0, ModelOptions { precision }).unwrap()
     }
 
     pub fn try_open(&self) -> nsa_decode::Result<Model> {

@@ -122,7 +122,11 @@ fn elementwise<T: Element, R: Element>(backend: &Backend, shape: [usize; 2]) -> 
     round::round(backend, round::Round { x, y }).unwrap();
     let names = ["sum", "swiglu", "sigmoid", "d gate", "d up"];
     let mut all: Vec<_> = names.into_iter().zip(&outputs).map(|(name, buffer)| written(name, c, buffer, 4.0)).collect();
+    let mut widened = kit.unwritten::<T::Acc>(count);
+    let (x, y) = (a.tensor([count]).unwrap(), widened.tensor_mut([count]).unwrap());
+    round::widen(backend, round::Widen { x, y }).unwrap();
     all.extend([written("d sigmoid", c, &dx, 12.0), written("round", c, &rounded, 2.0)]);
+    all.push(written("widen", c, &widened, 2.0));
     all
 }
 

@@ -47,11 +47,14 @@ fn check_round<T: Element<Acc = f32>>() {
         round::round(&backend(), round::Round { x: tensor(&x, [len]), y: tensor_mut(&mut y, [len]) }).unwrap();
         let want: Vec<T> = x.iter().map(|&x| T::from_acc(x)).collect();
         assert!(y == want, "{} {len}", T::DTYPE);
+        let mut wide = vec![f32::NAN; len];
+        round::widen(&backend(), round::Widen { x: tensor(&y, [len]), y: tensor_mut(&mut wide, [len]) }).unwrap();
+        assert!(wide == y.iter().map(|y| y.to_acc()).collect::<Vec<_>>(), "{} {len}", T::DTYPE);
     }
 }
 
 #[test]
-fn rounding_is_a_plain_loop() {
+fn copies_in_another_type_are_plain_loops() {
     check_round::<f32>();
     check_round::<bf16>();
     check_round::<f16>();

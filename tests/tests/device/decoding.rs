@@ -4,7 +4,7 @@ use crate::kit::{self, TEXT};
 use half::bf16;
 use nsa_core::CompressKind;
 use nsa_core::model::AttentionKind::{self, Dense, Nsa};
-use nsa_decode::{Batch, GenerateOptions, Model, Sampling, Session, SessionOptions};
+use nsa_decode::{Batch, GenerateOptions, Model, ModelOptions, Precision, Sampling, Session, SessionOptions};
 use nsa_kernels::Backend;
 use nsa_tests::sim::{on_an_a100, on_simulator};
 use nsa_train::TrainOptions;
@@ -69,7 +69,12 @@ fn generates_as_the_cpu(attention: AttentionKind, kind: CompressKind, qk_norm: b
     let folder = tempfile::tempdir().expect("a folder");
     let checkpoint = trained(folder.path(), attention, kind, qk_norm);
     change(&checkpoint);
-    let (cuda, cpu) = (open(&checkpoint, kit::cuda()), open(&checkpoint, kit::cpu()));
+    // What training and decoding on one backend may differ by, too.
+    same_text([kit::cuda(), kit::cpu()].map(|backend| open(&checkpoint, backend)), 2e-5);
+}
+
+/// Both models generate the same text, and their logits differ by less than `limit`.
+fn same_text([cuda, cpu]: [Model; 2], limit: f32) {
     let tokens = greedy(&cuda);
     assert_eq!(tokens, greedy(&cpu));
     // All logits of what came out: the prompt in chunks, the rest in steps.
@@ -81,8 +86,7 @@ fn generates_as_the_cpu(attention: AttentionKind, kind: CompressKind, qk_norm: b
         all
     };
     let worst = kit::difference(&logits(&cuda), &logits(&cpu));
-    // What training and decoding on one backend may differ by, too.
-    assert!(worst < 2e-5, "{worst}");
+    assert!(worst < limit, "{worst}");
 }
 
 #[test]
@@ -98,6 +102,25 @@ fn sparse_mlp() {
 #[test]
 fn sparse_in_bf16() {
     on_simulator("decoding::sparse_in_bf16", || generates_as_the_cpu(Nsa, CompressKind::Mean, false, to_bf16));
+}
+
+/// Activations and caches in bf16, of a checkpoint in f32: as the CPU's, and recorded steps as called ones.
+#[test]
+fn computing_in_bf16() {
+    on_simulator("decoding::computing_in_bf16", || {
+        for attention in [Nsa, Dense] {
+            let folder = tempfile::tempdir().expect("a folder");
+            let checkpoint = trained(folder.path(), attention, CompressKind::Weighted, true);
+            let options = ModelOptions { precision: Precision::Bf16 };
+            let open = |backend| Model::open_with(&checkpoint, backend, options).expect("a model");
+            let (cuda, cpu) = (open(kit::cuda()), open(kit::cpu()));
+            let tokens: Vec<u32> = TEXT.bytes().take(9).map(u32::from).collect();
+            let session = session(&cuda, TEXT);
+            assert_eq!(recorded(session.clone(), &tokens), called(session, &tokens));
+            assert_eq!(cuda.recorded_steps(), if attention == Nsa { 2 } else { 0 });
+            same_text([cuda, cpu], 2e-2);
+        }
+    });
 }
 
 #[test]
@@ -147,26 +170,27 @@ fn recorded_steps_are_the_steps() {
         let steps = |session| recorded(session, &tokens);
         assert_eq!(starts.clone().map(steps), one_by_one);
         assert_eq!(model.recorded_steps(), 2, "with a new block and without");
-        let together = || {
-            let mut sessions = starts.clone();
-            let steps = tokens.iter().map(|&token| {
-                let mut all = sessions.each_mut();
-                all.iter_mut().for_each(|session| session.push(&[token]).expect("room"));
-                nsa_decode::advance(&mut all).expect("a step");
-                all.map(|session| session.logits().expect("logits").to_vec())
-            });
-            steps.collect::<Vec<_>>()
+        let together = |count: usize| {
+            let mut sessions = starts[..count].to_vec();
+            let step = |&token: &u32| {
+                sessions.iter_mut().for_each(|session| session.push(&[token]).expect("room"));
+                nsa_decode::advance(&mut sessions.iter_mut().collect::<Vec<_>>()).expect("a step");
+                sessions.iter_mut().map(|session| session.logits().expect("logits").to_vec()).collect()
+            };
+            tokens.iter().map(step).collect::<Vec<Vec<Vec<f32>>>>()
         };
         // The first of each kind is called, all later ones are recorded.
-        let first = together();
-        for (all, at) in first.iter().zip(0..) {
-            for (logits, expected) in all.iter().zip(&one_by_one) {
-                let expected: Vec<f32> = expected[at].iter().copied().map(f32::from_bits).collect();
-                assert!(kit::difference(logits, &expected) < 2e-5, "as alone, but for the products' order of sums");
+        for count in [2, 3] {
+            let first = together(count);
+            for (at, all) in first.iter().enumerate() {
+                for (logits, expected) in all.iter().zip(&one_by_one) {
+                    let expected: Vec<f32> = expected[at].iter().copied().map(f32::from_bits).collect();
+                    assert!(kit::difference(logits, &expected) < 2e-5, "as alone, but for the products' order of sums");
+                }
             }
+            let all_bits = |steps: Vec<Vec<Vec<f32>>>| -> Vec<_> { steps.concat().iter().map(|x| bits(x)).collect() };
+            assert_eq!(all_bits(together(count)), all_bits(first));
         }
-        let all_bits = |steps: &[[Vec<f32>; 3]]| steps.concat().iter().map(|logits| bits(logits)).collect::<Vec<_>>();
-        assert_eq!(all_bits(&together()), all_bits(&first));
         assert_eq!(starts.clone().map(steps), one_by_one);
         std::thread::scope(|scope| {
             let threads = starts.map(|session| scope.spawn(|| steps(session)));

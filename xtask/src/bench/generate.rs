@@ -13,7 +13,7 @@ use half::{bf16, f16};
 use nsa_core::model::{AttentionKind, ModelConfig, TokenizerKind, manifest};
 use nsa_core::tokenizer::TOKENIZER_FILE;
 use nsa_decode::sample::Sampling;
-use nsa_decode::{Backend, Batch, GenerateOptions, Model};
+use nsa_decode::{Backend, Batch, GenerateOptions, Model, ModelOptions, Precision};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
@@ -40,6 +40,9 @@ pub struct Options {
     /// Type of the weights
     #[arg(long, value_enum, default_value_t = super::Dtype::Bf16)]
     dtype: super::Dtype,
+    /// Type of activations and caches
+    #[arg(long, default_value_t = Precision::F32)]
+    precision: Precision,
     /// Sequences that are decoded together
     #[arg(long, value_delimiter = ',', default_values_t = [1, 2, 4, 8, 16], allow_negative_numbers = true)]
     batch: Vec<usize>,
@@ -130,9 +133,9 @@ pub fn run(options: &Options) -> Result<()> {
     let load = super::load_note(&std::fs::read_to_string("/proc/loadavg").unwrap_or_default(), machine.threads);
     println!("{}{load}\nbackend {}: {why}", machine.line(), backend.name());
     let folder = tempfile::tempdir().context("cannot make a folder for the checkpoint")?;
-    let weight_bytes = write_checkpoint(&config, options.dtype, folder.path())?;
+    let weight_bytes = write_checkpoint(&config, options.dtype, options.precision, folder.path())?;
     let memory_gb_per_s = memory_speed(&backend)?;
-    let model = Model::open(folder.path(), backend)?;
+    let model = Model::open_with(folder.path(), backend, ModelOptions { precision: options.precision })?;
     // What is mapped outlives its names: an interrupted run leaves nothing behind.
     #[cfg(unix)]
     drop(folder);
@@ -140,8 +143,8 @@ pub fn run(options: &Options) -> Result<()> {
     report(options, &rows, memory_gb_per_s, &out)
 }
 
-/// Writes random weights; returns the bytes that a step reads.
-fn write_checkpoint(config: &ModelConfig, dtype: super::Dtype, folder: &Path) -> Result<u64> {
+/// Writes random weights; returns the bytes that a step reads of them in that precision.
+fn write_checkpoint(config: &ModelConfig, dtype: super::Dtype, precision: Precision, folder: &Path) -> Result<u64> {
     let mut rng = ChaCha8Rng::seed_from_u64(1);
     let mut value = || rng.random_range(-WEIGHT..WEIGHT);
     let (mut tensors, mut read) = (Vec::new(), 0);
@@ -158,7 +161,7 @@ fn write_checkpoint(config: &ModelConfig, dtype: super::Dtype, folder: &Path) ->
         };
         // Of an embedding that is no head, a step reads a row.
         if config.tie_word_embeddings() || !spec.name.contains("embed_tokens") {
-            read += bytes.len() as u64;
+            read += bytes.len().min(count * precision.dtype().size_bytes()) as u64;
         }
         tensors.push((spec.name.clone(), storage, spec.shape.clone(), bytes));
     }
@@ -254,17 +257,19 @@ fn report(options: &Options, rows: &[Row], memory_gb_per_s: f64, out: &Path) -> 
         table.add_row([row.batch.to_string()].into_iter().chain(columns::time_cells(Some(row.times))).chain(rates));
     }
     println!(
-        "{} in {}, after {} tokens; memory moves {memory_gb_per_s:.1} GB/s",
+        "{} in {}, computing in {}, after {} tokens; memory moves {memory_gb_per_s:.1} GB/s",
         options.model,
         options.dtype.name(),
+        options.precision,
         options.context
     );
     println!("{table}");
-    let names = ["model", "dtype", "context", "sequences"];
+    let names = ["model", "dtype", "precision", "context", "sequences"];
     let rates = ["tokens_per_s", "gb_per_s", "memory_gb_per_s"];
     let fields = |row: &Row| {
-        let (context, batch) = (options.context.to_string(), row.batch.to_string());
-        let names = [&options.model, options.dtype.name(), &context, &batch].map(str::to_owned);
+        let (precision, context) = (options.precision.to_string(), options.context.to_string());
+        let batch = row.batch.to_string();
+        let names = [&options.model, options.dtype.name(), &precision, &context, &batch].map(str::to_owned);
         let rates = [row.tokens_per_s(), row.gb_per_s(), memory_gb_per_s].map(|rate| field(Some(rate)));
         [&names[..], &columns::time_fields(Some(row.times)), &rates].concat()
     };
@@ -298,14 +303,18 @@ mod tests {
 
     #[test]
     fn models_with_random_weights_are_measured() {
-        for arguments in ["--model tiny-1m", "--model tiny-1m --attention dense --dtype f16"] {
-            let options = parse(&format!("{arguments} --batch 1,3 --context 5 --tokens 2 --samples 1")).expect("legal");
+        for arguments in ["", "--attention dense --dtype f16", "--dtype f32 --precision bf16"] {
+            let options = parse(&format!("--model tiny-1m {arguments} --batch 1,3 --context 5 --tokens 2 --samples 1"))
+                .expect("legal");
             let (config, folder) = (options.config().expect("valid"), tempfile::tempdir().expect("a folder"));
-            let bytes = write_checkpoint(&config, options.dtype, folder.path()).expect("written");
+            let bytes = write_checkpoint(&config, options.dtype, options.precision, folder.path());
+            let bytes = bytes.expect("written");
             let embedding = (config.vocab_size() * config.hidden_size()) as u64;
             let count: u64 = manifest(&config).iter().map(|spec| spec.numel() as u64).sum();
             assert_eq!(bytes, 2 * (count - embedding), "{arguments}");
-            let model = Model::open(folder.path(), Backend::pick(None).expect("a backend").0).expect("a model");
+            let backend = Backend::pick(None).expect("a backend").0;
+            let precision = ModelOptions { precision: options.precision };
+            let model = Model::open_with(folder.path(), backend, precision).expect("a model");
             let rows = measure(&options, &model, bytes).expect("tokens");
             assert!(rows.iter().all(|row| row.tokens_per_s() > 0.0) && rows.len() == 2);
         }

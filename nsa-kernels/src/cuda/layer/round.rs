@@ -1,11 +1,11 @@
-//! Rounded copies.
+//! Copies in another type.
 
 use super::launch_elementwise;
 use crate::Result;
 use crate::cuda::Cuda;
 use crate::cuda::launch::Call;
 use crate::cuda::params::{In, Out, Stored, Weight, params};
-use crate::layer::round::Round as Args;
+use crate::layer::round::{Round as Args, Widen};
 use nsa_core::{DType, Element};
 
 params! {
@@ -26,6 +26,14 @@ pub(crate) fn round<T: Element>(cuda: &Cuda, op: &'static str, args: Args<'_, T>
     let [count] = x.shape();
     let (x, y) = (call.input("x", &x)?, call.output("y", &mut y)?);
     convert(call, [T::Acc::DTYPE, T::DTYPE], x, y, count)
+}
+
+pub(crate) fn widen<T: Element>(cuda: &Cuda, op: &'static str, args: Widen<'_, T>) -> Result<()> {
+    let call = Call::new::<T::Acc>(cuda, op)?.with_type::<T, Weight>()?;
+    let Widen { x, mut y } = args;
+    let [count] = x.shape();
+    let (x, y) = (call.input("x", &x)?, call.output("y", &mut y)?);
+    convert(call, [T::DTYPE, T::Acc::DTYPE], x, y, count)
 }
 
 /// Changes the type of `count` elements: from the `Weight` of the call to its `Element`.
