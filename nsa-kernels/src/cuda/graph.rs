@@ -38,6 +38,7 @@ impl fmt::Debug for Graph {
 #[derive(Debug)]
 pub(super) struct Recording {
     stream: Arc<CudaStream>,
+    /// cuBLAS on that stream. It makes memory when it is opened, so that this is done before anything is recorded.
     blas: OnceLock<Result<Arc<CudaBlas>>>,
 }
 
@@ -48,8 +49,14 @@ impl Recording {
     }
 
     /// cuBLAS on the stream that records.
-    pub(super) fn blas(&self, cuda: &Cuda) -> Result<Arc<CudaBlas>> {
-        self.blas.get_or_init(|| blas::open(cuda, &self.stream)).clone()
+    ///
+    /// # Errors
+    /// If it could not be opened, or no work before needed it.
+    pub(super) fn blas(&self) -> Result<Arc<CudaBlas>> {
+        self.blas.get().cloned().unwrap_or_else(|| {
+            let message = "cuBLAS is not open: do the same work once before it is recorded".to_owned();
+            Err(Error::Device { op: OP.to_owned(), message })
+        })
     }
 }
 
@@ -131,6 +138,9 @@ impl Cuda {
             Some(recording) => recording.clone(),
             None => there.insert(Arc::new(Recording::new(self)?)).clone(),
         };
+        if self.inner.blas.get().is_some() {
+            recording.blas.get_or_init(|| blas::open(self, &recording.stream));
+        }
         let begun = Begun::new(self, &recording)?;
         work()?;
         Ok(Graph { graph: begun.end()?, stream: self.stream().clone() })

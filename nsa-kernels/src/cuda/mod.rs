@@ -204,7 +204,7 @@ impl Cuda {
     /// cuBLAS on the stream that this thread's work goes to.
     pub(crate) fn blas(&self) -> Result<Arc<CudaBlas>> {
         match graph::recording(self.stream()) {
-            Some(recording) => recording.blas(self),
+            Some(recording) => recording.blas(),
             None => self.inner.blas.get_or_init(|| blas::open(self, self.stream())).clone(),
         }
     }

@@ -66,6 +66,15 @@ fn tables_say_what_is_copied() {
             }
         }
         let (mut long, mut short) = (backend.alloc::<f32>(8), backend.alloc::<f32>(8));
+        let graph = cuda.record(|| {
+            long.copy_from(2, &source, 100..103)?;
+            short.tensor_mut([5])?.fill(0.0)
+        });
+        long.write(&[3.0; 8]).expect("there");
+        short.write(&[4.0; 8]).expect("there");
+        graph.expect("recorded").launch().expect("the graph");
+        let expected = [&[3.0; 2], &all[100..103], &[3.0; 3]].concat();
+        assert_eq!((read(&long), read(&short)), (expected, vec![0.0, 0.0, 0.0, 0.0, 0.0, 4.0, 4.0, 4.0]));
         let message = |result: Result<()>| result.expect_err("wrong").to_string();
         let wrong = Piece { source: source.tensor([4]).unwrap(), target: long.tensor_mut([5]).unwrap() };
         assert!(message(table.set(0, vec![wrong])).contains("copy::Table: `target`"));
@@ -105,6 +114,13 @@ impl Work {
             y: backend.alloc(ROWS * OUTPUTS),
             z: backend.alloc(ROWS * OUTPUTS),
         }
+    }
+
+    /// Of f32 alone, which takes nothing but cuBLAS.
+    fn multiply(&mut self) -> Result<()> {
+        let (x, weight) = (self.x.tensor([ROWS, WIDTH])?, self.x.tensor([OUTPUTS, WIDTH])?);
+        let y = self.y.tensor_mut([ROWS, OUTPUTS])?;
+        linear::forward(&self.backend, linear::Forward { x, weight, bias: None, y, accumulate: false })
     }
 
     fn run(&mut self, rows: usize) -> Result<()> {
@@ -224,6 +240,11 @@ fn what_cannot_be_recorded_is_an_error() {
         let expected = work.of(1, |work| work.run(ROWS));
         let message = |result: Result<()>| result.expect_err("refused").to_string();
         let record = |work: &mut dyn FnMut() -> Result<()>| message(cuda.record(work).map(drop));
+        // Before anything else: on a device that has not multiplied yet.
+        let (_, other) = device();
+        let mut others = Work::new(&Backend::Cuda(other.clone()));
+        let early = message(other.record(|| others.multiply()).map(drop));
+        assert!(early.contains("cuBLAS is not open"), "{early}");
         let alone = record(&mut || work.run(ROWS));
         assert!(alone.contains("Cuda::record") && alone.contains("make memory before"), "{alone}");
         assert!(record(&mut || buffer.write(&[1.0])).contains("from the host cannot be recorded"));

@@ -1,6 +1,7 @@
 //! cudarc, unmodified, on the simulator: contexts, copies, modules, launches, events, errors.
 
-use cudarc::cublas::{CudaBlas, Gemm, GemmConfig, StridedBatchedConfig, sys::cublasOperation_t};
+use cudarc::cublas::sys::{cublasOperation_t, cublasStatus_t};
+use cudarc::cublas::{CudaBlas, Gemm, GemmConfig, StridedBatchedConfig};
 use cudarc::driver::{CudaContext, CudaFunction, CudaGraph, CudaSlice, CudaStream, DriverError, LaunchConfig};
 use cudarc::driver::{PushKernelArg, result, sys};
 use std::process::Command;
@@ -287,6 +288,10 @@ fn captures_forbid_what_a_graph_cannot_hold() {
             it.stream.wait(&other.record_event(None)?)
         };
         assert_eq!(Capturing::spoiled(merged), (CUresult::CUDA_ERROR_STREAM_CAPTURE_MERGE, over));
+        let mut it = Capturing::begin(Mode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL);
+        let opened = CudaBlas::new(it.stream.clone()).map(|_| ());
+        assert_eq!(opened.unwrap_err().0, cublasStatus_t::CUBLAS_STATUS_ALLOC_FAILED);
+        assert_eq!(it.end().map(|_| ()).unwrap_err(), over);
         let again = |it: &mut Capturing| it.stream.begin_capture(Mode::CU_STREAM_CAPTURE_MODE_GLOBAL);
         let mut it = Capturing::begin(Mode::CU_STREAM_CAPTURE_MODE_GLOBAL);
         assert_eq!(again(&mut it).unwrap_err().0, CUresult::CUDA_ERROR_ILLEGAL_STATE);

@@ -17,6 +17,8 @@ const UNSUPPORTED: CuError = CuError(15);
 const FAILED: CuError = CuError(13);
 /// `CUBLAS_STATUS_NOT_INITIALIZED`
 const NO_CONTEXT: CuError = CuError(1);
+/// `CUBLAS_STATUS_ALLOC_FAILED`
+const NO_MEMORY: CuError = CuError(3);
 
 /// The stream of a context.
 fn stream_of(handle: usize) -> Result<usize, CuError> {
@@ -87,9 +89,11 @@ fn gemm(
 const COMPUTE: [c_int; 2] = [68, 70];
 
 exports! {
-    /// A context of cuBLAS.
+    /// A context of cuBLAS. The real one makes memory for it, which a capture of this thread forbids.
     fn cublasCreate_v2(handle: *mut usize) {
-        put(handle, state().map_err(|_| NO_CONTEXT)?.new_products()).map_err(|_| INVALID)
+        let mut state = state().map_err(|_| NO_CONTEXT)?;
+        state.unsafe_call().map_err(|_| NO_MEMORY)?;
+        put(handle, state.new_products()).map_err(|_| INVALID)
     }
 
     /// Ends a context.
