@@ -1,13 +1,14 @@
 //! The attention half of a layer: projections, caches, operator.
 
-use super::Activation;
+use super::blocks;
 use super::forward::{Pass, Run};
-use super::layers::{Compress, Layer, NsaWeights, norm, project_all};
+use super::layers::{Layer, NsaWeights, norm, project_all};
+use super::net::Activation;
 use super::workspace::{Workspace, fit};
 use crate::Result;
 use crate::cache::{DenseCache, LayerCache, NsaCache, Paged, Ring};
 use crate::weights::{F32Weight, Weight};
-use nsa_core::{CuSeqlens, NsaConfig, Packing, index};
+use nsa_core::CuSeqlens;
 use nsa_kernels::layer::copy::{self, Piece};
 use nsa_kernels::layer::{rope, sigmoid};
 use nsa_kernels::op;
@@ -57,48 +58,6 @@ impl<'r, T: Activation> Caches<'_, 'r, T> {
     }
 }
 
-/// The compression blocks that the new tokens of a pass complete.
-#[derive(Debug)]
-pub(super) struct NewBlocks {
-    /// What they are of, in order.
-    owners: Vec<Owner>,
-    /// Raw tokens of each owner.
-    tails: Packing,
-    /// Positions of the blocks' first tokens.
-    positions: Vec<i32>,
-}
-
-/// A sequence that has new blocks.
-#[derive(Debug)]
-struct Owner {
-    sequence: usize,
-    /// First token of the first new block: all from there on are raw tokens of new blocks.
-    start: usize,
-    /// Its rows among all new blocks.
-    rows: Range<usize>,
-}
-
-impl NewBlocks {
-    pub(super) fn of(config: &NsaConfig, packing: &Packing) -> Result<Self> {
-        let (mut owners, mut lengths, mut positions) = (Vec::new(), Vec::new(), Vec::<i32>::new());
-        for (sequence, seq) in packing.seqs().enumerate() {
-            let (before, after) = (index::num_blocks(config, seq.context), index::num_blocks(config, seq.end()));
-            if before < after {
-                let start = before * config.compress_stride();
-                owners.push(Owner { sequence, start, rows: positions.len()..positions.len() + after - before });
-                lengths.push(seq.end() - start);
-                positions.extend((before..after).map(|i| (i * config.compress_stride()) as i32));
-            }
-        }
-        Ok(Self { owners, tails: Packing::new(CuSeqlens::from_lengths(lengths)?), positions })
-    }
-
-    /// Sequences that have new blocks.
-    pub(super) fn owners(&self) -> usize {
-        self.owners.len()
-    }
-}
-
 /// Makes room for the pass but for what the window reaches back to, and writes the new blocks' positions.
 pub(super) fn prepare<T: Activation>(pass: &Pass<'_, T>, ws: &mut Workspace<T>) -> Result<()> {
     let (config, backend, n) = (&pass.model.attention, &pass.model.backend, pass.rows());
@@ -127,19 +86,11 @@ pub(super) fn prepare<T: Activation>(pass: &Pass<'_, T>, ws: &mut Workspace<T>) 
         fit(backend, &mut ws.gates, n * 3 * heads);
         fit(backend, &mut ws.indices, n * kv_heads * config.select_count());
     }
-    let Some(new) = &pass.new_blocks else { return Ok(()) };
-    let (rows, blocks) = (new.tails.num_tokens(), new.positions.len());
-    fit(backend, &mut ws.tail_k, rows * kv_heads * dim_k);
-    fit(backend, &mut ws.tail_v, rows * kv_heads * dim_v);
-    fit(backend, &mut ws.raw_blocks, blocks * kv_heads * dim_k);
-    fit(backend, &mut ws.k_blocks, blocks * kv_heads * dim_k);
-    fit(backend, &mut ws.v_blocks, blocks * kv_heads * dim_v);
-    fit(backend, &mut ws.block_positions, blocks);
-    Ok(ws.block_positions.write(&new.positions)?)
+    pass.new_blocks.as_ref().map_or(Ok(()), |new| blocks::prepare(pass, new, ws))
 }
 
 /// Rotates `[rows, heads, Dk]` in place, each of its number of heads.
-fn rotate<T: Activation, const N: usize>(
+pub(super) fn rotate<T: Activation, const N: usize>(
     pass: &Pass<'_, T>,
     positions: &Buffer<i32>,
     rows: usize,
@@ -222,9 +173,9 @@ pub(super) fn nsa<T: Activation>(
 ) -> Result<Vec<usize>> {
     project_branches(pass, ws, layer_weights, weights)?;
     if let Some(new) = &pass.new_blocks {
-        caches.copy(pass, (Copies::Tails, layer), |runs| tails(pass, new, ws, runs, layer))?;
-        compress_tails(pass, new, ws, weights)?;
-        caches.copy(pass, (Copies::Blocks, layer), |runs| block_rows(pass, new, ws, runs, layer))?;
+        caches.copy(pass, (Copies::Tails, layer), |runs| blocks::tails(pass, new, ws, runs, layer))?;
+        blocks::compress(pass, new, ws, weights)?;
+        caches.copy(pass, (Copies::Blocks, layer), |runs| blocks::new_rows(pass, new, ws, runs, layer))?;
     }
     let reach = match caches {
         Caches::Here(runs) if !pass.is_step => Some(gather_reach(pass, ws, runs, layer)?),
@@ -247,8 +198,8 @@ pub(super) fn place<T: Activation>(
     table: &mut copy::Table,
 ) -> Result<op::decode::Placed> {
     if let Some(new) = &pass.new_blocks {
-        table.set(Copies::Tails.slot(layer), tails(pass, new, ws, runs, layer)?)?;
-        table.set(Copies::Blocks.slot(layer), block_rows(pass, new, ws, runs, layer)?)?;
+        table.set(Copies::Tails.slot(layer), blocks::tails(pass, new, ws, runs, layer)?)?;
+        table.set(Copies::Blocks.slot(layer), blocks::new_rows(pass, new, ws, runs, layer)?)?;
     }
     table.set(Copies::Rows.slot(layer), new_rows(pass, ws, runs, layer)?)?;
     let caches = step_caches(pass, runs, layer)?;
@@ -314,95 +265,15 @@ fn project_branches<T: Activation>(
     Ok(sigmoid::forward(&pass.model.backend, args)?)
 }
 
-/// Gathers the raw tokens of new blocks: those of the ring, from the first incomplete block's start on, and the new ones.
-fn tails<'a, T: Activation>(
-    pass: &Pass<'_, T>,
-    new: &NewBlocks,
-    ws: &'a mut Workspace<T>,
-    runs: &'a mut [Run<'_, T>],
-    layer: usize,
-) -> Result<Vec<Piece<'a, T>>> {
-    let Workspace { k_cmp, v_cmp, tail_k, tail_v, .. } = ws;
-    let mut to = [whole(tail_k)?, whole(tail_v)?];
-    let (mut copies, mut owners) = (Vec::new(), new.owners.iter().peekable());
-    for (s, run) in runs.iter_mut().enumerate() {
-        let Some(Owner { start, .. }) = owners.next_if(|owner| owner.sequence == s) else { continue };
-        let (cache, seq) = (&*nsa_cache(run, layer), pass.packing.seq(s));
-        let parts = [(&cache.k_cmp, &*k_cmp), (&cache.v_cmp, &*v_cmp)];
-        to = gather(pass, parts, (*start..seq.context, seq.rows), to, &mut copies)?;
-    }
-    Ok(copies)
-}
-
-/// Appends the new blocks to their pages.
-fn block_rows<'a, T: Activation>(
-    pass: &Pass<'_, T>,
-    new: &NewBlocks,
-    ws: &'a Workspace<T>,
-    runs: &'a mut [Run<'_, T>],
-    layer: usize,
-) -> Result<Vec<Piece<'a, T>>> {
-    let backend = &pass.model.backend;
-    let (mut copies, mut owners) = (Vec::new(), new.owners.iter().peekable());
-    for (s, run) in runs.iter_mut().enumerate() {
-        let Some(Owner { rows, .. }) = owners.next_if(|owner| owner.sequence == s) else { continue };
-        let NsaCache { k_blocks, v_blocks, .. } = nsa_cache(run, layer);
-        k_blocks.push(backend, &ws.k_blocks, rows.clone(), &mut copies)?;
-        v_blocks.push(backend, &ws.v_blocks, rows.clone(), &mut copies)?;
-    }
-    Ok(copies)
-}
-
-/// φ, norm and rotation of the new blocks.
-fn compress_tails<T: Activation>(
-    pass: &Pass<'_, T>,
-    new: &NewBlocks,
-    ws: &mut Workspace<T>,
-    weights: &NsaWeights<T>,
-) -> Result<()> {
-    let config = &pass.model.attention;
-    let (kv_heads, blocks) = (config.num_kv_heads(), new.positions.len());
-    let normed = weights.k_norm.as_ref().map(|norms| &norms[0]);
-    let k_target = if normed.is_some() { &mut ws.raw_blocks } else { &mut ws.k_blocks };
-    compress(pass, &new.tails, &weights.compress_k, &ws.tail_k, k_target, config.head_dim_qk())?;
-    compress(pass, &new.tails, &weights.compress_v, &ws.tail_v, &mut ws.v_blocks, config.head_dim_v())?;
-    if let Some(weight) = normed {
-        norm(&pass.model.backend, &ws.raw_blocks, weight, pass.eps(), blocks * kv_heads, &mut ws.k_blocks)?;
-    }
-    rotate(pass, &ws.block_positions, blocks, [(&mut ws.k_blocks, kv_heads)])
-}
-
-/// φ of the sequences of `packing`.
-fn compress<T: Activation>(
-    pass: &Pass<'_, T>,
-    packing: &Packing,
-    weights: &Compress<T>,
-    x: &Buffer<T>,
-    blocks: &mut Buffer<T>,
-    dim: usize,
-) -> Result<()> {
-    let config = &pass.model.attention;
-    let (kv_heads, count) = (config.num_kv_heads(), packing.cu_blocks(config)?.total());
-    let args = op::compress::Forward {
-        config,
-        packing,
-        x: x.tensor([packing.num_tokens(), kv_heads, dim])?,
-        position: weights.position()?,
-        phi: weights.phi()?,
-        blocks: blocks.tensor_mut([count, kv_heads, dim])?,
-    };
-    Ok(op::compress::forward(&pass.model.backend, args)?)
-}
-
 /// All of a buffer.
-fn whole<T: Activation>(buffer: &mut Buffer<T>) -> Result<TensorMut<'_, T, 1>> {
+pub(super) fn whole<T: Activation>(buffer: &mut Buffer<T>) -> Result<TensorMut<'_, T, 1>> {
     let len = buffer.len();
     Ok(buffer.tensor_mut([len])?)
 }
 
 /// Copies positions of rings of keys and of values, then new rows, to the first rows of `to`, once `copies` are made. Returns the rest
 /// of `to`.
-fn gather<'a, T: Activation>(
+pub(super) fn gather<'a, T: Activation>(
     pass: &Pass<'_, T>,
     parts: [(&'a Ring<T>, &'a Buffer<T>); 2],
     (positions, rows): (Range<usize>, Range<usize>),
@@ -543,7 +414,7 @@ fn step_shapes<T: Activation>(pass: &Pass<'_, T>) -> [[usize; 3]; 4] {
     ]
 }
 
-fn nsa_cache<'a, T: Activation>(run: &'a mut Run<'_, T>, layer: usize) -> &'a mut NsaCache<T> {
+pub(super) fn nsa_cache<'a, T: Activation>(run: &'a mut Run<'_, T>, layer: usize) -> &'a mut NsaCache<T> {
     match &mut run.cache.layers[layer] {
         LayerCache::Nsa(cache) => cache,
         LayerCache::Dense(_) => unreachable!("caches are made for the model's kind of attention"),

@@ -1,9 +1,11 @@
 //! The forward pass: new tokens of several sequences, each after what its caches hold.
 
-use super::attention::{self, Caches, NewBlocks};
+use super::Inner;
+use super::attention::{self, Caches};
+use super::blocks::NewBlocks;
 use super::layers::{AttentionWeights, Layer, embed, norm, project, project_all};
+use super::net::{Activation, AnyNet, Idle, Net};
 use super::workspace::{Workspace, fit};
-use super::{Activation, AnyNet, Idle, Inner, Net};
 use crate::Result;
 use crate::cache::{AnyCache, Cache};
 use nsa_core::{CuSeqlens, DType, Packing};

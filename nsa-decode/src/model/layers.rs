@@ -1,6 +1,6 @@
 //! The weights of a model, taken from the checkpoint and grouped as the forward pass uses them.
 
-use super::Activation;
+use super::net::Activation;
 use crate::Result;
 use crate::weights::{F32Weight, Numbers, Values, Weight, Weights};
 use bytemuck::Pod;

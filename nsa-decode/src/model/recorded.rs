@@ -1,9 +1,10 @@
 //! Decoding steps of sparse attention on a device, which is given a whole step at once: all that differs from one step to the
 //! next (tokens, where new rows go, where caches are) is written to its memory before.
 
-use super::Activation;
-use super::attention::{self, Caches, NewBlocks};
+use super::attention::{self, Caches};
+use super::blocks::NewBlocks;
 use super::forward::{Pass, Run};
+use super::net::Activation;
 use super::workspace::Workspace;
 use crate::Result;
 use nsa_kernels::Backend;

@@ -1,6 +1,6 @@
 //! Memory of one forward pass, kept from pass to pass.
 
-use super::Activation;
+use super::net::Activation;
 use bytemuck::Pod;
 use nsa_kernels::op::decode;
 use nsa_kernels::{Backend, Buffer};
