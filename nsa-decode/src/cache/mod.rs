@@ -11,11 +11,18 @@ use nsa_core::{NsaConfig, Precision, index};
 use nsa_kernels::{Backend, Element};
 pub(crate) use paged::Paged;
 pub(crate) use ring::Ring;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Tokens of a page, about: pages hold a multiple of l' rows.
 const PAGE_TOKENS: usize = 256;
 /// Compression blocks of a page, about.
 const PAGE_BLOCKS: usize = 64;
+
+/// A number that nothing has had before: of where rows lie, so that equal numbers are equal places.
+fn new_version() -> u64 {
+    static LAST: AtomicU64 = AtomicU64::new(0);
+    LAST.fetch_add(1, Ordering::Relaxed) + 1
+}
 
 /// The caches of one sequence, in the type that its model computes in.
 #[derive(Clone, Debug)]
@@ -115,6 +122,12 @@ impl<T: Element> NsaCache<T> {
             k_win: Ring::new(config.window(), undo, keys),
             v_win: Ring::new(config.window(), undo, values),
         }
+    }
+
+    /// Versions of where everything lies that a decoding step reads.
+    pub(crate) fn versions(&self) -> [u64; 6] {
+        let [k, v, k_blocks, v_blocks] = [&self.k_slc, &self.v_slc, &self.k_blocks, &self.v_blocks].map(Paged::version);
+        [k, v, k_blocks, v_blocks, self.k_win.version(), self.v_win.version()]
     }
 
     fn rings(&mut self) -> [&mut Ring<T>; 4] {

@@ -1,5 +1,6 @@
 //! Rows in pages that forks share.
 
+use super::new_version;
 use crate::Result;
 use bytemuck::Pod;
 use nsa_kernels::layer::copy::Piece;
@@ -15,15 +16,22 @@ pub(crate) struct Paged<T: Pod> {
     page_rows: usize,
     row_shape: [usize; 2],
     len: usize,
+    /// Another one whenever there are other pages.
+    version: u64,
 }
 
 impl<T: Element> Paged<T> {
     pub(crate) fn new(page_rows: usize, row_shape: [usize; 2]) -> Self {
-        Self { pages: Vec::new(), page_rows, row_shape, len: 0 }
+        Self { pages: Vec::new(), page_rows, row_shape, len: 0, version: 0 }
     }
 
     fn row_len(&self) -> usize {
         self.row_shape[0] * self.row_shape[1]
+    }
+
+    /// Equal numbers are equal pages.
+    pub(crate) fn version(&self) -> u64 {
+        self.version
     }
 
     /// Bytes of the pages, those shared with forks included.
@@ -63,7 +71,11 @@ impl<T: Element> Paged<T> {
     pub(crate) fn truncate(&mut self, len: usize) {
         debug_assert!(len <= self.len);
         self.len = len;
-        self.pages.truncate(len.div_ceil(self.page_rows));
+        let count = len.div_ceil(self.page_rows);
+        if count < self.pages.len() {
+            self.pages.truncate(count);
+            self.version = new_version();
+        }
     }
 
     /// The page table, as operations take it.
@@ -82,10 +94,12 @@ impl<T: Element> Paged<T> {
             let mut copy = backend.alloc(size);
             copy.copy_from(0, page, 0..used * row_len)?;
             *page = Arc::new(copy);
+            self.version = new_version();
         }
         let count = (self.len + rows).div_ceil(self.page_rows);
         while self.pages.len() < count {
             self.pages.push(Arc::new(backend.alloc(size)));
+            self.version = new_version();
         }
         Ok(())
     }

@@ -1,5 +1,6 @@
 //! The last rows of a stream, and what of their past can be brought back.
 
+use super::new_version;
 use crate::Result;
 use bytemuck::Pod;
 use nsa_core::index::ring_row;
@@ -26,6 +27,8 @@ struct Lane<T: Pod> {
     data: Option<Arc<Buffer<T>>>,
     rows: usize,
     row_shape: [usize; 2],
+    /// Another one whenever it is other memory.
+    version: u64,
 }
 
 impl<T: Element> Lane<T> {
@@ -36,11 +39,15 @@ impl<T: Element> Lane<T> {
     /// The memory, no longer shared with anyone.
     fn writable(&mut self, backend: &Backend) -> Result<&mut Buffer<T>> {
         let size = self.rows * self.row_len();
+        if self.data.is_none() {
+            self.version = new_version();
+        }
         let data = self.data.get_or_insert_with(|| Arc::new(backend.alloc(size)));
         if Arc::get_mut(data).is_none() {
             let mut copy = backend.alloc(size);
             copy.copy_from(0, data, 0..size)?;
             *data = Arc::new(copy);
+            self.version = new_version();
         }
         Ok(Arc::get_mut(data).expect("memory just copied has one owner"))
     }
@@ -116,12 +123,17 @@ fn runs(rows: usize, positions: Range<usize>) -> impl Iterator<Item = (usize, us
 
 impl<T: Element> Ring<T> {
     pub(crate) fn new(rows: usize, undo: usize, row_shape: [usize; 2]) -> Self {
-        let lane = |rows| Lane { data: None, rows, row_shape };
+        let lane = |rows| Lane { data: None, rows, row_shape, version: 0 };
         Self { live: lane(rows), undo: lane(undo), len: 0, low: 0 }
     }
 
     pub(crate) fn bytes(&self) -> u64 {
         self.live.bytes() + self.undo.bytes()
+    }
+
+    /// Equal numbers are equal memory.
+    pub(crate) fn version(&self) -> u64 {
+        self.live.version
     }
 
     /// The ring `[rows, G, D]`, as a decoding step takes it. Something must have been pushed.

@@ -12,7 +12,7 @@ use nsa_core::CuSeqlens;
 use nsa_kernels::layer::copy::{self, Piece};
 use nsa_kernels::layer::{rope, sigmoid};
 use nsa_kernels::op;
-use nsa_kernels::{Buffer, Pages, Rows, TensorMut};
+use nsa_kernels::{Backend, Buffer, Pages, Rows, TensorMut};
 use std::ops::Range;
 
 /// Where the caches of a pass are.
@@ -20,7 +20,39 @@ pub(super) enum Caches<'a, 'r, T: Activation> {
     /// Here: each operation is told of them when it is called.
     Here(&'a mut [Run<'r, T>]),
     /// Where the device was told before the pass, see [`place`].
-    Placed(&'a copy::Table),
+    Placed(&'a mut Places<T>),
+}
+
+/// What a device was told of where new rows go and caches are.
+#[derive(Debug)]
+pub(super) struct Places<T> {
+    /// Copies of all layers.
+    pub(super) table: copy::Table,
+    /// Caches of all layers.
+    pub(super) decode: op::decode::Workspace<T>,
+    /// Versions of the caches of each layer.
+    versions: Vec<Vec<u64>>,
+}
+
+impl<T: Activation> Places<T> {
+    /// For steps of up to so many sequences.
+    pub(super) fn new(backend: &Backend, layers: usize, sequences: usize) -> Result<Self> {
+        // A sequence has a row for two page tables and four rings; the raw keys and values of a block are in two parts of a ring
+        // and a new row each.
+        let table = copy::Table::new(backend, 3 * layers, 6 * sequences)?;
+        Ok(Self { table, decode: op::decode::Workspace::new(layers), versions: vec![Vec::new(); layers] })
+    }
+
+    /// Sequences of a step, at most.
+    pub(super) fn sequences(&self) -> usize {
+        self.table.shape()[1] / 6
+    }
+
+    /// Tells the device.
+    pub(super) fn send(&mut self) -> Result<()> {
+        self.table.send()?;
+        Ok(self.decode.send()?)
+    }
 }
 
 /// Copies of a layer: to the raw tokens of new blocks, of these blocks to their pages, of new rows to theirs.
@@ -29,12 +61,6 @@ enum Copies {
     Tails,
     Blocks,
     Rows,
-}
-
-/// Slots of a table for the copies of so many layers, and copies that one needs for a step of so many sequences. A sequence has a row
-/// for two page tables and four rings; the raw keys and values of a block are in two parts of a ring and a new row each.
-pub(super) fn table_shape(layers: usize, sequences: usize) -> [usize; 2] {
-    [3 * layers, 6 * sequences]
 }
 
 impl Copies {
@@ -53,7 +79,7 @@ impl<'r, T: Activation> Caches<'_, 'r, T> {
     ) -> Result<()> {
         match self {
             Self::Here(runs) => Ok(copy::all(&pass.model.backend, collect(runs)?)?),
-            Self::Placed(table) => Ok(table.run(copies.slot(layer))?),
+            Self::Placed(places) => Ok(places.table.run(copies.slot(layer))?),
         }
     }
 }
@@ -185,25 +211,38 @@ pub(super) fn nsa<T: Activation>(
     match (caches, reach) {
         (Caches::Here(runs), Some(reach)) => chunk(pass, ws, runs, layer, &reach).map(|()| Vec::new()),
         (Caches::Here(runs), None) => step(pass, ws, runs, layer),
-        (Caches::Placed(_), _) => launch(pass, ws, layer).map(|()| Vec::new()),
+        (Caches::Placed(places), _) => launch(pass, ws, &mut places.decode, layer).map(|()| Vec::new()),
     }
 }
 
-/// Tells where the new rows of a decoding step go in one layer, and where its caches then are.
+/// Notes where the new rows of a decoding step go in one layer, and where its caches then are.
 pub(super) fn place<T: Activation>(
     pass: &Pass<'_, T>,
     ws: &mut Workspace<T>,
     runs: &mut [Run<'_, T>],
     layer: usize,
-    table: &mut copy::Table,
+    places: &mut Places<T>,
 ) -> Result<op::decode::Placed> {
+    let Places { table, decode, versions } = places;
     if let Some(new) = &pass.new_blocks {
         table.set(Copies::Tails.slot(layer), blocks::tails(pass, new, ws, runs, layer)?)?;
         table.set(Copies::Blocks.slot(layer), blocks::new_rows(pass, new, ws, runs, layer)?)?;
     }
     table.set(Copies::Rows.slot(layer), new_rows(pass, ws, runs, layer)?)?;
+    let now: Vec<u64> = runs.iter_mut().flat_map(|run| nsa_cache(run, layer).versions()).collect();
+    if versions[layer] == now {
+        let contexts: Vec<usize> = pass.packing.seqs().map(|seq| seq.end()).collect();
+        if let Some(rows_read) = decode.place_again(layer, &contexts)? {
+            return Ok(op::decode::Placed { rows_read, anew: false });
+        }
+    }
     let caches = step_caches(pass, runs, layer)?;
-    Ok(ws.decode.place(&pass.model.backend, &pass.model.attention, layer, &caches)?)
+    let placed = decode.place(&pass.model.backend, &pass.model.attention, layer, &caches)?;
+    if placed.anew {
+        versions.iter_mut().for_each(Vec::clear);
+    }
+    versions[layer] = now;
+    Ok(placed)
 }
 
 /// Appends the new tokens' rows to pages and rings. All of these are apart, so that the order of their copies does not matter.
@@ -396,10 +435,15 @@ fn step<T: Activation>(
 }
 
 /// The same on caches that were placed.
-fn launch<T: Activation>(pass: &Pass<'_, T>, ws: &mut Workspace<T>, layer: usize) -> Result<()> {
+fn launch<T: Activation>(
+    pass: &Pass<'_, T>,
+    ws: &mut Workspace<T>,
+    decode: &mut op::decode::Workspace<T>,
+    layer: usize,
+) -> Result<()> {
     let [queries, gates, outputs, lists] = step_shapes(pass);
     let (q, gates) = (ws.q.tensor(queries)?, ws.gates.tensor(gates)?);
-    Ok(ws.decode.launch(layer, q, gates, ws.o.tensor_mut(outputs)?, ws.indices.tensor_mut(lists)?)?)
+    Ok(decode.launch(layer, q, gates, ws.o.tensor_mut(outputs)?, ws.indices.tensor_mut(lists)?)?)
 }
 
 /// Shapes of a decoding step's queries, gates, outputs and lists of blocks.

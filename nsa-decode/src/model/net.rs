@@ -85,7 +85,7 @@ impl Activation for bf16 {
 pub(super) struct Idle<T: Activation> {
     pub(super) workspace: Workspace<T>,
     /// Decoding steps, where the backend repeats recorded work.
-    pub(super) recorded: Option<Recorded>,
+    pub(super) recorded: Option<Recorded<T>>,
 }
 
 impl<T: Activation> Net<T> {

@@ -1,31 +1,29 @@
 //! Decoding steps of sparse attention on a device, which is given a whole step at once: all that differs from one step to the
 //! next (tokens, where new rows go, where caches are) is written to its memory before.
 
-use super::attention::{self, Caches};
+use super::attention::{self, Caches, Places};
 use super::blocks::NewBlocks;
 use super::forward::{Pass, Run};
 use super::net::Activation;
 use super::workspace::Workspace;
 use crate::Result;
 use nsa_kernels::Backend;
-use nsa_kernels::layer::copy;
 use nsa_kernels::record::Recorder;
 
 /// The steps that were computed in one workspace.
 #[derive(Debug)]
-pub(super) struct Recorded {
+pub(super) struct Recorded<T> {
     /// By the number of sequences, and of those that complete a compression block.
     recorder: Recorder<[usize; 2]>,
-    /// Where new rows go.
-    table: Option<copy::Table>,
+    places: Option<Places<T>>,
     /// Elements of the workspace that records use.
     workspace: usize,
 }
 
-impl Recorded {
+impl<T: Activation> Recorded<T> {
     /// None on a backend that does not record.
     pub(super) fn new(backend: &Backend) -> Option<Self> {
-        backend.recorder().map(|recorder| Self { recorder, table: None, workspace: 0 })
+        backend.recorder().map(|recorder| Self { recorder, places: None, workspace: 0 })
     }
 
     /// Kinds of steps that are recorded.
@@ -34,36 +32,34 @@ impl Recorded {
     }
 
     /// Computes a step. Returns the token-rows of keys and values that each sequence's attention reads in one layer.
-    pub(super) fn step<T: Activation>(
+    pub(super) fn step(
         &mut self,
         pass: &Pass<'_, T>,
         ws: &mut Workspace<T>,
         runs: &mut [Run<'_, T>],
     ) -> Result<Vec<usize>> {
-        let Self { recorder, table, workspace } = self;
+        let Self { recorder, places, workspace } = self;
         let (layers, sequences) = (pass.net.layers.len(), runs.len());
-        let [slots, copies] = attention::table_shape(layers, sequences.next_power_of_two());
         if *workspace != ws.len() {
             recorder.forget();
             *workspace = ws.len();
         }
-        if table.as_ref().is_none_or(|table| table.shape()[1] < copies) {
+        if places.as_ref().is_none_or(|places| places.sequences() < sequences) {
             recorder.forget();
-            *table = Some(copy::Table::new(&pass.model.backend, slots, copies)?);
+            *places = Some(Places::new(&pass.model.backend, layers, sequences.next_power_of_two())?);
         }
-        let table = table.as_mut().expect("it was there, or made");
+        let places = places.as_mut().expect("they were there, or made");
         let mut rows_read = Vec::new();
         for layer in 0..layers {
-            let placed = attention::place(pass, ws, runs, layer, table)?;
+            let placed = attention::place(pass, ws, runs, layer, places)?;
             if placed.anew {
                 recorder.forget();
             }
             rows_read = placed.rows_read;
         }
-        table.send()?;
-        ws.decode.send()?;
+        places.send()?;
         let completing = pass.new_blocks.as_ref().map_or(0, NewBlocks::owners);
-        recorder.run([sequences, completing], || pass.compute(ws, &mut Caches::Placed(table)).map(drop))?;
+        recorder.run([sequences, completing], || pass.compute(ws, &mut Caches::Placed(places)).map(drop))?;
         Ok(rows_read)
     }
 }

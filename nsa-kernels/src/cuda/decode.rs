@@ -260,6 +260,39 @@ impl<T: Element> Workspace<T> {
         Ok(caches.iter().map(|cache| rows_read(&self.config, cache.context)).collect())
     }
 
+    /// Notes that the caches of layer `layer` are where they were noted last, with other contexts; none if these are more than the
+    /// page tables or the workspace hold. Nothing is looked at page by page.
+    ///
+    /// # Errors
+    /// If there is no such layer.
+    pub fn place_again(&mut self, layer: usize, contexts: &[usize]) -> Result<Option<RowsRead>> {
+        let Capacity { layers, sequences, context: most, .. } = self.capacity;
+        ShapeError::check(OP, "layers", &[layers.max(layer + 1)], &[layers])?;
+        let [headers_len, pages_len] = self.capacity.table_lens(&self.config);
+        let (first, mut pages) = (layer * headers_len, &self.pages.host()[layer * pages_len..][..pages_len]);
+        let mut headers = self.headers.host()[first..first + headers_len].to_vec();
+        // As many sequences as there were, none of them absent.
+        let there = headers.chunks_exact(HEADER).take_while(|header| header[0] > 0).count();
+        if there != contexts.len() || contexts.iter().any(|&context| context == 0 || context > most) {
+            return Ok(None);
+        }
+        for table in self.page_tables() {
+            let (own, others) = pages.split_at(sequences * table.pages);
+            for (&context, own) in contexts.iter().zip(own.chunks(table.pages.max(1))) {
+                let rows = if table.of_blocks { index::num_blocks(&self.config, context) } else { context };
+                if rows > 0 && own[(rows - 1) / table.page_rows] == 0 {
+                    return Ok(None);
+                }
+            }
+            pages = others;
+        }
+        for (header, &context) in headers.chunks_exact_mut(HEADER).zip(contexts) {
+            header[0] = context as u64;
+        }
+        self.headers.set(first, &headers);
+        Ok(Some(contexts.iter().map(|&context| rows_read(&self.config, context)).collect()))
+    }
+
     /// Tells the device what was noted since it was told before.
     ///
     /// Copied to the device, in the order of its work: three numbers a sequence and layer (its context and where its rings are), and
@@ -278,10 +311,38 @@ impl<T: Element> Workspace<T> {
         let (dim_k, dim_v) = (self.config.head_dim_qk(), self.config.head_dim_v());
         let (block_rows, token_rows) = (self.capacity.block_page_rows, self.capacity.token_page_rows);
         [
-            PageTable { arg: "k_cmp", of: |cache| &cache.k_cmp, dim: dim_k, page_rows: block_rows, pages: blocks },
-            PageTable { arg: "v_cmp", of: |cache| &cache.v_cmp, dim: dim_v, page_rows: block_rows, pages: blocks },
-            PageTable { arg: "k_slc", of: |cache| &cache.k_slc, dim: dim_k, page_rows: token_rows, pages: tokens },
-            PageTable { arg: "v_slc", of: |cache| &cache.v_slc, dim: dim_v, page_rows: token_rows, pages: tokens },
+            PageTable {
+                arg: "k_cmp",
+                of_blocks: true,
+                of: |cache| &cache.k_cmp,
+                dim: dim_k,
+                page_rows: block_rows,
+                pages: blocks,
+            },
+            PageTable {
+                arg: "v_cmp",
+                of_blocks: true,
+                of: |cache| &cache.v_cmp,
+                dim: dim_v,
+                page_rows: block_rows,
+                pages: blocks,
+            },
+            PageTable {
+                arg: "k_slc",
+                of_blocks: false,
+                of: |cache| &cache.k_slc,
+                dim: dim_k,
+                page_rows: token_rows,
+                pages: tokens,
+            },
+            PageTable {
+                arg: "v_slc",
+                of_blocks: false,
+                of: |cache| &cache.v_slc,
+                dim: dim_v,
+                page_rows: token_rows,
+                pages: tokens,
+            },
         ]
     }
 
@@ -390,6 +451,8 @@ pub(crate) fn builds(config: &NsaConfig, dtype: DType) -> Vec<Build> {
 /// A table of pages on the device.
 struct PageTable<'c, T> {
     arg: &'static str,
+    /// Its rows are compressed blocks, not tokens.
+    of_blocks: bool,
     of: for<'a> fn(&'a Cache<'c, T>) -> &'a Pages<'c, T>,
     dim: usize,
     page_rows: usize,

@@ -194,8 +194,9 @@ impl<T: Pod + PartialEq> Mirror<T> {
 
     /// Copies what the device has others of, in the order of its work.
     pub(crate) fn send(&mut self, op: &str) -> Result<()> {
-        let stale = std::mem::take(&mut self.stale);
-        self.device.mem_mut(stale.clone()).write(op, &self.host[stale])
+        self.device.mem_mut(self.stale.clone()).write(op, &self.host[self.stale.clone()])?;
+        self.stale = 0..0;
+        Ok(())
     }
 
     /// The address of the device's elements from `start` on.

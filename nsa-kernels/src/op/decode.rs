@@ -90,6 +90,16 @@ impl<T: Element> Workspace<T> {
         Ok(Placed { rows_read: workspace.place(layer, caches)?, anew })
     }
 
+    /// Notes that the caches of a layer are where [`Workspace::place`] was told last, one row longer or more, which costs nothing a page:
+    /// `contexts` has the new context of each. None if they have to be placed: they are other ones, or more than what was placed or the
+    /// workspace's memory holds.
+    ///
+    /// # Errors
+    /// If there is no such layer.
+    pub fn place_again(&mut self, layer: usize, contexts: &[usize]) -> Result<Option<RowsRead>> {
+        self.device.as_mut().map_or(Ok(None), |workspace| workspace.place_again(layer, contexts))
+    }
+
     /// Tells the device what was noted since it was told before: one or two copies for all layers, in the order of its work.
     ///
     /// # Errors

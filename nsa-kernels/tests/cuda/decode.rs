@@ -5,7 +5,7 @@ use half::bf16;
 use nsa_core::{DType, NsaConfigBuilder, index};
 use nsa_kernels::cuda::decode::{Capacity, Workspace};
 use nsa_kernels::cuda::graph::Graph;
-use nsa_kernels::{Backend, op};
+use nsa_kernels::{Backend, Pages, op};
 use nsa_tests::check::{self, Op};
 use nsa_tests::operator::{self, Inputs};
 use nsa_tests::sim::{BITS, on_an_a100, on_simulator};
@@ -98,6 +98,69 @@ fn a_graph_serves_every_batch() {
             assert_eq!(outputs.1[..expected.block_indices.len()], expected.block_indices, "{name}");
         }
         assert!(graph.is_some(), "captured");
+    });
+}
+
+/// Caches that were placed and have other contexts since are where they were; what they are not is said, and nothing is launched.
+#[test]
+fn caches_are_placed_again() {
+    on_an_a100("decode::caches_are_placed_again", || {
+        let backend = Backend::cuda(0).expect("the simulator");
+        let inputs = steps("placed", paper(8, 2, 32, 16).select_count(5).window(100), &[700, 130]);
+        let (q, gates) = (backend.upload(&inputs.q), backend.upload(&inputs.gates));
+        decode::with_caches(&backend, &inputs, 64, |caches| {
+            let config = &inputs.config;
+            let of = |contexts: [usize; 2]| {
+                let mut all = Vec::new();
+                for (cache, context) in caches.iter().zip(contexts) {
+                    let blocks = index::num_blocks(config, context);
+                    all.push(op::decode::Cache {
+                        context,
+                        k_cmp: Pages { len: blocks, ..cache.k_cmp.clone() },
+                        v_cmp: Pages { len: blocks, ..cache.v_cmp.clone() },
+                        k_slc: Pages { len: context, ..cache.k_slc.clone() },
+                        v_slc: Pages { len: context, ..cache.v_slc.clone() },
+                        k_win: cache.k_win,
+                        v_win: cache.v_win,
+                    });
+                }
+                all
+            };
+            let launch = |workspace: &mut op::decode::Workspace<bf16>| {
+                let (mut o, mut lists) = (backend.alloc::<bf16>(2 * 8 * 16), backend.alloc::<i32>(2 * 2 * 5));
+                workspace.send().expect("sent");
+                let (q, gates) = (q.tensor([2, 8, 32]).expect("q"), gates.tensor([2, 8, 3]).expect("gates"));
+                let (o_out, lists_out) =
+                    (o.tensor_mut([2, 8, 16]).expect("o"), lists.tensor_mut([2, 2, 5]).expect("lists"));
+                workspace.launch(1, q, gates, o_out, lists_out).expect("a launch");
+                let (mut values, mut blocks) = (vec![bf16::ZERO; o.len()], vec![0; lists.len()]);
+                o.read(&mut values).expect("o");
+                lists.read(&mut blocks).expect("lists");
+                (values, blocks)
+            };
+            let mut workspace = op::decode::Workspace::<bf16>::new(2);
+            assert_eq!(workspace.place_again(1, &[5, 6]), Ok(None), "nothing was placed");
+            let first = workspace.place(&backend, config, 1, &of([640, 65])).expect("placed");
+            assert!(first.anew);
+            assert_eq!(workspace.place_again(0, &[640, 65]), Ok(None), "not in this layer");
+            for contexts in [[640, 65], [639, 127], [577, 128], [1, 1]] {
+                let again = workspace.place_again(1, &contexts).expect("a layer").expect("there");
+                let got = launch(&mut workspace);
+                let mut other = op::decode::Workspace::<bf16>::new(2);
+                let placed = other.place(&backend, config, 1, &of(contexts)).expect("placed");
+                assert_eq!((got, again), (launch(&mut other), placed.rows_read), "{contexts:?}");
+            }
+            // Pages that were not placed, sequences that were not, no token, more than memory is for.
+            for contexts in [&[641, 65][..], &[640, 129], &[640], &[640, 65, 3], &[0, 65], &[2000, 65]] {
+                assert_eq!(workspace.place_again(1, contexts), Ok(None), "{contexts:?}");
+            }
+            assert!(workspace.place_again(2, &[5, 6]).is_err());
+            let cpu = Backend::pick(Some("cpu")).expect("the CPU").0;
+            let error = workspace.place(&cpu, config, 1, &of([640, 65])).expect_err("on the CPU").to_string();
+            assert!(error.contains("call `step_with`"), "{error}");
+            Ok(())
+        })
+        .expect("caches");
     });
 }
 

@@ -288,7 +288,7 @@ fn captures_forbid_what_a_graph_cannot_hold() {
             it.stream.wait(&other.record_event(None)?)
         };
         assert_eq!(Capturing::spoiled(merged), (CUresult::CUDA_ERROR_STREAM_CAPTURE_MERGE, over));
-        let mut it = Capturing::begin(Mode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL);
+        let it = Capturing::begin(Mode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL);
         let opened = CudaBlas::new(it.stream.clone()).map(|_| ());
         assert_eq!(opened.unwrap_err().0, cublasStatus_t::CUBLAS_STATUS_ALLOC_FAILED);
         assert_eq!(it.end().map(|_| ()).unwrap_err(), over);
