@@ -238,9 +238,6 @@ pub(super) fn place<T: Activation>(
     }
     let caches = step_caches(pass, runs, layer)?;
     let placed = decode.place(&pass.model.backend, &pass.model.attention, layer, &caches)?;
-    if placed.anew {
-        versions.iter_mut().for_each(Vec::clear);
-    }
     versions[layer] = now;
     Ok(placed)
 }

@@ -172,6 +172,13 @@ fn recorded_steps_are_the_steps() {
         let steps = |session| recorded(session, &tokens);
         assert_eq!(starts.clone().map(steps), one_by_one);
         assert_eq!(model.recorded_steps(), 2, "with a new block and without");
+        // A fork takes nothing of what the other goes on with: pages and rings are copied before they are written to.
+        let mut first = starts[1].clone();
+        let (before, after) = tokens.split_at(4);
+        recorded_on(&mut first, before);
+        let (mut fork, one_way) = (first.fork(), called(first.fork(), after));
+        assert_eq!(recorded_on(&mut first, after), one_way);
+        assert_eq!(recorded_on(&mut fork, after), one_way);
         let together = |count: usize| {
             let mut sessions = starts[..count].to_vec();
             let step = |&token: &u32| {
@@ -238,6 +245,10 @@ fn called(mut session: Session, tokens: &[u32]) -> Vec<Vec<u32>> {
 /// The same in steps that are recorded.
 fn recorded(mut session: Session, tokens: &[u32]) -> Vec<Vec<u32>> {
     session.logits().expect("logits");
+    recorded_on(&mut session, tokens)
+}
+
+fn recorded_on(session: &mut Session, tokens: &[u32]) -> Vec<Vec<u32>> {
     tokens.iter().map(|&token| bits(session.append(&[token]).expect("logits"))).collect()
 }
 
