@@ -4,6 +4,21 @@
 //! What changes from one time to the next must be in memory that the work reads: it is written before, by
 //! [`Buffer::write`](crate::Buffer::write), [`copy::Table`](crate::layer::copy::Table) and
 //! [`decode::Workspace::place`](crate::op::decode::Workspace::place).
+//!
+//! ```no_run
+//! # use nsa_kernels::{Backend, Buffer, Result};
+//! # fn generate(backend: &Backend, token: &mut Buffer<u32>, step: impl Fn(&Buffer<u32>) -> Result<u32>) -> Result<()> {
+//! # let (mut next, draw) = (0, || Ok::<u32, nsa_kernels::Error>(0));
+//! let mut recorder = backend.recorder().expect("a GPU");
+//! loop {
+//!     token.write(&[next])?;
+//!     // Called, then recorded, then repeated; of another number of sequences by another key.
+//!     let sequences = 1;
+//!     recorder.run(sequences, || step(token).map(drop))?;
+//!     next = draw()?;
+//! }
+//! # }
+//! ```
 
 use crate::cuda::Cuda;
 use crate::cuda::graph::Graph;
