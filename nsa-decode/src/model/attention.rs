@@ -360,8 +360,7 @@ fn chunk<T: Activation>(
     reach: &CuSeqlens,
 ) -> Result<()> {
     let (config, n) = (&pass.model.attention, pass.rows());
-    let (heads, kv_heads) = (config.num_heads(), config.num_kv_heads());
-    let (dim_k, dim_v) = (config.head_dim_qk(), config.head_dim_v());
+    let (kv_heads, dim_k, dim_v) = (config.num_kv_heads(), config.head_dim_qk(), config.head_dim_v());
     let caches: Vec<&NsaCache<T>> = runs.iter_mut().map(|run| &*nsa_cache(run, layer)).collect();
     let tables = |pages: fn(&NsaCache<T>) -> &Paged<T>| -> Vec<Pages<'_, T>> {
         caches.iter().map(|cache| pages(cache).table()).collect()
@@ -370,15 +369,15 @@ fn chunk<T: Activation>(
     let (k_slc, v_slc) = (tables(|cache| &cache.k_slc), tables(|cache| &cache.v_slc));
     let k_win = Rows::packed(ws.reach_k.tensor([reach.total(), kv_heads, dim_k])?, reach);
     let v_win = Rows::packed(ws.reach_v.tensor([reach.total(), kv_heads, dim_v])?, reach);
-    let (outputs, sums) = ([n, heads, dim_v], [n, heads]);
+    let ([queries, gates, outputs, lists], sums) = (shapes(pass), [n, config.num_heads()]);
     let args = op::nsa::Forward {
         config,
         packing: &pass.packing,
-        q: ws.q.tensor([n, heads, dim_k])?,
+        q: ws.q.tensor(queries)?,
         k: [Rows::Paged(&k_blocks), Rows::Paged(&k_slc), k_win],
         v: [Rows::Paged(&v_blocks), Rows::Paged(&v_slc), v_win],
-        gates: ws.gates.tensor([n, heads, 3])?,
-        selection: op::nsa::Selection::Compute(ws.indices.tensor_mut([n, kv_heads, config.select_count()])?),
+        gates: ws.gates.tensor(gates)?,
+        selection: op::nsa::Selection::Compute(ws.indices.tensor_mut(lists)?),
         saved: op::nsa::Saved {
             o: [ws.o_cmp.tensor_mut(outputs)?, ws.o_slc.tensor_mut(outputs)?, ws.o_win.tensor_mut(outputs)?],
             lse: [ws.lse_cmp.tensor_mut(sums)?, ws.lse_slc.tensor_mut(sums)?, ws.lse_win.tensor_mut(sums)?],
@@ -419,7 +418,7 @@ fn step<T: Activation>(
 ) -> Result<Vec<usize>> {
     let config = &pass.model.attention;
     let caches = step_caches(pass, runs, layer)?;
-    let [queries, gates, outputs, lists] = step_shapes(pass);
+    let [queries, gates, outputs, lists] = shapes(pass);
     let args = op::decode::Step {
         config,
         caches: &caches,
@@ -438,13 +437,13 @@ fn launch<T: Activation>(
     decode: &mut op::decode::Workspace<T>,
     layer: usize,
 ) -> Result<()> {
-    let [queries, gates, outputs, lists] = step_shapes(pass);
+    let [queries, gates, outputs, lists] = shapes(pass);
     let (q, gates) = (ws.q.tensor(queries)?, ws.gates.tensor(gates)?);
     Ok(decode.launch(layer, q, gates, ws.o.tensor_mut(outputs)?, ws.indices.tensor_mut(lists)?)?)
 }
 
-/// Shapes of a decoding step's queries, gates, outputs and lists of blocks.
-fn step_shapes<T: Activation>(pass: &Pass<'_, T>) -> [[usize; 3]; 4] {
+/// Shapes of queries, gates, outputs and lists of blocks.
+fn shapes<T: Activation>(pass: &Pass<'_, T>) -> [[usize; 3]; 4] {
     let (config, n) = (&pass.model.attention, pass.rows());
     let (heads, kv_heads) = (config.num_heads(), config.num_kv_heads());
     [

@@ -22,6 +22,12 @@ fn trained(folder: &Path, attention: AttentionKind, kind: CompressKind, qk_norm:
     trainer.save(&folder.join("run")).expect("a checkpoint")
 }
 
+/// A sparse model with its first weights.
+fn untrained(folder: &Path, kind: CompressKind, qk_norm: bool) -> PathBuf {
+    let trainer = kit::trainer(&kit::cpu(), folder, kit::config(Nsa, kind, qk_norm), kit::options());
+    trainer.save(&folder.join("run")).expect("a checkpoint")
+}
+
 fn open(checkpoint: &Path, backend: Backend) -> Model {
     Model::open(checkpoint, backend).expect("a model")
 }
@@ -133,10 +139,7 @@ fn dense() {
 fn sessions_fork_and_go_back() {
     on_simulator("decoding::sessions_fork_and_go_back", || {
         let folder = tempfile::tempdir().expect("a folder");
-        let checkpoint = folder.path();
-        let trainer =
-            kit::trainer(&kit::cpu(), checkpoint, kit::config(Nsa, CompressKind::Mean, false), kit::options());
-        let checkpoint = trainer.save(&checkpoint.join("run")).expect("a checkpoint");
+        let checkpoint = untrained(folder.path(), CompressKind::Mean, false);
         let model = open(&checkpoint, kit::cuda());
         let mut first = session(&model, &TEXT[..50]);
         first.logits().expect("logits");
@@ -157,9 +160,7 @@ fn sessions_fork_and_go_back() {
 fn recorded_steps_are_the_steps() {
     on_an_a100("decoding::recorded_steps_are_the_steps", || {
         let folder = tempfile::tempdir().expect("a folder");
-        let trainer =
-            kit::trainer(&kit::cpu(), folder.path(), kit::config(Nsa, CompressKind::Weighted, true), kit::options());
-        let checkpoint = trainer.save(&folder.path().join("run")).expect("a checkpoint");
+        let checkpoint = untrained(folder.path(), CompressKind::Weighted, true);
         let model = open(&checkpoint, kit::cuda());
         let text = TEXT.repeat(3);
         // Up to the end of a page of tokens and beyond; and other lengths.
@@ -213,9 +214,7 @@ fn recorded_steps_are_the_steps() {
 fn records_end_with_their_memory() {
     on_an_a100("decoding::records_end_with_their_memory", || {
         let folder = tempfile::tempdir().expect("a folder");
-        let trainer =
-            kit::trainer(&kit::cpu(), folder.path(), kit::config(Nsa, CompressKind::Mean, false), kit::options());
-        let checkpoint = trainer.save(&folder.path().join("run")).expect("a checkpoint");
+        let checkpoint = untrained(folder.path(), CompressKind::Mean, false);
         let model = open(&checkpoint, kit::cuda());
         let text = TEXT.repeat(12);
         let tokens: Vec<u32> = text.bytes().take(9).map(u32::from).collect();
