@@ -44,6 +44,15 @@ pub fn num_candidates(config: &NsaConfig, t: usize) -> usize {
     t / config.select_block() + 1
 }
 
+/// Blocks that the queries at positions 0..`seq_len` select, altogether: Σ min(n, ⌊t/l'⌋ + 1).
+pub fn num_selected(config: &NsaConfig, seq_len: usize) -> usize {
+    let (block, count) = (config.select_block(), config.select_count());
+    // Those that select all of their candidates, the last of which is partial for some.
+    let few = seq_len.min(count * block);
+    let (blocks, rest) = (few / block, few % block);
+    block * blocks * (blocks + 1) / 2 + rest * (blocks + 1) + (seq_len - few) * count
+}
+
 /// Number of selection blocks of a sequence of `seq_len` tokens, the last possibly partial: ⌈T/l'⌉.
 pub fn num_select_blocks(config: &NsaConfig, seq_len: usize) -> usize {
     seq_len.div_ceil(config.select_block())

@@ -15,6 +15,7 @@ use crate::op::Gating;
 use crate::op::slc::{Backward, Forward};
 use crate::{Element, Result};
 use index::{Index, IndexSizes, Lists, SlcIndex, Works};
+use nsa_core::index::num_selected;
 use nsa_core::{DType, NsaConfig, Packing};
 use turned::Turned;
 
@@ -34,8 +35,6 @@ pub(crate) static BACKWARD: Program = Program {
 
 /// Queries of a block of keys that one work of `slc_key_gradients` takes, at least; those of more are summed later.
 const WORK_QUERIES: usize = 256;
-/// Works beside the first of their blocks, at most about: what they leave takes memory.
-const MORE_WORKS: usize = 1024;
 
 params! {
     /// Arguments of the kernels of the backward.
@@ -108,7 +107,7 @@ pub(super) fn backward_places(needs: &Needs<'_>) -> Places {
         return places;
     }
     let extent = Extent { first_token: 0, tokens: packing.num_tokens(), first_block: 0, blocks };
-    let (works, more_works) = works(extent.tokens * config.num_kv_heads() * config.select_count());
+    let (works, more_works) = tiles.works(config, packing, needs.device.multiprocessors);
     IndexSizes::new(config, extent, works).take(&mut places);
     places.take_of::<f32>(more_works * tiles.partial_floats(config));
     let of_queries = TurnedTiles::gradients(config, needs.size());
@@ -133,7 +132,7 @@ pub(crate) fn backward<T: Element>(cuda: &Cuda, args: Backward<'_, T>) -> Result
     const OP: &str = "slc::backward";
     let Backward { config, packing, q, k, v, block_indices, o, lse, d_o, gates, d_gates, dq, accumulate, dk, dv } =
         args;
-    let (tokens, heads, count) = (packing.num_tokens(), config.num_kv_heads(), config.select_count());
+    let (tokens, heads) = (packing.num_tokens(), config.num_kv_heads());
     let tiles = BackwardTiles::new(config, size_of::<T>(), cuda.unit());
     let args = gradients::Backward {
         config,
@@ -158,7 +157,7 @@ pub(crate) fn backward<T: Element>(cuda: &Cuda, args: Backward<'_, T>) -> Result
     if blocks == 0 {
         return Ok(());
     }
-    let (works, more_works) = works(tokens * heads * count);
+    let (works, more_works) = tiles.works(config, packing, cuda.device().multiprocessors);
     let lists = Lists {
         block_indices: call.input("block_indices", &block_indices)?,
         sequences: prepared.keys.table(),
@@ -188,13 +187,6 @@ pub(crate) fn backward<T: Element>(cuda: &Cuda, args: Backward<'_, T>) -> Result
     launch("slc_add_works", Geometry { grid, threads: ADD_THREADS, shared_bytes: 0 })
 }
 
-/// What the queries of a block are cut into of so many entries, and works beside the first of their blocks at most.
-fn works(entries: usize) -> (Works, usize) {
-    // They are whole but for the last.
-    let queries = entries.div_ceil(MORE_WORKS).max(WORK_QUERIES);
-    (Works { queries, all_blocks: true, places: false }, entries / queries)
-}
-
 /// Tiles of the kernels of the backward.
 struct BackwardTiles {
     select: SelectTiles,
@@ -222,6 +214,16 @@ impl BackwardTiles {
         let constants = constants.with("JOINT_PERCENT", self.select.joint_percent);
         let constants = constants.with("QUERIES", self.select.queries).with("QUERY_ROWS", self.keys.query_rows);
         constants.unit(self.keys.unit)
+    }
+
+    /// What the queries of blocks of keys are cut into on a device with so many multiprocessors, and works beside the first of their
+    /// blocks, at most. Each leaves gradients in memory, so the longest works are as long as it takes to do all of them at once; as
+    /// they begin first, shorter ones fill what is left.
+    fn works(&self, config: &NsaConfig, packing: &Packing, multiprocessors: usize) -> (Works, usize) {
+        let entries = config.num_kv_heads() * packing.seqs().map(|seq| num_selected(config, seq.end())).sum::<usize>();
+        let at_once = self.keys.blocks_at_once(multiprocessors).div_ceil(self.shares);
+        let queries = entries.div_ceil(at_once).max(WORK_QUERIES);
+        (Works { queries, all_blocks: true, places: false }, entries / queries)
     }
 
     /// Numbers of a work's gradients.
@@ -255,7 +257,7 @@ pub(crate) fn builds(config: &NsaConfig, dtype: DType, unit: Unit) -> Vec<Build>
     let launched = |(name, threads, shared_bytes)| Launched { name, threads, shared_bytes };
     let kernels = kernels.map(launched).to_vec();
     let backward = Build { program: &BACKWARD, constants: tiles.bake(boxed), kernels };
-    let mut builds = vec![backward, index::build(constants.clone(), works(0).0)];
+    let mut builds = vec![backward, index::build(constants.clone(), false)];
     builds.extend(turned::builds(config, size, &constants));
     builds
 }

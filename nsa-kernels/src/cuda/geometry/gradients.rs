@@ -132,12 +132,17 @@ impl GradientTiles {
         Geometry { grid, threads, shared_bytes: self.bytes_of_queries() as u32 }
     }
 
+    /// Blocks of gradients of keys that a device with so many multiprocessors runs at once.
+    pub(crate) fn blocks_at_once(&self, multiprocessors: usize) -> usize {
+        (multiprocessors * KEY_WARPS / (self.warps * if self.apart { 2 } else { 1 })).max(1)
+    }
+
     /// Parts of the tiles of keys of each KV head, each seen by so many of `rows` rows of queries, for a device with so many
     /// multiprocessors. Parts are equally long and fill it in few rounds: of what takes at most a tenth longer than the fastest, that
     /// with fewest parts, as each leaves gradients in memory.
     pub(crate) fn parts(&self, rows: &[usize], heads: usize, multiprocessors: usize) -> Parts {
         let longest = rows.iter().copied().max().unwrap_or(0);
-        let at_once = (multiprocessors * KEY_WARPS / (self.warps * if self.apart { 2 } else { 1 })).max(1);
+        let at_once = self.blocks_at_once(multiprocessors);
         let rounds = |part: usize| {
             let blocks = rows.iter().map(|rows| rows.div_ceil(part).max(1)).sum::<usize>();
             (heads * blocks).div_ceil(at_once)

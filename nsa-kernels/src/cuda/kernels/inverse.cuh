@@ -37,20 +37,23 @@ __device__ __forceinline__ int block_of(const SlcIndexParams& p, int head, int e
     return list.length(place + 1) > place ? head * p.blocks + list.first + list.blocks[place] : -1;
 }
 
+// The works in the order in which CTAs begin: a block in [KV_HEADS, blocks], and which of its works.
+__device__ __forceinline__ int2* works_of(const SlcIndexParams& p) { return reinterpret_cast<int2*>(p.works); }
+
 // What a CTA that owns a block of keys does: some of the block's queries.
 struct BlockWork {
-    int block, head, index, works;  // the block in [KV_HEADS, blocks], its KV head, which of its works
+    int block, head, index;  // the block in [KV_HEADS, blocks], its KV head, which of its works
     Sequence sequence;
     int key;                        // the block's first row of the sequence's keys
     const int* entries;             // of its queries
     int count;
 
-    __device__ __forceinline__ BlockWork(const SlcIndexParams& p, int work) {
-        block = uniform(p.works[work]);
+    __device__ __forceinline__ BlockWork(const SlcIndexParams& p, int work) : BlockWork(p, works_of(p)[work]) {}
+
+    __device__ __forceinline__ BlockWork(const SlcIndexParams& p, int2 work) {
+        block = uniform(work.x);
         head = block / p.blocks;
-        const int first_work = uniform(p.work_starts[block]);
-        index = work - first_work;
-        works = uniform(p.work_starts[block + 1]) - first_work;
+        index = uniform(work.y);
         const int place = p.first_block + block % p.blocks;
         sequence = sequence_of_warp<5>(p.sequences, p.num_sequences, place);
         key = (place - sequence.tile) * SELECT_BLOCK;

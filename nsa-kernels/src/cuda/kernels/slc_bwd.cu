@@ -127,7 +127,8 @@ struct KeyWork : BlockWork {
     int end;  // rows key..end of the sequence's keys
     const int* queries;
 
-    __device__ __forceinline__ KeyWork(const SlcBackwardParams& p, int work, int share)
+    template <class Work>
+    __device__ __forceinline__ KeyWork(const SlcBackwardParams& p, Work work, int share)
         : BlockWork(p.index, work), queries(entries) {
         const int last = share * KEY_ROWS + KEY_ROWS < SELECT_BLOCK ? key + share * KEY_ROWS + KEY_ROWS : key + SELECT_BLOCK;
         key += share * KEY_ROWS;
@@ -170,7 +171,7 @@ __device__ __forceinline__ void key_gradients(const SlcBackwardParams& params, c
         const i64 at = i64(done.sequence.key + done.key + base) * KV_HEADS + done.head;
         gradients.template write<KV_HEADS>(p.dk + at * HEAD_DIM_QK, p.dv + at * HEAD_DIM_V, own);
     } else {
-        // Works after the first of their blocks come in order: this is the place among them.
+        // Its place among works after the first of their blocks, block by block.
         const i64 slot = i64(params.index.work_starts[done.block]) - done.block + done.index - 1;
         gradients.write_partial(params.partial + slot * WORK_PARTIAL + share * PARTIAL, base, own);
     }
@@ -194,7 +195,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) slc_key_gradients(const
 extern "C" __global__ void __launch_bounds__(256) slc_add_works(const __grid_constant__ SlcBackwardParams p) {
     const int first = p.index.work_starts[blockIdx.x], works = p.index.work_starts[blockIdx.x + 1] - first;
     if (works == 1) return;
-    const KeyWork work(p, first, blockIdx.y);
+    const KeyWork work(p, make_int2(blockIdx.x, 0), blockIdx.y);
     const float* const partial = p.partial + i64(first - int(blockIdx.x)) * WORK_PARTIAL + blockIdx.y * PARTIAL;
     const i64 at = i64(work.sequence.key + work.key) * KV_HEADS + work.head;
     add_partials(p.common.dk + at * HEAD_DIM_QK, p.common.dv + at * HEAD_DIM_V, partial, WORK_PARTIAL, works - 1,

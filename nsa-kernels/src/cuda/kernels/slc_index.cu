@@ -2,8 +2,8 @@
 // over blocks, scatter), O(N n) memory and no atomics but on counts and masks, where their order changes nothing. Of all queries,
 // or of a run of them with the blocks that these may have selected.
 //
-// The queries of each block are cut into works, of one CTA each. Of a query lists hold its row in [N], or (PLACES) its entry: its
-// number from the first query of the index on, times n, plus the block's place in its own list.
+// The queries of each block are cut into works, of one CTA each, the longest of all first. Of a query lists hold its row in [N], or
+// (PLACES) its entry: its number from the first query of the index on, times n, plus the block's place in its own list.
 // Grid: as each kernel says. Shared memory: sums of 32 warps.
 // Roofline: n entries a query and KV head, read four times by threads that read what comes before them in the list too (out of
 // the first cache), and written once; 4 bytes each.
@@ -11,8 +11,7 @@
 //
 // budget: kernel=slc_count threads=256 registers=40 spills=0 shared=0
 // budget: kernel=slc_sum_parts threads=1024 registers=64 spills=0 shared=4096
-// budget: kernel=slc_sum_blocks threads=1024 registers=64 spills=0 shared=256
-// budget: kernel=slc_sum_blocks arch=sm_90a threads=1024 registers=64 spills=0 shared=1024
+// budget: kernel=slc_sum_blocks threads=1024 registers=64 spills=0 shared=512
 // budget: kernel=slc_scatter threads=256 registers=40 spills=0 shared=0
 #include "element.cuh"
 #include "config.cuh"
@@ -59,41 +58,85 @@ extern "C" __global__ void __launch_bounds__(1024) slc_sum_parts(const __grid_co
     }
 }
 
-// Of each lane, the sums up to its own.
-__device__ __forceinline__ int2 sum_to(int2 sum) {
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-        const int x = __shfl_up_sync(ALL_LANES, sum.x, step), y = __shfl_up_sync(ALL_LANES, sum.y, step);
-        if (int(threadIdx.x % 32) >= step) sum.x += x, sum.y += y;
+// What is summed over blocks: queries, the works that they are cut into, and those of them that are whole.
+struct Sums {
+    int queries, works, whole;
+
+    __device__ __forceinline__ Sums plus(const Sums& o) const { return {queries + o.queries, works + o.works, whole + o.whole}; }
+    __device__ __forceinline__ Sums minus(const Sums& o) const { return {queries - o.queries, works - o.works, whole - o.whole}; }
+    __device__ __forceinline__ Sums of_lane(int lane) const {
+        const auto of = [&](int sum) { return __shfl_sync(ALL_LANES, sum, lane); };
+        return {of(queries), of(works), of(whole)};
     }
-    return sum;
+    // Of each lane, the sums up to its own.
+    __device__ __forceinline__ Sums to_lane() const {
+        Sums sum = *this;
+#pragma unroll
+        for (int step = 1; step < 32; step *= 2) {
+            const auto of = [&](int sum) { return __shfl_up_sync(ALL_LANES, sum, step); };
+            const Sums other = {of(sum.queries), of(sum.works), of(sum.whole)};
+            if (int(threadIdx.x % 32) >= step) sum = sum.plus(other);
+        }
+        return sum;
+    }
+};
+
+// Whole works of a block with so many queries, and queries of its last one, if that is none of them.
+__device__ __forceinline__ int whole_works(const SlcIndexParams& p, int total) { return total / p.work_queries; }
+__device__ __forceinline__ int last_queries(const SlcIndexParams& p, int total) { return total % p.work_queries; }
+// How many last works it has: one or none.
+__device__ __forceinline__ int last_works(const SlcIndexParams& p, int total) {
+    return total == 0 ? p.least_works : last_queries(p, total) != 0;
 }
 
-// Sums over the blocks before each: of queries, and of the works that its queries are cut into. One CTA.
+// Lengths that last works are told apart by.
+constexpr int LENGTHS = 32;
+
+// Which of them so many queries are, the longest first.
+__device__ __forceinline__ int length_of(const SlcIndexParams& p, int queries) {
+    return int(i64(p.work_queries - queries) * (LENGTHS - 1) / p.work_queries);
+}
+
+// Sums over the blocks before each, and the order of works: CTAs begin in it, so that the longest come first, and what a device
+// has left to do at the end is short. Whole works are first, block by block; then the last ones by their lengths, of one length in
+// any order, which changes no sum. One CTA.
 extern "C" __global__ void __launch_bounds__(1024) slc_sum_blocks(const __grid_constant__ SlcIndexParams p) {
-    __shared__ int2 sums[32];
+    __shared__ Sums sums[32];
+    __shared__ int of_length[LENGTHS];
     const int thread = threadIdx.x, lane = thread % 32, all = KV_HEADS * p.blocks;
-    int2 before = make_int2(0, 0);
+    if (thread < LENGTHS) of_length[thread] = 0;
+    Sums before = {0, 0, 0};
     for (int first = 0; first < all; first += 1024) {
         const int block = first + thread, total = block < all ? p.totals[block] : 0;
-        const int cut = ceil_div(total, p.work_queries), works = block < all ? (cut > p.least_works ? cut : p.least_works) : 0;
-        const int2 sum = sum_to(make_int2(total, works));
+        const int whole = whole_works(p, total), last = block < all ? last_works(p, total) : 0;
+        const Sums own = {total, whole + last, whole}, sum = own.to_lane();
         if (lane == 31) sums[thread / 32] = sum;
         __syncthreads();
-        const int2 chunk = sum_to(sums[lane]);
-        const int last = thread / 32 - 1;
-        const int2 mine = make_int2(__shfl_sync(ALL_LANES, chunk.x, last & 31), __shfl_sync(ALL_LANES, chunk.y, last & 31));
-        const int2 start = make_int2(before.x + (last < 0 ? 0 : mine.x), before.y + (last < 0 ? 0 : mine.y));
-        before.x += __shfl_sync(ALL_LANES, chunk.x, 31), before.y += __shfl_sync(ALL_LANES, chunk.y, 31);
+        const Sums chunk = sums[lane].to_lane();
+        const Sums warps = chunk.of_lane((thread / 32 - 1) & 31);
+        const Sums start = (thread < 32 ? before : before.plus(warps)).plus(sum.minus(own));
+        before = before.plus(chunk.of_lane(31));
         __syncthreads();
         if (block < all) {
-            p.starts[block] = start.x + sum.x - total;
-            const int first_work = start.y + sum.y - works;
-            p.work_starts[block] = first_work;
-            for (int i = 0; i < works; ++i) p.works[first_work + i] = block;
+            p.starts[block] = start.queries;
+            p.work_starts[block] = start.works;
+            for (int i = 0; i < whole; ++i) works_of(p)[start.whole + i] = make_int2(block, i);
+            if (last != 0) atomicAdd(of_length + length_of(p, last_queries(p, total)), 1);
         }
     }
-    if (thread == 0) p.work_starts[all] = before.y;
+    if (thread == 0) p.work_starts[all] = before.works;
+    __syncthreads();
+    const Sums lengths = Sums{0, of_length[lane], 0};
+    const int start = before.whole + lengths.to_lane().works - lengths.works;
+    __syncthreads();
+    if (thread < LENGTHS) of_length[thread] = start;
+    __syncthreads();
+    for (int block = thread; block < all; block += 1024) {
+        const int total = p.totals[block];
+        if (last_works(p, total) == 0) continue;
+        const int place = atomicAdd(of_length + length_of(p, last_queries(p, total)), 1);
+        works_of(p)[place] = make_int2(block, whole_works(p, total));
+    }
 }
 
 // Queries that a mask has bits for.

@@ -38,9 +38,9 @@ params! {
         starts: Out<i32>,
         /// `[tokens·G·n]`: queries of blocks.
         lists: Out<i32>,
-        /// Of each work, its place in `[G, blocks]`.
+        /// Of each work its block's place in `[G, blocks]`, and which of the block's works it is; the longest first.
         works: Out<i32>,
-        /// `[G·blocks + 1]`: where each block's works start.
+        /// `[G·blocks + 1]`: works of the blocks before each.
         work_starts: Out<i32>,
         num_sequences: i32,
         /// The index's queries, rows in `[N]`.
@@ -85,11 +85,6 @@ pub(super) struct Works {
 }
 
 impl Works {
-    /// With what the index names.
-    fn bake(self, constants: Constants) -> Constants {
-        constants.with("PLACES", usize::from(self.places))
-    }
-
     /// Works at most, of `entries` entries of `blocks` blocks.
     fn most(self, entries: usize, blocks: usize) -> usize {
         // A block's works are whole but for its last.
@@ -124,7 +119,7 @@ impl IndexSizes {
     /// Numbers of counts, masks, totals, starts, lists, works and where these start.
     fn lens(&self) -> [usize; 7] {
         let Self { parts, blocks, entries, works, .. } = *self;
-        [parts * blocks, parts * blocks, blocks, blocks, entries, works, blocks + 1]
+        [parts * blocks, parts * blocks, blocks, blocks, entries, 2 * works, blocks + 1]
     }
 
     /// Takes them of a workspace.
@@ -180,7 +175,7 @@ impl Index {
             work_queries: works.queries as i32,
             least_works: i32::from(works.all_blocks),
         };
-        let call = call.again(|constants| works.bake(constants));
+        let call = call.again(|constants| bake(constants, works.places));
         let launch = |kernel, grid: [usize; 2], threads| {
             let geometry = Geometry { grid: [grid[0] as u64, grid[1] as u64, 1], threads, shared_bytes: 0 };
             call.launch(&PROGRAM, kernel, geometry, params)
@@ -194,13 +189,18 @@ impl Index {
     }
 }
 
-/// What makes an index, with the config's constants.
-pub(super) fn build(constants: Constants, works: Works) -> Build {
+/// With what the index names: places in lists beside queries, or queries alone.
+fn bake(constants: Constants, places: bool) -> Constants {
+    constants.with("PLACES", usize::from(places))
+}
+
+/// What makes an index that names places in lists, or not, with the config's constants.
+pub(super) fn build(constants: Constants, places: bool) -> Build {
     let kernels = [
         ("slc_count", THREADS),
         ("slc_sum_parts", SUM_THREADS),
         ("slc_sum_blocks", SUM_THREADS),
         ("slc_scatter", THREADS),
     ];
-    Build::new(&PROGRAM, works.bake(constants), &kernels)
+    Build::new(&PROGRAM, bake(constants, places), &kernels)
 }

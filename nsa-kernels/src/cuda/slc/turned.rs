@@ -158,7 +158,7 @@ pub(super) fn builds(config: &NsaConfig, size: usize, constants: &Constants) -> 
     let constants = || constants.clone();
     let mut builds = Vec::new();
     if let Some(tiles) = TurnedTiles::forward(config, size) {
-        builds.push(index::build(constants(), works(tiles)));
+        builds.push(index::build(constants(), true));
         let constants = tiles.bake(constants()).with("LANES", tiles.merge_lanes());
         builds.push(Build { program: &PROGRAM, constants, kernels: launched((tiles, "slc_turned", "slc_merge")) });
     }
