@@ -204,3 +204,121 @@ pub(super) fn build(constants: Constants, places: bool) -> Build {
     ];
     Build::new(&PROGRAM, bake(constants, places), &kernels)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Backend;
+    use crate::cuda::Cuda;
+    use crate::cuda::attention::{Sequences, copies_of, packed_sequences};
+    use nsa_core::{CompressKind, CuSeqlens, Packing};
+    use nsa_tests::sim::on_an_a100;
+
+    const BLOCK: usize = 16;
+    const COUNT: usize = 4;
+    const HEADS: usize = 2;
+
+    /// Lists `[N, HEADS, COUNT]`: the first block, and others of which early ones are had often; empty where a query is a
+    /// multiple of 7.
+    fn lists(packing: &Packing) -> Vec<i32> {
+        let list = |t: usize, head: usize| {
+            let candidates = t / BLOCK + 1;
+            let others = (1..COUNT).map(|i| (t * (5 + head) + 31 * i) % candidates * ((t + i) % 5) / 5);
+            let mut list: Vec<i32> = others.chain([0]).map(|block| block as i32).collect();
+            list.sort();
+            list.dedup();
+            list.truncate(if t.is_multiple_of(7) { 0 } else { COUNT });
+            list.resize(COUNT, -1);
+            list
+        };
+        let of_token = |t: usize| (0..HEADS).flat_map(move |head| list(t, head));
+        packing.seqs().flat_map(|seq| seq.context..seq.end()).flat_map(of_token).collect()
+    }
+
+    /// The index of all queries is each block's queries in order, and cut into its works, of which CTAs begin the longest first.
+    fn check(cuda: &Cuda, lengths: &[usize], works: Works) {
+        let builder = NsaConfig::builder(HEADS, HEADS, 32, 32).compress_kind(CompressKind::Mean).compress_block(8);
+        let builder = builder.compress_stride(4).select_block(BLOCK).select_count(COUNT).window(32);
+        let config = builder.build().expect("valid");
+        let packing = Packing::new(CuSeqlens::from_lengths(lengths.iter().copied()).expect("short"));
+        let constants = |constants: Constants| copies_of(constants.config(&config), &config, 4, [&[0], &[0]], 0);
+        let call = Call::new::<f32>(cuda, "slc::index").expect("a type").constants(constants);
+        let lies = packed_sequences(packing.cu_seqlens());
+        let sequences = Sequences::new(&call, &packing, &lies, |keys, _| keys.div_ceil(BLOCK)).expect("a table");
+        let (tokens, blocks) = (packing.num_tokens(), sequences.tiles);
+        let block_indices = lists(&packing);
+        let uploaded = call.upload(&block_indices).expect("lists");
+        let of = Lists {
+            block_indices: uploaded.read_by(),
+            sequences: sequences.table(),
+            num_sequences: packing.num_seqs() as i32,
+        };
+        let extent = Extent { first_token: 0, tokens, first_block: 0, blocks };
+        let index = Index::build(&call, &config, of, extent, works).expect("runs");
+        let read = |held: &Scratch<i32>, len: usize| {
+            let mut numbers = vec![0; len];
+            held.read("slc::index", &mut numbers).expect("there");
+            numbers.into_iter().map(|number| number as usize).collect::<Vec<_>>()
+        };
+        let [_, totals, starts, held, of_works, work_starts] = &index._held.0[..] else { panic!("as built") };
+
+        let mut selected = vec![Vec::new(); HEADS * blocks];
+        let mut first_block = 0;
+        for seq in packing.seqs() {
+            for token in seq.rows.clone() {
+                for (at, &block) in block_indices[token * HEADS * COUNT..][..HEADS * COUNT].iter().enumerate() {
+                    if block >= 0 {
+                        let entry = if works.places { token * COUNT + at % COUNT } else { token };
+                        selected[at / COUNT * blocks + first_block + block as usize].push(entry);
+                    }
+                }
+            }
+            first_block += seq.end().div_ceil(BLOCK);
+        }
+        let all: Vec<_> = selected.iter().flatten().copied().collect();
+        let lens: Vec<_> = selected.iter().map(Vec::len).collect();
+        let before = |counts: &[usize]| -> Vec<usize> { (0..counts.len()).map(|i| counts[..i].iter().sum()).collect() };
+        assert_eq!(read(totals, lens.len()), lens);
+        assert_eq!(read(starts, lens.len()), before(&lens));
+        assert_eq!(read(held, all.len()), all);
+        let cut = |&len: &usize| len.div_ceil(works.queries).max(usize::from(works.all_blocks));
+        let mut counts: Vec<_> = lens.iter().map(cut).collect();
+        counts.push(0);
+        let begun = before(&counts);
+        assert_eq!(read(work_starts, begun.len()), begun);
+
+        let count = *begun.last().expect("a block");
+        assert!(count <= index.works, "{count} works, at most {}", index.works);
+        let order: Vec<_> = read(of_works, 2 * count).chunks_exact(2).map(|work| (work[0], work[1])).collect();
+        let mut sorted = order.clone();
+        sorted.sort();
+        let expected = (0..lens.len()).flat_map(|block| (0..counts[block]).map(move |work| (block, work)));
+        assert_eq!(sorted, expected.collect::<Vec<_>>());
+        let queries = |&(block, work): &(usize, usize)| (lens[block] - work * works.queries).min(works.queries);
+        let whole = order.iter().take_while(|work| queries(work) == works.queries).count();
+        assert!(order[..whole].is_sorted(), "whole works block by block");
+        let last = order[whole..].iter().map(queries).collect::<Vec<_>>();
+        assert!(last.iter().all(|&queries| queries < works.queries), "whole works first");
+        // As lengths are told apart.
+        let longest_first = last.windows(2).all(|pair| pair[1] <= pair[0] + works.queries.div_ceil(31));
+        assert!(longest_first, "{last:?}");
+        if works.queries == 24 {
+            assert!(whole > 8 && last.len() > 8 && last.iter().any(|&queries| queries > 12), "{whole}, {last:?}");
+        }
+    }
+
+    #[test]
+    fn the_longest_works_begin_first() {
+        on_an_a100("cuda::slc::index::tests::the_longest_works_begin_first", || {
+            let Backend::Cuda(cuda) = Backend::cuda(0).expect("the simulator") else { panic!("a CUDA device") };
+            for queries in [24, 100, 4096] {
+                for all_blocks in [false, true] {
+                    let works = Works { queries, all_blocks, places: !all_blocks };
+                    check(&cuda, &[290, 0, 15, 600], works);
+                }
+            }
+            // More blocks than one block of threads has threads.
+            check(&cuda, &[5000, 5000], Works { queries: 300, all_blocks: true, places: false });
+        });
+    }
+}
