@@ -55,6 +55,8 @@ proptest! {
         let candidates = (0..=t).filter(|j| j * block <= t).count();
         prop_assert_eq!(index::num_candidates(&config, t), candidates);
         prop_assert_eq!(index::num_select_blocks(&config, t + 1), candidates);
+        let selected = (0..t).map(|t| index::num_candidates(&config, t).min(config.select_count())).sum::<usize>();
+        prop_assert_eq!(index::num_selected(&config, t), selected);
         // Together the candidates hold every token up to t once.
         let tokens: Vec<usize> = (0..candidates).flat_map(|j| index::select_tokens(&config, j, t)).collect();
         prop_assert_eq!(tokens, (0..=t).collect::<Vec<_>>());
