@@ -135,6 +135,13 @@ impl<T: Element> NsaCache<T> {
     }
 }
 
+impl<T: Element> DenseCache<T> {
+    /// Versions of where everything lies that a decoding step reads.
+    pub(crate) fn versions(&self) -> [u64; 2] {
+        [self.k.version(), self.v.version()]
+    }
+}
+
 fn row_shapes(config: &NsaConfig) -> ([usize; 2], [usize; 2]) {
     let heads = config.num_kv_heads();
     ([heads, config.head_dim_qk()], [heads, config.head_dim_v()])

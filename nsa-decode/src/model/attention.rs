@@ -27,20 +27,31 @@ pub(super) enum Caches<'a, 'r, T: Activation> {
 #[derive(Debug)]
 pub(super) struct Places<T> {
     /// Copies of all layers.
-    pub(super) table: copy::Table,
+    table: copy::Table,
     /// Caches of all layers.
-    pub(super) decode: op::decode::Workspace<T>,
+    caches: PlacedCaches<T>,
     /// Versions of the caches of each layer.
     versions: Vec<Vec<u64>>,
 }
 
+/// The caches of the model's kind of attention.
+#[derive(Debug)]
+enum PlacedCaches<T> {
+    Nsa(op::decode::Workspace<T>),
+    Dense(op::dense::Workspace<T>),
+}
+
 impl<T: Activation> Places<T> {
     /// For steps of up to so many sequences.
-    pub(super) fn new(backend: &Backend, layers: usize, sequences: usize) -> Result<Self> {
+    pub(super) fn new(backend: &Backend, is_sparse: bool, layers: usize, sequences: usize) -> Result<Self> {
         // A sequence has a row for two page tables and four rings; the raw keys and values of a block are in two parts of a ring
         // and a new row each.
         let table = copy::Table::new(backend, 3 * layers, 6 * sequences)?;
-        Ok(Self { table, decode: op::decode::Workspace::new(layers), versions: vec![Vec::new(); layers] })
+        let caches = match is_sparse {
+            true => PlacedCaches::Nsa(op::decode::Workspace::new(layers)),
+            false => PlacedCaches::Dense(op::dense::Workspace::new(layers)),
+        };
+        Ok(Self { table, caches, versions: vec![Vec::new(); layers] })
     }
 
     /// Sequences of a step, at most.
@@ -51,7 +62,10 @@ impl<T: Activation> Places<T> {
     /// Tells the device.
     pub(super) fn send(&mut self) -> Result<()> {
         self.table.send()?;
-        Ok(self.decode.send()?)
+        match &mut self.caches {
+            PlacedCaches::Nsa(caches) => Ok(caches.send()?),
+            PlacedCaches::Dense(caches) => Ok(caches.send()?),
+        }
     }
 }
 
@@ -151,7 +165,6 @@ pub(super) fn dense<T: Activation>(
     caches: &mut Caches<'_, '_, T>,
     layer: usize,
 ) -> Result<Vec<usize>> {
-    let Caches::Here(runs) = caches else { unreachable!("steps of full attention are not placed") };
     let (config, backend, n) = (&pass.model.attention, &pass.model.backend, pass.rows());
     let (heads, kv_heads, q_norm) = (config.num_heads(), config.num_kv_heads(), weights.q_norm.as_ref());
     let x = ws.h.tensor([n, pass.model.config.hidden_size()])?;
@@ -161,31 +174,49 @@ pub(super) fn dense<T: Activation>(
     norm_heads(pass, q_norm, heads, &ws.raw_q, &mut ws.q)?;
     norm_heads(pass, k_norm, kv_heads, &ws.raw_k_slc, &mut ws.k_slc)?;
     rotate(pass, &ws.positions, n, [(&mut ws.q, heads), (&mut ws.k_slc, kv_heads)])?;
+    caches.copy(pass, (Copies::Rows, layer), |runs| new_dense_rows(pass, ws, runs, layer))?;
+    let q = ws.q.tensor([n, heads, config.head_dim_qk()])?;
+    let o = ws.o.tensor_mut([n, heads, config.head_dim_v()])?;
+    let lse = ws.lse_slc.tensor_mut([n, heads])?;
+    match caches {
+        Caches::Here(runs) => {
+            let (keys, values): (Vec<_>, Vec<_>) =
+                dense_caches(runs, layer).into_iter().map(|op::dense::Cache { k, v }| (k, v)).unzip();
+            let (k, v) = (Rows::Paged(&keys), Rows::Paged(&values));
+            op::dense::forward(backend, op::dense::Forward { config, packing: &pass.packing, q, k, v, o, lse })?;
+            Ok(pass.packing.seqs().map(|seq| seq.end()).collect())
+        }
+        Caches::Placed(Places { caches: PlacedCaches::Dense(caches), .. }) => {
+            caches.launch(layer, q, o, lse)?;
+            Ok(Vec::new())
+        }
+        Caches::Placed(_) => unreachable!("caches are placed for the model's kind of attention"),
+    }
+}
+
+/// Appends the new tokens' keys and values to their pages.
+fn new_dense_rows<'a, T: Activation>(
+    pass: &Pass<'_, T>,
+    ws: &'a Workspace<T>,
+    runs: &'a mut [Run<'_, T>],
+    layer: usize,
+) -> Result<Vec<Piece<'a, T>>> {
     let mut copies = Vec::new();
     for (run, seq) in runs.iter_mut().zip(pass.packing.seqs()) {
         let DenseCache { k, v } = dense_cache(run, layer);
-        k.push(backend, &ws.k_slc, seq.rows.clone(), &mut copies)?;
-        v.push(backend, &ws.v_slc, seq.rows, &mut copies)?;
+        k.push(&pass.model.backend, &ws.k_slc, seq.rows.clone(), &mut copies)?;
+        v.push(&pass.model.backend, &ws.v_slc, seq.rows, &mut copies)?;
     }
-    copy::all(backend, copies)?;
-    let (keys, values): (Vec<_>, Vec<_>) = runs
-        .iter_mut()
-        .map(|run| {
-            let cache = dense_cache(run, layer);
-            (cache.k.table(), cache.v.table())
-        })
-        .unzip();
-    let args = op::dense::Forward {
-        config,
-        packing: &pass.packing,
-        q: ws.q.tensor([n, config.num_heads(), config.head_dim_qk()])?,
-        k: Rows::Paged(&keys),
-        v: Rows::Paged(&values),
-        o: ws.o.tensor_mut([n, config.num_heads(), config.head_dim_v()])?,
-        lse: ws.lse_slc.tensor_mut([n, config.num_heads()])?,
+    Ok(copies)
+}
+
+/// The caches, as full attention takes them.
+fn dense_caches<'a, T: Activation>(runs: &'a mut [Run<'_, T>], layer: usize) -> Vec<op::dense::Cache<'a, T>> {
+    let of_run = |run| {
+        let cache = &*dense_cache(run, layer);
+        op::dense::Cache { k: cache.k.table(), v: cache.v.table() }
     };
-    op::dense::forward(backend, args)?;
-    Ok(pass.packing.seqs().map(|seq| seq.end()).collect())
+    runs.iter_mut().map(of_run).collect()
 }
 
 /// Sparse attention. Returns the token-rows that each sequence read, when the pass is a decoding step whose caches are here.
@@ -211,7 +242,10 @@ pub(super) fn nsa<T: Activation>(
     match (caches, reach) {
         (Caches::Here(runs), Some(reach)) => chunk(pass, ws, runs, layer, &reach).map(|()| Vec::new()),
         (Caches::Here(runs), None) => step(pass, ws, runs, layer),
-        (Caches::Placed(places), _) => launch(pass, ws, &mut places.decode, layer).map(|()| Vec::new()),
+        (Caches::Placed(Places { caches: PlacedCaches::Nsa(caches), .. }), _) => {
+            launch(pass, ws, caches, layer).map(|()| Vec::new())
+        }
+        (Caches::Placed(_), _) => unreachable!("caches are placed for the model's kind of attention"),
     }
 }
 
@@ -223,23 +257,37 @@ pub(super) fn place<T: Activation>(
     layer: usize,
     places: &mut Places<T>,
 ) -> Result<op::decode::Placed> {
-    let Places { table, decode, versions } = places;
-    if let Some(new) = &pass.new_blocks {
-        table.set(Copies::Tails.slot(layer), blocks::tails(pass, new, ws, runs, layer)?)?;
-        table.set(Copies::Blocks.slot(layer), blocks::new_rows(pass, new, ws, runs, layer)?)?;
-    }
-    table.set(Copies::Rows.slot(layer), new_rows(pass, ws, runs, layer)?)?;
-    let now: Vec<u64> = runs.iter_mut().flat_map(|run| nsa_cache(run, layer).versions()).collect();
-    if versions[layer] == now {
-        let contexts: Vec<usize> = pass.packing.seqs().map(|seq| seq.end()).collect();
-        if let Some(rows_read) = decode.place_again(layer, &contexts)? {
-            return Ok(op::decode::Placed { rows_read, anew: false });
+    let Places { table, caches, versions } = places;
+    let (backend, config) = (&pass.model.backend, &pass.model.attention);
+    let contexts = || pass.packing.seqs().map(|seq| seq.end()).collect::<Vec<_>>();
+    match caches {
+        PlacedCaches::Nsa(caches) => {
+            if let Some(new) = &pass.new_blocks {
+                table.set(Copies::Tails.slot(layer), blocks::tails(pass, new, ws, runs, layer)?)?;
+                table.set(Copies::Blocks.slot(layer), blocks::new_rows(pass, new, ws, runs, layer)?)?;
+            }
+            table.set(Copies::Rows.slot(layer), new_rows(pass, ws, runs, layer)?)?;
+            let now = runs.iter_mut().flat_map(|run| nsa_cache(run, layer).versions()).collect();
+            if versions[layer] == now
+                && let Some(rows_read) = caches.place_again(layer, &contexts())?
+            {
+                return Ok(op::decode::Placed { rows_read, anew: false });
+            }
+            let placed = caches.place(backend, config, layer, &step_caches(pass, runs, layer)?)?;
+            versions[layer] = now;
+            Ok(placed)
+        }
+        PlacedCaches::Dense(caches) => {
+            table.set(Copies::Rows.slot(layer), new_dense_rows(pass, ws, runs, layer)?)?;
+            let now = runs.iter_mut().flat_map(|run| dense_cache(run, layer).versions()).collect();
+            if versions[layer] == now && caches.place_again(layer, &contexts())? {
+                return Ok(op::decode::Placed { rows_read: contexts(), anew: false });
+            }
+            let placed = caches.place(backend, config, layer, &dense_caches(runs, layer))?;
+            versions[layer] = now;
+            Ok(placed)
         }
     }
-    let caches = step_caches(pass, runs, layer)?;
-    let placed = decode.place(&pass.model.backend, &pass.model.attention, layer, &caches)?;
-    versions[layer] = now;
-    Ok(placed)
 }
 
 /// Appends the new tokens' rows to pages and rings. All of these are apart, so that the order of their copies does not matter.

@@ -98,9 +98,7 @@ impl Inner {
             self.backend.run(|| {
                 pass.prepare(ws, &runs)?;
                 let rows_read = match recorded {
-                    Some(recorded) if is_sparse && is_step && wanted == Wanted::Last => {
-                        recorded.step(&pass, ws, &mut runs)?
-                    }
+                    Some(recorded) if is_step && wanted == Wanted::Last => recorded.step(&pass, ws, &mut runs)?,
                     _ => pass.compute(ws, &mut Caches::Here(&mut runs))?,
                 };
                 pass.read(ws, logits)?;

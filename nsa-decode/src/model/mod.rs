@@ -123,7 +123,7 @@ impl Model {
     }
 
     /// Kinds of decoding steps, by numbers of sequences and of new compression blocks, that the device repeats as recorded work;
-    /// none on the CPU, and none of full attention.
+    /// none on the CPU.
     pub fn recorded_steps(&self) -> usize {
         match &self.0.net {
             AnyNet::F32(net) => net.recorded_steps(),

@@ -1,4 +1,4 @@
-//! Decoding steps of sparse attention on a device, which is given a whole step at once: all that differs from one step to the
+//! Decoding steps on a device, which is given a whole step at once: all that differs from one step to the
 //! next (tokens, where new rows go, where caches are) is written to its memory before.
 
 use super::attention::{self, Caches, Places};
@@ -46,7 +46,8 @@ impl<T: Activation> Recorded<T> {
         }
         if places.as_ref().is_none_or(|places| places.sequences() < sequences) {
             recorder.forget();
-            *places = Some(Places::new(&pass.model.backend, layers, sequences.next_power_of_two())?);
+            let is_sparse = pass.model.config.nsa_config().is_some();
+            *places = Some(Places::new(&pass.model.backend, is_sparse, layers, sequences.next_power_of_two())?);
         }
         let places = places.as_mut().expect("they were there, or made");
         let mut rows_read = Vec::new();

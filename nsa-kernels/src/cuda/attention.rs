@@ -54,6 +54,31 @@ impl Field for BandForward {
     }
 }
 
+impl BandForward {
+    /// Without tensors and sequences.
+    pub(super) fn of(config: &NsaConfig) -> Self {
+        let scale_log2 = (config.scale() * std::f64::consts::LOG2_E) as f32;
+        let unscale = config.scale() / f64::from(scale_log2);
+        Self {
+            k_map: TensorMap::none(),
+            v_map: TensorMap::none(),
+            q: In(0, PhantomData),
+            k: In(0, PhantomData),
+            v: In(0, PhantomData),
+            k_pages: In(0, PhantomData),
+            v_pages: In(0, PhantomData),
+            o: Out(0, PhantomData),
+            lse: Out(0, PhantomData),
+            sequences: In(0, PhantomData),
+            tiles: 0,
+            num_sequences: 0,
+            scale_log2,
+            unscale_high: unscale as f32,
+            unscale_low: (unscale - f64::from(unscale as f32)) as f32,
+        }
+    }
+}
+
 /// The error for something that kernels do not do.
 pub(super) fn unsupported(cuda: &Cuda, op: &'static str, what: &str, advice: &'static str) -> Error {
     Error::Unsupported { op, backend: cuda.name(), what: what.to_owned(), advice }
@@ -201,12 +226,8 @@ pub(super) fn prepare_with<'c, T: Element>(
     let Forward { config, packing, q, k, v, mut o, mut lse } = args;
     let keys = Keys::new(&call, &k, &v)?;
     let sequences = Sequences::new(&call, packing, &keys.sequences, tiles_of)?;
-    let scale_log2 = (config.scale() * std::f64::consts::LOG2_E) as f32;
-    let unscale = config.scale() / f64::from(scale_log2);
     let [k_pages, v_pages] = keys.tables();
     let params = BandForward {
-        k_map: TensorMap::none(),
-        v_map: TensorMap::none(),
         q: call.input("q", &q)?,
         k: In(keys.packed[0], PhantomData),
         v: In(keys.packed[1], PhantomData),
@@ -217,9 +238,7 @@ pub(super) fn prepare_with<'c, T: Element>(
         sequences: sequences.table(),
         tiles: sequences.tiles as i32,
         num_sequences: packing.num_seqs() as i32,
-        scale_log2,
-        unscale_high: unscale as f32,
-        unscale_low: (unscale - f64::from(unscale as f32)) as f32,
+        ..BandForward::of(config)
     };
     let page_rows = keys.page_rows;
     let addresses = [&[params.q.0, keys.aligned[0]][..], &[keys.aligned[1], params.o.0]];
@@ -309,7 +328,7 @@ pub(crate) fn builds(config: &NsaConfig, dtype: DType, unit: Unit) -> Vec<Build>
     let mut builds = vec![
         build(&dense::FORWARD, &banded, "dense_forward", band.geometry(1, 1)),
         build(&win::FORWARD, &banded, "win_forward", band.geometry(1, 1)),
-        build(&dense::STEP, &stepped, "dense_step", step.geometry(config, 1, step.attend_bytes())),
+        build(&dense::step::PROGRAM, &stepped, "dense_step", step.geometry(config, 1, step.attend_bytes())),
         build(&cmp::FORWARD, &of_blocks, "cmp_forward", kept),
         build(&win::GATED, &gated, "win_gate_forward", band.geometry(1, 1)),
     ];

@@ -22,10 +22,11 @@ use super::geometry::decode::{DecodeSizes, columns};
 use super::geometry::step::StepTiles;
 use super::launch::Call;
 use super::memory::{DeviceBuffer, Mirror};
+use super::page_tables::{self, PageTable, PageTables, aligned};
 use super::params::{In, Out, Params, Stored, params};
 use super::program::{Constants, Program};
 use crate::op::decode::{Cache, OP, RowsRead, Step};
-use crate::{Element, Error, Pages, Result, Tensor, TensorMut};
+use crate::{Element, Error, Result, Tensor, TensorMut};
 use nsa_core::{DType, NsaConfig, ShapeError, index};
 use std::marker::PhantomData;
 
@@ -108,10 +109,9 @@ impl Capacity {
     /// With room for more sequences and longer contexts, so that few workspaces are made while a text grows, and for what was
     /// there before, so that none is made again and again by batches that come in turns.
     fn with_room(self, before: Option<Self>) -> Self {
-        let (sequences, context) = before.map_or((0, 0), |before| (before.sequences, before.context));
-        let (sequences, context) = (self.sequences.max(sequences), self.context.max(context).max(LEAST_CONTEXT));
-        let context = context.checked_next_power_of_two().unwrap_or(context).min(i32::MAX as usize);
-        Self { sequences: sequences.next_power_of_two(), context, ..self }
+        let sizes = |capacity: Self| [capacity.sequences, capacity.context];
+        let [sequences, context] = room(sizes(self), before.map(sizes));
+        Self { sequences, context, ..self }
     }
 
     /// Whether a workspace of this capacity holds what asks for `other`.
@@ -127,22 +127,39 @@ impl Capacity {
         [blocks.div_ceil(self.block_page_rows), self.context.div_ceil(self.token_page_rows)]
     }
 
-    /// Numbers in the headers of a layer, and addresses in its page tables.
-    fn table_lens(&self, config: &NsaConfig) -> [usize; 2] {
-        [HEADER, 2 * self.pages(config).iter().sum::<usize>()].map(|of_a_sequence| self.sequences * of_a_sequence)
+    /// The page tables of a layer: k̃, ṽ, k^slc, v^slc.
+    fn tables(&self, config: &NsaConfig) -> [PageTable; 4] {
+        let [blocks, tokens] = self.pages(config);
+        let of = |arg, dim, page_rows, pages| PageTable { arg, dim, page_rows, pages };
+        let (dim_k, dim_v) = (config.head_dim_qk(), config.head_dim_v());
+        [
+            of("k_cmp", dim_k, self.block_page_rows, blocks),
+            of("v_cmp", dim_v, self.block_page_rows, blocks),
+            of("k_slc", dim_k, self.token_page_rows, tokens),
+            of("v_slc", dim_v, self.token_page_rows, tokens),
+        ]
     }
 }
 
-/// Numbers of a sequence before its page tables.
+/// Sequences and tokens that a workspace has room for, for a batch of so many, and for those of the one before it.
+pub(super) fn room([sequences, context]: [usize; 2], before: Option<[usize; 2]>) -> [usize; 2] {
+    let before = before.unwrap_or([0, LEAST_CONTEXT]);
+    let (sequences, context) = (sequences.max(before[0]), context.max(before[1]));
+    let context = context.checked_next_power_of_two().unwrap_or(context).min(i32::MAX as usize);
+    [sequences.next_power_of_two(), context]
+}
+
+/// Numbers of a sequence besides its page tables.
 const HEADER: usize = 3;
-/// The shortest context that [`Capacity::with_room`] makes room for.
+/// The shortest context that [`room`] makes room for.
 const LEAST_CONTEXT: usize = 1024;
 
 /// Bytes of device memory that a [`Workspace`] of elements `T` takes.
 pub fn workspace_bytes<T: Element>(config: &NsaConfig, capacity: Capacity) -> usize {
     let tiles = StepTiles::new(config, size_of::<T>(), true);
     let sizes = DecodeSizes::new(config, &tiles, capacity.sequences, capacity.context);
-    sizes.bytes() + size_of::<u64>() * capacity.layers * capacity.table_lens(config).iter().sum::<usize>()
+    let of_sequence = HEADER + page_tables::addresses(&capacity.tables(config));
+    sizes.bytes() + size_of::<u64>() * capacity.layers * capacity.sequences * of_sequence
 }
 
 /// Device memory of a decoding step, for batches up to a capacity.
@@ -157,8 +174,7 @@ pub struct Workspace<T> {
     arrived: DeviceBuffer<u32>,
     /// Of the sequences of all layers, `[layers, S, HEADER]`.
     headers: Mirror<u64>,
-    /// Of each layer pages of k̃, ṽ `[S, pages of blocks]`, k^slc, v^slc `[S, pages of tokens]`.
-    pages: Mirror<u64>,
+    pages: PageTables<4>,
     of: PhantomData<T>,
 }
 
@@ -194,7 +210,7 @@ impl<T: Element> Workspace<T> {
         let sizes = DecodeSizes::new(config, &tiles, capacity.sequences, capacity.context);
         let alone = sizes.blocks(config, &tiles, capacity.sequences) <= device.multiprocessors as u64;
         let tiles = if alone { tiles.alone(device.shared_bytes) } else { tiles };
-        let [headers, pages] = capacity.table_lens(config).map(|len| capacity.layers * len);
+        let Capacity { layers, sequences, .. } = capacity;
         Ok(Self {
             cuda: cuda.clone(),
             config: config.clone(),
@@ -203,8 +219,8 @@ impl<T: Element> Workspace<T> {
             sizes,
             floats: DeviceBuffer::unwritten(cuda, sizes.floats.iter().sum())?,
             arrived: DeviceBuffer::zeros(cuda, sizes.counters)?,
-            headers: Mirror::zeros(cuda, headers)?,
-            pages: Mirror::zeros(cuda, pages)?,
+            headers: Mirror::zeros(cuda, layers * sequences * HEADER)?,
+            pages: PageTables::new(cuda, OP, capacity.tables(config), [layers, sequences])?,
             of: PhantomData,
         })
     }
@@ -234,8 +250,7 @@ impl<T: Element> Workspace<T> {
         let Capacity { layers, sequences, context, .. } = self.capacity;
         ShapeError::check(OP, "layers", &[layers.max(layer + 1)], &[layers])?;
         ShapeError::check(OP, "caches", &[caches.len().min(sequences)], &[caches.len()])?;
-        let [headers_len, pages_len] = self.capacity.table_lens(&self.config);
-        let mut headers = vec![0; headers_len];
+        let mut headers = vec![0; HEADER * sequences];
         for (s, (cache, header)) in caches.iter().zip(headers.chunks_exact_mut(HEADER)).enumerate() {
             cache.check(&self.config, s)?;
             if cache.context > context {
@@ -246,17 +261,9 @@ impl<T: Element> Workspace<T> {
             let k = ring("k_win", &cache.k_win, self.config.head_dim_qk())?;
             header.copy_from_slice(&[cache.context as u64, k, ring("v_win", &cache.v_win, self.config.head_dim_v())?]);
         }
-        let mut pages = vec![0; pages_len];
-        let mut rest = &mut pages[..];
-        for table in self.page_tables() {
-            let (own, others) = rest.split_at_mut(sequences * table.pages);
-            for (cache, own) in caches.iter().zip(own.chunks_mut(table.pages.max(1))) {
-                self.fill(&table, (table.of)(cache), own)?;
-            }
-            rest = others;
-        }
-        self.headers.set(layer * headers_len, &headers);
-        self.pages.set(layer * pages_len, &pages);
+        let pages = caches.iter().map(|cache| [&cache.k_cmp, &cache.v_cmp, &cache.k_slc, &cache.v_slc]);
+        self.pages.place(layer, &pages.collect::<Vec<_>>())?;
+        self.headers.set(layer * headers.len(), &headers);
         Ok(caches.iter().map(|cache| rows_read(&self.config, cache.context)).collect())
     }
 
@@ -268,23 +275,16 @@ impl<T: Element> Workspace<T> {
     pub fn place_again(&mut self, layer: usize, contexts: &[usize]) -> Result<Option<RowsRead>> {
         let Capacity { layers, sequences, context: most, .. } = self.capacity;
         ShapeError::check(OP, "layers", &[layers.max(layer + 1)], &[layers])?;
-        let [headers_len, pages_len] = self.capacity.table_lens(&self.config);
-        let (first, mut pages) = (layer * headers_len, &self.pages.host()[layer * pages_len..][..pages_len]);
-        let mut headers = self.headers.host()[first..first + headers_len].to_vec();
+        let (first, len) = (layer * sequences * HEADER, sequences * HEADER);
+        let mut headers = self.headers.host()[first..first + len].to_vec();
         // As many sequences as there were, none of them absent.
         let there = headers.chunks_exact(HEADER).take_while(|header| header[0] > 0).count();
-        if there != contexts.len() || contexts.iter().any(|&context| context == 0 || context > most) {
+        let fits = |(s, &context): (usize, &usize)| {
+            let blocks = index::num_blocks(&self.config, context);
+            (1..=most).contains(&context) && self.pages.hold(layer, s, [blocks, blocks, context, context])
+        };
+        if there != contexts.len() || !contexts.iter().enumerate().all(fits) {
             return Ok(None);
-        }
-        for table in self.page_tables() {
-            let (own, others) = pages.split_at(sequences * table.pages);
-            for (&context, own) in contexts.iter().zip(own.chunks(table.pages.max(1))) {
-                let rows = if table.of_blocks { index::num_blocks(&self.config, context) } else { context };
-                if rows > 0 && own[(rows - 1) / table.page_rows] == 0 {
-                    return Ok(None);
-                }
-            }
-            pages = others;
         }
         for (header, &context) in headers.chunks_exact_mut(HEADER).zip(contexts) {
             header[0] = context as u64;
@@ -302,96 +302,26 @@ impl<T: Element> Workspace<T> {
     /// If the device refuses.
     pub fn send(&mut self) -> Result<()> {
         self.headers.send(OP)?;
-        self.pages.send(OP)
+        self.pages.send()
     }
 
-    /// The four page tables, in their order.
-    fn page_tables<'c>(&self) -> [PageTable<'c, T>; 4] {
-        let [blocks, tokens] = self.capacity.pages(&self.config);
-        let (dim_k, dim_v) = (self.config.head_dim_qk(), self.config.head_dim_v());
-        let (block_rows, token_rows) = (self.capacity.block_page_rows, self.capacity.token_page_rows);
-        [
-            PageTable {
-                arg: "k_cmp",
-                of_blocks: true,
-                of: |cache| &cache.k_cmp,
-                dim: dim_k,
-                page_rows: block_rows,
-                pages: blocks,
-            },
-            PageTable {
-                arg: "v_cmp",
-                of_blocks: true,
-                of: |cache| &cache.v_cmp,
-                dim: dim_v,
-                page_rows: block_rows,
-                pages: blocks,
-            },
-            PageTable {
-                arg: "k_slc",
-                of_blocks: false,
-                of: |cache| &cache.k_slc,
-                dim: dim_k,
-                page_rows: token_rows,
-                pages: tokens,
-            },
-            PageTable {
-                arg: "v_slc",
-                of_blocks: false,
-                of: |cache| &cache.v_slc,
-                dim: dim_v,
-                page_rows: token_rows,
-                pages: tokens,
-            },
-        ]
-    }
-
-    fn fill(&self, table: &PageTable<'_, T>, pages: &Pages<'_, T>, own: &mut [u64]) -> Result<()> {
-        if pages.len > 0 && pages.page_rows != table.page_rows {
-            let what =
-                format!("`{}` in pages of {} rows beside ones of {}", table.arg, pages.page_rows, table.page_rows);
-            return Err(unsupported(&self.cuda, OP, &what, "use one number of rows a page"));
-        }
-        let used = pages.len.div_ceil(table.page_rows);
-        for (page, own) in pages.pages[..used].iter().zip(own) {
-            *own = self.aligned(table.arg, page.on_device(OP, table.arg, &self.cuda)?.address(), table.dim)?;
-        }
-        Ok(())
-    }
-
-    fn ring(&self, arg: &str, ring: &Tensor<'_, T, 3>, dim: usize) -> Result<u64> {
+    fn ring(&self, arg: &'static str, ring: &Tensor<'_, T, 3>, dim: usize) -> Result<u64> {
         let address: In<Stored> = Call::new::<T>(&self.cuda, OP)?.input(arg, ring)?;
-        self.aligned(arg, address.0, dim)
-    }
-
-    /// The address, if rows of `dim` elements there can be copied as kernels do.
-    fn aligned(&self, arg: &str, address: u64, dim: usize) -> Result<u64> {
-        let bytes = copy_bytes(dim, size_of::<T>(), &[]) as u64;
-        if address.is_multiple_of(bytes) {
-            return Ok(address);
-        }
-        let what = format!("`{arg}` at an address that is no multiple of {bytes}");
-        Err(unsupported(&self.cuda, OP, &what, "let it begin where its memory does, or whole rows behind"))
+        aligned::<T>(&self.cuda, OP, (arg, dim), address.0)
     }
 
     fn params(&mut self, layer: usize) -> Decode {
         let sequences = self.capacity.sequences;
         let [blocks, tokens] = self.capacity.pages(&self.config);
-        let starts = |first: usize, lens: [usize; 5]| {
-            let mut next = first;
-            lens.map(|len| {
-                next += len;
-                next - len
-            })
-        };
-        let [headers_len, pages_len] = self.capacity.table_lens(&self.config);
-        let pages = starts(layer * pages_len, [blocks, blocks, tokens, tokens, 0].map(|len| len * sequences));
-        let pages = pages.map(|at| In(self.pages.address(at), PhantomData));
-        let floats = starts(0, self.sizes.floats);
-        let floats = floats.map(|at| Out(self.floats.mem_mut(at..self.floats.len()).address(), PhantomData));
+        let pages = self.pages.of_layer(layer);
+        let mut next = 0;
+        let floats = self.sizes.floats.map(|len| {
+            next += len;
+            Out(self.floats.mem_mut(next - len..self.floats.len()).address(), PhantomData)
+        });
         let [cmp_splits, win_splits, slc_splits] = self.sizes.splits.map(|count| count as i32);
         Decode {
-            sequences: In(self.headers.address(layer * headers_len), PhantomData),
+            sequences: In(self.headers.address(layer * sequences * HEADER), PhantomData),
             k_cmp_pages: pages[0],
             v_cmp_pages: pages[1],
             k_slc_pages: pages[2],
@@ -446,18 +376,6 @@ pub(crate) fn builds(config: &NsaConfig, dtype: DType) -> Vec<Build> {
     };
     let kernels = [("decode_scan", tiles.scan_bytes()), ("decode_attend", tiles.attend_bytes())];
     vec![Build { program: &PROGRAM, constants, kernels: kernels.map(launched).to_vec() }]
-}
-
-/// A table of pages on the device.
-struct PageTable<'c, T> {
-    arg: &'static str,
-    /// Its rows are compressed blocks, not tokens.
-    of_blocks: bool,
-    of: for<'a> fn(&'a Cache<'c, T>) -> &'a Pages<'c, T>,
-    dim: usize,
-    page_rows: usize,
-    /// Of a sequence.
-    pages: usize,
 }
 
 /// Token-rows of K and V that a step reads of a context; the lists of all groups have the same number of tokens.

@@ -1,8 +1,9 @@
 //! Full causal attention: the baseline that sparse attention is measured against.
 
+use super::decode::Placed;
 use super::{BranchGrad, Shapes};
-use crate::{Backend, Element, Result, Rows, Tensor, TensorMut, cuda};
-use nsa_core::{NsaConfig, Packing};
+use crate::{Backend, Element, Error, Pages, Result, Rows, Tensor, TensorMut, cuda};
+use nsa_core::{NsaConfig, Packing, ShapeError};
 
 /// Arguments of [`forward`].
 #[derive(Debug)]
@@ -112,5 +113,118 @@ pub fn backward<T: Element>(backend: &Backend, args: Backward<'_, T>) -> Result<
     match backend {
         Backend::Cpu(cpu) => T::dense_backward(cpu, args),
         Backend::Cuda(cuda) => cuda::dense::backward(cuda, args),
+    }
+}
+
+pub(crate) const OP_STEP: &str = "dense::step";
+
+/// The caches of one sequence for one layer, the current token's key and value already in them.
+#[derive(Debug)]
+pub struct Cache<'a, T> {
+    /// Keys of all tokens, `[context, G, Dk]`.
+    pub k: Pages<'a, T>,
+    /// Values of all tokens, `[context, G, Dv]`.
+    pub v: Pages<'a, T>,
+}
+
+impl<T> Cache<'_, T> {
+    /// Checks that the cache of sequence `s` is one, in pages of `page_rows` rows.
+    fn check(&self, config: &NsaConfig, s: usize, page_rows: usize) -> Result<()> {
+        let (heads, context) = (config.num_kv_heads(), self.k.len);
+        let value = |value, rule| Err(Error::Value { op: OP_STEP, arg: "context", value, rule });
+        if context == 0 || i32::try_from(context).is_err() {
+            return value(format!("{context} of sequence {s}"), "must count the current token and fit an i32");
+        }
+        for (name, pages, dim) in [("k", &self.k, config.head_dim_qk()), ("v", &self.v, config.head_dim_v())] {
+            let arg = format!("caches[{s}].{name}");
+            pages.check(OP_STEP, &arg, [heads, dim])?;
+            ShapeError::check(OP_STEP, &arg, &[context, heads, dim], &[pages.len, heads, dim])?;
+            ShapeError::check(OP_STEP, &format!("page rows of {arg}"), &[page_rows], &[pages.page_rows])?;
+        }
+        Ok(())
+    }
+}
+
+/// Where the caches of decoding steps lie, which a device is told of ([`Workspace::place`]) before they are launched
+/// ([`Workspace::launch`]): launches are the same from step to step then, and can be [recorded](crate::record). It grows when a batch
+/// or a context is larger than any before.
+///
+/// The CPU is told of caches when it computes ([`forward`]).
+#[derive(Debug)]
+pub struct Workspace<T> {
+    layers: usize,
+    device: Option<cuda::dense::step::Workspace<T>>,
+}
+
+impl<T> Workspace<T> {
+    /// For the steps of so many layers, each with caches of its own.
+    pub fn new(layers: usize) -> Self {
+        Self { layers, device: None }
+    }
+}
+
+impl<T: Element> Workspace<T> {
+    /// Notes where the caches of a layer lie, one a sequence, for [`Workspace::send`] and [`Workspace::launch`]. They must be there when
+    /// the launch is done. Pages have one number of rows.
+    ///
+    /// # Errors
+    /// On the CPU; if the workspace is for fewer layers, or a cache is none of the config's shapes, not in the device's memory, or empty.
+    pub fn place(
+        &mut self,
+        backend: &Backend,
+        config: &NsaConfig,
+        layer: usize,
+        caches: &[Cache<'_, T>],
+    ) -> Result<Placed> {
+        let Backend::Cuda(cuda) = backend else {
+            let (backend, what) = (backend.name(), "steps whose caches are placed before".to_owned());
+            return Err(Error::Unsupported { op: OP_STEP, backend, what, advice: "call `dense::forward`" });
+        };
+        ShapeError::check(OP_STEP, "layers", &[self.layers.max(layer + 1)], &[self.layers])?;
+        let page_rows = caches.first().map_or(0, |cache| cache.k.page_rows);
+        for (s, cache) in caches.iter().enumerate() {
+            cache.check(config, s, page_rows)?;
+        }
+        let (workspace, anew) = cuda::dense::step::serving(cuda, (&mut self.device, self.layers), config, caches)?;
+        workspace.place(layer, caches)?;
+        Ok(Placed { rows_read: caches.iter().map(|cache| cache.k.len).collect(), anew })
+    }
+
+    /// Notes that the caches of a layer are where [`Workspace::place`] was told last, with other contexts, which costs nothing a page.
+    /// False if they have to be placed: they are other ones, or more than what was placed or the workspace's memory holds.
+    ///
+    /// # Errors
+    /// If there is no such layer.
+    pub fn place_again(&mut self, layer: usize, contexts: &[usize]) -> Result<bool> {
+        self.device.as_mut().map_or(Ok(false), |workspace| workspace.place_again(layer, contexts))
+    }
+
+    /// Tells the device what was noted since it was told before: one or two copies for all layers, in the order of its work.
+    ///
+    /// # Errors
+    /// If the device refuses.
+    pub fn send(&mut self) -> Result<()> {
+        self.device.as_mut().map_or(Ok(()), cuda::dense::step::Workspace::send)
+    }
+
+    /// Attends from the last token of each sequence to its caches that the device was told of: [`forward`] of one query each, the same
+    /// bits.
+    ///
+    /// **Shapes**: q `[S, Hq, Dk]`, o `[S, Hq, Dv]`, lse `[S, Hq]`.
+    ///
+    /// # Errors
+    /// If no caches were placed, a shape does not fit, or the device refuses.
+    pub fn launch(
+        &mut self,
+        layer: usize,
+        q: Tensor<'_, T, 3>,
+        o: TensorMut<'_, T, 3>,
+        lse: TensorMut<'_, T::Acc, 2>,
+    ) -> Result<()> {
+        let Some(workspace) = &mut self.device else {
+            let (value, rule) = ("none".to_owned(), "must be placed before the launch");
+            return Err(Error::Value { op: OP_STEP, arg: "caches", value, rule });
+        };
+        workspace.launch(layer, q, o, lse)
     }
 }

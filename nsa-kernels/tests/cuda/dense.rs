@@ -1,9 +1,11 @@
 //! Full attention on the simulator: whole sequences, and single queries, whose keys are cut into chunks.
 
+use super::pages::numbers;
 use super::{IN_EVERY_TYPE, IN_F32, assert_cases, assert_few_bytes, counted, paper, table};
 use half::{bf16, f16};
-use nsa_core::{DType, NsaConfigBuilder};
-use nsa_kernels::Backend;
+use nsa_core::{CuSeqlens, DType, NsaConfig, NsaConfigBuilder, Packing};
+use nsa_kernels::op::dense;
+use nsa_kernels::{Backend, Buffer, Pages, Rows, Tensor, TensorMut};
 use nsa_tests::check::{self, Op};
 use nsa_tests::decode::take_dense;
 use nsa_tests::sim::{BITS, on_an_a100, on_simulator};
@@ -78,6 +80,133 @@ fn single_queries_beside_others() {
         }
         let all = forward(&[(0, 0, 1700)]);
         assert!(all.lse[1699 * 8..].iter().zip(&alone.lse).all(|(all, alone)| (all - alone).abs() < 1e-5));
+    });
+}
+
+/// Rows of pages.
+const PAGE_ROWS: usize = 64;
+
+/// The first rows in pages of two KV heads.
+fn rows(pages: &[Buffer<bf16>], len: usize, dim: usize) -> Pages<'_, bf16> {
+    let pages = pages[..len.div_ceil(PAGE_ROWS)].iter().map(|page| page.mem()).collect();
+    Pages { pages, page_rows: PAGE_ROWS, len, row_shape: [2, dim] }
+}
+
+/// Keys and values of two sequences in pages, more rows than any context has, and two queries.
+struct Placed {
+    backend: Backend,
+    config: NsaConfig,
+    pages: [[Vec<Buffer<bf16>>; 2]; 2],
+    q: Buffer<bf16>,
+}
+
+impl Placed {
+    fn new(length: usize) -> Self {
+        let backend = Backend::cuda(0).expect("the simulator");
+        let config = paper(8, 2, 32, 16).build().expect("valid");
+        let pages = |seed: usize, rows: usize, dim: usize| {
+            let page = |at| backend.upload(&numbers::<bf16>(PAGE_ROWS * 2 * dim, 17 + seed + 2 * at));
+            (0..rows.div_ceil(PAGE_ROWS)).map(page).collect::<Vec<_>>()
+        };
+        let pages = [0, 1].map(|s| [pages(100 * s, length, 32), pages(100 * s + 51, length, 16)]);
+        let q = backend.upload(&numbers::<bf16>(2 * 8 * 32, 31));
+        Self { backend, config, pages, q }
+    }
+
+    /// The caches with such contexts, of which pages begin at sequence `first`.
+    fn caches(&self, first: usize, contexts: &[usize]) -> Vec<dense::Cache<'_, bf16>> {
+        let cache = |(s, &context): (usize, &usize)| {
+            let [k, v] = &self.pages[(first + s) % 2];
+            dense::Cache { k: rows(k, context, 32), v: rows(v, context, 16) }
+        };
+        contexts.iter().enumerate().map(cache).collect()
+    }
+
+    /// The bits of o and lse that `work` writes for so many sequences.
+    fn bits(
+        &self,
+        count: usize,
+        work: impl FnOnce(Tensor<'_, bf16, 3>, TensorMut<'_, bf16, 3>, TensorMut<'_, f32, 2>),
+    ) -> Vec<u32> {
+        let (mut o, mut lse) = (self.backend.alloc::<bf16>(count * 8 * 16), self.backend.alloc::<f32>(count * 8));
+        let (o_out, lse_out) = (o.tensor_mut([count, 8, 16]).expect("o"), lse.tensor_mut([count, 8]).expect("lse"));
+        work(self.q.tensor([count, 8, 32]).expect("q"), o_out, lse_out);
+        let (mut rows, mut sums) = (vec![bf16::ZERO; o.len()], vec![0.0f32; lse.len()]);
+        o.read(&mut rows).expect("o");
+        lse.read(&mut sums).expect("lse");
+        rows.iter().map(|x| u32::from(x.to_bits())).chain(sums.iter().map(|x| x.to_bits())).collect()
+    }
+
+    /// Those of the operation that is told of caches when it is called.
+    fn forward(&self, first: usize, contexts: &[usize]) -> Vec<u32> {
+        let (keys, values): (Vec<_>, Vec<_>) =
+            self.caches(first, contexts).into_iter().map(|cache| (cache.k, cache.v)).unzip();
+        let offsets = CuSeqlens::from_lengths(contexts.iter().map(|_| 1)).expect("short");
+        let before = contexts.iter().map(|context| context - 1).collect();
+        let packing = Packing::with_contexts(offsets, before).expect("short");
+        self.bits(contexts.len(), |q, o, lse| {
+            let (k, v) = (Rows::Paged(&keys), Rows::Paged(&values));
+            let args = dense::Forward { config: &self.config, packing: &packing, q, k, v, o, lse };
+            dense::forward(&self.backend, args).expect("runs");
+        })
+    }
+
+    /// Those of a step of a layer whose caches were placed.
+    fn launched(&self, workspace: &mut dense::Workspace<bf16>, layer: usize, count: usize) -> Vec<u32> {
+        workspace.send().expect("sent");
+        self.bits(count, |q, o, lse| workspace.launch(layer, q, o, lse).expect("a launch"))
+    }
+}
+
+/// Steps whose caches were placed have the bits of those that are told of them when they are called: of one chunk and of as many as
+/// are joined twice, in a workspace that grows, whatever layers and batches come, and where contexts alone are other ones.
+#[test]
+fn placed_steps_are_the_steps() {
+    on_an_a100("dense::placed_steps_are_the_steps", || {
+        let placed = Placed::new(1700);
+        let mut workspace = dense::Workspace::<bf16>::new(2);
+        let place = |workspace: &mut dense::Workspace<bf16>, layer, first, contexts: &[usize]| {
+            workspace.place(&placed.backend, &placed.config, layer, &placed.caches(first, contexts)).expect("placed")
+        };
+        assert!(!workspace.place_again(1, &[5, 6]).expect("nothing was placed"));
+        assert!(workspace.place(&placed.backend, &placed.config, 2, &[]).is_err(), "two layers");
+        for (number, contexts) in [&[64][..], &[130, 1], &[700, 65], &[1700, 130]].into_iter().enumerate() {
+            let of_layers = [0, 1].map(|layer| place(&mut workspace, layer, layer, &contexts[..1]).anew);
+            assert_eq!(of_layers, [[true, false], [false; 2], [false; 2], [true, false]][number]);
+            let both = place(&mut workspace, 1, 0, contexts);
+            assert_eq!((both.rows_read, both.anew), (contexts.to_vec(), number == 1));
+            place(&mut workspace, 0, 1, &contexts[contexts.len() - 1..]);
+            let other = placed.forward(1, &contexts[contexts.len() - 1..]);
+            assert_eq!(placed.launched(&mut workspace, 0, 1), other, "{contexts:?}");
+            let expected = placed.forward(0, contexts);
+            assert_eq!(placed.launched(&mut workspace, 1, contexts.len()), expected, "{contexts:?}");
+        }
+        for contexts in [[1700, 65], [1699, 128], [64, 1], [1025, 130]] {
+            assert!(workspace.place_again(1, &contexts).expect("a layer"), "{contexts:?}");
+            assert_eq!(placed.launched(&mut workspace, 1, 2), placed.forward(0, &contexts), "{contexts:?}");
+        }
+        // Pages that were not placed, sequences that were not, no token, more than memory is for.
+        for contexts in [&[1729, 65][..], &[1700, 193], &[1700], &[1700, 65, 3], &[0, 65], &[5000, 65]] {
+            assert!(!workspace.place_again(1, contexts).expect("a layer"), "{contexts:?}");
+        }
+        assert!(workspace.place_again(2, &[5, 6]).is_err());
+        let cpu = Backend::pick(Some("cpu")).expect("the CPU").0;
+        let error =
+            workspace.place(&cpu, &placed.config, 1, &placed.caches(0, &[9])).expect_err("on the CPU").to_string();
+        assert!(error.contains("call `dense::forward`"), "{error}");
+        let [mut other, mut short, mut empty] = [9; 3].map(|context| placed.caches(0, &[context]));
+        other[0].v.page_rows = 32;
+        short[0].v.len = 8;
+        empty[0].k.len = 0;
+        for (caches, rule) in [(other, "page rows"), (short, "caches[0].v"), (empty, "current token")] {
+            let error = workspace.place(&placed.backend, &placed.config, 1, &caches).expect_err(rule).to_string();
+            assert!(error.contains(rule), "{error}");
+        }
+        let mut unplaced = dense::Workspace::<bf16>::new(1);
+        placed.bits(1, |q, o, lse| {
+            let error = unplaced.launch(0, q, o, lse).expect_err("nothing was placed").to_string();
+            assert!(error.contains("must be placed"), "{error}");
+        });
     });
 }
 

@@ -22,9 +22,9 @@ fn trained(folder: &Path, attention: AttentionKind, kind: CompressKind, qk_norm:
     trainer.save(&folder.join("run")).expect("a checkpoint")
 }
 
-/// A sparse model with its first weights.
-fn untrained(folder: &Path, kind: CompressKind, qk_norm: bool) -> PathBuf {
-    let trainer = kit::trainer(&kit::cpu(), folder, kit::config(Nsa, kind, qk_norm), kit::options());
+/// A model with its first weights.
+fn untrained(folder: &Path, attention: AttentionKind, kind: CompressKind, qk_norm: bool) -> PathBuf {
+    let trainer = kit::trainer(&kit::cpu(), folder, kit::config(attention, kind, qk_norm), kit::options());
     trainer.save(&folder.join("run")).expect("a checkpoint")
 }
 
@@ -123,7 +123,7 @@ fn computing_in_bf16() {
             let tokens: Vec<u32> = TEXT.bytes().take(9).map(u32::from).collect();
             let session = session(&cuda, TEXT);
             assert_eq!(recorded(session.clone(), &tokens), called(session, &tokens));
-            assert_eq!(cuda.recorded_steps(), if attention == Nsa { 2 } else { 0 });
+            assert_eq!(cuda.recorded_steps(), kinds(attention));
             same_text([cuda, cpu], 2e-2);
         }
     });
@@ -134,12 +134,17 @@ fn dense() {
     on_simulator("decoding::dense", || generates_as_the_cpu(Dense, CompressKind::Mean, false, |_| {}));
 }
 
+/// Kinds of steps of one sequence: of sparse attention those that complete a block are others.
+fn kinds(attention: AttentionKind) -> usize {
+    if attention == Nsa { 2 } else { 1 }
+}
+
 /// Caches on the device are shared by forks until one writes, and cut back within `undo`.
 #[test]
 fn sessions_fork_and_go_back() {
     on_simulator("decoding::sessions_fork_and_go_back", || {
         let folder = tempfile::tempdir().expect("a folder");
-        let checkpoint = untrained(folder.path(), CompressKind::Mean, false);
+        let checkpoint = untrained(folder.path(), Nsa, CompressKind::Mean, false);
         let model = open(&checkpoint, kit::cuda());
         let mut first = session(&model, &TEXT[..50]);
         first.logits().expect("logits");
@@ -158,81 +163,85 @@ fn sessions_fork_and_go_back() {
 /// blocks and pages, alone and together, in other sequences' turns, and from several threads.
 #[test]
 fn recorded_steps_are_the_steps() {
-    on_an_a100("decoding::recorded_steps_are_the_steps", || {
-        let folder = tempfile::tempdir().expect("a folder");
-        let checkpoint = untrained(folder.path(), CompressKind::Weighted, true);
-        let model = open(&checkpoint, kit::cuda());
-        let text = TEXT.repeat(3);
-        // Up to the end of a page of tokens and beyond; and other lengths.
-        let starts = [250, 5, 63, 30].map(|length| session(&model, &text[..length]));
-        let tokens: Vec<u32> = text.bytes().take(13).map(u32::from).collect();
-        // Room for more rows than any step has, so that no record ends for want of it.
-        model.session().append_all(&tokens).expect("logits");
-        let one_by_one = starts.clone().map(|session| called(session, &tokens));
-        assert_eq!(model.recorded_steps(), 0);
-        let steps = |session| recorded(session, &tokens);
-        assert_eq!(starts.clone().map(steps), one_by_one);
-        assert_eq!(model.recorded_steps(), 2, "with a new block and without");
-        // A fork takes nothing of what the other goes on with: pages and rings are copied before they are written to.
-        let mut first = starts[1].clone();
-        let (before, after) = tokens.split_at(4);
-        recorded_on(&mut first, before);
-        let (mut fork, one_way) = (first.fork(), called(first.fork(), after));
-        assert_eq!(recorded_on(&mut first, after), one_way);
-        assert_eq!(recorded_on(&mut fork, after), one_way);
-        let together = |count: usize| {
-            let mut sessions = starts[..count].to_vec();
-            let step = |&token: &u32| {
-                sessions.iter_mut().for_each(|session| session.push(&[token]).expect("room"));
-                nsa_decode::advance(&mut sessions.iter_mut().collect::<Vec<_>>()).expect("a step");
-                sessions.iter_mut().map(|session| session.logits().expect("logits").to_vec()).collect()
-            };
-            tokens.iter().map(step).collect::<Vec<Vec<Vec<f32>>>>()
+    on_an_a100("decoding::recorded_steps_are_the_steps", || [Nsa, Dense].into_iter().for_each(assert_recorded));
+}
+
+fn assert_recorded(attention: AttentionKind) {
+    let folder = tempfile::tempdir().expect("a folder");
+    let checkpoint = untrained(folder.path(), attention, CompressKind::Weighted, true);
+    let model = open(&checkpoint, kit::cuda());
+    let text = TEXT.repeat(3);
+    // Up to the end of a page of tokens and beyond; and other lengths.
+    let starts = [250, 5, 63, 30].map(|length| session(&model, &text[..length]));
+    let tokens: Vec<u32> = text.bytes().take(13).map(u32::from).collect();
+    // Room for more rows than any step has, so that no record ends for want of it.
+    model.session().append_all(&tokens).expect("logits");
+    let one_by_one = starts.clone().map(|session| called(session, &tokens));
+    assert_eq!(model.recorded_steps(), 0);
+    let steps = |session| recorded(session, &tokens);
+    assert_eq!(starts.clone().map(steps), one_by_one);
+    assert_eq!(model.recorded_steps(), kinds(attention));
+    // A fork takes nothing of what the other goes on with: pages and rings are copied before they are written to.
+    let mut first = starts[1].clone();
+    let (before, after) = tokens.split_at(4);
+    recorded_on(&mut first, before);
+    let (mut fork, one_way) = (first.fork(), called(first.fork(), after));
+    assert_eq!(recorded_on(&mut first, after), one_way);
+    assert_eq!(recorded_on(&mut fork, after), one_way);
+    let together = |count: usize| {
+        let mut sessions = starts[..count].to_vec();
+        let step = |&token: &u32| {
+            sessions.iter_mut().for_each(|session| session.push(&[token]).expect("room"));
+            nsa_decode::advance(&mut sessions.iter_mut().collect::<Vec<_>>()).expect("a step");
+            sessions.iter_mut().map(|session| session.logits().expect("logits").to_vec()).collect()
         };
-        // The first of each kind is called, all later ones are recorded.
-        for count in [3, 4] {
-            let first = together(count);
-            for (at, all) in first.iter().enumerate() {
-                for (logits, expected) in all.iter().zip(&one_by_one) {
-                    let expected: Vec<f32> = expected[at].iter().copied().map(f32::from_bits).collect();
-                    assert!(kit::difference(logits, &expected) < 2e-5, "as alone, but for the products' order of sums");
-                }
+        tokens.iter().map(step).collect::<Vec<Vec<Vec<f32>>>>()
+    };
+    // The first of each kind is called, all later ones are recorded.
+    for count in [3, 4] {
+        let first = together(count);
+        for (at, all) in first.iter().enumerate() {
+            for (logits, expected) in all.iter().zip(&one_by_one) {
+                let expected: Vec<f32> = expected[at].iter().copied().map(f32::from_bits).collect();
+                assert!(kit::difference(logits, &expected) < 2e-5, "as alone, but for the products' order of sums");
             }
-            let all_bits = |steps: Vec<Vec<Vec<f32>>>| -> Vec<_> { steps.concat().iter().map(|x| bits(x)).collect() };
-            assert_eq!(all_bits(together(count)), all_bits(first));
         }
-        assert_eq!(starts.clone().map(steps), one_by_one);
-        std::thread::scope(|scope| {
-            let threads = starts.map(|session| scope.spawn(|| steps(session)));
-            assert_eq!(threads.map(|thread| thread.join().expect("no panic")), one_by_one);
-        });
+        let all_bits = |steps: Vec<Vec<Vec<f32>>>| -> Vec<_> { steps.concat().iter().map(|x| bits(x)).collect() };
+        assert_eq!(all_bits(together(count)), all_bits(first));
+    }
+    assert_eq!(starts.clone().map(steps), one_by_one);
+    std::thread::scope(|scope| {
+        let threads = starts.map(|session| scope.spawn(|| steps(session)));
+        assert_eq!(threads.map(|thread| thread.join().expect("no panic")), one_by_one);
     });
 }
 
 /// What is recorded is void when a context or a chunk of tokens outgrows the memory that it uses.
 #[test]
 fn records_end_with_their_memory() {
-    on_an_a100("decoding::records_end_with_their_memory", || {
-        let folder = tempfile::tempdir().expect("a folder");
-        let checkpoint = untrained(folder.path(), CompressKind::Mean, false);
-        let model = open(&checkpoint, kit::cuda());
-        let text = TEXT.repeat(12);
-        let tokens: Vec<u32> = text.bytes().take(9).map(u32::from).collect();
-        let (short, long) = (session(&model, &text[..30]), session(&model, &text[..1019]));
-        let expected = [short.clone(), long.clone()].map(|session| called(session, &tokens));
-        // The memory of other models' passes is not known to this one.
-        let model = open(&checkpoint, kit::cuda());
-        let (short, long) = (session(&model, &text[..30]), session(&model, &text[..1019]));
-        assert_eq!(recorded(short.clone(), &tokens), expected[0]);
-        // Beyond 1,024 tokens steps have other memory.
-        assert_eq!(recorded(long, &tokens), expected[1]);
-        assert_eq!(recorded(short.clone(), &tokens), expected[0]);
-        assert_eq!(model.recorded_steps(), 2);
-        let mut chunk = model.session_with(SessionOptions { chunk: 50, undo: 0 }).expect("a session");
-        chunk.append(&tokens.repeat(6)).expect("logits");
-        assert_eq!(recorded(short, &tokens), expected[0]);
-        assert_eq!(model.recorded_steps(), 2);
-    });
+    on_an_a100("decoding::records_end_with_their_memory", || [Nsa, Dense].into_iter().for_each(assert_forgotten));
+}
+
+fn assert_forgotten(attention: AttentionKind) {
+    let folder = tempfile::tempdir().expect("a folder");
+    let checkpoint = untrained(folder.path(), attention, CompressKind::Mean, false);
+    let model = open(&checkpoint, kit::cuda());
+    let text = TEXT.repeat(12);
+    let tokens: Vec<u32> = text.bytes().take(9).map(u32::from).collect();
+    let (short, long) = (session(&model, &text[..30]), session(&model, &text[..1019]));
+    let expected = [short.clone(), long.clone()].map(|session| called(session, &tokens));
+    // The memory of other models' passes is not known to this one.
+    let model = open(&checkpoint, kit::cuda());
+    let (short, long) = (session(&model, &text[..30]), session(&model, &text[..1019]));
+    assert_eq!(recorded(short.clone(), &tokens), expected[0]);
+    // Beyond 1,024 tokens steps have other memory.
+    assert_eq!(recorded(long, &tokens), expected[1]);
+    assert_eq!(recorded(short.clone(), &tokens), expected[0]);
+    assert_eq!(model.recorded_steps(), kinds(attention));
+    let mut chunk = model.session_with(SessionOptions { chunk: 50, undo: 0 }).expect("a session");
+    chunk.append(&tokens.repeat(6)).expect("logits");
+    assert_eq!(recorded(short, &tokens), expected[0]);
+    assert_eq!(model.recorded_steps(), kinds(attention));
 }
 
 /// Logits of tokens that are appended to a session, one at a time, in steps whose operations are called.

@@ -3,7 +3,8 @@
 // the sequence's are one.
 //
 // Grid: KV heads x parts of the group x chunks of all sequences along x, the KV heads of one chunk beside each other: their rows
-// lie side by side in memory. Each chunk is there; none is empty. Shared memory and teams: step.cuh; statistics of the shares that
+// lie side by side in memory. There may be more blocks than chunks, where a launch is recorded for any context: a sequence's chunks
+// are its first ones then. None is empty. Shared memory and teams: step.cuh; statistics of the shares that
 // are joined, ROWS x JOINED x 4, lie where the teams' o were.
 // Latency: the sequence; its pages, if any; rows of the chunk; then a share and a counter; then JOINED shares, whose loads are under
 // way together, once, twice (from 17 chunks on) or three times (from 257 on). One block that joined all 256 shares of 65,536
@@ -126,13 +127,14 @@ __device__ __forceinline__ void join_all(const DenseStepParams& p, const Place& 
     }
 }
 
-// Attends to this block's chunk.
-__device__ __forceinline__ void attend_chunk(const BandForwardParams& p, StepFlash& flash) {
+// Attends to this block's chunk, if there is one.
+__device__ __forceinline__ bool attend_chunk(const BandForwardParams& p, StepFlash& flash) {
     // Rows of a packed tensor lie beside each other.
     constexpr int RUN = PAGE_ROWS > 0 ? PAGE_ROWS : 4 * KEYS;
     __shared__ Runs<RUN> runs;
     const Place place(p);
     const int first = place.split * CHUNK, left = place.sequence.keys - first, count = left < CHUNK ? left : CHUNK;
+    if (left <= 0) return false;
     // Where the first run begins, from the chunk's first row on.
     const int begin = CHUNK % RUN == 0 ? 0 : runs.begin(first) - first;
     for (int i = threadIdx.x; begin + i * RUN < count; i += THREADS) {
@@ -149,12 +151,13 @@ __device__ __forceinline__ void attend_chunk(const BandForwardParams& p, StepFla
     const RunRows<HEAD_DIM_V, RUN> v{runs.v, begin};
     attend(p.q + place.query_head() * HEAD_DIM_QK, place.heads, p.scale_log2, flash, k, v, 0, count, [] {},
            [](const StepScores&, int) {});
+    return true;
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, LEAST_BLOCKS) dense_step(const __grid_constant__ DenseStepParams p) {
     __shared__ __align__(8) float teams[TEAMS][ROWS][2];
     StepFlash flash;
-    attend_chunk(p.common, flash);
+    if (!attend_chunk(p.common, flash)) return;
     // Looked up again: registers are scarce before.
     const Place place(p.common);
     write_share(place.o(p, place.split), place.statistics(p, place.split), place.heads, flash, teams);
