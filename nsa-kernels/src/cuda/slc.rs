@@ -33,9 +33,6 @@ pub(crate) static BACKWARD: Program = Program {
     params: &[BandBackward::declaration, SlcIndex::declaration, SlcBackward::declaration],
 };
 
-/// Queries of a block of keys that one work of `slc_key_gradients` takes, at least; those of more are summed later.
-const WORK_QUERIES: usize = 256;
-
 params! {
     /// Arguments of the kernels of the backward.
     struct SlcBackward {
@@ -217,12 +214,13 @@ impl BackwardTiles {
     }
 
     /// What the queries of blocks of keys are cut into on a device with so many multiprocessors, and works beside the first of their
-    /// blocks, at most. Each leaves gradients in memory, so the longest works are as long as it takes to do all of them at once; as
-    /// they begin first, shorter ones fill what is left.
+    /// blocks, at most. As each of those leaves gradients in memory, works are as long as if all ran at once in equal parts; whole ones
+    /// begin first, and shorter ones fill what is left.
     fn works(&self, config: &NsaConfig, packing: &Packing, multiprocessors: usize) -> (Works, usize) {
         let entries = config.num_kv_heads() * packing.seqs().map(|seq| num_selected(config, seq.end())).sum::<usize>();
         let at_once = self.keys.blocks_at_once(multiprocessors).div_ceil(self.shares);
-        let queries = entries.div_ceil(at_once).max(WORK_QUERIES);
+        let least = self.keys.least_part_rows().div_ceil(config.group_size());
+        let queries = entries.div_ceil(at_once).max(least);
         (Works { queries, all_blocks: true, places: false }, entries / queries)
     }
 
@@ -260,4 +258,30 @@ pub(crate) fn builds(config: &NsaConfig, dtype: DType, unit: Unit) -> Vec<Build>
     let mut builds = vec![backward, index::build(constants.clone(), false)];
     builds.extend(turned::builds(config, size, &constants));
     builds
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nsa_core::{CompressKind, CuSeqlens};
+
+    #[test]
+    fn works_are_as_long_as_if_all_ran_at_once() {
+        let works = |heads: usize, dim: usize, block: usize, lengths: &[usize]| {
+            let builder = NsaConfig::builder(heads, 1, dim, dim).compress_kind(CompressKind::Mean).select_block(block);
+            let config = builder.build().unwrap();
+            let packing = Packing::new(CuSeqlens::from_lengths(lengths.iter().copied()).unwrap());
+            let (works, more) = BackwardTiles::new(&config, 2, Unit::Warp).works(&config, &packing, 108);
+            (works.queries, more)
+        };
+        // Two blocks of threads a multiprocessor, 216 works at once: of 8,192 tokens 15 · 64 · 8 entries are missing.
+        assert_eq!(works(16, 128, 64, &[8192]), ((8192 * 16 - 7680usize).div_ceil(216), 215));
+        assert_eq!(works(16, 128, 64, &[4096, 4096]), ((8192 * 16 - 2 * 7680usize).div_ceil(216), 215));
+        // Not shorter than sixteen steps of 32 rows.
+        assert_eq!(works(16, 128, 64, &[500]), (32, 70));
+        assert_eq!(works(1, 128, 64, &[500]).0, 512);
+        // One block of threads with dk, one with dv; two with the keys of a block.
+        assert_eq!(works(16, 256, 64, &[8192]).0, (8192 * 16 - 7680usize).div_ceil(108));
+        assert_eq!(works(16, 128, 128, &[8192]).0, (8192 * 16 - 15 * 128 * 8usize).div_ceil(108));
+    }
 }

@@ -170,7 +170,7 @@ fn placed_steps_are_the_steps() {
         };
         assert!(!workspace.place_again(1, &[5, 6]).expect("nothing was placed"));
         assert!(workspace.place(&placed.backend, &placed.config, 2, &[]).is_err(), "two layers");
-        for (number, contexts) in [&[64][..], &[130, 1], &[700, 65], &[1700, 130]].into_iter().enumerate() {
+        for (number, contexts) in [&[1024][..], &[130, 1], &[700, 65], &[1700, 130]].into_iter().enumerate() {
             let of_layers = [0, 1].map(|layer| place(&mut workspace, layer, layer, &contexts[..1]).anew);
             assert_eq!(of_layers, [[true, false], [false; 2], [false; 2], [true, false]][number]);
             let both = place(&mut workspace, 1, 0, contexts);

@@ -137,6 +137,11 @@ impl GradientTiles {
         (multiprocessors * KEY_WARPS / (self.warps * if self.apart { 2 } else { 1 })).max(1)
     }
 
+    /// Rows of a part, at least, if what sees a tile of keys is cut into parts.
+    pub(crate) fn least_part_rows(&self) -> usize {
+        PART_STEPS * self.query_rows
+    }
+
     /// Parts of the tiles of keys of each KV head, each seen by so many of `rows` rows of queries, for a device with so many
     /// multiprocessors. Parts are equally long and fill it in few rounds: of what takes at most a tenth longer than the fastest, that
     /// with fewest parts, as each leaves gradients in memory.
@@ -149,7 +154,7 @@ impl GradientTiles {
         };
         // Of the longest tile: each time a sixteenth more.
         let counts = iter::successors(Some(1usize), |count| Some(count + count.div_ceil(16)));
-        let counts = counts.take_while(|&count| count == 1 || longest >= count * PART_STEPS * self.query_rows);
+        let counts = counts.take_while(|&count| count == 1 || longest >= count * self.least_part_rows());
         let cuts = counts.map(|count| {
             let part = longest.div_ceil(count).next_multiple_of(self.query_rows).max(self.query_rows);
             (part, rounds(part))
