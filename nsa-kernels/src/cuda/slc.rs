@@ -278,7 +278,7 @@ mod tests {
         assert_eq!(works(16, 128, 64, &[8192]), ((8192 * 16 - 7680usize).div_ceil(216), 215));
         assert_eq!(works(16, 128, 64, &[4096, 4096]), ((8192 * 16 - 2 * 7680usize).div_ceil(216), 215));
         // Not shorter than sixteen steps of 32 rows.
-        assert_eq!(works(16, 128, 64, &[500]), (32, 70));
+        assert_eq!(works(16, 128, 64, &[500]), (32, 69));
         assert_eq!(works(1, 128, 64, &[500]).0, 512);
         // One block of threads with dk, one with dv; two with the keys of a block.
         assert_eq!(works(16, 256, 64, &[8192]).0, (8192 * 16 - 7680usize).div_ceil(108));

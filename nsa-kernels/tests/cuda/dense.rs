@@ -202,6 +202,11 @@ fn placed_steps_are_the_steps() {
             let error = workspace.place(&placed.backend, &placed.config, 1, &caches).expect_err(rule).to_string();
             assert!(error.contains(rule), "{error}");
         }
+        // Pages of another size are for other memory.
+        let mut cut = placed.caches(0, &[9]);
+        (cut[0].k.page_rows, cut[0].v.page_rows) = (32, 32);
+        assert!(workspace.place(&placed.backend, &placed.config, 1, &cut).expect("placed").anew);
+        assert_eq!(placed.launched(&mut workspace, 1, 1), placed.forward(0, &[9]));
         let mut unplaced = dense::Workspace::<bf16>::new(1);
         placed.bits(1, |q, o, lse| {
             let error = unplaced.launch(0, q, o, lse).expect_err("nothing was placed").to_string();
