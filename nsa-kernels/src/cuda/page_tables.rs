@@ -107,6 +107,11 @@ impl<const N: usize> PageTables<N> {
         })
     }
 
+    /// Bytes of the tables of all layers.
+    pub(super) fn bytes(&self) -> usize {
+        size_of_val(self.addresses.host())
+    }
+
     /// Addresses of a layer's.
     fn len(&self) -> usize {
         self.sequences * addresses(&self.tables)

@@ -164,6 +164,12 @@ impl<T> Workspace<T> {
 }
 
 impl<T: Element> Workspace<T> {
+    /// Bytes of device memory that it holds: those of [`Needs::dense_step`](crate::cuda::workspace::Needs::dense_step), if no batch has
+    /// made it grow since its first one.
+    pub fn bytes(&self) -> usize {
+        self.device.as_ref().map_or(0, cuda::dense::step::Workspace::bytes)
+    }
+
     /// Notes where the caches of a layer lie, one a sequence, for [`Workspace::send`] and [`Workspace::launch`]. They must be there when
     /// the launch is done. Pages have one number of rows.
     ///

@@ -4,6 +4,7 @@ use super::pages::numbers;
 use super::{IN_EVERY_TYPE, IN_F32, assert_cases, assert_few_bytes, counted, paper, table};
 use half::{bf16, f16};
 use nsa_core::{CuSeqlens, DType, NsaConfig, NsaConfigBuilder, Packing};
+use nsa_kernels::cuda::Cuda;
 use nsa_kernels::op::dense;
 use nsa_kernels::{Backend, Buffer, Pages, Rows, Tensor, TensorMut};
 use nsa_tests::check::{self, Op};
@@ -86,6 +87,12 @@ fn single_queries_beside_others() {
 /// Rows of pages.
 const PAGE_ROWS: usize = 64;
 
+/// A query at the end of each context.
+fn steps(contexts: &[usize]) -> Packing {
+    let offsets = CuSeqlens::from_lengths(contexts.iter().map(|_| 1)).expect("short");
+    Packing::with_contexts(offsets, contexts.iter().map(|context| context - 1).collect()).expect("short")
+}
+
 /// The first rows in pages of two KV heads.
 fn rows(pages: &[Buffer<bf16>], len: usize, dim: usize) -> Pages<'_, bf16> {
     let pages = pages[..len.div_ceil(PAGE_ROWS)].iter().map(|page| page.mem()).collect();
@@ -111,6 +118,11 @@ impl Placed {
         let pages = [0, 1].map(|s| [pages(100 * s, length, 32), pages(100 * s + 51, length, 16)]);
         let q = backend.upload(&numbers::<bf16>(2 * 8 * 32, 31));
         Self { backend, config, pages, q }
+    }
+
+    fn cuda(&self) -> &Cuda {
+        let Backend::Cuda(cuda) = &self.backend else { panic!("a CUDA device") };
+        cuda
     }
 
     /// The caches with such contexts, of which pages begin at sequence `first`.
@@ -141,9 +153,7 @@ impl Placed {
     fn forward(&self, first: usize, contexts: &[usize]) -> Vec<u32> {
         let (keys, values): (Vec<_>, Vec<_>) =
             self.caches(first, contexts).into_iter().map(|cache| (cache.k, cache.v)).unzip();
-        let offsets = CuSeqlens::from_lengths(contexts.iter().map(|_| 1)).expect("short");
-        let before = contexts.iter().map(|context| context - 1).collect();
-        let packing = Packing::with_contexts(offsets, before).expect("short");
+        let packing = steps(contexts);
         self.bits(contexts.len(), |q, o, lse| {
             let (k, v) = (Rows::Paged(&keys), Rows::Paged(&values));
             let args = dense::Forward { config: &self.config, packing: &packing, q, k, v, o, lse };
@@ -201,6 +211,15 @@ fn placed_steps_are_the_steps() {
         for (caches, rule) in [(other, "page rows"), (short, "caches[0].v"), (empty, "current token")] {
             let error = workspace.place(&placed.backend, &placed.config, 1, &caches).expect_err(rule).to_string();
             assert!(error.contains(rule), "{error}");
+        }
+        for contexts in [&[9, 1700, 64][..], &[3], &[]] {
+            let mut first = dense::Workspace::<bf16>::new(3);
+            assert_eq!(first.bytes(), 0);
+            first.place(&placed.backend, &placed.config, 2, &placed.caches(0, contexts)).expect("placed");
+            let packing = steps(contexts);
+            let needs = placed.cuda().needs(&placed.config, &packing, DType::Bf16).expect("short");
+            // Without a cache there is no size of pages either.
+            assert_eq!(first.bytes(), needs.dense_step(3, if contexts.is_empty() { 1 } else { PAGE_ROWS }));
         }
         // Pages of another size are for other memory.
         let mut cut = placed.caches(0, &[9]);

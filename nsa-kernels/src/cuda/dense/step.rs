@@ -6,9 +6,10 @@ use crate::cuda::decode::room;
 use crate::cuda::geometry::step::StepTiles;
 use crate::cuda::launch::Call;
 use crate::cuda::memory::{DeviceBuffer, Mirror};
-use crate::cuda::page_tables::{PageTable, PageTables};
+use crate::cuda::page_tables::{self, PageTable, PageTables};
 use crate::cuda::params::{In, Out, Params, params};
 use crate::cuda::program::Program;
+use crate::cuda::workspace::Needs;
 use crate::cuda::{Cuda, Device};
 use crate::op::dense::{Cache, OP_STEP};
 use crate::{Element, Result, Tensor, TensorMut};
@@ -104,6 +105,31 @@ impl Capacity {
         let sizes = |capacity: &Self| [capacity.layers, capacity.sequences, capacity.context];
         self.page_rows == other.page_rows && sizes(self).iter().zip(sizes(other)).all(|(&has, asked)| has >= asked)
     }
+
+    /// Chunks of as many sequences with as long contexts.
+    fn chunks(&self, tiles: &StepTiles) -> usize {
+        self.sequences * tiles.splits(self.context)
+    }
+
+    /// The page tables of a layer.
+    fn tables(&self, config: &NsaConfig) -> [PageTable; 2] {
+        let &Self { context, page_rows, .. } = self;
+        let of = |arg, dim| PageTable { arg, dim, page_rows, pages: context.div_ceil(page_rows) };
+        [of("k", config.head_dim_qk()), of("v", config.head_dim_v())]
+    }
+}
+
+/// Bytes of the workspace of steps of so many layers whose caches are placed, of sequences as long as these are, in pages of so many
+/// rows.
+pub(in crate::cuda) fn workspace_bytes(needs: &Needs<'_>, layers: usize, page_rows: usize) -> usize {
+    let Needs { config, packing, .. } = *needs;
+    let longest = packing.seqs().map(|seq| seq.end()).max().unwrap_or(0);
+    let [sequences, context] = room([packing.num_seqs(), longest], None);
+    let capacity = Capacity { layers, sequences, context, page_rows: page_rows.max(1) };
+    let tiles = StepTiles::new(config, needs.size(), false);
+    let of_chunks = size_of::<f32>() * lens(config, &tiles, capacity.chunks(&tiles)).iter().sum::<usize>();
+    let of_pages = size_of::<u64>() * page_tables::addresses(&capacity.tables(config));
+    of_chunks + layers * sequences * (size_of::<i32>() * HEADER + of_pages)
 }
 
 /// Numbers of a sequence in the table of a layer (`kernels/sequence.cuh`).
@@ -127,17 +153,14 @@ pub(crate) struct Workspace<T> {
 
 impl<T: Element> Workspace<T> {
     fn new(cuda: &Cuda, config: &NsaConfig, capacity: Capacity) -> Result<Self> {
-        let Capacity { layers, sequences, context, page_rows } = capacity;
+        let Capacity { layers, sequences, .. } = capacity;
         let tiles = StepTiles::new(config, size_of::<T>(), false);
         if !tiles.fits(cuda.device().shared_bytes) {
             let what = format!("head dims {} and {}", config.head_dim_qk(), config.head_dim_v());
             return Err(unsupported(cuda, OP_STEP, &what, "use `dense::forward`"));
         }
-        let chunks = sequences * tiles.splits(context);
+        let chunks = capacity.chunks(&tiles);
         let [of_shares, of_statistics, of_arrived] = lens(config, &tiles, chunks);
-        let pages = context.div_ceil(page_rows);
-        let of = |arg, dim| PageTable { arg, dim, page_rows, pages };
-        let tables = [of("k", config.head_dim_qk()), of("v", config.head_dim_v())];
         Ok(Self {
             cuda: cuda.clone(),
             config: config.clone(),
@@ -147,9 +170,15 @@ impl<T: Element> Workspace<T> {
             statistics: DeviceBuffer::unwritten(cuda, of_statistics)?,
             arrived: DeviceBuffer::zeros(cuda, of_arrived)?,
             headers: Mirror::zeros(cuda, layers * sequences * HEADER)?,
-            pages: PageTables::new(cuda, OP_STEP, tables, [layers, sequences])?,
+            pages: PageTables::new(cuda, OP_STEP, capacity.tables(config), [layers, sequences])?,
             of: PhantomData,
         })
+    }
+
+    /// Bytes of its memory.
+    pub(crate) fn bytes(&self) -> usize {
+        let of_chunks = self.shares.len() + self.statistics.len() + self.arrived.len();
+        size_of::<f32>() * of_chunks + size_of_val(self.headers.host()) + self.pages.bytes()
     }
 
     /// Notes where the caches of a layer are, which have been checked.

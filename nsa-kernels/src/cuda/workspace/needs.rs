@@ -128,6 +128,13 @@ impl<'a> Needs<'a> {
         dense::forward_places(self).most()
     }
 
+    /// The memory of an [`op::dense::Workspace`](crate::op::dense::Workspace) whose first batch are these sequences, in so many layers
+    /// and pages of so many rows: shares of outputs, and where the caches lie. It has room for the next power of two of sequences and
+    /// tokens.
+    pub fn dense_step(&self, layers: usize, page_rows: usize) -> usize {
+        dense::step::workspace_bytes(self, layers, page_rows)
+    }
+
     /// [`op::dense::backward`](crate::op::dense::backward).
     pub fn dense_backward(&self) -> usize {
         gradients::places(self, gradients::Span::Dense, self.packing.cu_seqlens()).most()
