@@ -8,10 +8,12 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use clap::Args;
 use comfy_table::{Table, presets};
 use cuda_sim::toolchain::{Resources, Toolchain};
+use indicatif::ParallelProgressIterator;
 use nsa_core::{CompressKind, DType, NsaConfig};
 use nsa_kernels::cuda::ahead::{Budget, Build, Launched, builds};
 use nsa_kernels::cuda::compile::{CACHE_VARIABLE, Compiler};
 use nsa_tests::sim;
+use rayon::prelude::*;
 use sass::Counts;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -144,15 +146,18 @@ pub fn run(options: &Options) -> Result<()> {
     std::fs::create_dir_all(folder)?;
     let toolchain = sim::toolchain().map_err(|message| anyhow!(message))?;
     let bench = Bench { toolchain, folder, shared: options.config.is_none(), filters: &options.kernel };
-    let mut lines = Vec::new();
     let compiler = Compiler::new(ARCHS[0].capability);
+    let mut works = Vec::new();
     for &dtype in &options.dtype {
-        for arch in &options.arch {
-            for build in builds(&config, dtype.into(), arch.capability) {
-                lines.extend(bench.compile(&build, dtype.into(), arch)?);
-            }
+        for &arch in &options.arch {
+            works.extend(bench.works(&config, dtype.into(), arch));
         }
     }
+    works.sort_by(|one, other| one.name.cmp(&other.name));
+    // One after the other, as architectures share PTX.
+    let of_archs: Vec<_> = works.chunk_by(|one, other| one.name == other.name).collect();
+    let compile = |works: &&[Work]| works.iter().map(|work| bench.compile(work)).collect::<Result<Vec<_>>>();
+    let lines = of_archs.par_iter().progress().map(compile).collect::<Result<Vec<_>>>()?.concat().concat();
     ensure!(!lines.is_empty(), "no kernel has {} in its name", options.kernel.join(" or "));
     println!("{}", table(&lines));
     let (major, minor) = compiler.version()?;
@@ -180,7 +185,17 @@ struct Bench<'a> {
     filters: &'a [String],
 }
 
+/// A program to be compiled for an architecture.
+struct Work {
+    build: Build,
+    dtype: DType,
+    arch: Arch,
+    /// The program's, its constants' and the type's; of all architectures.
+    name: String,
+}
+
 /// A kernel on an architecture.
+#[derive(Clone)]
 struct Line {
     kernel: Launched,
     arch: Arch,
@@ -193,19 +208,37 @@ struct Line {
 }
 
 impl Bench<'_> {
-    fn compile(&self, build: &Build, dtype: DType, arch: &Arch) -> Result<Vec<Line>> {
-        let wanted = |name: &str| self.filters.is_empty() || self.filters.iter().any(|filter| name.contains(filter));
-        if !build.kernels.iter().any(|kernel| wanted(kernel.name)) {
-            return Ok(Vec::new());
+    fn wants(&self, kernel: &Launched) -> bool {
+        self.filters.is_empty() || self.filters.iter().any(|filter| kernel.name.contains(filter))
+    }
+
+    /// The programs with kernels that are wanted; those with several sets of constants have files of their own.
+    fn works(&self, config: &NsaConfig, dtype: DType, arch: Arch) -> Vec<Work> {
+        let mut works: Vec<Work> = Vec::new();
+        for build in builds(config, dtype, arch.capability) {
+            if !build.kernels.iter().any(|kernel| self.wants(kernel)) {
+                continue;
+            }
+            let file = build.program.file;
+            let more = match works.iter().filter(|work| work.build.program.file == file).count() {
+                0 => String::new(),
+                before => format!("-{}", before + 1),
+            };
+            let name = format!("{}{more}.{dtype}", file.trim_end_matches(".cu"));
+            works.push(Work { build, dtype, arch, name });
         }
+        works
+    }
+
+    fn compile(&self, Work { build, dtype, arch, name }: &Work) -> Result<Vec<Line>> {
         let budgets = build.program.budgets().map_err(|message| anyhow!(message))?;
         let ptx = Compiler::new(arch.capability).ptx(build.program, &build.constants)?;
-        let stem = format!("{}.{dtype}.{}", build.program.file.trim_end_matches(".cu"), arch.name);
+        let stem = format!("{name}.{}", arch.name);
         let (file, binary) = (self.folder.join(format!("{stem}.ptx")), self.folder.join(format!("{stem}.cubin")));
         std::fs::write(&file, ptx)?;
         let found = self.toolchain.assemble(&file, arch.name, &binary)?;
         let counts = sass::counts(&self.toolchain, &binary)?;
-        let kernels = build.kernels.iter().filter(|kernel| wanted(kernel.name));
+        let kernels = build.kernels.iter().filter(|kernel| self.wants(kernel));
         let line = |kernel: &Launched| {
             let missing = |what: &str| format!("{}: no {what} of kernel {}", build.program.file, kernel.name);
             let resources = found.iter().find(|resources| resources.kernel == kernel.name);
@@ -213,7 +246,7 @@ impl Bench<'_> {
             Ok(Line {
                 kernel: kernel.clone(),
                 arch: *arch,
-                dtype,
+                dtype: *dtype,
                 resources: resources.with_context(|| missing("resources"))?.clone(),
                 counts: counts.get(kernel.name).copied().unwrap_or_default(),
                 budget: budget.with_context(|| missing("budget"))?.clone(),
