@@ -226,6 +226,10 @@ fn placed_steps_are_the_steps() {
         (cut[0].k.page_rows, cut[0].v.page_rows) = (32, 32);
         assert!(workspace.place(&placed.backend, &placed.config, 1, &cut).expect("placed").anew);
         assert_eq!(placed.launched(&mut workspace, 1, 1), placed.forward(0, &[9]));
+        // Rows that cannot be copied 16 bytes at a time.
+        cut[0].v.pages[0] = placed.pages[0][1][0].mem_at(1).expect("within the page");
+        let error = workspace.place(&placed.backend, &placed.config, 1, &cut).expect_err("two bytes on").to_string();
+        assert!(error.contains("no multiple of 16"), "{error}");
         let mut unplaced = dense::Workspace::<bf16>::new(1);
         placed.bits(1, |q, o, lse| {
             let error = unplaced.launch(0, q, o, lse).expect_err("nothing was placed").to_string();
