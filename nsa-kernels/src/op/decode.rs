@@ -1,6 +1,7 @@
 //! One decoding step for a batch of sequences, from their caches (SPEC 4).
 
-use crate::{Backend, Element, Error, Pages, Result, Tensor, TensorMut, cuda};
+use crate::cuda::{self, Cuda};
+use crate::{Backend, Element, Error, Pages, Result, Tensor, TensorMut};
 use nsa_core::{NsaConfig, ShapeError, index};
 
 /// The caches of one sequence for one layer, the current token's keys and values already in them.
@@ -81,11 +82,7 @@ impl<T: Element> Workspace<T> {
         layer: usize,
         caches: &[Cache<'_, T>],
     ) -> Result<Placed> {
-        let Backend::Cuda(cuda) = backend else {
-            let (backend, what) = (backend.name(), "steps whose caches are placed before".to_owned());
-            return Err(Error::Unsupported { op: OP, backend, what, advice: "call `step_with`" });
-        };
-        ShapeError::check(OP, "layers", &[self.layers.max(layer + 1)], &[self.layers])?;
+        let cuda = placing(OP, backend, (layer, self.layers), "call `step_with`")?;
         let (workspace, anew) = cuda::decode::serving(cuda, (&mut self.device, self.layers), config, caches)?;
         Ok(Placed { rows_read: workspace.place(layer, caches)?, anew })
     }
@@ -126,6 +123,24 @@ impl<T: Element> Workspace<T> {
         };
         workspace.launch(layer, q, gates, o, block_indices)
     }
+}
+
+/// The device on which the caches of layer `layer` of `layers` can be placed.
+///
+/// # Errors
+/// On the CPU, with what to do there; if there is no such layer.
+pub(super) fn placing<'b>(
+    op: &'static str,
+    backend: &'b Backend,
+    (layer, layers): (usize, usize),
+    advice: &'static str,
+) -> Result<&'b Cuda> {
+    let Backend::Cuda(cuda) = backend else {
+        let (backend, what) = (backend.name(), "steps whose caches are placed before".to_owned());
+        return Err(Error::Unsupported { op, backend, what, advice });
+    };
+    ShapeError::check(op, "layers", &[layers.max(layer + 1)], &[layers])?;
+    Ok(cuda)
 }
 
 /// Token-rows of K and V that a step read, one entry a sequence.

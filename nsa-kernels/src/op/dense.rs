@@ -1,6 +1,6 @@
 //! Full causal attention: the baseline that sparse attention is measured against.
 
-use super::decode::Placed;
+use super::decode::{Placed, placing};
 use super::{BranchGrad, Shapes};
 use crate::{Backend, Element, Error, Pages, Result, Rows, Tensor, TensorMut, cuda};
 use nsa_core::{NsaConfig, Packing, ShapeError};
@@ -182,11 +182,7 @@ impl<T: Element> Workspace<T> {
         layer: usize,
         caches: &[Cache<'_, T>],
     ) -> Result<Placed> {
-        let Backend::Cuda(cuda) = backend else {
-            let (backend, what) = (backend.name(), "steps whose caches are placed before".to_owned());
-            return Err(Error::Unsupported { op: OP_STEP, backend, what, advice: "call `dense::forward`" });
-        };
-        ShapeError::check(OP_STEP, "layers", &[self.layers.max(layer + 1)], &[self.layers])?;
+        let cuda = placing(OP_STEP, backend, (layer, self.layers), "call `dense::forward`")?;
         let page_rows = caches.first().map_or(0, |cache| cache.k.page_rows);
         for (s, cache) in caches.iter().enumerate() {
             cache.check(config, s, page_rows)?;
