@@ -124,21 +124,21 @@ impl<T: Element> NsaCache<T> {
         }
     }
 
-    /// Versions of where everything lies that a decoding step reads.
-    pub(crate) fn versions(&self) -> [u64; 6] {
-        let [k, v, k_blocks, v_blocks] = [&self.k_slc, &self.v_slc, &self.k_blocks, &self.v_blocks].map(Paged::version);
-        [k, v, k_blocks, v_blocks, self.k_win.version(), self.v_win.version()]
-    }
-
     fn rings(&mut self) -> [&mut Ring<T>; 4] {
         [&mut self.k_cmp, &mut self.v_cmp, &mut self.k_win, &mut self.v_win]
     }
 }
 
-impl<T: Element> DenseCache<T> {
+impl<T: Element> LayerCache<T> {
     /// Versions of where everything lies that a decoding step reads.
-    pub(crate) fn versions(&self) -> [u64; 2] {
-        [self.k.version(), self.v.version()]
+    pub(crate) fn versions(&self) -> Vec<u64> {
+        match self {
+            Self::Nsa(cache) => {
+                let pages = [&cache.k_slc, &cache.v_slc, &cache.k_blocks, &cache.v_blocks].map(Paged::version);
+                [&pages[..], &[cache.k_win.version(), cache.v_win.version()]].concat()
+            }
+            Self::Dense(cache) => vec![cache.k.version(), cache.v.version()],
+        }
     }
 }
 

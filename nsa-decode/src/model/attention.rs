@@ -41,6 +41,22 @@ enum PlacedCaches<T> {
     Dense(op::dense::Workspace<T>),
 }
 
+impl<T: Activation> PlacedCaches<T> {
+    fn place_again(&mut self, layer: usize, contexts: &[usize]) -> Result<Option<op::decode::RowsRead>> {
+        match self {
+            Self::Nsa(caches) => Ok(caches.place_again(layer, contexts)?),
+            Self::Dense(caches) => Ok(caches.place_again(layer, contexts)?),
+        }
+    }
+
+    fn send(&mut self) -> Result<()> {
+        match self {
+            Self::Nsa(caches) => Ok(caches.send()?),
+            Self::Dense(caches) => Ok(caches.send()?),
+        }
+    }
+}
+
 impl<T: Activation> Places<T> {
     /// For steps of up to so many sequences.
     pub(super) fn new(backend: &Backend, is_sparse: bool, layers: usize, sequences: usize) -> Result<Self> {
@@ -62,10 +78,7 @@ impl<T: Activation> Places<T> {
     /// Tells the device.
     pub(super) fn send(&mut self) -> Result<()> {
         self.table.send()?;
-        match &mut self.caches {
-            PlacedCaches::Nsa(caches) => Ok(caches.send()?),
-            PlacedCaches::Dense(caches) => Ok(caches.send()?),
-        }
+        self.caches.send()
     }
 }
 
@@ -174,7 +187,7 @@ pub(super) fn dense<T: Activation>(
     norm_heads(pass, q_norm, heads, &ws.raw_q, &mut ws.q)?;
     norm_heads(pass, k_norm, kv_heads, &ws.raw_k_slc, &mut ws.k_slc)?;
     rotate(pass, &ws.positions, n, [(&mut ws.q, heads), (&mut ws.k_slc, kv_heads)])?;
-    caches.copy(pass, (Copies::Rows, layer), |runs| new_dense_rows(pass, ws, runs, layer))?;
+    caches.copy(pass, (Copies::Rows, layer), |runs| new_rows(pass, ws, runs, layer))?;
     let q = ws.q.tensor([n, heads, config.head_dim_qk()])?;
     let o = ws.o.tensor_mut([n, heads, config.head_dim_v()])?;
     let lse = ws.lse_slc.tensor_mut([n, heads])?;
@@ -192,22 +205,6 @@ pub(super) fn dense<T: Activation>(
         }
         Caches::Placed(_) => unreachable!("caches are placed for the model's kind of attention"),
     }
-}
-
-/// Appends the new tokens' keys and values to their pages.
-fn new_dense_rows<'a, T: Activation>(
-    pass: &Pass<'_, T>,
-    ws: &'a Workspace<T>,
-    runs: &'a mut [Run<'_, T>],
-    layer: usize,
-) -> Result<Vec<Piece<'a, T>>> {
-    let mut copies = Vec::new();
-    for (run, seq) in runs.iter_mut().zip(pass.packing.seqs()) {
-        let DenseCache { k, v } = dense_cache(run, layer);
-        k.push(&pass.model.backend, &ws.k_slc, seq.rows.clone(), &mut copies)?;
-        v.push(&pass.model.backend, &ws.v_slc, seq.rows, &mut copies)?;
-    }
-    Ok(copies)
 }
 
 /// The caches, as full attention takes them.
@@ -258,36 +255,25 @@ pub(super) fn place<T: Activation>(
     places: &mut Places<T>,
 ) -> Result<op::decode::Placed> {
     let Places { table, caches, versions } = places;
-    let (backend, config) = (&pass.model.backend, &pass.model.attention);
-    let contexts = || pass.packing.seqs().map(|seq| seq.end()).collect::<Vec<_>>();
-    match caches {
-        PlacedCaches::Nsa(caches) => {
-            if let Some(new) = &pass.new_blocks {
-                table.set(Copies::Tails.slot(layer), blocks::tails(pass, new, ws, runs, layer)?)?;
-                table.set(Copies::Blocks.slot(layer), blocks::new_rows(pass, new, ws, runs, layer)?)?;
-            }
-            table.set(Copies::Rows.slot(layer), new_rows(pass, ws, runs, layer)?)?;
-            let now = runs.iter_mut().flat_map(|run| nsa_cache(run, layer).versions()).collect();
-            if versions[layer] == now
-                && let Some(rows_read) = caches.place_again(layer, &contexts())?
-            {
-                return Ok(op::decode::Placed { rows_read, anew: false });
-            }
-            let placed = caches.place(backend, config, layer, &step_caches(pass, runs, layer)?)?;
-            versions[layer] = now;
-            Ok(placed)
-        }
-        PlacedCaches::Dense(caches) => {
-            table.set(Copies::Rows.slot(layer), new_dense_rows(pass, ws, runs, layer)?)?;
-            let now = runs.iter_mut().flat_map(|run| dense_cache(run, layer).versions()).collect();
-            if versions[layer] == now && caches.place_again(layer, &contexts())? {
-                return Ok(op::decode::Placed { rows_read: contexts(), anew: false });
-            }
-            let placed = caches.place(backend, config, layer, &dense_caches(runs, layer))?;
-            versions[layer] = now;
-            Ok(placed)
+    if let Some(new) = &pass.new_blocks {
+        table.set(Copies::Tails.slot(layer), blocks::tails(pass, new, ws, runs, layer)?)?;
+        table.set(Copies::Blocks.slot(layer), blocks::new_rows(pass, new, ws, runs, layer)?)?;
+    }
+    table.set(Copies::Rows.slot(layer), new_rows(pass, ws, runs, layer)?)?;
+    let now: Vec<u64> = runs.iter().flat_map(|run| run.cache.layers[layer].versions()).collect();
+    if versions[layer] == now {
+        let contexts: Vec<usize> = pass.packing.seqs().map(|seq| seq.end()).collect();
+        if let Some(rows_read) = caches.place_again(layer, &contexts)? {
+            return Ok(op::decode::Placed { rows_read, anew: false });
         }
     }
+    let (backend, config) = (&pass.model.backend, &pass.model.attention);
+    let placed = match caches {
+        PlacedCaches::Nsa(caches) => caches.place(backend, config, layer, &step_caches(pass, runs, layer)?)?,
+        PlacedCaches::Dense(caches) => caches.place(backend, config, layer, &dense_caches(runs, layer))?,
+    };
+    versions[layer] = now;
+    Ok(placed)
 }
 
 /// Appends the new tokens' rows to pages and rings. All of these are apart, so that the order of their copies does not matter.
@@ -300,12 +286,18 @@ fn new_rows<'a, T: Activation>(
     let backend = &pass.model.backend;
     let mut copies = Vec::new();
     for (run, seq) in runs.iter_mut().zip(pass.packing.seqs()) {
-        let NsaCache { k_slc, v_slc, k_cmp, v_cmp, k_win, v_win, .. } = nsa_cache(run, layer);
-        for (pages, new) in [(k_slc, &ws.k_slc), (v_slc, &ws.v_slc)] {
+        let pages = match &mut run.cache.layers[layer] {
+            LayerCache::Dense(DenseCache { k, v }) => [(k, &ws.k_slc), (v, &ws.v_slc)],
+            LayerCache::Nsa(cache) => {
+                let NsaCache { k_slc, v_slc, k_cmp, v_cmp, k_win, v_win, .. } = &mut **cache;
+                for (ring, new) in [(k_cmp, &ws.k_cmp), (v_cmp, &ws.v_cmp), (k_win, &ws.k_win), (v_win, &ws.v_win)] {
+                    ring.push(backend, new, seq.rows.clone(), &mut copies)?;
+                }
+                [(k_slc, &ws.k_slc), (v_slc, &ws.v_slc)]
+            }
+        };
+        for (pages, new) in pages {
             pages.push(backend, new, seq.rows.clone(), &mut copies)?;
-        }
-        for (ring, new) in [(k_cmp, &ws.k_cmp), (v_cmp, &ws.v_cmp), (k_win, &ws.k_win), (v_win, &ws.v_win)] {
-            ring.push(backend, new, seq.rows.clone(), &mut copies)?;
         }
     }
     Ok(copies)

@@ -22,8 +22,8 @@ use super::geometry::decode::{DecodeSizes, columns};
 use super::geometry::step::StepTiles;
 use super::launch::Call;
 use super::memory::{DeviceBuffer, Mirror};
-use super::page_tables::{self, PageTable, PageTables, aligned};
 use super::params::{In, Out, Params, Stored, params};
+use super::placed::{self, PageTable, PageTables, aligned, room};
 use super::program::{Constants, Program};
 use crate::op::decode::{Cache, OP, RowsRead, Step};
 use crate::{Element, Error, Result, Tensor, TensorMut};
@@ -141,24 +141,14 @@ impl Capacity {
     }
 }
 
-/// Sequences and tokens that a workspace has room for, for a batch of so many, and for those of the one before it.
-pub(super) fn room([sequences, context]: [usize; 2], before: Option<[usize; 2]>) -> [usize; 2] {
-    let before = before.unwrap_or([0, LEAST_CONTEXT]);
-    let (sequences, context) = (sequences.max(before[0]), context.max(before[1]));
-    let context = context.checked_next_power_of_two().unwrap_or(context).min(i32::MAX as usize);
-    [sequences.next_power_of_two(), context]
-}
-
 /// Numbers of a sequence besides its page tables.
 const HEADER: usize = 3;
-/// The shortest context that [`room`] makes room for.
-const LEAST_CONTEXT: usize = 1024;
 
 /// Bytes of device memory that a [`Workspace`] of elements `T` takes.
 pub fn workspace_bytes<T: Element>(config: &NsaConfig, capacity: Capacity) -> usize {
     let tiles = StepTiles::new(config, size_of::<T>(), true);
     let sizes = DecodeSizes::new(config, &tiles, capacity.sequences, capacity.context);
-    let of_sequence = HEADER + page_tables::addresses(&capacity.tables(config));
+    let of_sequence = HEADER + placed::addresses(&capacity.tables(config));
     sizes.bytes() + size_of::<u64>() * capacity.layers * capacity.sequences * of_sequence
 }
 
@@ -461,13 +451,9 @@ pub(crate) fn serving<'w, T: Element>(
     caches: &[Cache<'_, T>],
 ) -> Result<(&'w mut Workspace<T>, bool)> {
     let asked = Capacity::of(layers, caches);
-    let outgrown = !workspace.as_ref().is_some_and(|there| there.serves(cuda, config, &asked));
-    if outgrown {
-        // The old memory is given back first.
-        let before = workspace.take().map(|before| before.capacity);
-        *workspace = Some(Workspace::new(cuda, config, asked.with_room(before))?);
-    }
-    Ok((workspace.as_mut().expect("it was there, or made"), outgrown))
+    let serves = |there: &Workspace<T>| there.serves(cuda, config, &asked);
+    let make = |before| Workspace::new(cuda, config, asked.with_room(before));
+    placed::serving(workspace, serves, |before| before.capacity, make)
 }
 
 /// See `op::decode::step_with`: makes the workspace anew when it is too small.

@@ -36,7 +36,7 @@ pub(crate) mod win;
 
 mod attention;
 mod gradients;
-mod page_tables;
+mod placed;
 
 mod cache;
 #[expect(unsafe_code, reason = "asks which libraries there are, and NVRTC what it knows")]

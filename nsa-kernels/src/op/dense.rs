@@ -1,6 +1,6 @@
 //! Full causal attention: the baseline that sparse attention is measured against.
 
-use super::decode::{Placed, placing};
+use super::decode::{Placed, RowsRead, placing};
 use super::{BranchGrad, Shapes};
 use crate::{Backend, Element, Error, Pages, Result, Rows, Tensor, TensorMut, cuda};
 use nsa_core::{NsaConfig, Packing, ShapeError};
@@ -193,12 +193,12 @@ impl<T: Element> Workspace<T> {
     }
 
     /// Notes that the caches of a layer are where [`Workspace::place`] was told last, with other contexts, which costs nothing a page.
-    /// False if they have to be placed: they are other ones, or more than what was placed or the workspace's memory holds.
+    /// None if they have to be placed: they are other ones, or more than what was placed or the workspace's memory holds.
     ///
     /// # Errors
     /// If there is no such layer.
-    pub fn place_again(&mut self, layer: usize, contexts: &[usize]) -> Result<bool> {
-        self.device.as_mut().map_or(Ok(false), |workspace| workspace.place_again(layer, contexts))
+    pub fn place_again(&mut self, layer: usize, contexts: &[usize]) -> Result<Option<RowsRead>> {
+        self.device.as_mut().map_or(Ok(None), |workspace| workspace.place_again(layer, contexts))
     }
 
     /// Tells the device what was noted since it was told before: one or two copies for all layers, in the order of its work.

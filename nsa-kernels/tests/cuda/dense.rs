@@ -178,7 +178,7 @@ fn placed_steps_are_the_steps() {
         let place = |workspace: &mut dense::Workspace<bf16>, layer, first, contexts: &[usize]| {
             workspace.place(&placed.backend, &placed.config, layer, &placed.caches(first, contexts)).expect("placed")
         };
-        assert!(!workspace.place_again(1, &[5, 6]).expect("nothing was placed"));
+        assert_eq!(workspace.place_again(1, &[5, 6]), Ok(None), "nothing was placed");
         assert!(workspace.place(&placed.backend, &placed.config, 2, &[]).is_err(), "two layers");
         for (number, contexts) in [&[1024][..], &[130, 1], &[700, 65], &[1700, 130]].into_iter().enumerate() {
             let of_layers = [0, 1].map(|layer| place(&mut workspace, layer, layer, &contexts[..1]).anew);
@@ -192,12 +192,12 @@ fn placed_steps_are_the_steps() {
             assert_eq!(placed.launched(&mut workspace, 1, contexts.len()), expected, "{contexts:?}");
         }
         for contexts in [[1700, 65], [1699, 128], [64, 1], [1025, 130]] {
-            assert!(workspace.place_again(1, &contexts).expect("a layer"), "{contexts:?}");
+            assert_eq!(workspace.place_again(1, &contexts), Ok(Some(contexts.to_vec())));
             assert_eq!(placed.launched(&mut workspace, 1, 2), placed.forward(0, &contexts), "{contexts:?}");
         }
         // Pages that were not placed, sequences that were not, no token, more than memory is for.
         for contexts in [&[1729, 65][..], &[1700, 193], &[1700], &[1700, 65, 3], &[0, 65], &[5000, 65]] {
-            assert!(!workspace.place_again(1, contexts).expect("a layer"), "{contexts:?}");
+            assert_eq!(workspace.place_again(1, contexts), Ok(None), "{contexts:?}");
         }
         assert!(workspace.place_again(2, &[5, 6]).is_err());
         let cpu = Backend::pick(Some("cpu")).expect("the CPU").0;

@@ -22,10 +22,16 @@ fn trained(folder: &Path, attention: AttentionKind, kind: CompressKind, qk_norm:
     trainer.save(&folder.join("run")).expect("a checkpoint")
 }
 
-/// A model with its first weights.
-fn untrained(folder: &Path, attention: AttentionKind, kind: CompressKind, qk_norm: bool) -> PathBuf {
-    let trainer = kit::trainer(&kit::cpu(), folder, kit::config(attention, kind, qk_norm), kit::options());
-    trainer.save(&folder.join("run")).expect("a checkpoint")
+/// A model with its first weights, on the device as often as it is called.
+fn untrained(attention: AttentionKind, kind: CompressKind, qk_norm: bool) -> impl Fn() -> Model {
+    let folder = tempfile::tempdir().expect("a folder");
+    let trainer = kit::trainer(&kit::cpu(), folder.path(), kit::config(attention, kind, qk_norm), kit::options());
+    let checkpoint = trainer.save(&folder.path().join("run")).expect("a checkpoint");
+    move || {
+        // The folder stays as long as it may be opened.
+        let _kept = &folder;
+        open(&checkpoint, kit::cuda())
+    }
 }
 
 fn open(checkpoint: &Path, backend: Backend) -> Model {
@@ -143,9 +149,7 @@ fn kinds(attention: AttentionKind) -> usize {
 #[test]
 fn sessions_fork_and_go_back() {
     on_simulator("decoding::sessions_fork_and_go_back", || {
-        let folder = tempfile::tempdir().expect("a folder");
-        let checkpoint = untrained(folder.path(), Nsa, CompressKind::Mean, false);
-        let model = open(&checkpoint, kit::cuda());
+        let model = untrained(Nsa, CompressKind::Mean, false)();
         let mut first = session(&model, &TEXT[..50]);
         first.logits().expect("logits");
         let mut fork = first.fork();
@@ -167,9 +171,7 @@ fn recorded_steps_are_the_steps() {
 }
 
 fn assert_recorded(attention: AttentionKind) {
-    let folder = tempfile::tempdir().expect("a folder");
-    let checkpoint = untrained(folder.path(), attention, CompressKind::Weighted, true);
-    let model = open(&checkpoint, kit::cuda());
+    let model = untrained(attention, CompressKind::Weighted, true)();
     let text = TEXT.repeat(3);
     // Up to the end of a page of tokens and beyond; and other lengths.
     let starts = [250, 5, 63, 30].map(|length| session(&model, &text[..length]));
@@ -223,15 +225,14 @@ fn records_end_with_their_memory() {
 }
 
 fn assert_forgotten(attention: AttentionKind) {
-    let folder = tempfile::tempdir().expect("a folder");
-    let checkpoint = untrained(folder.path(), attention, CompressKind::Mean, false);
-    let model = open(&checkpoint, kit::cuda());
+    let open = untrained(attention, CompressKind::Mean, false);
+    let model = open();
     let text = TEXT.repeat(12);
     let tokens: Vec<u32> = text.bytes().take(9).map(u32::from).collect();
     let (short, long) = (session(&model, &text[..30]), session(&model, &text[..1019]));
     let expected = [short.clone(), long.clone()].map(|session| called(session, &tokens));
     // The memory of other models' passes is not known to this one.
-    let model = open(&checkpoint, kit::cuda());
+    let model = open();
     let (short, long) = (session(&model, &text[..30]), session(&model, &text[..1019]));
     assert_eq!(recorded(short.clone(), &tokens), expected[0]);
     // Beyond 1,024 tokens steps have other memory.

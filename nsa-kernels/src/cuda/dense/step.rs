@@ -2,15 +2,15 @@
 //! own. Where the caches of a batch lie can be told before ([`Workspace`]), so that launches are the same from step to step.
 
 use crate::cuda::attention::{BandForward, Prepared, copies_of, unsupported};
-use crate::cuda::decode::room;
 use crate::cuda::geometry::step::StepTiles;
 use crate::cuda::launch::Call;
 use crate::cuda::memory::{DeviceBuffer, Mirror};
-use crate::cuda::page_tables::{self, PageTable, PageTables};
 use crate::cuda::params::{In, Out, Params, params};
+use crate::cuda::placed::{self, PageTable, PageTables, room};
 use crate::cuda::program::Program;
 use crate::cuda::workspace::Needs;
 use crate::cuda::{Cuda, Device};
+use crate::op::decode::RowsRead;
 use crate::op::dense::{Cache, OP_STEP};
 use crate::{Element, Result, Tensor, TensorMut};
 use nsa_core::{NsaConfig, ShapeError};
@@ -128,7 +128,7 @@ pub(in crate::cuda) fn workspace_bytes(needs: &Needs<'_>, layers: usize, page_ro
     let capacity = Capacity { layers, sequences, context, page_rows: page_rows.max(1) };
     let tiles = StepTiles::new(config, needs.size(), false);
     let of_chunks = size_of::<f32>() * lens(config, &tiles, capacity.chunks(&tiles)).iter().sum::<usize>();
-    let of_pages = size_of::<u64>() * page_tables::addresses(&capacity.tables(config));
+    let of_pages = size_of::<u64>() * placed::addresses(&capacity.tables(config));
     of_chunks + layers * sequences * (size_of::<i32>() * HEADER + of_pages)
 }
 
@@ -189,8 +189,8 @@ impl<T: Element> Workspace<T> {
         Ok(())
     }
 
-    /// Notes that they are where they were noted last, with other contexts; says whether they can be.
-    pub(crate) fn place_again(&mut self, layer: usize, contexts: &[usize]) -> Result<bool> {
+    /// Notes that they are where they were noted last, with other contexts, which it returns; none if they cannot be.
+    pub(crate) fn place_again(&mut self, layer: usize, contexts: &[usize]) -> Result<Option<RowsRead>> {
         let Capacity { layers, context: most, .. } = self.capacity;
         ShapeError::check(OP_STEP, "layers", &[layers.max(layer + 1)], &[layers])?;
         let there = self.headers_of(layer).chunks_exact(HEADER).take_while(|header| header[1] > 0).count();
@@ -201,7 +201,7 @@ impl<T: Element> Workspace<T> {
         if again {
             self.note(layer, contexts.iter().copied());
         }
-        Ok(again)
+        Ok(again.then(|| contexts.to_vec()))
     }
 
     fn headers_of(&self, layer: usize) -> &[i32] {
@@ -286,12 +286,9 @@ pub(crate) fn serving<'w, T: Element>(
     let serves = |there: &Workspace<T>| {
         there.cuda.stream() == cuda.stream() && there.config == *config && there.capacity.holds(&asked)
     };
-    let outgrown = !workspace.as_ref().is_some_and(serves);
-    if outgrown {
-        // The old memory is given back first.
-        let before = workspace.take().map(|before| [before.capacity.sequences, before.capacity.context]);
+    let make = |before| {
         let [sequences, context] = room([asked.sequences, asked.context], before);
-        *workspace = Some(Workspace::new(cuda, config, Capacity { sequences, context, ..asked })?);
-    }
-    Ok((workspace.as_mut().expect("it was there, or made"), outgrown))
+        Workspace::new(cuda, config, Capacity { sequences, context, ..asked })
+    };
+    placed::serving(workspace, serves, |before| [before.capacity.sequences, before.capacity.context], make)
 }

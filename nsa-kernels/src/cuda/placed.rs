@@ -1,4 +1,4 @@
-//! Page tables of caches, which a device is told of before work that reads them.
+//! What steps share whose caches a device is told of before: page tables, and workspaces that grow.
 
 use super::Cuda;
 use super::attention::unsupported;
@@ -8,6 +8,36 @@ use super::params::In;
 use crate::{Pages, Result};
 use bytemuck::Pod;
 use std::marker::PhantomData;
+
+/// The shortest context that [`room`] is for.
+const LEAST_CONTEXT: usize = 1024;
+
+/// Sequences and tokens that a workspace has room for, for a batch of so many, and for those of the one before it.
+pub(super) fn room([sequences, context]: [usize; 2], before: Option<[usize; 2]>) -> [usize; 2] {
+    let before = before.unwrap_or([0, LEAST_CONTEXT]);
+    let (sequences, context) = (sequences.max(before[0]), context.max(before[1]));
+    let context = context.checked_next_power_of_two().unwrap_or(context).min(i32::MAX as usize);
+    [sequences.next_power_of_two(), context]
+}
+
+/// The workspace, if it serves, else the one that is made for the capacity of what was there, whose memory is given back first; and
+/// whether it was made.
+///
+/// # Errors
+/// If none can be made.
+pub(super) fn serving<W, C>(
+    workspace: &mut Option<W>,
+    serves: impl FnOnce(&W) -> bool,
+    capacity: impl FnOnce(W) -> C,
+    make: impl FnOnce(Option<C>) -> Result<W>,
+) -> Result<(&mut W, bool)> {
+    let outgrown = !workspace.as_ref().is_some_and(serves);
+    if outgrown {
+        let before = workspace.take().map(capacity);
+        *workspace = Some(make(before)?);
+    }
+    Ok((workspace.as_mut().expect("it was there, or made"), outgrown))
+}
 
 /// A table of a layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
