@@ -143,7 +143,7 @@ pub fn run(options: &Options) -> Result<()> {
     };
     let own = tempfile::tempdir()?;
     let folder = options.keep.as_deref().unwrap_or(own.path());
-    std::fs::create_dir_all(folder)?;
+    std::fs::create_dir_all(folder).with_context(|| format!("--keep: {} cannot be made", folder.display()))?;
     let toolchain = sim::toolchain().map_err(|message| anyhow!(message))?;
     let bench = Bench { toolchain, folder, shared: options.config.is_none(), filters: &options.kernel };
     let compiler = Compiler::new(ARCHS[0].capability);
@@ -235,7 +235,7 @@ impl Bench<'_> {
         let ptx = Compiler::new(arch.capability).ptx(build.program, &build.constants)?;
         let stem = format!("{name}.{}", arch.name);
         let (file, binary) = (self.folder.join(format!("{stem}.ptx")), self.folder.join(format!("{stem}.cubin")));
-        std::fs::write(&file, ptx)?;
+        std::fs::write(&file, ptx).with_context(|| format!("{} cannot be written", file.display()))?;
         let found = self.toolchain.assemble(&file, arch.name, &binary)?;
         let counts = sass::counts(&self.toolchain, &binary)?;
         let kernels = build.kernels.iter().filter(|kernel| self.wants(kernel));
