@@ -18,6 +18,7 @@
 //! | [`object`] | [`Object`](object::Object): structs from JSON objects, never from lists |
 //! | [`view`] | [`View`], [`ViewMut`]: shape and strides over memory, checked |
 //! | [`model`] | whole models: `config.json`, tensors and their order, counts, memory plan, rotary frequencies |
+//! | [`units`] | bytes and counts as people read them |
 //! | `tokenizer` | text to tokens and back, streaming (feature `text`) |
 //! | [`error`] | typed errors; each names the field or argument, its value and the rule |
 //!
@@ -60,6 +61,7 @@ pub mod object;
 pub mod select;
 #[cfg(feature = "text")]
 pub mod tokenizer;
+pub mod units;
 pub mod view;
 
 pub use config::{CompressKind, NsaConfig, NsaConfigBuilder, read_json};

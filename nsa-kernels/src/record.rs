@@ -68,10 +68,12 @@ impl<K: PartialEq> Recorder<K> {
         let found = self.records.iter().position(|record| record.key == key);
         let Some(at) = found else {
             let held = self.workspace.bytes();
-            self.cuda.with_workspace(&mut self.workspace, work)?;
+            let done = self.cuda.with_workspace(&mut self.workspace, work);
+            // Also if there was no memory for what the work needed: what was there is given back by then.
             if self.workspace.bytes() != held {
                 self.forget();
             }
+            done?;
             self.records.insert(0, Record { key, graph: None });
             self.records.truncate(RECORDS);
             return Ok(());

@@ -1,6 +1,7 @@
 //! The CUDA backend without a GPU: processes whose libcuda is the simulator.
 
 use cuda_sim::toolchain::Toolchain;
+use nsa_kernels::{Backend, Buffer};
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -98,7 +99,7 @@ pub const BITS: &str = "bits of ";
 /// # Panics
 /// If it fails there, the simulator reports anything, or lines that begin with [`BITS`] depend on the order.
 pub fn on_simulator(test: &str, body: impl FnOnce()) {
-    on(&["a100", "h100"], test, body);
+    on(&["a100", "h100"], &[], test, body);
 }
 
 /// The same as an A100 alone, for kernels that other devices have too, launched alike.
@@ -106,7 +107,15 @@ pub fn on_simulator(test: &str, body: impl FnOnce()) {
 /// # Panics
 /// As [`on_simulator`].
 pub fn on_an_a100(test: &str, body: impl FnOnce()) {
-    on(&["a100"], test, body);
+    on(&["a100"], &[], test, body);
+}
+
+/// The same as an A100 with so many bytes of memory, for what happens when there is no more.
+///
+/// # Panics
+/// As [`on_simulator`].
+pub fn on_a_small_a100(test: &str, memory_bytes: usize, body: impl FnOnce()) {
+    on(&["a100"], &[("CUDA_SIM_MEMORY", memory_bytes.to_string())], test, body);
 }
 
 /// The same as an H100 alone, for what it alone does.
@@ -114,16 +123,27 @@ pub fn on_an_a100(test: &str, body: impl FnOnce()) {
 /// # Panics
 /// As [`on_simulator`].
 pub fn on_an_h100(test: &str, body: impl FnOnce()) {
-    on(&["h100"], test, body);
+    on(&["h100"], &[], test, body);
 }
 
-fn on(devices: &[&str], test: &str, body: impl FnOnce()) {
+/// Takes the memory of the device but for so many bytes, as long as the buffer is there.
+///
+/// # Panics
+/// If the backend is no device, or has less memory.
+pub fn leave_free(backend: &Backend, bytes: usize) -> Buffer<u8> {
+    let Backend::Cuda(cuda) = backend else { panic!("{} has no memory of its own", backend.name()) };
+    let (free, _) = cuda.stream().context().mem_get_info().unwrap_or_else(|error| panic!("{error}"));
+    backend.alloc(free - bytes).made().unwrap_or_else(|error| panic!("{error}"))
+}
+
+fn on(devices: &[&str], variables: &[(&str, String)], test: &str, body: impl FnOnce()) {
     if inside() {
         return body();
     }
     let run = |at: usize, device: &str, seed: Option<&str>| {
         let mut command = this_program().unwrap_or_else(|error| panic!("{error}"));
         command.args(["--exact", test, "--nocapture"]).env("CUDA_SIM_DEVICE", device).env("CUDA_SIM_CHECK", "1");
+        command.envs(variables.iter().cloned());
         if at > 0 {
             command.env(INSIDE, AGAIN);
         }

@@ -2,6 +2,7 @@
 
 use crate::machine::{self, Machine};
 use anyhow::Result;
+use nsa_core::units::Bytes;
 use nsa_kernels::cuda::Device;
 use nsa_kernels::cuda::compile::CACHE_VARIABLE;
 use nsa_kernels::{Backend, Cuda, Isa};
@@ -12,10 +13,10 @@ use nsa_kernels::{Backend, Cuda, Isa};
 /// If NSA_BACKEND names a backend that is not there.
 pub fn run() -> Result<()> {
     let machine = Machine::here();
-    let mib = |bytes: Option<u64>| bytes.map_or("unknown".to_owned(), |b| format!("{} MiB", b >> 20));
+    let size = |bytes: Option<u64>| bytes.map_or("unknown".to_owned(), |bytes| Bytes(bytes).to_string());
     println!("processor   {} ({})", machine.cpu, std::env::consts::ARCH);
     println!("threads     {} (RAYON_NUM_THREADS sets them)", machine.threads);
-    println!("memory      {}, {} available", mib(machine.memory_bytes), mib(machine.available_bytes));
+    println!("memory      {}, {} available", size(machine.memory_bytes), size(machine.available_bytes));
     let (found, missing): (Vec<_>, Vec<_>) = machine::features().into_iter().partition(|(_, there)| *there);
     let names = |list: Vec<(&str, bool)>| match list.is_empty() {
         true => "none".to_owned(),
@@ -42,10 +43,10 @@ pub fn run() -> Result<()> {
 pub fn device_line(device: &Device) -> String {
     let ((major, minor), (driver, minor_driver)) = (device.capability, device.driver);
     format!(
-        "{}, compute capability {major}.{minor}, {} multiprocessors, {} MiB; driver for CUDA {driver}.{minor_driver}",
+        "{}, compute capability {major}.{minor}, {} multiprocessors, {}; driver for CUDA {driver}.{minor_driver}",
         device.name,
         device.multiprocessors,
-        device.memory_bytes >> 20
+        Bytes(device.memory_bytes as u64)
     )
 }
 

@@ -2,6 +2,7 @@
 
 use super::config::ModelConfig;
 use super::params::{ParamCounts, param_counts};
+use crate::units::{Bytes, Count};
 use crate::{DType, index};
 use std::fmt;
 
@@ -159,33 +160,4 @@ impl fmt::Display for MemoryPlan {
         writeln!(f, "{:<44} {:>12}", "  in bf16", Bytes(self.kv_cache_bf16_bytes))?;
         write!(f, "{:<44} {:>12}", "  growth with each token (f32)", Bytes(self.kv_cache_bytes_per_token))
     }
-}
-
-/// A count, printed in thousands, millions or billions.
-struct Count(u64);
-
-impl fmt::Display for Count {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(&scaled(self.0, 1000.0, &["", "K", "M", "B", "T"]))
-    }
-}
-
-/// A number of bytes, printed with a binary unit.
-struct Bytes(u64);
-
-impl fmt::Display for Bytes {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(&scaled(self.0, 1024.0, &[" B", " KiB", " MiB", " GiB", " TiB", " PiB"]))
-    }
-}
-
-fn scaled(value: u64, base: f64, units: &[&str]) -> String {
-    let mut scaled = value as f64;
-    let mut unit = 0;
-    while scaled >= base && unit + 1 < units.len() {
-        scaled /= base;
-        unit += 1;
-    }
-    let digits = if unit == 0 { 0 } else { 2 };
-    format!("{scaled:.digits$}{}", units[unit])
 }

@@ -1,7 +1,8 @@
 //! `nsa-decode generate`.
 
-use super::{ModelArgs, bytes};
+use super::ModelArgs;
 use anyhow::Context;
+use nsa_core::units::Bytes;
 use nsa_decode::{Batch, Finish, GenerateOptions, Model, Reads, Sampling, SessionOptions};
 use std::io::{self, Read, Write};
 use std::path::PathBuf;
@@ -162,7 +163,7 @@ fn report(model: &Model, batch: &Batch<'_>, figures: &Figures, finishes: &[Optio
         rate(new, figures.decode)
     )?;
     let cache: u64 = batch.sessions().map(|session| session.cache_bytes()).sum();
-    writeln!(err, "cache    {} ({cache} bytes) in {} sequence(s)", bytes(cache), finishes.len())?;
+    writeln!(err, "cache    {} ({cache} bytes) in {} sequence(s)", Bytes(cache), finishes.len())?;
     let mut reads = Reads::default();
     batch.sessions().for_each(|session| reads += session.reads());
     if reads.steps > 0 {

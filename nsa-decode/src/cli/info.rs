@@ -1,8 +1,9 @@
 //! `nsa-decode info`.
 
-use super::{ModelArgs, bytes};
+use super::ModelArgs;
 use nsa_core::index;
 use nsa_core::model::{kv_cache_bytes, param_counts};
+use nsa_core::units::Bytes;
 use nsa_decode::Model;
 use std::io::{self, Write};
 
@@ -40,9 +41,9 @@ fn print_weights(out: &mut impl Write, model: &Model) -> io::Result<()> {
     for (dtype, count) in &info.dtypes {
         writeln!(out, "  in {:<8}  {count}", dtype.to_string())?;
     }
-    writeln!(out, "weight files   {}", bytes(info.file_bytes))?;
-    writeln!(out, "  in place     {}", bytes(info.mapped_bytes))?;
-    writeln!(out, "  copied       {}", bytes(info.copied_bytes))?;
+    writeln!(out, "weight files   {}", Bytes(info.file_bytes))?;
+    writeln!(out, "  in place     {}", Bytes(info.mapped_bytes))?;
+    writeln!(out, "  copied       {}", Bytes(info.copied_bytes))?;
     writeln!(out, "tokenizer      {} ids", model.tokenizer().vocab_size())?;
     writeln!(out, "backend        {}", model.backend().name())
 }
@@ -53,10 +54,10 @@ fn print_cache(out: &mut impl Write, model: &Model, contexts: &[usize]) -> io::R
     // Far from the start, where no ring is filling and blocks come at their steady rate.
     let span = config.nsa_config().map_or(1, |nsa| nsa.compress_stride());
     let far = config.max_position_embeddings().max(4096);
-    writeln!(out, "cache a token  {} ({})", bytes((size(far + span) - size(far)) / span as u64), model.precision())?;
+    writeln!(out, "cache a token  {} ({})", Bytes((size(far + span) - size(far)) / span as u64), model.precision())?;
     for &context in contexts {
         writeln!(out, "context {context}")?;
-        writeln!(out, "  cache        {}", bytes(size(context)))?;
+        writeln!(out, "  cache        {}", Bytes(size(context)))?;
         let rows = config.nsa_config().map_or(context, |nsa| index::decode_rows(&nsa, context));
         writeln!(out, "  rows a step  {rows} of K and V a layer, full attention {context}")?;
     }

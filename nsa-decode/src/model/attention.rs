@@ -116,11 +116,11 @@ pub(super) fn prepare<T: Activation>(pass: &Pass<'_, T>, ws: &mut Workspace<T>) 
     let (config, backend, n) = (&pass.model.attention, &pass.model.backend, pass.rows());
     let (heads, kv_heads) = (config.num_heads(), config.num_kv_heads());
     let (dim_k, dim_v) = (config.head_dim_qk(), config.head_dim_v());
-    fit(backend, &mut ws.q, n * heads * dim_k);
+    fit(backend, &mut ws.q, n * heads * dim_k)?;
     if pass.model.config.qk_norm() {
-        fit(backend, &mut ws.raw_q, n * heads * dim_k);
-        fit(backend, &mut ws.raw_k_slc, n * kv_heads * dim_k);
-        fit(backend, &mut ws.raw_k_win, n * kv_heads * dim_k);
+        fit(backend, &mut ws.raw_q, n * heads * dim_k)?;
+        fit(backend, &mut ws.raw_k_slc, n * kv_heads * dim_k)?;
+        fit(backend, &mut ws.raw_k_win, n * kv_heads * dim_k)?;
     }
     let outputs = [&mut ws.o, &mut ws.o_cmp, &mut ws.o_slc, &mut ws.o_win];
     let sums = [&mut ws.lse_cmp, &mut ws.lse_slc, &mut ws.lse_win];
@@ -130,14 +130,14 @@ pub(super) fn prepare<T: Activation>(pass: &Pass<'_, T>, ws: &mut Workspace<T>) 
     let sparse = pass.model.config.nsa_config().is_some();
     let branches = if sparse { 3 } else { 1 };
     let saved = if sparse && !pass.is_step { 3 } else { 0 };
-    outputs.into_iter().take(1 + saved).for_each(|buffer| fit(backend, buffer, n * heads * dim_v));
-    sums.into_iter().for_each(|buffer| fit(backend, buffer, n * heads));
-    keys.into_iter().take(branches).for_each(|buffer| fit(backend, buffer, n * kv_heads * dim_k));
-    values.into_iter().take(branches).for_each(|buffer| fit(backend, buffer, n * kv_heads * dim_v));
+    outputs.into_iter().take(1 + saved).try_for_each(|buffer| fit(backend, buffer, n * heads * dim_v))?;
+    sums.into_iter().try_for_each(|buffer| fit(backend, buffer, n * heads))?;
+    keys.into_iter().take(branches).try_for_each(|buffer| fit(backend, buffer, n * kv_heads * dim_k))?;
+    values.into_iter().take(branches).try_for_each(|buffer| fit(backend, buffer, n * kv_heads * dim_v))?;
     if sparse {
-        fit(backend, &mut ws.gate_logits, n * 3 * heads);
-        fit(backend, &mut ws.gates, n * 3 * heads);
-        fit(backend, &mut ws.indices, n * kv_heads * config.select_count());
+        fit(backend, &mut ws.gate_logits, n * 3 * heads)?;
+        fit(backend, &mut ws.gates, n * 3 * heads)?;
+        fit(backend, &mut ws.indices, n * kv_heads * config.select_count())?;
     }
     pass.new_blocks.as_ref().map_or(Ok(()), |new| blocks::prepare(pass, new, ws))
 }
@@ -378,8 +378,8 @@ fn gather_reach<T: Activation>(
     let (keys, values) = (config.num_kv_heads() * config.head_dim_qk(), config.num_kv_heads() * config.head_dim_v());
     let back = |context: usize| context - (config.window() - 1).min(context);
     let offsets = CuSeqlens::from_lengths(pass.packing.seqs().map(|seq| seq.end() - back(seq.context)))?;
-    fit(backend, &mut ws.reach_k, offsets.total() * keys);
-    fit(backend, &mut ws.reach_v, offsets.total() * values);
+    fit(backend, &mut ws.reach_k, offsets.total() * keys)?;
+    fit(backend, &mut ws.reach_v, offsets.total() * values)?;
     let Workspace { k_win, v_win, reach_k, reach_v, .. } = ws;
     let (mut copies, mut to) = (Vec::new(), [whole(reach_k)?, whole(reach_v)?]);
     for (run, seq) in runs.iter_mut().zip(pass.packing.seqs()) {

@@ -59,12 +59,12 @@ pub(super) fn prepare<T: Activation>(pass: &Pass<'_, T>, new: &NewBlocks, ws: &m
     let (config, backend) = (&pass.model.attention, &pass.model.backend);
     let (kv_heads, dim_k, dim_v) = (config.num_kv_heads(), config.head_dim_qk(), config.head_dim_v());
     let (rows, blocks) = (new.tails.num_tokens(), new.positions.len());
-    fit(backend, &mut ws.tail_k, rows * kv_heads * dim_k);
-    fit(backend, &mut ws.tail_v, rows * kv_heads * dim_v);
-    fit(backend, &mut ws.raw_blocks, blocks * kv_heads * dim_k);
-    fit(backend, &mut ws.k_blocks, blocks * kv_heads * dim_k);
-    fit(backend, &mut ws.v_blocks, blocks * kv_heads * dim_v);
-    fit(backend, &mut ws.block_positions, blocks);
+    fit(backend, &mut ws.tail_k, rows * kv_heads * dim_k)?;
+    fit(backend, &mut ws.tail_v, rows * kv_heads * dim_v)?;
+    fit(backend, &mut ws.raw_blocks, blocks * kv_heads * dim_k)?;
+    fit(backend, &mut ws.k_blocks, blocks * kv_heads * dim_k)?;
+    fit(backend, &mut ws.v_blocks, blocks * kv_heads * dim_v)?;
+    fit(backend, &mut ws.block_positions, blocks)?;
     Ok(ws.block_positions.write(&new.positions)?)
 }
 

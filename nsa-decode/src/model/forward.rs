@@ -118,19 +118,19 @@ impl<T: Activation> Pass<'_, T> {
         let (config, backend, n) = (&self.model.config, &self.model.backend, self.rows());
         let (width, hidden, outputs) = (config.hidden_size(), config.intermediate_size(), self.outputs());
         for buffer in [&mut ws.x, &mut ws.h] {
-            fit(backend, buffer, n * width);
+            fit(backend, buffer, n * width)?;
         }
         for buffer in [&mut ws.mlp_gate, &mut ws.mlp_up, &mut ws.mlp] {
-            fit(backend, buffer, n * hidden);
+            fit(backend, buffer, n * hidden)?;
         }
         for buffer in [&mut ws.last, &mut ws.last_norm] {
-            fit(backend, buffer, outputs * width);
+            fit(backend, buffer, outputs * width)?;
         }
-        fit(backend, &mut ws.hidden, if T::DTYPE == DType::F32 { 0 } else { outputs * width });
-        fit(backend, &mut ws.logits, outputs * config.vocab_size());
+        fit(backend, &mut ws.hidden, if T::DTYPE == DType::F32 { 0 } else { outputs * width })?;
+        fit(backend, &mut ws.logits, outputs * config.vocab_size())?;
         attention::prepare(self, ws)?;
-        fit(backend, &mut ws.tokens, n);
-        fit(backend, &mut ws.positions, n);
+        fit(backend, &mut ws.tokens, n)?;
+        fit(backend, &mut ws.positions, n)?;
         let tokens: Vec<u32> = runs.iter().flat_map(|run| run.tokens).copied().collect();
         ws.tokens.write(&tokens)?;
         let positions: Vec<i32> =

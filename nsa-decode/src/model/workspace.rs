@@ -1,6 +1,7 @@
 //! Memory of one forward pass, kept from pass to pass.
 
 use super::net::Activation;
+use crate::Result;
 use bytemuck::Pod;
 use nsa_kernels::op::decode;
 use nsa_kernels::{Backend, Buffer};
@@ -111,8 +112,12 @@ workspace! {
 }
 
 /// Makes `buffer` hold at least `len` elements.
-pub(crate) fn fit<T: Pod>(backend: &Backend, buffer: &mut Buffer<T>, len: usize) {
+///
+/// # Errors
+/// If a device has no memory for them; the buffer is as it was then.
+pub(crate) fn fit<T: Pod>(backend: &Backend, buffer: &mut Buffer<T>, len: usize) -> Result<()> {
     if buffer.len() < len {
-        *buffer = backend.alloc(len);
+        *buffer = backend.alloc(len).made()?;
     }
+    Ok(())
 }

@@ -1,10 +1,11 @@
 //! Memory of a device. An address is used on one stream only, that of the memory, so that all uses are in order.
 
 use super::graph::{check_not_recording, target};
-use super::{Cuda, failed};
+use super::{Cuda, failed, words};
 use crate::{Error, Result};
 use bytemuck::Pod;
 use cudarc::driver::{CudaContext, CudaSlice, CudaStream, DevicePtr, DevicePtrMut, DriverError, result, sys};
+use nsa_core::units::Bytes;
 use std::marker::PhantomData;
 use std::ops::Range;
 use std::sync::Arc;
@@ -95,9 +96,9 @@ impl<T: Pod> DeviceBuffer<T> {
         };
         check_not_recording(cuda.stream(), || format!("{OP} of {bytes} bytes cannot be recorded: make memory before"))?;
         // SAFETY: every byte is a legal u8; who reads elements has written them or `zeros` did.
-        let bytes = unsafe { cuda.stream().alloc::<u8>(bytes.max(1)) };
-        let bytes = bytes.map_err(|error| failed(OP, &error))?;
-        Ok(Self { bytes, len, of: PhantomData })
+        let memory = unsafe { cuda.stream().alloc::<u8>(bytes.max(1)) };
+        let memory = memory.map_err(|error| not_made(cuda, OP, bytes, &error))?;
+        Ok(Self { bytes: memory, len, of: PhantomData })
     }
 
     pub(crate) fn len(&self) -> usize {
@@ -203,6 +204,16 @@ impl<T: Pod + PartialEq> Mirror<T> {
     pub(crate) fn address(&self, start: usize) -> u64 {
         self.device.mem(start..self.host.len()).address()
     }
+}
+
+/// The error for memory that the driver did not give.
+fn not_made(cuda: &Cuda, op: &str, bytes: usize, error: &DriverError) -> Error {
+    let left = cuda.stream().context().mem_get_info();
+    let left = left.map_or_else(
+        |_| String::new(),
+        |(free, all)| format!("; {} of the {} of {} are free", Bytes(free as u64), Bytes(all as u64), cuda.name()),
+    );
+    Error::Device { op: op.to_owned(), message: format!("{} asked for: {}{left}", Bytes(bytes as u64), words(error)) }
 }
 
 fn bytes(elements: usize, size: usize) -> u64 {

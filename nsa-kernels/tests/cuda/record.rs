@@ -3,7 +3,7 @@
 use nsa_kernels::layer::copy::{Piece, Table};
 use nsa_kernels::layer::{linear, sigmoid};
 use nsa_kernels::{Backend, Buffer, Cuda, Error, Result};
-use nsa_tests::sim::on_an_a100;
+use nsa_tests::sim::{leave_free, on_a_small_a100, on_an_a100};
 use std::sync::Barrier;
 
 fn device() -> (Backend, Cuda) {
@@ -94,6 +94,7 @@ fn tables_say_what_is_copied() {
 /// y = x·Wᵀ, of many rows by cuBLAS and a copy of the weight in another type, then the sigmoid.
 struct Work {
     backend: Backend,
+    outputs: usize,
     x: Buffer<f32>,
     weight: Buffer<half::bf16>,
     y: Buffer<f32>,
@@ -106,13 +107,18 @@ const OUTPUTS: usize = 7;
 
 impl Work {
     fn new(backend: &Backend) -> Self {
-        let weight: Vec<_> = numbers(5, OUTPUTS * WIDTH).into_iter().map(|x| half::bf16::from_f32(x / 16.0)).collect();
+        Self::of_outputs(backend, OUTPUTS)
+    }
+
+    fn of_outputs(backend: &Backend, outputs: usize) -> Self {
+        let weight: Vec<_> = numbers(5, outputs * WIDTH).into_iter().map(|x| half::bf16::from_f32(x / 16.0)).collect();
         Self {
             backend: backend.clone(),
+            outputs,
             x: backend.alloc(ROWS * WIDTH),
             weight: backend.upload(&weight),
-            y: backend.alloc(ROWS * OUTPUTS),
-            z: backend.alloc(ROWS * OUTPUTS),
+            y: backend.alloc(ROWS * outputs),
+            z: backend.alloc(ROWS * outputs),
         }
     }
 
@@ -126,13 +132,13 @@ impl Work {
     fn run(&mut self, rows: usize) -> Result<()> {
         let args = linear::Forward {
             x: self.x.tensor([rows, WIDTH])?,
-            weight: self.weight.tensor([OUTPUTS, WIDTH])?,
+            weight: self.weight.tensor([self.outputs, WIDTH])?,
             bias: None,
-            y: self.y.tensor_mut([rows, OUTPUTS])?,
+            y: self.y.tensor_mut([rows, self.outputs])?,
             accumulate: false,
         };
         linear::forward(&self.backend, args)?;
-        let (x, y) = (self.y.tensor([rows, OUTPUTS])?, self.z.tensor_mut([rows, OUTPUTS])?);
+        let (x, y) = (self.y.tensor([rows, self.outputs])?, self.z.tensor_mut([rows, self.outputs])?);
         sigmoid::forward(&self.backend, sigmoid::Forward { x, y })
     }
 
@@ -183,6 +189,37 @@ fn work_is_done_then_recorded_then_repeated() {
         failed.expect_err("more rows than there are");
         let cpu = Backend::pick(Some("cpu")).unwrap().0;
         assert!(cpu.recorder::<usize>().is_none());
+    });
+}
+
+/// Work that leaves no memory for what it needs the next time ends all records: what they use is given back by then.
+#[test]
+fn no_record_outlives_its_memory() {
+    on_a_small_a100("record::no_record_outlives_its_memory", 64 << 20, || {
+        let (backend, _) = device();
+        let (mut work, mut wide) = (Work::new(&backend), Work::of_outputs(&backend, 9 * OUTPUTS));
+        let mut recorder = backend.recorder::<usize>().expect("a device records");
+        let expected = work.of(3, |work| work.run(ROWS));
+        for _ in 0..2 {
+            work.of(3, |work| recorder.run(0, || work.run(ROWS)));
+        }
+        assert_eq!(recorder.len(), 1);
+        let mut taken = None;
+        let result = recorder.run(1, || {
+            wide.run(ROWS)?;
+            taken = Some(leave_free(&backend, 0));
+            Ok::<_, Error>(())
+        });
+        let message = result.expect_err("no memory").to_string();
+        assert!(message.contains("KiB asked for: CUDA_ERROR_OUT_OF_MEMORY"), "{message}");
+        assert!(message.contains(" of the 64.00 MiB of cuda:0 are free"), "{message}");
+        assert_eq!(recorder.len(), 0);
+        drop(taken);
+        let elsewhere = backend.upload(&[-1.0f32; 256]);
+        for _ in 0..3 {
+            assert_eq!(work.of(3, |work| recorder.run(0, || work.run(ROWS))), expected);
+        }
+        assert!(read(&elsewhere).iter().all(|x| *x == -1.0));
     });
 }
 

@@ -6,6 +6,7 @@ use clap::ValueEnum;
 use nsa_core::model::{ModelConfig, TokenizerKind, memory_plan};
 use nsa_core::object::Object;
 use nsa_core::tokenizer::{TOKENIZER_FILE, Tokenizer};
+use nsa_core::units::{Bytes, Count};
 use nsa_kernels::Backend;
 use nsa_train::checkpoint::{self, DataState};
 use nsa_train::data::{Split, TextOptions, unescape};
@@ -266,10 +267,10 @@ fn announce(trainer: &Trainer) {
         false => format!("steps {} to {}", trainer.state().step + 1, options.steps),
     };
     tracing::info!(
-        "{:.2}M parameters, {} tokens a step, about {:.0} MiB; {} sequences of {} tokens an epoch; {steps}",
-        plan.params.total as f64 / 1e6,
+        "{} parameters, {} tokens a step, about {}; {} sequences of {} tokens an epoch; {steps}",
+        Count(plan.params.total),
         options.tokens_per_step(),
-        plan.training_bytes() as f64 / (1 << 20) as f64,
+        Bytes(plan.training_bytes()),
         trainer.sequences_per_epoch(),
         options.context,
     );

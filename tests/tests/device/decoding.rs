@@ -6,7 +6,7 @@ use nsa_core::CompressKind;
 use nsa_core::model::AttentionKind::{self, Dense, Nsa};
 use nsa_decode::{Batch, GenerateOptions, Model, ModelOptions, Precision, Sampling, Session, SessionOptions};
 use nsa_kernels::Backend;
-use nsa_tests::sim::{on_an_a100, on_simulator};
+use nsa_tests::sim::{leave_free, on_a_small_a100, on_an_a100, on_simulator};
 use nsa_train::TrainOptions;
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
@@ -22,15 +22,15 @@ fn trained(folder: &Path, attention: AttentionKind, kind: CompressKind, qk_norm:
     trainer.save(&folder.join("run")).expect("a checkpoint")
 }
 
-/// A model with its first weights, on the device as often as it is called.
-fn untrained(attention: AttentionKind, kind: CompressKind, qk_norm: bool) -> impl Fn() -> Model {
+/// A model with its first weights, as often as it is called.
+fn untrained(attention: AttentionKind, kind: CompressKind, qk_norm: bool) -> impl Fn(Backend) -> Model {
     let folder = tempfile::tempdir().expect("a folder");
     let trainer = kit::trainer(&kit::cpu(), folder.path(), kit::config(attention, kind, qk_norm), kit::options());
     let checkpoint = trainer.save(&folder.path().join("run")).expect("a checkpoint");
-    move || {
+    move |backend| {
         // The folder stays as long as it may be opened.
         let _kept = &folder;
-        open(&checkpoint, kit::cuda())
+        open(&checkpoint, backend)
     }
 }
 
@@ -149,7 +149,7 @@ fn kinds(attention: AttentionKind) -> usize {
 #[test]
 fn sessions_fork_and_go_back() {
     on_simulator("decoding::sessions_fork_and_go_back", || {
-        let model = untrained(Nsa, CompressKind::Mean, false)();
+        let model = untrained(Nsa, CompressKind::Mean, false)(kit::cuda());
         let mut first = session(&model, &TEXT[..50]);
         first.logits().expect("logits");
         let mut fork = first.fork();
@@ -171,7 +171,7 @@ fn recorded_steps_are_the_steps() {
 }
 
 fn assert_recorded(attention: AttentionKind) {
-    let model = untrained(attention, CompressKind::Weighted, true)();
+    let model = untrained(attention, CompressKind::Weighted, true)(kit::cuda());
     let text = TEXT.repeat(3);
     // Up to the end of a page of tokens and beyond; and other lengths.
     let starts = [250, 5, 63, 30].map(|length| session(&model, &text[..length]));
@@ -226,13 +226,13 @@ fn records_end_with_their_memory() {
 
 fn assert_forgotten(attention: AttentionKind) {
     let open = untrained(attention, CompressKind::Mean, false);
-    let model = open();
+    let model = open(kit::cuda());
     let text = TEXT.repeat(12);
     let tokens: Vec<u32> = text.bytes().take(9).map(u32::from).collect();
     let (short, long) = (session(&model, &text[..30]), session(&model, &text[..1019]));
     let expected = [short.clone(), long.clone()].map(|session| called(session, &tokens));
     // The memory of other models' passes is not known to this one.
-    let model = open();
+    let model = open(kit::cuda());
     let (short, long) = (session(&model, &text[..30]), session(&model, &text[..1019]));
     assert_eq!(recorded(short.clone(), &tokens), expected[0]);
     // Beyond 1,024 tokens steps have other memory.
@@ -243,6 +243,52 @@ fn assert_forgotten(attention: AttentionKind) {
     chunk.append(&tokens.repeat(6)).expect("logits");
     assert_eq!(recorded(short, &tokens), expected[0]);
     assert_eq!(model.recorded_steps(), kinds(attention));
+}
+
+/// A step for which the device has no memory is an error that says so. Afterwards everything goes on: what was recorded uses nothing
+/// that was given back.
+#[test]
+fn steps_go_on_after_a_want_of_memory() {
+    on_a_small_a100("decoding::steps_go_on_after_a_want_of_memory", 64 << 20, || {
+        [Nsa, Dense].into_iter().for_each(assert_goes_on);
+    });
+}
+
+fn assert_goes_on(attention: AttentionKind) {
+    let (open, backend) = (untrained(attention, CompressKind::Mean, false), kit::cuda());
+    let tokens: Vec<u32> = TEXT.bytes().take(7).map(u32::from).collect();
+    // The first step of two sequences, with so much memory left, of a model that has recorded those of one; then what follows.
+    let together = |left: Option<usize>| {
+        let model = open(backend.clone());
+        let mut sessions = [30, 41].map(|length| session(&model, &TEXT[..length]));
+        let expected = sessions.clone().map(|session| recorded(session, &tokens));
+        for session in &mut sessions {
+            session.logits().expect("logits of the prompt");
+            session.push(&tokens[..1]).expect("room");
+        }
+        let taken = left.map(|bytes| leave_free(&backend, bytes));
+        let done = nsa_decode::advance(&mut sessions.iter_mut().collect::<Vec<_>>());
+        drop(taken);
+        let elsewhere = backend.upload(&vec![7.0f32; 1 << 16]);
+        for (session, expected) in sessions.iter_mut().zip(&expected) {
+            let mut logits = vec![bits(session.logits().expect("logits"))];
+            logits.extend(recorded_on(session, &tokens[1..]));
+            let numbers = |all: &[Vec<u32>]| all.concat().into_iter().map(f32::from_bits).collect::<Vec<_>>();
+            let difference = kit::difference(&numbers(&logits), &numbers(expected));
+            assert!(difference < 2e-5, "{attention:?}, {left:?} bytes left: {difference}");
+        }
+        let mut host = vec![0.0; elsewhere.len()];
+        elsewhere.read(&mut host).expect("there");
+        assert!(host.iter().all(|x| *x == 7.0), "{attention:?}, {left:?} bytes left");
+        done
+    };
+    // All kernels are there from now on.
+    together(None).expect("memory");
+    // A little more each time.
+    let failures = (0..).step_by(1024).map_while(|left| together(Some(left)).err());
+    let failures: Vec<_> = failures.map(|error| error.to_string()).collect();
+    assert!(failures.len() > 3, "{failures:?}");
+    assert!(failures.iter().all(|error| error.contains("CUDA_ERROR_OUT_OF_MEMORY")), "{failures:?}");
 }
 
 /// Logits of tokens that are appended to a session, one at a time, in steps whose operations are called.
