@@ -84,6 +84,24 @@ pub(super) fn unsupported(cuda: &Cuda, op: &'static str, what: &str, advice: &'s
     Error::Unsupported { op, backend: cuda.name(), what: what.to_owned(), advice }
 }
 
+/// Checks that tiles of so many queries, whose blocks of threads take so many bytes of shared memory, are what the device can have.
+///
+/// # Errors
+/// If no block holds all heads of a group, or one takes more memory than the device gives it.
+pub(super) fn check_tiles(
+    cuda: &Cuda,
+    op: &'static str,
+    config: &NsaConfig,
+    (queries, shared_bytes): (usize, usize),
+) -> Result<()> {
+    if queries > 0 && shared_bytes <= cuda.device().shared_bytes {
+        return Ok(());
+    }
+    let (heads, dim_k, dim_v) = (config.group_size(), config.head_dim_qk(), config.head_dim_v());
+    let what = format!("{heads} query heads a KV head with dims {dim_k} and {dim_v}");
+    Err(unsupported(cuda, op, &what, "use the backend `cpu`"))
+}
+
 /// The tensors that every forward has, as the faces check them.
 pub(super) struct Forward<'a, T: Element> {
     pub(super) config: &'a NsaConfig,
@@ -383,17 +401,9 @@ impl BandTiles {
     /// The tiles, if the device can have them.
     ///
     /// # Errors
-    /// If no block holds all heads of a group.
+    /// If not.
     pub(super) fn checked(self, cuda: &Cuda, op: &'static str, config: &NsaConfig) -> Result<Self> {
-        if self.queries > 0 && self.shared_bytes <= cuda.device().shared_bytes {
-            return Ok(self);
-        }
-        let what = format!(
-            "{} query heads a KV head with dims {} and {}",
-            config.group_size(),
-            config.head_dim_qk(),
-            config.head_dim_v()
-        );
-        Err(unsupported(cuda, op, &what, "use the backend `cpu`"))
+        check_tiles(cuda, op, config, (self.queries, self.shared_bytes))?;
+        Ok(self)
     }
 }

@@ -70,10 +70,12 @@ impl Unit {
         if capability == (9, 0) { Self::Warpgroup } else { Self::Warp }
     }
 
-    /// The best for rows of these dimensions with elements of `size` bytes: warpgroups take 64 columns of 16 bits at a time.
+    /// The best for rows of these dimensions with elements of `size` bytes: warpgroups take 64 columns of 16 bits at a time, and have
+    /// registers for 256.
     fn fitting(self, config: &NsaConfig, size: usize) -> Self {
-        let whole = [config.head_dim_qk(), config.head_dim_v()].iter().all(|dim| dim.is_multiple_of(64));
-        if whole && size == 2 { self } else { Self::Warp }
+        let takes = |dim: &usize| dim.is_multiple_of(64) && *dim <= 256;
+        let all = [config.head_dim_qk(), config.head_dim_v()].iter().all(takes);
+        if all && size == 2 { self } else { Self::Warp }
     }
 
     /// The most bytes of shared memory that a block takes by choice.
@@ -205,6 +207,7 @@ mod tests {
         assert_eq!(unit((128, 128), 2), Unit::Warpgroup);
         assert_eq!(unit((192, 128), 2), Unit::Warpgroup);
         assert_eq!([unit((96, 96), 2), unit((64, 32), 2), unit((128, 128), 4)], [Unit::Warp; 3]);
+        assert_eq!([unit((256, 256), 2), unit((320, 256), 2)], [Unit::Warpgroup, Unit::Warp]);
         let config = config(16, (128, 128));
         let (band, compressed) =
             (BandTiles::new(&config, 2, Unit::Warpgroup), BandTiles::compressed(&config, 2, Unit::Warpgroup));

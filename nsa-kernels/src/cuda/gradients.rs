@@ -1,7 +1,7 @@
 //! Gradients of the branches on the host: what they share, and those of `dense`, `win` and `cmp`.
 
 use super::ahead::{Build, Launched};
-use super::attention::{Sequences, copies, packed_sequences, unsupported};
+use super::attention::{Sequences, check_tiles, copies, packed_sequences};
 use super::geometry::{Geometry, GradientTiles, Parts, Unit};
 use super::launch::Call;
 use super::params::{Field, In, Out, Params, Stored, params};
@@ -303,10 +303,7 @@ pub(super) fn backward<T: Element>(
     let (config, packing) = (args.config, args.packing);
     let cut = Cut::new(span, (config, packing), offsets, size_of::<T>(), cuda.device());
     let Cut { tiles, count: of_keys, parts } = cut;
-    if tiles.queries == 0 || tiles.shared_bytes() > cuda.device().shared_bytes {
-        let what = format!("{} query heads a KV head with these dims", config.group_size());
-        return Err(unsupported(cuda, op, &what, "use the backend `cpu`"));
-    }
+    check_tiles(cuda, op, config, (tiles.queries, tiles.shared_bytes()))?;
     let boxes = [tiles.boxes(config, true), tiles.unit.key_boxes(tiles.keys)];
     let prepared = prepare(cuda, op, args, offsets, (tiles.queries, tiles.rows()), boxes)?;
     let heads = config.num_kv_heads();

@@ -62,6 +62,9 @@ pub(crate) fn forward<T: Element>(cuda: &Cuda, args: Forward<'_, T>) -> Result<(
     let turned = turned((config, packing), TurnedTiles::forward(config, size_of::<T>()), &walking, cuda.share_bytes());
     let longest = packing.seqs().map(|seq| seq.end()).max().unwrap_or(0);
     let tiles = SelectTiles::new(config, size_of::<T>(), cuda.unit(), longest);
+    if turned.is_none() {
+        attention::check_tiles(cuda, OP, config, (tiles.queries, tiles.shared_bytes))?;
+    }
     let args = attention::Forward { config, packing, q, k: ("k", k), v: ("v", v), o, lse };
     let prepared = match turned {
         Some(_) => attention::prepare_with(cuda, OP, args, |keys, _| keys.div_ceil(config.select_block()))?,
@@ -131,6 +134,7 @@ pub(crate) fn backward<T: Element>(cuda: &Cuda, args: Backward<'_, T>) -> Result
         args;
     let (tokens, heads) = (packing.num_tokens(), config.num_kv_heads());
     let tiles = BackwardTiles::new(config, size_of::<T>(), cuda.unit());
+    attention::check_tiles(cuda, OP, config, (tiles.select.queries, tiles.shared_bytes()))?;
     let args = gradients::Backward {
         config,
         packing,
@@ -227,6 +231,11 @@ impl BackwardTiles {
     /// Numbers of a work's gradients.
     fn partial_floats(&self, config: &NsaConfig) -> usize {
         self.shares * self.keys.partial_floats(config)
+    }
+
+    /// Bytes of shared memory of a block of either kernel.
+    fn shared_bytes(&self) -> usize {
+        self.select.shared_bytes.max(self.keys.shared_bytes())
     }
 
     fn of_queries(&self, tiles: usize, heads: usize) -> Geometry {

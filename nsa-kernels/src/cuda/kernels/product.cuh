@@ -169,27 +169,28 @@ __device__ __forceinline__ void dot_dims(float (&s)[TILES][PARTS][4], const Left
 }
 
 // s = rows keys^T: each of the warp's rows with each of 8 PARTS rows of a tile. Tensor cores cut sums towards zero each time that
-// they add to them; with HALVES, sums over more than 128 dims are two, which are added as IEEE 754 asks.
-template <bool HALVES = false, int DIM, int TILES, int PARTS, class Left, int AT>
+// they add to them; with SHORT, sums over more than 128 dims are several of up to 128, which are added as IEEE 754 asks.
+template <bool SHORT = false, int DIM, int TILES, int PARTS, class Left, int AT>
 __device__ __forceinline__ void dot_rows(float (&s)[TILES][PARTS][4], const Left& rows, const Right<DIM, false, AT>& keys) {
-    constexpr int STEPS = Tile<DIM>::PADDED / 16, FIRST = HALVES && STEPS > 8 ? STEPS / 2 : STEPS;
     if constexpr (TENSOR_CORES) {
-        dot_dims<0, FIRST>(s, rows, keys);
+        constexpr int STEPS = Tile<DIM>::PADDED / 16, SUMS = SHORT ? (STEPS + 7) / 8 : 1;
+        dot_dims<0, STEPS / SUMS>(s, rows, keys);
+        unroll<1, SUMS>([&](auto sum) {
+            constexpr int FROM = STEPS * sum.value / SUMS, TO = STEPS * (sum.value + 1) / SUMS;
+            float more[TILES][PARTS][4];
+            dot_dims<FROM, TO>(more, rows, keys);
+#pragma unroll
+            for (int i = 0; i < TILES; ++i) {
+#pragma unroll
+                for (int n = 0; n < PARTS; ++n) {
+#pragma unroll
+                    for (int c = 0; c < 4; ++c) s[i][n][c] += more[i][n][c];
+                }
+            }
+        });
     } else {
         clear<TILES, 8 * PARTS>(s);
         fused_dot_rows<DIM, TILES, 8 * PARTS>(s, rows.rows(), keys.rows());
-    }
-    if constexpr (TENSOR_CORES && FIRST < STEPS) {
-        float rest[TILES][PARTS][4];
-        dot_dims<FIRST, STEPS>(rest, rows, keys);
-#pragma unroll
-        for (int i = 0; i < TILES; ++i) {
-#pragma unroll
-            for (int n = 0; n < PARTS; ++n) {
-#pragma unroll
-                for (int c = 0; c < 4; ++c) s[i][n][c] += rest[i][n][c];
-            }
-        }
     }
 }
 

@@ -158,6 +158,7 @@ __device__ __forceinline__ void begin_columns(Parts<1, DIM>& o, const Operands<K
 // Begins o += p values: rows of a tile of KEYS rows, weighted by p.
 template <int DIM, int KEYS>
 __device__ __forceinline__ void begin_rows(Parts<1, DIM>& o, const Operands<KEYS>& p, const char* values) {
+    static_assert(DIM % 64 == 0 && DIM <= 256, "columns");
     const u32 at = matrix_at(shared_address(values), Panels<DIM, KEYS>::PANEL_BYTES);
     if constexpr (DIM >= 128) begin_columns<DIM, 0, 128, KEYS>(o, p, at);
     if constexpr (DIM >= 256) begin_columns<DIM, 128, 128, KEYS>(o, p, at);
