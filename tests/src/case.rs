@@ -93,6 +93,7 @@ fn groups_and_dims() -> Vec<Case> {
         Case::new("dims-128", small(4, 2, 128, 128).compress_kind(weighted), [70]),
         Case::new("dims-192-128", mlp(small(4, 2, 192, 128), 24), [63]),
         Case::new("dims-256", small(2, 1, 256, 256), [63]),
+        Case::new("dims-256-64", small(4, 1, 256, 64), [63]),
         Case::new("dims-384", small(2, 1, 384, 384), [63]),
         Case::new("dims-576-512", small(16, 1, 576, 512), [63]),
         Case::new("given-scale", small(4, 2, 20, 20).scale(0.37), [63]),

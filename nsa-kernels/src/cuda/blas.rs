@@ -1,7 +1,8 @@
 //! Products of matrices by cuBLAS, which is loaded when the first one is asked for.
 
 use super::launch::Call;
-use super::library;
+use super::memory::DeviceBuffer;
+use super::{Cuda, library};
 use crate::{Error, Result};
 use cudarc::cublas::{CudaBlas, result, sys};
 use cudarc::driver::CudaStream;
@@ -53,17 +54,42 @@ pub(crate) struct Factor {
     pub(crate) transposed: bool,
 }
 
-/// A handle of the library on a stream of the device.
-pub(super) fn open(cuda: &super::Cuda, stream: &Arc<CudaStream>) -> Result<Arc<CudaBlas>> {
-    library::check_cublas(&cuda.name())?;
-    let broken =
-        |error: result::CublasError| Error::Device { op: "cuBLAS".to_owned(), message: format!("{:?}", error.0) };
-    let blas = CudaBlas::new(stream.clone()).map_err(broken)?;
-    // Sums of bf16 and f16 products stay in f32 where a library splits them.
-    let mode = sys::cublasMath_t::CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION;
-    // SAFETY: the handle was just made.
-    unsafe { sys::cublasSetMathMode(*blas.handle(), mode) }.result().map_err(broken)?;
-    Ok(Arc::new(blas))
+/// A handle of the library on a stream of the device, and the memory that its products take beside their matrices: what the library
+/// recommends. Else it makes some for each record that a product is in.
+#[derive(Debug)]
+pub(super) struct Blas {
+    /// Ends before its memory.
+    blas: CudaBlas,
+    _workspace: DeviceBuffer<u8>,
+}
+
+impl Blas {
+    /// Opens the library for the work of a stream.
+    ///
+    /// # Errors
+    /// If it is not there, or the device has too little memory.
+    pub(super) fn open(cuda: &Cuda, stream: &Arc<CudaStream>) -> Result<Arc<Self>> {
+        library::check_cublas(&cuda.name())?;
+        let broken =
+            |error: result::CublasError| Error::Device { op: "cuBLAS".to_owned(), message: format!("{:?}", error.0) };
+        let workspace_bytes = if cuda.device().capability < (9, 0) { 8 << 20 } else { 32 << 20 };
+        let mut workspace = DeviceBuffer::unwritten(cuda, workspace_bytes)?;
+        let blas = CudaBlas::new(stream.clone()).map_err(broken)?;
+        // Sums of bf16 and f16 products stay in f32 where a library splits them.
+        let mode = sys::cublasMath_t::CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION;
+        let address = workspace.mem_mut(0..workspace_bytes).address();
+        // SAFETY: the handle was just made; the memory is of its device, holds so many bytes and is given back after the handle.
+        let set = unsafe {
+            let of_memory = sys::cublasSetWorkspace_v2(*blas.handle(), address as *mut _, workspace_bytes).result();
+            of_memory.and_then(|()| sys::cublasSetMathMode(*blas.handle(), mode).result())
+        };
+        set.map_err(broken)?;
+        Ok(Arc::new(Self { blas, _workspace: workspace }))
+    }
+
+    fn handle(&self) -> sys::cublasHandle_t {
+        *self.blas.handle()
+    }
 }
 
 /// C = A·B, or C += A·B. A and B are of one type, C is of that type or f32; sums in f32.
@@ -80,7 +106,7 @@ pub(crate) fn multiply(call: &Call<'_>, a: Factor, b: Factor, c: Matrix, accumul
     // read before the call returns.
     let done = unsafe {
         result::gemm_ex(
-            *blas.handle(),
+            blas.handle(),
             operations[1],
             operations[0],
             m,
@@ -125,7 +151,7 @@ pub(crate) fn multiply_batch(
     // SAFETY: as in `multiply`, for each matrix of the batches.
     let done = unsafe {
         result::gemm_strided_batched_ex(
-            *blas.handle(),
+            blas.handle(),
             operations[1],
             operations[0],
             m,

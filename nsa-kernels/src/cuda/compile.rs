@@ -56,15 +56,18 @@ impl Compiler {
     pub fn arch(&self, warpgroups: bool) -> Result<String> {
         let nvrtc = self.nvrtc()?;
         let wanted = self.capability.0 * 10 + self.capability.1;
-        arch(&nvrtc.archs, wanted, warpgroups).ok_or_else(|| Error::Backend {
+        // The versions before know 9.0, but not what it alone has.
+        let knows = !warpgroups || nvrtc.version >= (12, 0);
+        arch(&nvrtc.archs, wanted, warpgroups).filter(|_| knows).ok_or_else(|| Error::Backend {
             requested: "cuda".to_owned(),
             missing: format!(
-                "NVRTC {}.{} compiles for none of sm_{} to sm_{wanted}",
+                "NVRTC {}.{} compiles for none of sm_{} to sm_{wanted}{}",
                 nvrtc.version.0,
                 nvrtc.version.1,
-                if warpgroups { wanted } else { 80 }
+                if warpgroups { wanted } else { 80 },
+                if warpgroups { "a" } else { "" }
             ),
-            advice: "install NVRTC of CUDA 11 to 13, whose version fits the device".to_owned(),
+            advice: "install NVRTC of CUDA 11 to 13 (for sm_90a 12 or 13), whose version fits the device".to_owned(),
         })
     }
 

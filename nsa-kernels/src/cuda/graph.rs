@@ -4,9 +4,9 @@
 //! A thread that records gives its work to a second stream, where it is recorded and not done. Other threads' work goes to the
 //! device meanwhile, and into no record.
 
-use super::{Cuda, blas, failed};
+use super::blas::Blas;
+use super::{Cuda, failed};
 use crate::{Error, Result};
-use cudarc::cublas::CudaBlas;
 use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode as CaptureMode};
 use cudarc::driver::{CudaGraph, CudaStream, result};
 use std::cell::RefCell;
@@ -20,8 +20,8 @@ const OP: &str = "Cuda::record";
 pub struct Graph {
     /// None if there was nothing to do.
     graph: Option<CudaGraph>,
-    /// Where the work goes.
-    stream: Arc<CudaStream>,
+    /// Where the work goes, with the kernels that are in it.
+    cuda: Cuda,
 }
 
 // SAFETY: the driver lets any thread use a graph, one at a time. A `Graph` owns its own, and no reference to it goes to other
@@ -39,7 +39,7 @@ impl fmt::Debug for Graph {
 pub(super) struct Recording {
     stream: Arc<CudaStream>,
     /// cuBLAS on that stream. It makes memory when it is opened, so that this is done before anything is recorded.
-    blas: OnceLock<Result<Arc<CudaBlas>>>,
+    blas: OnceLock<Result<Arc<Blas>>>,
 }
 
 impl Recording {
@@ -52,7 +52,7 @@ impl Recording {
     ///
     /// # Errors
     /// If it could not be opened, or no work before needed it.
-    pub(super) fn blas(&self) -> Result<Arc<CudaBlas>> {
+    pub(super) fn blas(&self) -> Result<Arc<Blas>> {
         self.blas.get().cloned().unwrap_or_else(|| {
             let message = "cuBLAS is not open: do the same work once before it is recorded".to_owned();
             Err(Error::Device { op: OP.to_owned(), message })
@@ -101,18 +101,21 @@ impl<'r> Begun<'r> {
     }
 
     fn end(self) -> Result<Option<CudaGraph>> {
+        let graph = self.0.stream.end_capture(CUgraphInstantiate_flags(0)).map_err(|error| failed(OP, &error))?;
         RECORDING.set(None);
-        let graph = self.0.stream.end_capture(CUgraphInstantiate_flags(0));
         std::mem::forget(self);
-        graph.map_err(|error| failed(OP, &error))
+        Ok(graph)
     }
 }
 
 impl Drop for Begun<'_> {
     fn drop(&mut self) {
         RECORDING.set(None);
+        let stream = &self.0.stream;
+        // The bindings return what went wrong somewhere before, and do not end anything then.
+        let _ = stream.context().check_err();
         // What it holds is of no use to anyone.
-        let _ = self.0.stream.end_capture(CUgraphInstantiate_flags(0));
+        let _ = stream.end_capture(CUgraphInstantiate_flags(0));
     }
 }
 
@@ -139,11 +142,11 @@ impl Cuda {
             None => there.insert(Arc::new(Recording::new(self)?)).clone(),
         };
         if self.inner.blas.get().is_some() {
-            recording.blas.get_or_init(|| blas::open(self, &recording.stream));
+            recording.blas.get_or_init(|| Blas::open(self, &recording.stream));
         }
         let begun = Begun::new(self, &recording)?;
         work()?;
-        Ok(Graph { graph: begun.end()?, stream: self.stream().clone() })
+        Ok(Graph { graph: begun.end()?, cuda: self.clone() })
     }
 }
 
@@ -155,8 +158,9 @@ impl Graph {
     pub fn launch(&self) -> Result<()> {
         let Some(graph) = &self.graph else { return Ok(()) };
         let failed = |error| failed("Graph::launch", &error);
-        self.stream.context().bind_to_thread().map_err(failed)?;
+        let stream = self.cuda.stream();
+        stream.context().bind_to_thread().map_err(failed)?;
         // SAFETY: the graph is there as long as `self`, and no other thread uses it; so is the stream, of the same context.
-        unsafe { result::graph::launch(graph.cu_graph_exec(), self.stream.cu_stream()) }.map_err(failed)
+        unsafe { result::graph::launch(graph.cu_graph_exec(), stream.cu_stream()) }.map_err(failed)
     }
 }

@@ -15,9 +15,6 @@ use std::collections::HashMap;
 use std::marker::PhantomData;
 use std::sync::{Arc, Mutex, PoisonError};
 
-/// Bytes of dynamic shared memory that a kernel may have without being asked for.
-const SHARED_BYTES: u32 = 48 << 10;
-
 /// The kernels that this process has loaded: by program, constants and name.
 #[derive(Debug, Default)]
 pub(super) struct Modules {
@@ -257,11 +254,6 @@ impl<'c> Call<'c> {
             return Err(Error::Device { op: self.op.to_owned(), message });
         };
         let function = self.kernel(program, kernel)?;
-        if geometry.shared_bytes > SHARED_BYTES {
-            let attribute = FunctionAttribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-            let bytes = i32::try_from(geometry.shared_bytes).unwrap_or(i32::MAX);
-            function.set_attribute(attribute, bytes).map_err(|error| self.failed(kernel, &error))?;
-        }
         let config = LaunchConfig {
             grid_dim: (x, y, z),
             block_dim: (geometry.threads, 1, 1),
@@ -291,7 +283,15 @@ impl<'c> Call<'c> {
             return Ok(function.clone());
         }
         let module = self.module(program)?;
-        let function = module.load_function(kernel).map_err(|error| self.failed(kernel, &error))?;
+        let load = || {
+            let function = module.load_function(kernel)?;
+            // All that the device has: launches of other threads may need more than this one.
+            let of_kernel = function.get_attribute(FunctionAttribute::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES)?;
+            let most = i32::try_from(self.cuda.device().shared_bytes).unwrap_or(i32::MAX) - of_kernel;
+            function.set_attribute(FunctionAttribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, most)?;
+            Ok(function)
+        };
+        let function = load().map_err(|error| self.failed(kernel, &error))?;
         lock().insert(key, function.clone());
         Ok(function)
     }

@@ -348,10 +348,14 @@ impl<T: Pod> DeviceMemMut<'_, T> {
         check_not_recording(self.stream, || format!("{op} from the host cannot be recorded: copy before"))?;
         self.stream.context().bind_to_thread().map_err(|error| failed(op, &error))?;
         let source = bytemuck::cast_slice::<T, u8>(source);
-        // SAFETY: the memory is borrowed mutably and as long as the source; the driver has taken the host's bytes, which
-        // are not pinned, when the call returns.
+        // SAFETY: the memory is borrowed mutably and as long as the source, whose bytes the driver has when this returns: it takes
+        // them aside at once, or the copy is waited for.
         let copied = unsafe { result::memcpy_htod_async(self.address, source, self.stream.cu_stream()) };
-        copied.map_err(|error| failed(op, &error))
+        copied.map_err(|error| failed(op, &error))?;
+        if is_read_in_place(self.stream.context(), source) {
+            self.stream.synchronize().map_err(|error| failed(op, &error))?;
+        }
+        Ok(())
     }
 
     /// Sets the first `count` elements to `value`.
@@ -371,6 +375,19 @@ impl<T: Pod> DeviceMemMut<'_, T> {
         let set = unsafe { result::memset_d8_async(address, pattern[0], count, stream.cu_stream()) };
         set.map_err(|error| failed(op, &error))
     }
+}
+
+/// Whether copies to the device may read the host's bytes where they lie, after the call: where the driver knows them (pinned memory),
+/// or the device reads all of the host's memory by the host's own page tables.
+fn is_read_in_place(context: &CudaContext, source: &[u8]) -> bool {
+    let by_page_tables = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_PAGEABLE_MEMORY_ACCESS_USES_HOST_PAGE_TABLES;
+    if context.attribute(by_page_tables).is_ok_and(|uses| uses != 0) {
+        return true;
+    }
+    let (kind, mut found) = (sys::CUpointer_attribute::CU_POINTER_ATTRIBUTE_MEMORY_TYPE, 0u32);
+    // SAFETY: the attribute is a 32-bit number, which is written at once; any address may be asked about.
+    let known = unsafe { sys::cuPointerGetAttribute((&raw mut found).cast(), kind, source.as_ptr() as u64) };
+    known.result().is_ok()
 }
 
 fn check_stream(stream: &Arc<CudaStream>, cuda: &Cuda, op: &'static str, arg: &str) -> Result<()> {

@@ -45,8 +45,8 @@ mod library;
 pub(crate) mod tensor_map;
 
 use crate::{Error, Result};
+use blas::Blas;
 use compile::Compiler;
-use cudarc::cublas::CudaBlas;
 use cudarc::driver::sys::{CUdevice_attribute_enum as Attribute, cudaError_enum};
 use cudarc::driver::{CudaContext, CudaStream, DriverError};
 use graph::Recording;
@@ -72,7 +72,7 @@ struct Inner {
     device: Device,
     compiler: Compiler,
     modules: Modules,
-    blas: OnceLock<Result<Arc<CudaBlas>>>,
+    blas: OnceLock<Result<Arc<Blas>>>,
     /// The workspaces that operations of threads are in, where they are in one.
     lent: Mutex<HashMap<ThreadId, Lent>>,
     /// What the first record made.
@@ -202,11 +202,12 @@ impl Cuda {
         graph::target(self.stream())
     }
 
-    /// cuBLAS on the stream that this thread's work goes to.
-    pub(crate) fn blas(&self) -> Result<Arc<CudaBlas>> {
+    /// cuBLAS on the stream that this thread's work goes to, and the device as the thread's, which cuBLAS asks for.
+    fn blas(&self) -> Result<Arc<Blas>> {
+        self.stream().context().bind_to_thread().map_err(|error| failed("cuBLAS", &error))?;
         match graph::recording(self.stream()) {
             Some(recording) => recording.blas(),
-            None => self.inner.blas.get_or_init(|| blas::open(self, self.stream())).clone(),
+            None => self.inner.blas.get_or_init(|| Blas::open(self, self.stream())).clone(),
         }
     }
 

@@ -71,6 +71,8 @@ fn a_graph_serves_every_batch() {
             let inputs = steps(name, config(), &contexts);
             q.write(&inputs.q).expect("q");
             gates.write(&inputs.gates).expect("gates");
+            o.write(&[bf16::NEG_ONE; 4 * 8 * 16]).expect("o");
+            lists.write(&[77; 4 * 2 * 5]).expect("lists");
             let outputs = decode::with_caches(&backend, &inputs, 64, |caches| {
                 let mut ready = workspace.upload(0, caches).expect("caches");
                 let mut launch = || {
@@ -96,6 +98,11 @@ fn a_graph_serves_every_batch() {
             let expected = decode::step(&backend, &inputs, 64).expect("a step");
             assert_eq!(outputs.0[..expected.o.len()], expected.o, "{name}");
             assert_eq!(outputs.1[..expected.block_indices.len()], expected.block_indices, "{name}");
+            assert!(
+                outputs.0[expected.o.len()..].iter().all(|x| *x == bf16::NEG_ONE),
+                "{name}: o of an absent sequence"
+            );
+            assert!(outputs.1[expected.block_indices.len()..].iter().all(|j| *j == 77), "{name}: a list of one");
         }
         assert!(graph.is_some(), "captured");
     });

@@ -57,6 +57,8 @@ fn single_queries() {
         assert_steps::<bf16>("lone-192-128", paper(16, 1, 192, 128), &[1700, 65], odd);
         assert_steps::<f32>("lone-96", paper(14, 2, 96, 96), &[1700, 65], odd);
         assert_steps::<f32>("lone-256", paper(3, 1, 256, 256), &[1700, 65], odd);
+        // 48 KiB of dynamic shared memory beside what is static.
+        assert_steps::<bf16>("lone-256-64", paper(3, 1, 256, 64), &[1700, 65], odd);
         assert_steps::<f16>("lone-odd-dims", paper(7, 1, 5, 3), &[1700, 65], odd);
         // More heads a KV head than tiles of queries take.
         assert_steps::<bf16>("lone-group-150", paper(150, 1, 16, 16), &[700], &[(0, 699, 700), (0, 5, 5)]);
@@ -195,6 +197,12 @@ fn placed_steps_are_the_steps() {
             assert_eq!(workspace.place_again(1, &contexts), Ok(Some(contexts.to_vec())));
             assert_eq!(placed.launched(&mut workspace, 1, 2), placed.forward(0, &contexts), "{contexts:?}");
         }
+        // Sequences that were not placed are not looked at, nor do they hide others.
+        place(&mut workspace, 1, 0, &[1700]);
+        let (both, expected) = (placed.launched(&mut workspace, 1, 2), placed.forward(0, &[1700]));
+        assert_eq!([&both[..8 * 16], &both[2 * 8 * 16..][..8]].concat(), expected);
+        assert!(both[8 * 16..2 * 8 * 16].iter().chain(&both[2 * 8 * 16 + 8..]).all(|bits| *bits == 0), "not written");
+        place(&mut workspace, 1, 0, &[1700, 130]);
         // Pages that were not placed, sequences that were not, no token, more than memory is for.
         for contexts in [&[1729, 65][..], &[1700, 193], &[1700], &[1700, 65, 3], &[0, 65], &[5000, 65]] {
             assert_eq!(workspace.place_again(1, contexts), Ok(None), "{contexts:?}");

@@ -209,16 +209,17 @@ impl<T: Element> Workspace<T> {
         &self.headers.host()[layer * len..][..len]
     }
 
-    /// Notes the sequences of a layer: those that are none have no query.
+    /// Notes the sequences of a layer: those that are none have no keys, but chunks, by which sequences are found.
     fn note(&mut self, layer: usize, contexts: impl Iterator<Item = usize>) {
         let Capacity { sequences, context: most, page_rows, .. } = self.capacity;
         let (chunks, pages) = (self.tiles.splits(most), most.div_ceil(page_rows));
-        let mut headers = vec![0; sequences * HEADER];
-        for (s, (header, context)) in headers.chunks_exact_mut(HEADER).zip(contexts).enumerate() {
-            let numbers = [s, 1, context - 1, s * pages, context, s * chunks];
+        let headers = contexts.map(Some).chain(std::iter::repeat(None)).take(sequences).enumerate();
+        let header = |(s, context): (usize, Option<usize>)| {
+            let [queries, before, keys] = context.map_or([0; 3], |context| [1, context - 1, context]);
             // All of them fit: chunks and pages of a workspace do, as its memory does.
-            header.copy_from_slice(&numbers.map(|number| number as i32));
-        }
+            [s, queries, before, s * pages, keys, s * chunks].map(|number| number as i32)
+        };
+        let headers: Vec<i32> = headers.flat_map(header).collect();
         self.headers.set(layer * headers.len(), &headers);
     }
 

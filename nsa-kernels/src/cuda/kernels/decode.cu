@@ -89,7 +89,7 @@ __device__ __forceinline__ void scan_blocks(const DecodeParams& p, const Place& 
         if (page < p.cmp_pages) runs.set(i, p.k_cmp_pages[at], p.v_cmp_pages[at], 0, place.head);
     }
     const int splits = num_cmp_splits(place.context);
-    if (place.split >= splits) return;
+    if (place.context == 0 || place.split >= splits) return;
     const int blocks = num_blocks(place.context), first = place.split * CHUNK;
     const int end = first + CHUNK < blocks ? first + CHUNK : blocks;
     const bool scored = selects_by_score(place.context);

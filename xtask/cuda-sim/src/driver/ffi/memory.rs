@@ -53,6 +53,23 @@ exports! {
         state.check_stream(stream)
     }
 
+    /// What memory an address is of, if it is one that the driver knows; no other attribute.
+    fn cuPointerGetAttribute(data: *mut c_void, attribute: c_uint, pointer: u64) {
+        const MEMORY_TYPE: c_uint = 2;
+        const HOST: c_uint = 1;
+        const DEVICE: c_uint = 2;
+        let state = state()?;
+        state.alive()?;
+        if attribute != MEMORY_TYPE {
+            return Err(CuError::NOT_SUPPORTED);
+        }
+        if state.memory.find(pointer, 1).is_ok() {
+            return put(data.cast(), DEVICE);
+        }
+        let pinned = |(start, memory): (&usize, &Box<[u64]>)| (pointer as usize).wrapping_sub(*start) < size_of_val(&**memory);
+        if host().pinned.iter().any(pinned) { put(data.cast(), HOST) } else { Err(CuError::INVALID_VALUE) }
+    }
+
     /// Host memory for copies.
     fn cuMemHostAlloc(pointer: *mut *mut c_void, count: usize, _flags: c_uint) {
         state()?.unsafe_call()?;
