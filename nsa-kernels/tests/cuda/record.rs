@@ -268,6 +268,28 @@ fn other_threads_go_on() {
     });
 }
 
+/// A graph has the kernels that are in it, also when nothing else has them.
+#[test]
+fn a_graph_outlives_who_recorded_it() {
+    on_an_a100("record::a_graph_outlives_who_recorded_it", || {
+        let (backend, cuda) = device();
+        let (x, mut y) = (backend.upload(&[0.0f32; 8]), backend.alloc::<f32>(8));
+        let graph = {
+            // With kernels of its own.
+            let other = Cuda::on_stream(cuda.stream().clone()).expect("the same device");
+            let mut work = || {
+                let args = sigmoid::Forward { x: x.tensor([1, 8])?, y: y.tensor_mut([1, 8])? };
+                sigmoid::forward(&Backend::Cuda(other.clone()), args)
+            };
+            work().expect("runs");
+            other.record(work).expect("recorded")
+        };
+        y.write(&[-1.0; 8]).expect("there");
+        graph.launch().expect("the graph");
+        assert_eq!(read(&y), [0.5; 8]);
+    });
+}
+
 /// What cannot be recorded is an error that says so, and the device goes on afterwards.
 #[test]
 fn what_cannot_be_recorded_is_an_error() {

@@ -2,7 +2,9 @@
 
 use cudarc::cublas::sys::{cublasOperation_t, cublasStatus_t};
 use cudarc::cublas::{CudaBlas, Gemm, GemmConfig, StridedBatchedConfig};
-use cudarc::driver::{CudaContext, CudaFunction, CudaGraph, CudaSlice, CudaStream, DriverError, LaunchConfig};
+use cudarc::driver::{
+    CudaContext, CudaFunction, CudaGraph, CudaSlice, CudaStream, DevicePtr, DriverError, LaunchConfig,
+};
 use cudarc::driver::{PushKernelArg, result, sys};
 use std::process::Command;
 use std::sync::Arc;
@@ -204,6 +206,33 @@ impl Capturing {
         let error = call(&mut capturing).unwrap_err().0;
         (error, capturing.end().map(|_| ()).unwrap_err())
     }
+}
+
+/// The driver knows the device's memory and what it has made of the host's.
+#[test]
+fn addresses_are_of_known_memory_or_none() {
+    on_simulator("addresses_are_of_known_memory_or_none", || {
+        let context = CudaContext::new(0).unwrap();
+        let stream = context.new_stream().unwrap();
+        let device = stream.clone_htod(&[1.0f32; 4]).unwrap();
+        // SAFETY: nothing reads it.
+        let pinned = unsafe { context.alloc_pinned::<f32>(4) }.unwrap();
+        let ordinary = [0.0f32; 4];
+        let ask = |attribute, address: u64| {
+            let mut found = 0u32;
+            // SAFETY: the answer is a 32-bit number.
+            unsafe { sys::cuPointerGetAttribute((&raw mut found).cast(), attribute, address) }.result().map(|()| found)
+        };
+        let kind = |address| ask(sys::CUpointer_attribute::CU_POINTER_ATTRIBUTE_MEMORY_TYPE, address).ok();
+        let (of_device, _) = device.device_ptr(&stream);
+        let of_pinned = pinned.as_ptr().unwrap() as u64;
+        assert_eq!(
+            [of_device, of_device + 15, of_pinned, of_pinned + 15].map(kind),
+            [Some(2), Some(2), Some(1), Some(1)]
+        );
+        assert_eq!([of_pinned + 16, ordinary.as_ptr() as u64, 0].map(kind), [None; 3]);
+        assert!(ask(sys::CUpointer_attribute::CU_POINTER_ATTRIBUTE_CONTEXT, of_device).is_err());
+    });
 }
 
 #[test]
