@@ -102,11 +102,14 @@ impl State {
     /// An executable that is to be launched on a stream: what is to run now, which is nothing where the stream captures.
     ///
     /// # Errors
-    /// It is none, memory of an earlier launch is still allocated, or what [`State::submit`] says.
+    /// It is none, memory of an earlier launch is still allocated, a kernel is there no longer, or what [`State::submit`] says.
     pub fn launch_graph(&mut self, handle: usize, stream: usize) -> Result<Vec<Work>, CuError> {
         let executable = self.executables.get(&handle).ok_or(CuError::INVALID_VALUE)?.clone();
         self.enter(stream)?;
         for work in executable.work.iter() {
+            if let Work::Launch(ready, _) = work {
+                self.check_loaded(ready)?;
+            }
             let Work::Allocate { address, .. } = work else { continue };
             match self.memory.find(*address, 1) {
                 Ok(_) if executable.frees => self.memory.free(*address)?,

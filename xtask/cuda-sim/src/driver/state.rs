@@ -211,6 +211,18 @@ impl State {
         Ok(())
     }
 
+    /// Checks that the module of a kernel is there still. What a real driver does with one that is not is not defined.
+    ///
+    /// # Errors
+    /// If it was unloaded.
+    pub fn check_loaded(&self, ready: &Ready) -> Result<(), CuError> {
+        if self.modules.values().any(|loaded| Arc::ptr_eq(&loaded.module, &ready.module)) {
+            return Ok(());
+        }
+        eprintln!("cuda-sim: {} is of a module that was unloaded", ready.name);
+        Err(CuError::INVALID_HANDLE)
+    }
+
     /// A function of a module.
     pub fn function(&mut self, module: usize, name: &str) -> Result<usize, CuError> {
         self.alive()?;
