@@ -271,8 +271,20 @@ pub(crate) fn builds(config: &NsaConfig, dtype: DType, unit: Unit) -> Vec<Build>
 
 #[cfg(test)]
 mod tests {
+    use super::super::geometry::SHARED_BYTES;
     use super::*;
     use nsa_core::{CompressKind, CuSeqlens};
+
+    #[test]
+    fn the_smallest_devices_have_room_for_gradients_of_wide_rows() {
+        for (dim, size) in [(512, 2), (256, 4)] {
+            for heads in [1, 2, 5, 16] {
+                let builder = NsaConfig::builder(heads, 1, dim, dim).compress_kind(CompressKind::Mean);
+                let tiles = BackwardTiles::new(&builder.build().unwrap(), size, Unit::Warp);
+                assert!(tiles.shared_bytes() <= SHARED_BYTES, "{heads} heads, {dim} dims: {}", tiles.shared_bytes());
+            }
+        }
+    }
 
     #[test]
     fn works_are_as_long_as_if_all_ran_at_once() {
