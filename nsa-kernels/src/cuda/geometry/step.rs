@@ -175,8 +175,11 @@ mod tests {
     #[test]
     fn shared_memory_fits_every_device() {
         for heads in [1, 2, 7, 16, 24, 32, 64, 128, 1000] {
-            for dims in [[5, 3], [64, 64], [96, 96], [128, 128], [192, 128], [256, 256]] {
+            for dims in [[5, 3], [64, 64], [96, 96], [128, 128], [192, 128], [256, 256], [512, 512]] {
                 for (size, scored) in [(2, true), (4, true), (2, false), (4, false)] {
+                    if (dims[0], size) == (512, 4) {
+                        continue;
+                    }
                     let tiles = tiles(heads, 1, dims, size, scored);
                     assert!(tiles.fits(SHARED_BYTES), "{heads} {dims:?} {size}: {tiles:?}");
                     assert!(tiles.chunk.is_multiple_of(KEYS), "{tiles:?}");

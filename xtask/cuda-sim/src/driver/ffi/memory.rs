@@ -66,8 +66,9 @@ exports! {
         if state.memory.find(pointer, 1).is_ok() {
             return put(data.cast(), DEVICE);
         }
-        let pinned = |(start, memory): (&usize, &Box<[u64]>)| (pointer as usize).wrapping_sub(*start) < size_of_val(&**memory);
-        if host().pinned.iter().any(pinned) { put(data.cast(), HOST) } else { Err(CuError::INVALID_VALUE) }
+        let (asked, host) = (pointer as usize, host());
+        let mut pinned = host.pinned.iter().map(|(start, memory)| *start..*start + size_of_val(&**memory));
+        if pinned.any(|range| range.contains(&asked)) { put(data.cast(), HOST) } else { Err(CuError::INVALID_VALUE) }
     }
 
     /// Host memory for copies.
