@@ -200,9 +200,10 @@ impl NsaConfigBuilder {
             None => {}
         }
         if let Some(scale) = self.scale
-            && !(scale.is_finite() && scale > 0.0)
+            // Kernels multiply it by log2 e in f32.
+            && !(f64::from(f32::MIN_POSITIVE)..=f64::from(f32::MAX / 2.0)).contains(&scale)
         {
-            return Err(ConfigError::new("scale", scale, "must be positive and finite"));
+            return Err(ConfigError::new("scale", scale, "must be positive and finite, as an f32 too"));
         }
         Ok(NsaConfig(self))
     }

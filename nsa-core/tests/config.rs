@@ -40,10 +40,14 @@ fn every_rule_names_field_value_and_rule() {
     );
     refused(|c| c.compress_hidden(0), "config field `compress_hidden` = 0: must not be zero");
     refused(|c| c.compress_hidden(1 << 31), "config field `compress_hidden` = 2147483648: must fit an i32");
-    refused(|c| c.scale(0.0), "config field `scale` = 0: must be positive and finite");
-    refused(|c| c.scale(-1.0), "config field `scale` = -1: must be positive and finite");
-    refused(|c| c.scale(f64::NAN), "config field `scale` = NaN: must be positive and finite");
-    refused(|c| c.scale(f64::INFINITY), "config field `scale` = inf: must be positive and finite");
+    refused(|c| c.scale(0.0), "config field `scale` = 0: must be positive and finite, as an f32 too");
+    refused(|c| c.scale(-1.0), "config field `scale` = -1: must be positive and finite, as an f32 too");
+    refused(
+        |c| c.scale(1e39),
+        "config field `scale` = 1000000000000000000000000000000000000000: must be positive and finite, as an f32 too",
+    );
+    refused(|c| c.scale(f64::INFINITY), "config field `scale` = inf: must be positive and finite, as an f32 too");
+    refused(|c| c.scale(f64::NAN), "config field `scale` = NaN: must be positive and finite, as an f32 too");
 }
 
 #[test]

@@ -567,7 +567,7 @@ impl<T> Pages<'_, T> {
         ShapeError::check(op, arg, &[self.len, heads, dim], &[self.len, self.row_shape[0], self.row_shape[1]])?;
         let capacity = self.pages.len().saturating_mul(self.page_rows);
         ShapeError::check(op, &format!("pages of {arg}"), &[self.len.max(capacity)], &[capacity])?;
-        let size = self.page_rows * heads * dim;
+        let size = self.page_rows.saturating_mul(heads).saturating_mul(dim);
         // A decoding step has thousands of pages: the error is made of one of them.
         let shortest = self.pages.iter().map(Mem::len).min().unwrap_or(size);
         Ok(ShapeError::check(op, &format!("page of {arg}"), &[size], &[shortest.min(size)])?)

@@ -1,12 +1,12 @@
 //! The same bits from run to run, on any number of threads and in any order of the batch.
 
 use half::bf16;
-use nsa_core::Element;
+use nsa_core::{CompressKind, Element, NsaConfig};
 use nsa_kernels::Backend;
-use nsa_tests::Kind;
 use nsa_tests::case;
 use nsa_tests::decode;
 use nsa_tests::operator::{self, Branches, Compressed, Grads, Inputs, Outputs};
+use nsa_tests::{Case, Kind};
 
 /// Cases with more than one task to share.
 const CASES: [&str; 4] = ["ragged", "odd-sizes", "111-group-7", "1025"];
@@ -59,6 +59,30 @@ fn threads_change_no_bit<T: Kind>() {
         let first = run(&inputs, 1);
         for threads in [1, 2, 3, 7] {
             assert!(first == run(&inputs, threads), "{name} on {threads} threads");
+        }
+    }
+}
+
+/// A sequence of several tiles of blocks, alone and beside a long one.
+#[test]
+fn other_sequences_change_no_bit() {
+    other_sequences_change_no_bit_of::<f32>();
+    other_sequences_change_no_bit_of::<bf16>();
+}
+
+fn other_sequences_change_no_bit_of<T: Kind>() {
+    let builder = NsaConfig::builder(1, 1, 16, 16).compress_kind(CompressKind::Mean);
+    let builder = builder.compress_block(1).compress_stride(1).select_block(16).select_count(4).window(32);
+    let case = Case::new("beside-a-long-one", builder, [200, 4096]);
+    for backend in nsa_tests::backends(T::DTYPE) {
+        let whole = Inputs::<T> { d_o: None, ..Inputs::generate(&case) };
+        let blocks = operator::blocks(&backend, &whole).unwrap();
+        let run = |chunks: &[(usize, usize, usize)]| {
+            operator::run(&backend, &decode::take(&whole, &blocks, chunks).unwrap()).unwrap()
+        };
+        let (alone, beside) = (run(&[(0, 0, 200)]), run(&[(0, 0, 200), (1, 0, 4096)]));
+        for (alone, beside) in alone.branches.iter().zip(&beside.branches).chain([(&alone.o, &beside.o)]) {
+            assert!(bits(alone) == bits(&beside[..alone.len()]), "{} on {}", T::DTYPE, backend.name());
         }
     }
 }

@@ -87,8 +87,12 @@ impl<'a> Lines<'a> {
     /// Rows of `len` elements, `stride` apart, of which `data` holds all from the first's start to the last's end.
     pub(crate) fn new<T>(data: &[T], len: usize, stride: usize) -> Self {
         let bytes = size_of::<T>();
-        // Rows without gaps are one.
-        let (rows, len) = if len == stride { (1, data.len()) } else { (data.len().div_ceil(stride), len) };
+        // Rows without gaps are one, as are those that are one.
+        let (rows, len) = match stride {
+            0 => (1, len),
+            _ if len == stride => (1, data.len()),
+            _ => (data.len().div_ceil(stride), len),
+        };
         let row = Run { address: data.as_ptr().addr(), bytes: len * bytes };
         Self { row, start: row.address, row_bytes: row.bytes, stride: stride * bytes, rows, runs: &[], pace: 0 }
     }

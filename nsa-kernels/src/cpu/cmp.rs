@@ -179,7 +179,8 @@ impl<'p, U: Unit> Scores<'p, U> {
     /// Attends with KV head `g` and writes its part of o `[queries, Hq, Dv]` and lse `[queries, Hq]`.
     fn attend<T: Element<Acc = U::Acc>>(&self, v: &Tiles<'_, T, U>, g: usize, o: &mut [T], lse: &mut [U::Acc]) {
         let (pool, dim_v) = (self.cpu.pool(), self.heads.dim_v);
-        let mut buffer = v.buffer(pool);
+        let most = VALUES * U::STEP;
+        let mut buffer = v.buffer_of(pool, most);
         let mut units = pool.take(if U::STEP == 1 { 0 } else { self.weights.len() / U::STEP });
         let weights = U::along_rows(self.isa, &self.weights, &mut units);
         let mut sums = pool.zeroed(self.rows * padded(dim_v));
@@ -188,7 +189,7 @@ impl<'p, U: Unit> Scores<'p, U> {
         let tiles = Grid::plain().tiles(&(0..self.blocks));
         let mut tile = 0;
         while tile < tiles.end {
-            let (v, count) = v.several(tile..tiles.end, VALUES * U::STEP, g, &mut buffer);
+            let (v, count) = v.several(tile..tiles.end, most, g, &mut buffer);
             let part = Grid::plain().tokens(tile).start..Grid::plain().tokens(tile + count - 1).end;
             for i in 0..self.rows {
                 let span = clip(0..self.spans[i][1], &part);

@@ -176,7 +176,12 @@ pub(crate) struct Tiles<'p, T, U> {
 impl<'p, T: Element, U: Unit<Acc = T::Acc>> Tiles<'p, T, U> {
     /// Memory for [`Tiles::tile`].
     pub(crate) fn buffer(&self, pool: &'p Pool) -> Scratch<'p, U> {
-        pool.take(if self.packed.is_some() { 0 } else { self.layout.tile_len::<U>() })
+        self.buffer_of(pool, 1)
+    }
+
+    /// Memory for [`Tiles::several`] of up to `most` tiles.
+    pub(crate) fn buffer_of(&self, pool: &'p Pool, most: usize) -> Scratch<'p, U> {
+        pool.take(if self.packed.is_some() { 0 } else { most * self.layout.tile_len::<U>() })
     }
 
     /// A tile of KV head `g`; `buffer` may hold it.
@@ -198,7 +203,8 @@ impl<'p, T: Element, U: Unit<Acc = T::Acc>> Tiles<'p, T, U> {
         })
     }
 
-    /// Up to `most` consecutive tiles of [`KEYS`] from one on as a single one over the keys, and how many.
+    /// Up to `most` consecutive tiles of [`KEYS`] from one on as a single one over the keys, and how many: as many whether tiles are
+    /// laid out or not, since sums over them depend on it. `buffer` may hold them.
     pub(crate) fn several<'b>(
         &'b self,
         tiles: Range<usize>,
@@ -207,13 +213,16 @@ impl<'p, T: Element, U: Unit<Acc = T::Acc>> Tiles<'p, T, U> {
         buffer: &'b mut [U],
     ) -> (Tile<'b, U>, usize) {
         debug_assert!(self.layout.order == Order::OverKeys && self.layout.grid.block == KEYS);
-        match &self.packed {
-            Some(packed) => {
-                let count = tiles.len().min(most);
-                (packed.several(tiles.start..tiles.start + count, g), count)
+        let count = tiles.len().min(most);
+        let tiles = tiles.start..tiles.start + count;
+        let Some(packed) = &self.packed else {
+            let len = self.layout.tile_len::<U>();
+            for (at, tile) in tiles.enumerate() {
+                self.layout.put(tile, g, &mut buffer[at * len..][..len]);
             }
-            None => (self.tile(tiles.start, g, buffer), 1),
-        }
+            return (Tile { data: buffer, stride: self.layout.stride() }, count);
+        };
+        (packed.several(tiles, g), count)
     }
 }
 
@@ -298,16 +307,17 @@ mod tests {
         let rows = SeqRows::whole(View::new(&data, [len, heads, dim]).unwrap());
         let layout = Layout::new(rows, 0, dim, Grid::plain(), Order::OverKeys);
         let (packed, single) = (layout.tiles::<f32>(&pool, heads, 1000), layout.tiles::<f32>(&pool, heads, 1));
-        let mut buffer = single.buffer(&pool);
         for (most, counts) in [(1, 1), (2, 2), (9, 2)] {
-            let (tile, count) = packed.several(1..3, most, 1, &mut []);
-            assert_eq!(count, counts);
-            let stored = (0..count * KEYS).filter(|key| KEYS + key < len);
-            stored.for_each(|key| {
-                assert_eq!(tile.data[key * tile.stride..][..dim], data[((KEYS + key) * heads + 1) * dim..][..dim]);
-            });
+            let mut buffer = single.buffer_of(&pool, most);
+            for (tiles, buffer) in [(&packed, &mut [][..]), (&single, &mut buffer[..])] {
+                let (tile, count) = tiles.several(1..3, most, 1, buffer);
+                assert_eq!(count, counts);
+                let stored = (0..count * KEYS).filter(|key| KEYS + key < len);
+                stored.for_each(|key| {
+                    assert_eq!(tile.data[key * tile.stride..][..dim], data[((KEYS + key) * heads + 1) * dim..][..dim]);
+                });
+            }
         }
-        assert_eq!(single.several(0..3, 9, 0, &mut buffer).1, 1);
     }
 
     #[test]

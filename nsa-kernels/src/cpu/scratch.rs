@@ -2,9 +2,10 @@
 //! state.
 
 use bytemuck::{Pod, Zeroable};
+use std::collections::BTreeMap;
 use std::marker::PhantomData;
 use std::ops::{Deref, DerefMut};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// A cache line: the unit and alignment of scratch memory.
 #[derive(Clone, Copy, Pod, Zeroable)]
@@ -13,7 +14,10 @@ struct Line([u8; 64]);
 
 /// Scratch vectors, shared by all clones of a backend.
 #[derive(Clone, Default)]
-pub(crate) struct Pool(Arc<Mutex<Vec<Vec<Line>>>>);
+pub(crate) struct Pool(Arc<Mutex<Free>>);
+
+/// Vectors that nobody has, by their lengths: a call of many sequences leaves many.
+type Free = BTreeMap<usize, Vec<Vec<Line>>>;
 
 impl std::fmt::Debug for Pool {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -52,16 +56,20 @@ impl Pool {
 
     /// The smallest vector of at least `needed` lines, else the largest.
     fn best_fit(&self, needed: usize) -> Vec<Line> {
-        let mut free = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let fits = |v: &Vec<Line>| v.len() >= needed;
-        let best = (0..free.len()).reduce(|a, b| match (fits(&free[a]), fits(&free[b])) {
-            (true, false) => a,
-            (false, true) => b,
-            (true, true) if free[a].len() <= free[b].len() => a,
-            (false, false) if free[a].len() >= free[b].len() => a,
-            _ => b,
-        });
-        best.map(|place| free.swap_remove(place)).unwrap_or_default()
+        let mut free = self.free();
+        let Some(len) = free.range(needed..).next().or_else(|| free.last_key_value()).map(|(&len, _)| len) else {
+            return Vec::new();
+        };
+        let of_length = free.get_mut(&len).expect("just found");
+        let found = of_length.pop().expect("lengths without vectors are not kept");
+        if of_length.is_empty() {
+            free.remove(&len);
+        }
+        found
+    }
+
+    fn free(&self) -> MutexGuard<'_, Free> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -91,7 +99,7 @@ impl<T> Drop for Scratch<'_, T> {
     fn drop(&mut self) {
         let lines = std::mem::take(&mut self.lines);
         if !lines.is_empty() {
-            self.pool.0.lock().unwrap_or_else(PoisonError::into_inner).push(lines);
+            self.pool.free().entry(lines.len()).or_default().push(lines);
         }
     }
 }

@@ -169,7 +169,8 @@ impl<'a, 'p, A: Real> Head<'a, 'p, A> {
 /// target += x·W. The sum goes into every block, so its error would not average out over blocks: summed in f64.
 fn add_product<A: Real>(target: &mut [A], x: &[A], weight: &Held<'_, '_, A>) {
     let mut sums: Vec<f64> = target.iter().map(|y| Element::to_f64(*y)).collect();
-    for (x, row) in x.iter().zip(weight.data().chunks(weight.stride())) {
+    for (i, x) in x.iter().enumerate() {
+        let row = &weight.data()[i * weight.stride()..][..target.len()];
         sums.iter_mut().zip(row).for_each(|(y, w)| *y += Element::to_f64(*x) * Element::to_f64(*w));
     }
     target.iter_mut().zip(sums).for_each(|(y, sum)| *y = A::of(sum));

@@ -144,7 +144,8 @@ fn weight_block<W: Element>(
         let weight = Mat::rows(bytemuck::cast_slice(weight.data()), weight.layout().strides()[0]);
         return vectorize(cpu.isa(), Bf16Dots { weight, inputs, x, n, sums: columns, store });
     }
-    if n <= VERY_FEW_ROWS {
+    // Without inputs there is no panel either.
+    if n <= VERY_FEW_ROWS || inputs == 0 {
         return compiled_for(cpu.isa(), Dots { weight: *weight, x, n, sums: columns, store });
     }
     let width = (PANEL_ELEMENTS / rows).min(inputs.max(1));
