@@ -184,12 +184,14 @@ impl Model {
 pub struct Batch<'m> {
     model: &'m Model,
     members: Vec<(Session, Stream<'m>)>,
+    /// Of a member whose token could not be drawn while others' were.
+    failed: Option<Error>,
 }
 
 impl<'m> Batch<'m> {
     /// No sequence yet.
     pub fn new(model: &'m Model) -> Self {
-        Self { model, members: Vec::new() }
+        Self { model, members: Vec::new(), failed: None }
     }
 
     /// Adds a sequence; returns its number. Sequences with the same seed draw from different streams of it, by their
@@ -231,15 +233,29 @@ impl<'m> Batch<'m> {
     /// finished.
     ///
     /// # Errors
-    /// If an operation refuses, or logits have no distribution.
+    /// If an operation refuses, or logits have no distribution: that ends their sequence, and is said after what was drawn of the
+    /// others, by the next step.
     pub fn step(&mut self) -> Result<Vec<(usize, Piece)>> {
+        if let Some(error) = self.failed.take() {
+            return Err(error);
+        }
         self.advance()?;
         let mut pieces = Vec::new();
         for (number, (session, stream)) in self.members.iter_mut().enumerate() {
-            if !stream.is_finished() {
-                pieces.push((number, stream.draw(session)?));
+            if stream.is_finished() {
+                continue;
+            }
+            match stream.draw(session) {
+                Ok(piece) => pieces.push((number, piece)),
+                Err(error) => {
+                    stream.decoder = None;
+                    self.failed.get_or_insert(error);
+                }
             }
         }
-        Ok(pieces)
+        match self.failed.take_if(|_| pieces.is_empty()) {
+            Some(error) => Err(error),
+            None => Ok(pieces),
+        }
     }
 }

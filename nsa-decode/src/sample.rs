@@ -63,7 +63,7 @@ impl Sampling {
             rule((0.0..=1.0).contains(&p), "min_p", &p, "must be at least 0 and at most 1")?;
         }
         let penalty = self.repetition_penalty;
-        rule(penalty > 0.0 && penalty.is_finite(), "repetition_penalty", &penalty, "must be positive and finite")
+        rule((1e-3..=1e3).contains(&penalty), "repetition_penalty", &penalty, "must be from 0.001 to 1000")
     }
 }
 
@@ -419,7 +419,7 @@ mod tests {
             (Sampling { top_p: Some(0.0), ..base() }, "`top_p` = 0: must be above 0 and at most 1"),
             (Sampling { top_p: Some(1.5), ..base() }, "`top_p` = 1.5: must be above 0 and at most 1"),
             (Sampling { min_p: Some(-0.1), ..base() }, "`min_p` = -0.1: must be at least 0 and at most 1"),
-            (Sampling { repetition_penalty: 0.0, ..base() }, "`repetition_penalty` = 0: must be positive and finite"),
+            (Sampling { repetition_penalty: 0.0, ..base() }, "`repetition_penalty` = 0: must be from 0.001 to 1000"),
         ] {
             let error = Sampler::new(sampling, 0).unwrap_err();
             assert_eq!(error.to_string(), format!("sampling parameter {message}"));

@@ -80,7 +80,9 @@ pub struct Session {
 }
 
 impl Session {
-    pub(crate) fn new(model: Model, options: SessionOptions) -> Self {
+    pub(crate) fn new(model: Model, mut options: SessionOptions) -> Self {
+        // No sequence has more.
+        options.undo = options.undo.min(model.config().max_position_embeddings());
         let inner = model.inner();
         let cache = AnyCache::new(inner.precision(), inner.config(), inner.attention(), options.undo);
         Self { model, options, tokens: Vec::new(), cache, logits: Vec::new(), reads: Reads::default() }

@@ -25,11 +25,15 @@ pub fn check_threads_variable() -> Result<()> {
     std::env::var_os(THREADS_VARIABLE).map_or(Ok(()), |value| check_threads(&value))
 }
 
+/// Threads to compute with, at most: where the system has no room for more, starting them never ends.
+pub const MOST_THREADS: usize = 4096;
+
 fn check_threads(value: &OsStr) -> Result<()> {
-    if value.is_empty() || value.to_str().is_some_and(|text| text.parse::<usize>().is_ok()) {
+    let number = value.to_str().and_then(|text| text.parse::<usize>().ok());
+    if value.is_empty() || number.is_some_and(|threads| threads <= MOST_THREADS) {
         return Ok(());
     }
-    let rule = "must be a positive whole number; 0 or nothing takes one thread a core";
+    let rule = "must be a positive whole number up to 4096; 0 or nothing takes one thread a core";
     Err(Error::Variable { variable: THREADS_VARIABLE, value: value.to_string_lossy().into_owned(), rule })
 }
 

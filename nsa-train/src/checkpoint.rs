@@ -5,7 +5,7 @@
 //! complete, so one that is there is whole.
 
 use crate::data::{Split, TextOptions};
-use crate::files::{hash_file, write_folder_atomic};
+use crate::files::{hash_file, write_atomic, write_folder_atomic};
 use crate::mapped::map;
 use crate::{Error, Result, TrainOptions};
 use bytemuck::cast_slice;
@@ -15,6 +15,7 @@ use nsa_core::tokenizer::TOKENIZER_FILE;
 use safetensors::tensor::{Dtype, SafeTensorError, SafeTensors, TensorView};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, HashSet};
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::{fs, io};
 
@@ -215,6 +216,24 @@ pub fn resolve(path: &Path) -> Result<PathBuf> {
     match list(path)?.pop() {
         Some((_, newest)) => Ok(newest),
         None => Err(Error::content(path, format!("holds neither a checkpoint ({CONFIG_FILE}) nor folders {PREFIX}*"))),
+    }
+}
+
+/// Copies a tokenizer to a run's folder, whole or not at all. One that is the same already stays, wherever it came from.
+///
+/// # Errors
+/// If another tokenizer is there, or a file cannot be read or written.
+pub fn keep_tokenizer(source: &Path, run: &Path) -> Result<()> {
+    let (content, copy) = (fs::read(source).map_err(Error::read(source))?, run.join(TOKENIZER_FILE));
+    match fs::read(&copy) {
+        Ok(there) if there == content => Ok(()),
+        Ok(_) => {
+            let message =
+                format!("is another tokenizer than {}: remove it, or choose another folder", source.display());
+            Err(Error::content(&copy, message))
+        }
+        Err(error) if error.kind() == ErrorKind::NotFound => write_atomic(&copy, &content),
+        Err(error) => Err(Error::read(&copy)(error)),
     }
 }
 

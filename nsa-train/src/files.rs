@@ -49,7 +49,11 @@ pub(crate) fn write_atomic(path: &Path, content: &[u8]) -> Result<()> {
         file.sync_all()?;
         fs::rename(&unfinished, path)
     };
-    write().map_err(Error::write(path))
+    write().map_err(|error| {
+        // The error that matters is the first.
+        let _ = fs::remove_file(&unfinished);
+        Error::write(path)(error)
+    })
 }
 
 /// Makes the folder `path` whole: `fill` writes its files into a folder of another name, which is then renamed. A folder
@@ -79,9 +83,18 @@ fn replace_folder(path: &Path, parent: &Path, unfinished: &Path, fill: impl FnOn
     let old = parent.join(format!("{UNFINISHED}{}-old", std::process::id()));
     let replaced = path.exists();
     if replaced {
+        // Of a process that had the same number and was killed.
+        if old.exists() {
+            fs::remove_dir_all(&old).map_err(Error::write(&old))?;
+        }
         fs::rename(path, &old).map_err(Error::write(path))?;
     }
-    fs::rename(unfinished, path).map_err(Error::write(path))?;
+    if let Err(error) = fs::rename(unfinished, path) {
+        if replaced {
+            let _ = fs::rename(&old, path);
+        }
+        return Err(Error::write(path)(error));
+    }
     if replaced {
         fs::remove_dir_all(&old).map_err(Error::write(&old))?;
     }

@@ -3,7 +3,7 @@
 use crate::files::write_atomic;
 use crate::model::Profile;
 use crate::{Error, Precision, Result};
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader, ErrorKind, Write};
 use std::path::{Path, PathBuf};
@@ -41,15 +41,23 @@ pub struct ValidationLine {
     /// Steps done before it.
     pub step: u64,
     /// Mean loss a token, in nats.
+    #[serde(deserialize_with = "number")]
     pub loss: f64,
     /// The same as bits a byte of text.
+    #[serde(deserialize_with = "number")]
     pub bits_per_byte: f64,
     /// The same as perplexity a token.
+    #[serde(deserialize_with = "number")]
     pub perplexity: f64,
     /// Tokens predicted.
     pub tokens: u64,
     /// Duration.
     pub seconds: f64,
+}
+
+/// A number; JSON has none that are not finite, and `null` in their place.
+fn number<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Result<f64, D::Error> {
+    Ok(Option::deserialize(deserializer)?.unwrap_or(f64::NAN))
 }
 
 /// A line of the file.
@@ -134,4 +142,30 @@ impl Writer {
 fn write_line(out: &mut Vec<u8>, line: &Line) {
     serde_json::to_writer(&mut *out, line).expect("a line is plain JSON");
     out.push(b'\n');
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn figures_that_are_not_finite_are_read_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join(METRICS_FILE);
+        let numbers = [f64::INFINITY, f64::NAN, 1.0];
+        let lines = numbers.map(|perplexity| ValidationLine {
+            step: 3,
+            loss: 800.0,
+            bits_per_byte: 1.5,
+            perplexity,
+            tokens: 9,
+            seconds: 0.5,
+        });
+        let mut writer = Writer::open(&path, 0).unwrap();
+        lines.iter().for_each(|&line| writer.write(&Line::Validation(line)).unwrap());
+        let found = read(&path).unwrap();
+        let finite = found.iter().map(|line| matches!(line, Line::Validation(line) if line.perplexity.is_finite()));
+        assert_eq!(finite.collect::<Vec<_>>(), [false, false, true]);
+        assert_eq!(found[2], Line::Validation(lines[2]));
+    }
 }

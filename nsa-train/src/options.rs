@@ -86,16 +86,19 @@ impl TrainOptions {
         if self.batch.checked_mul(self.context).is_none_or(|tokens| i32::try_from(tokens).is_err()) {
             return Err(Error::value("batch", self.batch, format!("times context = {} must fit an i32", self.context)));
         }
-        let finite = |option, value: f64, least: f64, rule| match value.is_finite() && value >= least {
+        // The optimizer computes in f32.
+        let most = f64::from(f32::MAX);
+        let finite = |option, value: f64, least: f64, rule| match (least..=most).contains(&value) {
             true => Ok(()),
             false => Err(Error::value(option, value, rule)),
         };
         let not_negative = "must be finite and not negative";
-        finite("lr", self.lr, f64::MIN_POSITIVE, "must be positive and finite")?;
+        let positive = "must be positive and finite, as an f32 too";
+        finite("lr", self.lr, f64::MIN_POSITIVE, positive)?;
         finite("min-lr", self.min_lr, 0.0, not_negative)?;
         finite("weight-decay", self.weight_decay, 0.0, not_negative)?;
         finite("clip", self.clip, 0.0, not_negative)?;
-        finite("eps", self.eps, f64::MIN_POSITIVE, "must be positive and finite")?;
+        finite("eps", self.eps, f32::MIN_POSITIVE.into(), positive)?;
         for (option, value) in [("beta1", self.beta1), ("beta2", self.beta2)] {
             if !(0.0..1.0).contains(&value) {
                 return Err(Error::value(option, value, "must be at least 0 and below 1"));

@@ -7,6 +7,7 @@ use crate::model::Profile;
 use crate::plot::{PLOT_FILE, loss_curve};
 use crate::trainer::Trainer;
 use crate::{Error, Result, metrics};
+use std::fs::{File, TryLockError};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
@@ -51,6 +52,7 @@ pub struct Outcome {
 /// stays), an operation fails or a file cannot be written.
 pub fn run(trainer: &mut Trainer, run: &Path, stop: &AtomicBool, watch: &mut dyn FnMut(Event<'_>)) -> Result<Outcome> {
     std::fs::create_dir_all(run).map_err(Error::write(run))?;
+    let _alone = lock(run)?;
     let metrics = Writer::open(&run.join(METRICS_FILE), trainer.state().step)?;
     let mut session = Session { run, metrics, watch, saved: None, validation: None };
     let (mut profile, mut seconds) = (Profile::default(), 0.0);
@@ -63,21 +65,41 @@ pub fn run(trainer: &mut Trainer, run: &Path, stop: &AtomicBool, watch: &mut dyn
         (session.watch)(Event::Step(&line));
         let every = |period: u64| period > 0 && line.step.is_multiple_of(period);
         let options = *trainer.options();
-        if every(options.eval_every) && !trainer.is_done() {
-            session.validate(trainer)?;
-        }
+        // Saved first: a validation that fails costs nothing then.
         if every(options.save_every) && !trainer.is_done() {
             session.save(trainer)?;
         }
+        if every(options.eval_every) && !trainer.is_done() {
+            session.validate(trainer)?;
+        }
     }
     let interrupted = !trainer.is_done();
+    let checkpoint = session.save(trainer)?;
     if !interrupted {
         session.validate(trainer)?;
     }
-    let checkpoint = session.save(trainer)?;
     let plot = draw(run)?;
     let (step, validation) = (trainer.state().step, session.validation);
     Ok(Outcome { interrupted, step, checkpoint, validation, plot, profile, steps_taken: step - first, seconds })
+}
+
+/// Name of the file that a process holds which trains in a run's folder.
+const LOCK_FILE: &str = ".lock";
+
+/// Holds a run's folder for this process, as long as what it returns is there.
+fn lock(run: &Path) -> Result<File> {
+    let path = run.join(LOCK_FILE);
+    let file = File::create(&path).map_err(Error::write(&path))?;
+    match file.try_lock() {
+        Ok(()) => {}
+        Err(TryLockError::WouldBlock) => {
+            return Err(Error::content(run, "another process trains here: wait for it, or choose another folder"));
+        }
+        Err(TryLockError::Error(error)) => {
+            tracing::warn!(%error, "{} cannot be locked: another process that trains here would not be noticed", run.display());
+        }
+    }
+    Ok(file)
 }
 
 /// Draws the metrics of a run; there is no plot before the first step.

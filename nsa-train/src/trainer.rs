@@ -186,6 +186,10 @@ impl Trainer {
         let _span = tracing::debug_span!("step", step).entered();
         let options = self.state.options;
         let loss = self.accumulate(&options)?;
+        if loss.count == 0 {
+            let rule = format!("leaves no token to predict in step {step}: its documents are of one token each");
+            return Err(Error::value("context", options.context, rule));
+        }
         let mean = loss.mean();
         let diverged = |quantity, value| Error::Diverged { step, quantity, value, checkpoint: None };
         if !mean.is_finite() {

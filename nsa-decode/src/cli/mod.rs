@@ -6,6 +6,7 @@ mod info;
 use anyhow::Context;
 use clap::{Parser, Subcommand};
 use nsa_decode::{Backend, Model, ModelOptions, Precision};
+use nsa_kernels::backend::{MOST_THREADS, check_threads_variable};
 use std::path::PathBuf;
 use tracing_subscriber::EnvFilter;
 
@@ -39,7 +40,7 @@ struct ModelArgs {
     #[arg(long, default_value_t = Precision::F32)]
     precision: Precision,
     /// Threads to compute with [default: RAYON_NUM_THREADS, else one a core].
-    #[arg(long, value_parser = clap::value_parser!(u16).range(1..), allow_negative_numbers = true)]
+    #[arg(long, value_parser = clap::value_parser!(u16).range(1..=MOST_THREADS as i64), allow_negative_numbers = true)]
     threads: Option<u16>,
 }
 
@@ -59,7 +60,7 @@ impl ModelArgs {
 pub fn run(args: Args) -> anyhow::Result<()> {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("warn"));
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false).init();
-    nsa_kernels::backend::check_threads_variable()?;
+    check_threads_variable()?;
     match args.command {
         Command::Generate(args) => generate::run(&args),
         Command::Info(args) => info::run(&args),

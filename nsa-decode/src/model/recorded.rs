@@ -32,7 +32,23 @@ impl<T: Activation> Recorded<T> {
     }
 
     /// Computes a step. Returns the token-rows of keys and values that each sequence's attention reads in one layer.
+    ///
+    /// # Errors
+    /// If an operation refuses. What was recorded is void then: memory may be another one.
     pub(super) fn step(
+        &mut self,
+        pass: &Pass<'_, T>,
+        ws: &mut Workspace<T>,
+        runs: &mut [Run<'_, T>],
+    ) -> Result<Vec<usize>> {
+        let rows_read = self.placed_step(pass, ws, runs);
+        if rows_read.is_err() {
+            self.recorder.forget();
+        }
+        rows_read
+    }
+
+    fn placed_step(
         &mut self,
         pass: &Pass<'_, T>,
         ws: &mut Workspace<T>,

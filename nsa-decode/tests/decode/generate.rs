@@ -200,3 +200,38 @@ fn logits_that_are_no_numbers_end_the_text_with_an_error() {
     let message = results[0].as_ref().unwrap_err().to_string();
     assert_eq!(message, "logit of token 0 is NaN: no distribution to draw from");
 }
+
+/// A sequence whose logits are no numbers ends with an error, after what the others drew; these go on.
+#[test]
+fn a_sequence_that_fails_takes_nothing_from_the_others() {
+    let fields = ModelFields { tie_word_embeddings: false, ..small(CompressKind::Mean) };
+    let mut checkpoint = Checkpoint::new(fields, 49);
+    let greedy = || GenerateOptions { sampling: Sampling::greedy(), ..options(6) };
+    let alone = run(&checkpoint.open(), "ab", greedy());
+    // One that does not come up there.
+    let spoiled = (b'c'..=b'z').find(|&byte| alone.iter().all(|piece| piece.token != u32::from(byte))).unwrap();
+    let width = checkpoint.config.hidden_size();
+    let embedding = checkpoint.tensors.get_mut("model.embed_tokens.weight").unwrap();
+    embedding.data[usize::from(spoiled) * width..][..width].fill(f64::NAN);
+    checkpoint.write();
+    let model = checkpoint.open();
+    let mut batch = Batch::new(&model);
+    for prompt in [*b"ab", [spoiled; 2]] {
+        let mut session = model.session();
+        session.push(&prompt.map(u32::from)).unwrap();
+        batch.add(session, greedy()).unwrap();
+    }
+    let mut pieces = batch.step().unwrap();
+    assert_eq!(pieces.len(), 1);
+    let error = batch.step().unwrap_err().to_string();
+    assert!(error.contains("NaN"), "{error}");
+    loop {
+        let more = batch.step().unwrap();
+        if more.is_empty() {
+            break;
+        }
+        pieces.extend(more);
+    }
+    assert!(pieces.iter().all(|(number, _)| *number == 0));
+    assert_eq!(text(&pieces.into_iter().map(|(_, piece)| piece).collect::<Vec<_>>()), text(&alone));
+}

@@ -9,6 +9,7 @@ use clap::{Parser, Subcommand, ValueEnum};
 use nsa_core::model::{AttentionKind, ModelConfig, PRESETS, TokenizerKind};
 use nsa_core::tokenizer::{TOKENIZER_FILE, Tokenizer};
 use nsa_kernels::Backend;
+use nsa_kernels::backend::{MOST_THREADS, check_threads_variable};
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -59,10 +60,13 @@ impl Cli {
             .with_target(false)
             .with_ansi(std::io::stderr().is_terminal())
             .with_writer(std::io::stderr)
+            // Said on standard error, too, which panics where nobody reads that.
+            .log_internal_errors(false)
             .init();
-        nsa_kernels::backend::check_threads_variable()?;
+        check_threads_variable()?;
         if let Some(threads) = self.threads {
-            anyhow::ensure!(threads > 0, "--threads 0: must be at least 1");
+            let rule = || format!("--threads {threads}: must be from 1 to {MOST_THREADS}");
+            anyhow::ensure!((1..=MOST_THREADS).contains(&threads), rule());
             rayon::ThreadPoolBuilder::new().num_threads(threads).build_global().context("starting threads")?;
         }
         let backend = self.backend.as_deref();

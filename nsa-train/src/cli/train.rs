@@ -16,6 +16,7 @@ use nsa_train::trainer::{Data, Trainer};
 use nsa_train::{Precision, TrainOptions};
 use std::fmt::Display;
 use std::fs;
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -201,18 +202,16 @@ fn start(args: &TrainArgs, backend: &Backend) -> Result<Trainer> {
     let model = args.model.as_deref().unwrap_or_default();
     let config = load_model(model, args.attention)?;
     let (config, tokenizer) = load_tokenizer(config, model, args.data.tokenizer.as_deref())?;
-    if let Some(path) = tokenizer.path() {
-        let copy = args.out.join(TOKENIZER_FILE);
-        if path != copy {
-            fs::copy(path, &copy).with_context(|| copy.display().to_string())?;
-        }
-    }
     let mut options = match &args.options.options {
         Some(path) => nsa_core::read_json(path).map(|Object(options)| options)?,
         None => TrainOptions::default(),
     };
     args.options.apply(&mut options, false);
     options.check()?;
+    options.check_model(&config)?;
+    if let Some(path) = tokenizer.path() {
+        checkpoint::keep_tokenizer(path, &args.out)?;
+    }
     let state = DataState { val_fraction: 0.1, ..DataState::default() };
     let data = open_data(args, &config, state, &options)?;
     Ok(Trainer::new(backend, config, options, data, args.init.as_deref())?)
@@ -222,6 +221,9 @@ fn resume(args: &TrainArgs, from: &Path, backend: &Backend) -> Result<Trainer> {
     let from = if from == Path::new("latest") { &args.out } else { from };
     let folder = checkpoint::resolve(from)?;
     let mut loaded = checkpoint::load(&folder)?;
+    if let Some((_, newer)) = checkpoint::list(&args.out)?.pop().filter(|&(step, _)| step > loaded.state.step) {
+        bail!("{} is newer than {}: remove it, or choose another --out", newer.display(), folder.display());
+    }
     let same_seed = args.options.seed.is_none_or(|seed| seed == loaded.state.options.seed);
     ensure!(same_seed, "--seed differs from the checkpoint's {}: it orders the data", loaded.state.options.seed);
     let apart = args.data.val_data.is_empty() || !loaded.state.data.validation_files.is_empty();
@@ -230,8 +232,7 @@ fn resume(args: &TrainArgs, from: &Path, backend: &Backend) -> Result<Trainer> {
     loaded.check_options()?;
     if loaded.config.tokenizer() == TokenizerKind::File {
         // The checkpoint may be removed during the run.
-        let (source, copy) = (folder.join(TOKENIZER_FILE), args.out.join(TOKENIZER_FILE));
-        fs::copy(&source, &copy).with_context(|| source.display().to_string())?;
+        checkpoint::keep_tokenizer(&folder.join(TOKENIZER_FILE), &args.out)?;
     }
     let data = open_data(args, &loaded.config, loaded.state.data.clone(), &loaded.state.options)?;
     Ok(Trainer::resume(backend, loaded, data)?)
@@ -286,27 +287,29 @@ fn stop_on_signal() -> Result<Arc<AtomicBool>> {
         if flag.swap(true, Ordering::Relaxed) {
             std::process::exit(i32::from(INTERRUPTED));
         }
-        eprintln!("stopping after this step; once more to stop at once");
+        // Nobody may be there to read it.
+        let _ = writeln!(io::stderr(), "stopping after this step; once more to stop at once");
     })
     .context("setting the signal handler")?;
     Ok(stop)
 }
 
+/// Says what came out. The run is saved, whether anybody reads it or not.
 fn report(outcome: &Outcome, options: &TrainOptions, profile: bool) {
     if profile {
-        eprint!("{}", profile_table(&outcome.profile, outcome.steps_taken, outcome.seconds));
+        let _ = write!(io::stderr(), "{}", profile_table(&outcome.profile, outcome.steps_taken, outcome.seconds));
     }
+    let _ = io::stdout().write_all(summary(outcome, options).as_bytes());
+}
+
+fn summary(outcome: &Outcome, options: &TrainOptions) -> String {
     let (step, steps, checkpoint) = (outcome.step, options.steps, outcome.checkpoint.display());
     if outcome.interrupted {
-        println!("interrupted at step {step} of {steps}; saved {checkpoint}; go on with --resume");
-        return;
+        return format!("interrupted at step {step} of {steps}; saved {checkpoint}; go on with --resume\n");
     }
-    if let Some(validation) = &outcome.validation {
-        println!("{}", validation_text(validation));
-    }
+    let validation = outcome.validation.as_ref().map_or(String::new(), |line| validation_text(line) + "\n");
     let tokens = (outcome.steps_taken * options.tokens_per_step()) as f64;
-    println!("{steps} steps done ({:.0} tokens/s); saved {checkpoint}", tokens / outcome.seconds.max(1e-9));
-    if let Some(plot) = &outcome.plot {
-        println!("loss curve: {}", plot.display());
-    }
+    let speed = tokens / outcome.seconds.max(1e-9);
+    let plot = outcome.plot.as_ref().map_or(String::new(), |plot| format!("loss curve: {}\n", plot.display()));
+    format!("{validation}{steps} steps done ({speed:.0} tokens/s); saved {checkpoint}\n{plot}")
 }

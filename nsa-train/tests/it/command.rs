@@ -74,6 +74,9 @@ fn signals_save_and_exit_and_the_run_goes_on() {
         let mut args = train_args(folder.path());
         args.extend(["--steps", "1000000", "--save-every", "3", "--eval-every", "0"].map(str::to_owned));
         let child = start(&args);
+        let run = folder.path().join("run").display().to_string();
+        let second = failure(&["train", "--resume", "--out", &run, "--threads", "1"]);
+        assert!(second.contains("another process trains here"), "{second}");
         signal(&child, name);
         let output = child.wait_with_output().unwrap();
         assert_eq!(output.status.code(), Some(130));
@@ -155,6 +158,39 @@ fn a_tokenizer_travels_with_the_model() {
     assert_eq!(checkpoint::load_config(&newest).unwrap().vocab_size(), 12);
     let run = run.display().to_string();
     success(&["train", "--resume", "--out", &run, "--steps", "5", "--save-every", "1", "--threads", "1"]);
+    // A checkpoint goes on in itself, and its tokenizer stays.
+    let last = folder.path().join("run/step-00000005");
+    let file = last.join("tokenizer.json");
+    let tokenizer = fs::read(&file).unwrap();
+    success(&[
+        "train",
+        "--resume",
+        &last.display().to_string(),
+        "--out",
+        &last.display().to_string(),
+        "--threads",
+        "1",
+    ]);
+    assert_eq!(fs::read(&file).unwrap(), tokenizer);
+    fs::remove_dir_all(last.join("step-00000005")).unwrap();
+    // A new run takes one that lies in its folder, but no other.
+    let other = folder.path().join("other");
+    fs::create_dir(&other).unwrap();
+    let copy = other.join("tokenizer.json");
+    fs::write(&copy, &tokenizer).unwrap();
+    let other_args = |tokenizer: &Path| {
+        let mut args = train_args(folder.path());
+        let out = args.iter().position(|arg| arg == "--out").unwrap() + 1;
+        args[out] = other.display().to_string();
+        args.extend(["--tokenizer".to_owned(), tokenizer.display().to_string(), "--steps".to_owned(), "2".to_owned()]);
+        args
+    };
+    let written = write_tokenizer(folder.path());
+    fs::write(&written, [&tokenizer[..], b"\n"].concat()).unwrap();
+    let refused = failure(&refs(&other_args(Path::new(&written))));
+    assert!(refused.contains("is another tokenizer than"), "{refused}");
+    success(&refs(&other_args(&copy)));
+    assert_eq!(fs::read(&copy).unwrap(), tokenizer);
     let file = folder.path().join("texts/1.txt").display().to_string();
     let json = success(&["eval", "--checkpoint", &run, "--data", &file, "--json"]);
     let json: serde_json::Value = serde_json::from_str(&json).unwrap();
@@ -312,6 +348,20 @@ fn a_checkpoint_beyond_the_last_step_is_not_resumed() {
     // A run that is complete is no error.
     let done = output(&["train", "--resume", "--out", &run_name]);
     assert!(done.status.success() && text(&done.stderr).contains("all 4 steps are done"), "{}", text(&done.stderr));
+}
+
+#[test]
+fn a_run_goes_on_from_its_newest_checkpoint_alone() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut args = train_args(folder.path());
+    args.extend(["--steps", "4", "--save-every", "2"].map(str::to_owned));
+    success(&refs(&args));
+    let run = folder.path().join("run");
+    let older = run.join("step-00000002").display().to_string();
+    let error = failure(&["train", "--resume", &older, "--out", &run.display().to_string(), "--steps", "6"]);
+    assert!(error.contains("step-00000004 is newer than") && error.contains("another --out"), "{error}");
+    let other = folder.path().join("other").display().to_string();
+    success(&["train", "--resume", &older, "--out", &other, "--steps", "5", "--threads", "1"]);
 }
 
 #[test]
