@@ -63,12 +63,12 @@ pub enum Error {
         /// What does not fit.
         message: String,
     },
-    /// The loss or the gradient is no longer a finite number.
+    /// The loss, the gradient or a parameter is no longer a finite number.
     #[error("step {step}: the {quantity} is {value}; {}", last_good(checkpoint.as_deref()))]
     Diverged {
-        /// The step, which was not applied.
+        /// The step, which was not applied; of a parameter, the one that it comes from.
         step: u64,
-        /// `loss` or `gradient norm`.
+        /// `loss`, `gradient norm` or `parameter`.
         quantity: &'static str,
         /// Its value.
         value: f64,

@@ -65,19 +65,18 @@ pub fn run(trainer: &mut Trainer, run: &Path, stop: &AtomicBool, watch: &mut dyn
         (session.watch)(Event::Step(&line));
         let every = |period: u64| period > 0 && line.step.is_multiple_of(period);
         let options = *trainer.options();
-        // Saved first: a validation that fails costs nothing then.
-        if every(options.save_every) && !trainer.is_done() {
-            session.save(trainer)?;
-        }
         if every(options.eval_every) && !trainer.is_done() {
             session.validate(trainer)?;
         }
+        if every(options.save_every) && !trainer.is_done() {
+            session.save(trainer)?;
+        }
     }
     let interrupted = !trainer.is_done();
-    let checkpoint = session.save(trainer)?;
     if !interrupted {
         session.validate(trainer)?;
     }
+    let checkpoint = session.save(trainer)?;
     let plot = draw(run)?;
     let (step, validation) = (trainer.state().step, session.validation);
     Ok(Outcome { interrupted, step, checkpoint, validation, plot, profile, steps_taken: step - first, seconds })
@@ -124,7 +123,11 @@ struct Session<'a> {
 impl Session<'_> {
     fn validate(&mut self, trainer: &mut Trainer) -> Result<()> {
         let start = Instant::now();
-        let Some(Evaluation { loss, bits_per_byte, perplexity, tokens, .. }) = trainer.validate()? else {
+        let evaluation = trainer.validate().inspect_err(|_| {
+            // What was trained is not lost by it; if it cannot be saved either, the first error is the one that matters.
+            let _ = self.save(trainer);
+        });
+        let Some(Evaluation { loss, bits_per_byte, perplexity, tokens, .. }) = evaluation? else {
             return Ok(());
         };
         let seconds = start.elapsed().as_secs_f64();
@@ -136,7 +139,7 @@ impl Session<'_> {
     }
 
     fn save(&mut self, trainer: &Trainer) -> Result<PathBuf> {
-        let folder = trainer.save(self.run)?;
+        let folder = trainer.save(self.run).map_err(|error| self.with_last_checkpoint(error))?;
         (self.watch)(Event::Saved(&folder));
         self.saved = Some(folder.clone());
         Ok(folder)

@@ -269,7 +269,7 @@ impl Trainer {
     /// Writes a checkpoint below `run` and removes old ones. Returns its folder.
     ///
     /// # Errors
-    /// If a file cannot be written.
+    /// If a parameter is not finite ([`Error::Diverged`]; nothing is written or removed then) or a file cannot be written.
     pub fn save(&self, run: &Path) -> Result<PathBuf> {
         let _span = tracing::debug_span!("save", step = self.state.step).entered();
         let host = |buffer: &Buffer<f32>| -> Result<Vec<f32>> {
@@ -278,6 +278,10 @@ impl Trainer {
             Ok(values)
         };
         let params = host(self.network.params())?;
+        if let Some(&value) = params.iter().find(|value| !value.is_finite()) {
+            let (step, value) = (self.state.step, value.into());
+            return Err(Error::Diverged { step, quantity: "parameter", value, checkpoint: None });
+        }
         let [m, v] = self.optimizer.moments();
         let (m, v) = (host(m)?, host(v)?);
         let parts = Parts {

@@ -1,13 +1,14 @@
 //! Steps: the same bits again, in other portions, on other threads; loss that falls or ends.
 
 use crate::kit;
+use nsa_core::tokenizer::Tokenizer;
 use nsa_train::checkpoint;
 use nsa_train::eval::{EvalOptions, evaluate};
 use nsa_train::metrics::{self, Line};
 use nsa_train::model::{Capacity, Workspace};
 use nsa_train::network::{Network, Trained};
 use nsa_train::run::{Event, run};
-use nsa_train::trainer::Trainer;
+use nsa_train::trainer::{Data, Trainer};
 use nsa_train::{Precision, TrainOptions};
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -216,6 +217,40 @@ fn a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint() 
     assert!(error.contains("step 4") || error.contains("step 5"), "{error}");
     assert!(error.contains("step-00000002"), "{error}");
     checkpoint::load(&checkpoint::resolve(&out).unwrap()).unwrap();
+}
+
+/// Parameters that one step made useless are not saved in place of good ones, which a loss would show a step later.
+#[test]
+fn parameters_that_are_not_finite_are_not_saved() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("run");
+    let good = TrainOptions { steps: 2, keep: 1, ..kit::options() };
+    let mut trainer = kit::trainer(folder.path(), kit::config(|_| {}), good);
+    let outcome = run(&mut trainer, &out, &AtomicBool::new(false), &mut |_| {}).unwrap();
+    let mut loaded = checkpoint::load(&outcome.checkpoint).unwrap();
+    loaded.state.options =
+        TrainOptions { steps: 3, lr: 1e38, min_lr: 1e38, weight_decay: 1e38, ..loaded.state.options };
+    let mut trainer = Trainer::resume(&kit::backend(), loaded, kit::data(folder.path(), 1)).unwrap();
+    let error = run(&mut trainer, &out, &AtomicBool::new(false), &mut |_| {}).unwrap_err().to_string();
+    assert!(error.contains("step 3: the parameter is") && error.contains("step-00000002"), "{error}");
+    assert_eq!(checkpoint::resolve(&out).unwrap(), outcome.checkpoint);
+}
+
+/// A validation that cannot be done costs nothing of what was trained.
+#[test]
+fn a_validation_that_fails_leaves_a_checkpoint() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("run");
+    let one = folder.path().join("one.txt");
+    std::fs::write(&one, "x").unwrap();
+    let mut state = kit::data(folder.path(), 1).state;
+    state.validation_files = vec![one];
+    let data = Data::open(state, &Tokenizer::bytes(), &folder.path().join("other"), 1).unwrap();
+    let options = TrainOptions { steps: 2, ..kit::options() };
+    let mut trainer = Trainer::new(&kit::backend(), kit::config(|_| {}), options, data, None).unwrap();
+    let error = run(&mut trainer, &out, &AtomicBool::new(false), &mut |_| {}).unwrap_err().to_string();
+    assert!(error.contains("no token to predict"), "{error}");
+    assert_eq!(checkpoint::load(&checkpoint::resolve(&out).unwrap()).unwrap().state.step, 2);
 }
 
 #[test]
