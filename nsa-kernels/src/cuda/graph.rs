@@ -39,7 +39,7 @@ impl fmt::Debug for Graph {
 pub(super) struct Recording {
     stream: Arc<CudaStream>,
     /// cuBLAS on that stream. It makes memory when it is opened, so that this is done before anything is recorded.
-    blas: OnceLock<Result<Arc<Blas>>>,
+    blas: OnceLock<Arc<Blas>>,
 }
 
 impl Recording {
@@ -51,11 +51,11 @@ impl Recording {
     /// cuBLAS on the stream that records.
     ///
     /// # Errors
-    /// If it could not be opened, or no work before needed it.
+    /// If no work before needed it.
     pub(super) fn blas(&self) -> Result<Arc<Blas>> {
-        self.blas.get().cloned().unwrap_or_else(|| {
+        self.blas.get().cloned().ok_or_else(|| {
             let message = "cuBLAS is not open: do the same work once before it is recorded".to_owned();
-            Err(Error::Device { op: OP.to_owned(), message })
+            Error::Device { op: OP.to_owned(), message }
         })
     }
 }
@@ -141,8 +141,9 @@ impl Cuda {
             Some(recording) => recording.clone(),
             None => there.insert(Arc::new(Recording::new(self)?)).clone(),
         };
-        if self.inner.blas.get().is_some() {
-            recording.blas.get_or_init(|| Blas::open(self, &recording.stream));
+        if self.inner.blas.get().is_some() && recording.blas.get().is_none() {
+            let opened = Blas::open(self, &recording.stream)?;
+            recording.blas.get_or_init(|| opened);
         }
         let begun = Begun::new(self, &recording)?;
         work()?;

@@ -72,7 +72,7 @@ struct Inner {
     device: Device,
     compiler: Compiler,
     modules: Modules,
-    blas: OnceLock<Result<Arc<Blas>>>,
+    blas: OnceLock<Arc<Blas>>,
     /// The workspaces that operations of threads are in, where they are in one.
     lent: Mutex<HashMap<ThreadId, Lent>>,
     /// What the first record made.
@@ -205,10 +205,15 @@ impl Cuda {
     /// cuBLAS on the stream that this thread's work goes to, and the device as the thread's, which cuBLAS asks for.
     fn blas(&self) -> Result<Arc<Blas>> {
         self.stream().context().bind_to_thread().map_err(|error| failed("cuBLAS", &error))?;
-        match graph::recording(self.stream()) {
-            Some(recording) => recording.blas(),
-            None => self.inner.blas.get_or_init(|| Blas::open(self, self.stream())).clone(),
+        if let Some(recording) = graph::recording(self.stream()) {
+            return recording.blas();
         }
+        if let Some(blas) = self.inner.blas.get() {
+            return Ok(blas.clone());
+        }
+        // Where there is no memory now, there may be later.
+        let opened = Blas::open(self, self.stream())?;
+        Ok(self.inner.blas.get_or_init(|| opened).clone())
     }
 
     /// What compiles its kernels.

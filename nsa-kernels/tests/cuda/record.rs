@@ -192,6 +192,27 @@ fn work_is_done_then_recorded_then_repeated() {
     });
 }
 
+/// Where cuBLAS cannot be opened for want of memory, it is later.
+#[test]
+fn cublas_is_opened_when_there_is_memory() {
+    on_a_small_a100("record::cublas_is_opened_when_there_is_memory", 64 << 20, || {
+        let (backend, cuda) = device();
+        let (mut work, mut again) = (Work::new(&backend), Work::new(&backend));
+        let record = |work: &mut Work| cuda.record(|| work.multiply());
+        let refused = |work: &mut dyn FnMut() -> Result<()>| {
+            let taken = leave_free(&backend, 1 << 20);
+            let message = work().expect_err("no memory").to_string();
+            assert!(message.contains("8.00 MiB asked for: CUDA_ERROR_OUT_OF_MEMORY"), "{message}");
+            drop(taken);
+        };
+        refused(&mut || work.multiply());
+        work.multiply().expect("memory");
+        refused(&mut || record(&mut again).map(drop));
+        record(&mut again).expect("memory").launch().expect("the graph");
+        assert_eq!(read(&work.y), read(&again.y));
+    });
+}
+
 /// Work that leaves no memory for what it needs the next time ends all records: what they use is given back by then.
 #[test]
 fn no_record_outlives_its_memory() {
