@@ -85,8 +85,12 @@ pub fn run(trainer: &mut Trainer, run: &Path, stop: &AtomicBool, watch: &mut dyn
 /// Name of the file that a process holds which trains in a run's folder.
 const LOCK_FILE: &str = ".lock";
 
-/// Holds a run's folder for this process, as long as what it returns is there.
-fn lock(run: &Path) -> Result<File> {
+/// Holds a run's folder for this process, as long as what it returns is there. [`run`] does so; what is read of a folder before is
+/// another process's, perhaps, if it is not held meanwhile.
+///
+/// # Errors
+/// If another process holds it, or a file cannot be written.
+pub fn lock(run: &Path) -> Result<File> {
     let path = run.join(LOCK_FILE);
     let file = File::create(&path).map_err(Error::write(&path))?;
     match file.try_lock() {

@@ -11,7 +11,7 @@ use nsa_kernels::Backend;
 use nsa_train::checkpoint::{self, DataState};
 use nsa_train::data::{Split, TextOptions, unescape};
 use nsa_train::progress::{Progress, profile_table, validation_text};
-use nsa_train::run::{Outcome, run};
+use nsa_train::run::{Outcome, lock, run};
 use nsa_train::trainer::{Data, Trainer};
 use nsa_train::{Precision, TrainOptions};
 use std::fmt::Display;
@@ -180,10 +180,13 @@ option_args! {
 pub fn train(args: TrainArgs, backend: Option<&str>) -> Result<ExitCode> {
     let backend = pick_backend(backend)?;
     fs::create_dir_all(&args.out).with_context(|| args.out.display().to_string())?;
+    let opening = lock(&args.out)?;
     let mut trainer = match &args.resume {
         Some(from) => resume(&args, from, &backend)?,
         None => start(&args, &backend)?,
     };
+    // The run holds the folder from here on.
+    drop(opening);
     let (options, step) = (*trainer.options(), trainer.state().step);
     announce(&trainer);
     let stop = stop_on_signal()?;
