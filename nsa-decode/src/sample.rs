@@ -409,6 +409,17 @@ mod tests {
         assert_eq!(sampler.sample(&[], &[]).unwrap_err(), SamplingError::NoCandidate { count: 0 });
     }
 
+    /// Penalties at their limits, on the largest logits that there are.
+    #[test]
+    fn penalties_leave_a_distribution() {
+        for repetition_penalty in [1e-3, 1e3] {
+            let mut sampler = Sampler::new(Sampling { repetition_penalty, ..Sampling::default() }, 0).unwrap();
+            for logits in [[f32::MAX, 1.0], [f32::MIN, -1.0], [f32::MIN, f32::MIN]] {
+                assert!(sampler.sample(&logits, &[0, 1]).unwrap() < 2);
+            }
+        }
+    }
+
     #[test]
     fn bad_parameters_name_field_value_and_rule() {
         let base = Sampling::default;
@@ -420,6 +431,10 @@ mod tests {
             (Sampling { top_p: Some(1.5), ..base() }, "`top_p` = 1.5: must be above 0 and at most 1"),
             (Sampling { min_p: Some(-0.1), ..base() }, "`min_p` = -0.1: must be at least 0 and at most 1"),
             (Sampling { repetition_penalty: 0.0, ..base() }, "`repetition_penalty` = 0: must be from 0.001 to 1000"),
+            (
+                Sampling { repetition_penalty: 1e4, ..base() },
+                "`repetition_penalty` = 10000: must be from 0.001 to 1000",
+            ),
         ] {
             let error = Sampler::new(sampling, 0).unwrap_err();
             assert_eq!(error.to_string(), format!("sampling parameter {message}"));

@@ -244,10 +244,10 @@ mod tests {
 
     #[test]
     fn numbers_of_threads_are_whole_numbers() {
-        for value in ["", "0", "1", "16"] {
+        for value in ["", "0", "1", "16", "4096"] {
             assert_eq!(check_threads(OsStr::new(value)), Ok(()), "{value}");
         }
-        for value in ["abc", "-1", "1.5", " 2", "2 ", "99999999999999999999"] {
+        for value in ["abc", "-1", "1.5", " 2", "2 ", "4097", "99999999999999999999"] {
             let error = check_threads(OsStr::new(value)).unwrap_err().to_string();
             let start = format!("environment variable RAYON_NUM_THREADS = `{value}`: must be a positive whole number");
             assert!(error.starts_with(&start), "{error}");

@@ -106,3 +106,45 @@ fn replace_folder(path: &Path, parent: &Path, unfinished: &Path, fill: impl FnOn
 pub(crate) fn absolute(path: &Path) -> Result<PathBuf> {
     std::path::absolute(path).map_err(Error::read(path))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn names(folder: &Path) -> Vec<String> {
+        let entries = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
+        let mut names: Vec<String> = entries.collect();
+        names.sort();
+        names
+    }
+
+    /// What a process that had the same number left when it was killed is in nobody's way.
+    #[test]
+    fn leftovers_are_replaced() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("made");
+        for name in
+            [format!("{UNFINISHED}{}-old", std::process::id()), format!("{UNFINISHED}{}-made", std::process::id())]
+        {
+            fs::create_dir(folder.path().join(&name)).unwrap();
+            fs::write(folder.path().join(name).join("file"), "left over").unwrap();
+        }
+        for content in ["first", "second"] {
+            let fill = |unfinished: &Path| write_atomic(&unfinished.join("file"), content.as_bytes());
+            write_folder_atomic(&path, fill).unwrap();
+            assert_eq!(fs::read_to_string(path.join("file")).unwrap(), content);
+        }
+        assert_eq!(names(folder.path()), ["made"]);
+    }
+
+    #[test]
+    fn what_cannot_be_written_leaves_nothing_behind() {
+        let folder = tempfile::tempdir().unwrap();
+        // A file cannot take the place of a folder that holds something.
+        let path = folder.path().join("taken");
+        fs::create_dir(&path).unwrap();
+        fs::write(path.join("file"), "there").unwrap();
+        assert!(write_atomic(&path, b"content").is_err());
+        assert_eq!(names(folder.path()), ["taken"]);
+    }
+}

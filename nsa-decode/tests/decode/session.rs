@@ -54,7 +54,7 @@ fn steps_taken_back_leave_no_trace() {
     let fresh = session(&model, 64, 0, &prompt);
     for steps in [1, 3, 4, 8, 24, 25] {
         // One step more is taken back for the logits of the last token.
-        for undo in [0, steps, steps + 1, 100] {
+        for undo in [0, steps, steps + 1, 100, usize::MAX] {
             let mut session = session(&model, 64, undo, &prompt);
             for token in &more[..steps] {
                 session.append(&[*token]).unwrap();

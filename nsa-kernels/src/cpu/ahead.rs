@@ -166,6 +166,8 @@ mod tests {
         assert_eq!(lines(data, Lines::new(&data[..256], 32, 32), 1), [0, 64, 128, 192]);
         // Rows of 80 bytes from 0, 320 and 640 on; steps more than lines.
         assert_eq!(lines(data, Lines::new(&data[..720], 80, 320), 50), [0, 64, 320, 384, 640, 704]);
+        // All rows are one.
+        assert_eq!(lines(data, Lines::new(&data[..80], 80, 0), 3), [0, 64]);
         // From the middle of a line on.
         assert_eq!(lines(data, Lines::new(&data[32..200], 168, 168), 2), [0, 64, 128, 192]);
         let runs = [&data[640..700], &data[0..0], &data[128..300]].map(Run::of);

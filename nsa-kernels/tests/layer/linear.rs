@@ -5,9 +5,10 @@ use nsa_kernels::layer::linear::{self, BackwardInput, BackwardWeight, Forward, P
 use nsa_kernels::{Backend, Error};
 
 /// [N, I, O]: empty ones, odd ones, each path by the number of rows, and more than one block, panel and task.
-const SHAPES: [[usize; 3]; 16] = [
+const SHAPES: [[usize; 3]; 17] = [
     [0, 3, 2],
     [3, 0, 5],
+    [9, 0, 5],
     [2, 5, 0],
     [1, 1, 1],
     [1, 37, 19],

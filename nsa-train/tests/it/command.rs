@@ -351,6 +351,20 @@ fn a_checkpoint_beyond_the_last_step_is_not_resumed() {
 }
 
 #[test]
+fn text_without_pairs_of_tokens_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut args = train_args(folder.path());
+    fs::write(folder.path().join("letters.txt"), "a\nb\nc\nd\ne\nf\ng\nh\n").unwrap();
+    let texts = args.iter().position(|arg| arg == "--data").unwrap() + 1;
+    let end = args.iter().position(|arg| arg == "--out").unwrap();
+    args.splice(texts..end, [folder.path().join("letters.txt").display().to_string()]);
+    without(&mut args, "--context");
+    args.extend(["--context", "3", "--document-separator", "\\n", "--steps", "3"].map(str::to_owned));
+    let error = failure(&refs(&args));
+    assert!(error.contains("leaves no token to predict in step 1"), "{error}");
+}
+
+#[test]
 fn a_run_goes_on_from_its_newest_checkpoint_alone() {
     let folder = tempfile::tempdir().unwrap();
     let mut args = train_args(folder.path());
