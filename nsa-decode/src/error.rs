@@ -85,7 +85,7 @@ pub enum Error {
 }
 
 /// Why weights were refused.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, thiserror::Error)]
 pub enum WeightsError {
     /// The file is not in the safetensors format, or cut off.
     #[error("{}: no complete safetensors file: {reason}", path.display())]
@@ -95,26 +95,9 @@ pub enum WeightsError {
         /// What the format's reader says.
         reason: String,
     },
-    /// A file of the checkpoint cannot be read or mapped.
-    #[error("{}: {reason}", path.display())]
-    Read {
-        /// The file.
-        path: PathBuf,
-        /// The system's reason.
-        reason: String,
-    },
-    /// The index of a sharded checkpoint breaks a rule.
-    #[error("{}: `{name}` = `{value}`: {rule}", path.display())]
-    Index {
-        /// The index file.
-        path: PathBuf,
-        /// Tensor.
-        name: String,
-        /// File that the index names.
-        value: String,
-        /// The rule that it breaks.
-        rule: &'static str,
-    },
+    /// A file of the checkpoint cannot be read or mapped, or the index of several does not hold what it should.
+    #[error(transparent)]
+    File(#[from] FileError),
     /// A tensor that the configuration asks for is not there.
     #[error("{}: tensor `{name}` is missing, expected shape {expected:?}", path.display())]
     Missing {

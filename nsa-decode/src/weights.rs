@@ -4,8 +4,8 @@ use crate::error::WeightsError;
 use bytemuck::Pod;
 use half::{bf16, f16};
 use memmap2::Mmap;
-use nsa_core::model::ParamSpec;
-use nsa_core::{DType, Element, Precision};
+use nsa_core::model::{ParamSpec, weight_files};
+use nsa_core::{DType, Element, FileError, Precision};
 use nsa_kernels::{Backend, Buffer, Mem, Tensor};
 use safetensors::tensor::TensorInfo;
 use safetensors::{Dtype, SafeTensors};
@@ -15,11 +15,6 @@ use std::fs::File;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-
-/// Name of the file with all weights in a checkpoint's folder.
-pub const WEIGHTS_FILE: &str = "model.safetensors";
-/// Name of the file that says in which file each weight is, when there are several.
-pub const WEIGHTS_INDEX_FILE: &str = "model.safetensors.index.json";
 
 /// Bytes of the header's length at the start of a safetensors file.
 const LENGTH_BYTES: usize = 8;
@@ -336,43 +331,14 @@ impl Found {
     }
 }
 
-/// The files that hold the weights, each once.
-fn weight_files(folder: &Path) -> Result<Vec<PathBuf>> {
-    #[derive(serde::Deserialize)]
-    struct Index {
-        weight_map: BTreeMap<String, String>,
-    }
-    let (single, index_path) = (folder.join(WEIGHTS_FILE), folder.join(WEIGHTS_INDEX_FILE));
-    if single.exists() || !index_path.exists() {
-        return Ok(vec![single]);
-    }
-    let bytes = std::fs::read(&index_path).map_err(|error| read_error(&index_path, &error))?;
-    let index: Index = serde_json::from_slice(&bytes)
-        .map_err(|error| WeightsError::Read { path: index_path.clone(), reason: error.to_string() })?;
-    let mut files: Vec<PathBuf> = Vec::new();
-    for (name, value) in index.weight_map {
-        if Path::new(&value).file_name() != Some(value.as_ref()) {
-            let rule = "must be the name of a file in the same folder";
-            return Err(WeightsError::Index { path: index_path, name, value, rule });
-        }
-        files.push(folder.join(value));
-    }
-    files.sort();
-    files.dedup();
-    Ok(files)
-}
-
-fn read_error(path: &Path, error: &std::io::Error) -> WeightsError {
-    WeightsError::Read { path: path.to_owned(), reason: error.to_string() }
-}
-
 #[expect(unsafe_code, reason = "a file is mapped; nothing else here is unsafe")]
 fn map_file(path: &Path) -> Result<Mmap> {
-    let file = File::open(path).map_err(|error| read_error(path, &error))?;
+    let error = |source| FileError::Read { path: path.to_owned(), source };
+    let file = File::open(path).map_err(error)?;
     // SAFETY: the map is read-only. Its bytes are undefined only if someone changes the file in place meanwhile; training
     // never does (new files are renamed over old ones, which leaves the mapped file as it is), and `Weights::open` asks
     // the same of everyone else.
-    unsafe { Mmap::map(&file) }.map_err(|error| read_error(path, &error))
+    Ok(unsafe { Mmap::map(&file) }.map_err(error)?)
 }
 
 /// Adds the tensors of one file to `found`.

@@ -9,7 +9,7 @@ use crate::files::{hash_file, write_atomic, write_folder_atomic};
 use crate::mapped::map;
 use crate::{Error, Result, TrainOptions};
 use bytemuck::cast_slice;
-use nsa_core::model::{ModelConfig, ParamSpec, manifest};
+use nsa_core::model::{CONFIG_FILE, ModelConfig, ParamSpec, WEIGHTS_FILE, manifest, weight_files};
 use nsa_core::object::{self, Object};
 use nsa_core::tokenizer::TOKENIZER_FILE;
 use safetensors::tensor::{Dtype, SafeTensorError, SafeTensors, TensorView};
@@ -19,10 +19,6 @@ use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::{fs, io};
 
-/// The model's configuration.
-pub const CONFIG_FILE: &str = "config.json";
-/// The model's weights.
-pub const MODEL_FILE: &str = "model.safetensors";
 /// AdamW's moments, `m.<name>` and `v.<name>`.
 pub const OPTIMIZER_FILE: &str = "optimizer.safetensors";
 /// Step, position in the data, options.
@@ -141,7 +137,7 @@ fn fill(folder: &Path, parts: Parts<'_>) -> Result<()> {
     let tensors = views(&specs, "", parts.params).chain(views(&specs, "m.", m)).chain(views(&specs, "v.", v));
     let (model, optimizer): (Vec<_>, Vec<_>) = tensors.enumerate().partition(|(i, _)| *i < specs.len());
     let mut state = parts.state.clone();
-    for (name, tensors) in [(MODEL_FILE, model), (OPTIMIZER_FILE, optimizer)] {
+    for (name, tensors) in [(WEIGHTS_FILE, model), (OPTIMIZER_FILE, optimizer)] {
         let path = folder.join(name);
         let tensors = tensors.into_iter().map(|(_, tensor)| tensor);
         let metadata = [("format".to_owned(), "pt".to_owned())].into();
@@ -245,13 +241,13 @@ pub fn load_config(folder: &Path) -> Result<ModelConfig> {
     Ok(nsa_core::read_json(folder.join(CONFIG_FILE))?)
 }
 
-/// The parameters in a checkpoint, flat, in f32 whatever they are stored in.
+/// The parameters in a checkpoint, of one file or several with an index, flat, in f32 whatever they are stored in.
 ///
 /// # Errors
-/// If the file is damaged or a tensor is missing, unknown or not of the configuration's shape.
+/// If a file cannot be read or is damaged or a tensor is missing, unknown or not of the configuration's shape.
 pub fn load_params(folder: &Path, config: &ModelConfig) -> Result<Vec<f32>> {
     let mut params = Vec::new();
-    load_tensors(&folder.join(MODEL_FILE), &manifest(config), &[""], &mut [&mut params])?;
+    load_tensors(&weight_files(folder)?, &manifest(config), &[""], &mut [&mut params])?;
     Ok(params)
 }
 
@@ -298,8 +294,8 @@ pub fn load(folder: &Path) -> Result<Loaded> {
     }
     let params = load_params(folder, &config)?;
     let (mut m, mut v) = (Vec::new(), Vec::new());
-    load_tensors(&folder.join(OPTIMIZER_FILE), &manifest(&config), &["m.", "v."], &mut [&mut m, &mut v])?;
-    for name in [MODEL_FILE, OPTIMIZER_FILE] {
+    load_tensors(&[folder.join(OPTIMIZER_FILE)], &manifest(&config), &["m.", "v."], &mut [&mut m, &mut v])?;
+    for name in [WEIGHTS_FILE, OPTIMIZER_FILE] {
         let path = folder.join(name);
         let (expected, found) = (state.files.get(name), hash_file(&path)?);
         if expected != Some(&found) {
@@ -311,31 +307,38 @@ pub fn load(folder: &Path) -> Result<Loaded> {
     Ok(Loaded { folder: folder.to_owned(), config, params, moments: [m, v], state })
 }
 
-/// Reads the tensors of `specs` from a file, once under each prefix, into flat vectors.
-fn load_tensors(path: &Path, specs: &[ParamSpec], prefixes: &[&str], out: &mut [&mut Vec<f32>]) -> Result<()> {
-    let map = map(path)?;
-    let file = SafeTensors::deserialize(&map).map_err(|error| Error::content(path, format!("damaged: {error}")))?;
-    let mut known = HashSet::new();
+/// Reads the tensors of `specs` from files, once under each prefix, into flat vectors.
+fn load_tensors(paths: &[PathBuf], specs: &[ParamSpec], prefixes: &[&str], out: &mut [&mut Vec<f32>]) -> Result<()> {
+    let maps = paths.iter().map(|path| map(path)).collect::<Result<Vec<_>>>()?;
+    let mut found = BTreeMap::new();
+    for (path, map) in paths.iter().zip(&maps) {
+        let file = SafeTensors::deserialize(map).map_err(|error| Error::content(path, format!("damaged: {error}")))?;
+        for (name, tensor) in file.tensors() {
+            if found.insert(name.clone(), (path, tensor)).is_some() {
+                return Err(Error::tensor(path, name, "is in another file, too"));
+            }
+        }
+    }
     for (prefix, out) in prefixes.iter().zip(out) {
         out.reserve_exact(specs.iter().map(ParamSpec::numel).sum());
         for spec in specs {
             let name = format!("{prefix}{}", spec.name);
-            let error = |message: String| Error::Tensor { path: path.to_owned(), tensor: name.clone(), message };
-            let tensor = file.tensor(&name).map_err(|_| error("missing".to_owned()))?;
+            let Some((path, tensor)) = found.remove(&name) else {
+                let path = if let [path] = paths { path } else { paths[0].parent().expect("a file is in a folder") };
+                return Err(Error::tensor(path, name, "missing"));
+            };
             if tensor.shape() != spec.shape {
-                return Err(error(format!("shape {:?}, expected {:?}", tensor.shape(), spec.shape)));
+                let message = format!("shape {:?}, expected {:?}", tensor.shape(), spec.shape);
+                return Err(Error::tensor(path, name, message));
             }
-            append_f32(&tensor, out)
-                .ok_or_else(|| error(format!("dtype {:?}, expected F32, BF16 or F16", tensor.dtype())))?;
-            known.insert(name);
+            append_f32(&tensor, out).ok_or_else(|| {
+                Error::tensor(path, name, format!("dtype {:?}, expected F32, BF16 or F16", tensor.dtype()))
+            })?;
         }
     }
-    match file.names().into_iter().find(|name| !known.contains(*name)) {
+    match found.pop_first() {
         None => Ok(()),
-        Some(name) => {
-            let message = "unknown: the configuration has no such tensor".to_owned();
-            Err(Error::Tensor { path: path.to_owned(), tensor: name.to_owned(), message })
-        }
+        Some((name, (path, _))) => Err(Error::tensor(path, name, "unknown: the configuration has no such tensor")),
     }
 }
 

@@ -103,6 +103,11 @@ impl Error {
         FileError::Content { path: path.to_owned(), message: message.to_string() }.into()
     }
 
+    /// An error about a tensor of the file or folder `path`.
+    pub(crate) fn tensor(path: &Path, tensor: String, message: impl Into<String>) -> Self {
+        Self::Tensor { path: path.to_owned(), tensor, message: message.into() }
+    }
+
     /// The error for a file that cannot be read, for `map_err`.
     pub(crate) fn read(path: &Path) -> impl Fn(io::Error) -> Self + '_ {
         |source| FileError::Read { path: path.to_owned(), source }.into()

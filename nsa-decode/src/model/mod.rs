@@ -12,15 +12,12 @@ use crate::weights::Weights;
 use crate::{Result, Session, SessionOptions};
 pub(crate) use forward::{NewTokens, Wanted};
 use net::{AnyNet, Net};
-use nsa_core::model::{ModelConfig, manifest};
+use nsa_core::model::{CONFIG_FILE, ModelConfig, manifest};
 use nsa_core::tokenizer::Tokenizer;
 use nsa_core::{CompressKind, DType, NsaConfig, Precision, read_json};
 use nsa_kernels::Backend;
 use std::path::Path;
 use std::sync::Arc;
-
-/// Name of the configuration in a checkpoint's folder.
-pub const CONFIG_FILE: &str = "config.json";
 
 /// A model that is ready to run. Clones share everything; sessions keep it alive.
 #[derive(Clone, Debug)]

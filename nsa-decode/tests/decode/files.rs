@@ -4,6 +4,7 @@ use crate::kit::{Checkpoint, Stored, bytes_of, small, small_dense, tokens, write
 use nsa_core::{CompressKind, DType};
 use nsa_decode::{Error, Precision, WeightsError};
 use std::collections::BTreeMap;
+use std::error::Error as _;
 
 const WEIGHTS: &str = "model.safetensors";
 
@@ -80,8 +81,9 @@ fn a_file_cut_off_anywhere() {
     std::fs::write(&path, b"PK\x03\x04 not at all a tensor file, but long enough to have a header").unwrap();
     assert!(matches!(checkpoint.try_open(), Err(Error::Weights(WeightsError::Format { .. }))));
     std::fs::remove_file(&path).unwrap();
-    let message = refusal(&checkpoint);
-    assert!(message.contains(WEIGHTS) && message.contains("No such file"), "{message}");
+    let error = checkpoint.try_open().unwrap_err();
+    let why = error.source().expect("the system's reason").to_string();
+    assert!(error.to_string().contains(WEIGHTS) && why.contains("No such file"), "{error}: {why}");
 }
 
 #[test]
@@ -147,6 +149,8 @@ fn shards_are_one_model() {
     write(&outside);
     let message = refusal(&checkpoint);
     assert!(message.contains("`model.norm.weight` = `../model.safetensors`"), "{message}");
+    write(&BTreeMap::new());
+    assert!(refusal(&checkpoint).contains("`weight_map` names no file"));
     std::fs::write(&index, b"[]").unwrap();
     assert!(refusal(&checkpoint).contains("model.safetensors.index.json"));
 }

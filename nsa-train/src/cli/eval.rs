@@ -1,7 +1,7 @@
 //! `nsa-train eval`.
 
 use super::pick_backend;
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use nsa_core::tokenizer::Tokenizer;
 use nsa_train::checkpoint;
 use nsa_train::data::{Corpus, Text, TextOptions, unescape};
@@ -20,7 +20,8 @@ const BATCH_TOKENS: usize = 8192;
 /// those first tokens, so that they are a code length of the text.
 #[derive(Debug, clap::Args)]
 pub struct EvalArgs {
-    /// A checkpoint, or the folder of a run, whose newest is taken.
+    /// A checkpoint, or any model's folder with config.json and its weights in one file or several, or the folder of a run, whose
+    /// newest checkpoint is taken.
     #[arg(long, value_name = "FOLDER")]
     checkpoint: PathBuf,
     /// UTF-8 files.
@@ -66,6 +67,8 @@ pub fn eval(args: &EvalArgs, backend: Option<&str>) -> Result<ExitCode> {
     let mut workspace = Workspace::for_inference(&model, capacity)?;
     let options = EvalOptions { context, stride: args.stride.unwrap_or(context), max_tokens: args.max_tokens };
     let evaluation = evaluate(&model, &mut workspace, &Text::whole(Arc::new(corpus)), options)?;
+    let loss = evaluation.loss;
+    ensure!(loss.is_finite(), "{}: the loss is {loss}: its logits are not finite", folder.display());
     if args.json {
         println!("{}", serde_json::to_string_pretty(&evaluation)?);
     } else {

@@ -44,7 +44,7 @@ pub struct TrainArgs {
     /// checkpoint's.
     #[arg(long, value_name = "CHECKPOINT", num_args = 0..=1, default_missing_value = "latest")]
     resume: Option<PathBuf>,
-    /// Start from the weights of a checkpoint.
+    /// Start from the weights of a checkpoint, or of any model's folder that has them in one safetensors file or several.
     #[arg(long, value_name = "CHECKPOINT", conflicts_with = "resume")]
     init: Option<PathBuf>,
     /// Print the share of each part of the work at the end. (On a GPU: of handing it over; who waits for a result, the head or

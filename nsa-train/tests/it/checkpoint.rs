@@ -1,7 +1,8 @@
 //! Checkpoints that are damaged, foreign or incomplete.
 
 use crate::kit;
-use nsa_train::checkpoint::{self, MODEL_FILE, OPTIMIZER_FILE, STATE_FILE};
+use nsa_core::model::{WEIGHTS_FILE, WEIGHTS_INDEX_FILE};
+use nsa_train::checkpoint::{self, OPTIMIZER_FILE, STATE_FILE};
 use nsa_train::trainer::Trainer;
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use std::fs;
@@ -21,7 +22,7 @@ fn error(folder: &Path) -> String {
 fn damaged_files_are_errors_that_name_them() {
     let folder = tempfile::tempdir().unwrap();
     let checkpoint = saved(folder.path());
-    for name in [MODEL_FILE, OPTIMIZER_FILE] {
+    for name in [WEIGHTS_FILE, OPTIMIZER_FILE] {
         let path = checkpoint.join(name);
         let good = fs::read(&path).unwrap();
         fs::write(&path, &good[..good.len() - 3]).unwrap();
@@ -44,7 +45,7 @@ fn damaged_files_are_errors_that_name_them() {
 
 /// Rewrites the model's tensors.
 fn rewrite(checkpoint: &Path, change: impl Fn(&str, TensorView<'_>) -> Option<(String, Dtype, Vec<usize>, Vec<u8>)>) {
-    let path = checkpoint.join(MODEL_FILE);
+    let path = checkpoint.join(WEIGHTS_FILE);
     let bytes = fs::read(&path).unwrap();
     let file = SafeTensors::deserialize(&bytes).unwrap();
     let tensors: Vec<_> = file.tensors().into_iter().filter_map(|(name, view)| change(&name, view)).collect();
@@ -62,15 +63,15 @@ fn keep(name: &str, view: &TensorView<'_>) -> (String, Dtype, Vec<usize>, Vec<u8
 fn tensors_that_do_not_fit_are_errors_that_name_them() {
     let folder = tempfile::tempdir().unwrap();
     let checkpoint = saved(folder.path());
-    let good = fs::read(checkpoint.join(MODEL_FILE)).unwrap();
+    let good = fs::read(checkpoint.join(WEIGHTS_FILE)).unwrap();
     let params = checkpoint::load(&checkpoint).unwrap().params;
     let config = checkpoint::load_config(&checkpoint).unwrap();
     let victim = "model.layers.1.mlp.up_proj.weight";
     let load = || checkpoint::load_params(&checkpoint, &config);
     let check = |what: &str| {
         let message = load().unwrap_err().to_string();
-        assert!(message.contains(what) && message.contains(MODEL_FILE), "{message}");
-        fs::write(checkpoint.join(MODEL_FILE), &good).unwrap();
+        assert!(message.contains(what) && message.contains(WEIGHTS_FILE), "{message}");
+        fs::write(checkpoint.join(WEIGHTS_FILE), &good).unwrap();
         message
     };
 
@@ -103,8 +104,42 @@ fn tensors_that_do_not_fit_are_errors_that_name_them() {
     });
     let narrowed: Vec<f32> = params.iter().map(|&x| half::bf16::from_f32(x).to_f32()).collect();
     assert_eq!(load().unwrap(), narrowed);
-    fs::write(checkpoint.join(MODEL_FILE), &good).unwrap();
+    fs::write(checkpoint.join(WEIGHTS_FILE), &good).unwrap();
     assert_eq!(load().unwrap(), params);
+}
+
+/// As other libraries save larger models: several files, and an index of which has what.
+#[test]
+fn parameters_of_several_files() {
+    let folder = tempfile::tempdir().unwrap();
+    let checkpoint = saved(folder.path());
+    let config = checkpoint::load_config(&checkpoint).unwrap();
+    let params = checkpoint::load_params(&checkpoint, &config).unwrap();
+    let bytes = fs::read(checkpoint.join(WEIGHTS_FILE)).unwrap();
+    fs::remove_file(checkpoint.join(WEIGHTS_FILE)).unwrap();
+    let whole = SafeTensors::deserialize(&bytes).unwrap();
+    let [first, second] = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"];
+    let file_of = |name: &str| if name.contains("layers.1") { second } else { first };
+    let write = |file: &str, belongs: &dyn Fn(&str) -> bool| {
+        let tensors = whole.tensors().into_iter().filter(|(name, _)| belongs(name));
+        fs::write(checkpoint.join(file), safetensors::serialize(tensors, None).unwrap()).unwrap();
+    };
+    write(first, &|name| file_of(name) == first);
+    write(second, &|name| file_of(name) == second);
+    let map: std::collections::BTreeMap<_, _> = whole.names().into_iter().map(|name| (name, file_of(name))).collect();
+    let index = serde_json::json!({ "metadata": { "total_size": bytes.len() }, "weight_map": map });
+    fs::write(checkpoint.join(WEIGHTS_INDEX_FILE), index.to_string()).unwrap();
+    assert_eq!(checkpoint::load_params(&checkpoint, &config).unwrap(), params);
+
+    let message = || checkpoint::load_params(&checkpoint, &config).unwrap_err().to_string();
+    let victim = "model.layers.1.mlp.up_proj.weight";
+    write(second, &|name| file_of(name) == second && name != victim);
+    assert_eq!(message(), format!("{}: tensor `{victim}`: missing", checkpoint.display()));
+    write(second, &|name| file_of(name) == second || name == "model.norm.weight");
+    let path = checkpoint.join(second);
+    assert_eq!(message(), format!("{}: tensor `model.norm.weight`: is in another file, too", path.display()));
+    fs::remove_file(&path).unwrap();
+    assert_eq!(message(), format!("{}: cannot be read", path.display()));
 }
 
 #[test]

@@ -439,7 +439,7 @@ fn files_that_are_cut_off_or_no_objects_are_refused() {
 }
 
 #[test]
-fn evaluation_needs_a_context_and_a_plot_steps() {
+fn evaluation_needs_a_context_and_finite_logits_and_a_plot_steps() {
     let folder = tempfile::tempdir().unwrap();
     let mut args = train_args(folder.path());
     args.extend(["--steps", "2"].map(str::to_owned));
@@ -448,6 +448,12 @@ fn evaluation_needs_a_context_and_a_plot_steps() {
     let file = folder.path().join("texts/0.txt").display().to_string();
     let error = failure(&["eval", "--checkpoint", &run, "--data", &file, "--context", "0"]);
     assert!(error.contains("`context` = 0: must not be zero"), "{error}");
+    let weights = folder.path().join("run/step-00000002/model.safetensors");
+    let mut bytes = fs::read(&weights).unwrap();
+    *bytes.last_chunk_mut().unwrap() = f32::NAN.to_le_bytes();
+    fs::write(&weights, bytes).unwrap();
+    let error = failure(&["eval", "--checkpoint", &run, "--data", &file, "--json"]);
+    assert!(error.contains("step-00000002: the loss is NaN: its logits are not finite"), "{error}");
     let empty = folder.path().join("empty.jsonl");
     fs::write(&empty, "").unwrap();
     let error = failure(&["plot", &empty.display().to_string()]);
