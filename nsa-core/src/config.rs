@@ -199,12 +199,7 @@ impl NsaConfigBuilder {
             }
             None => {}
         }
-        if let Some(scale) = self.scale
-            // Kernels multiply it by log2 e in f32.
-            && !(f64::from(f32::MIN_POSITIVE)..=f64::from(f32::MAX / 2.0)).contains(&scale)
-        {
-            return Err(ConfigError::new("scale", scale, "must be positive and finite, as an f32 too"));
-        }
+        self.scale.map_or(Ok(()), check_scale)?;
         Ok(NsaConfig(self))
     }
 
@@ -229,6 +224,14 @@ pub(crate) fn check_i32(field: &'static str, value: usize) -> Result<(), ConfigE
         return Err(ConfigError::new(field, value, "must fit an i32"));
     }
     Ok(())
+}
+
+pub(crate) fn check_scale(scale: f64) -> Result<(), ConfigError> {
+    // Kernels multiply it by log2 e in f32.
+    match (f64::from(f32::MIN_POSITIVE)..=f64::from(f32::MAX / 2.0)).contains(&scale) {
+        true => Ok(()),
+        false => Err(ConfigError::new("scale", scale, "must be positive and finite, as an f32 too")),
+    }
 }
 
 impl NsaConfig {

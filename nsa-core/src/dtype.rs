@@ -137,8 +137,8 @@ macro_rules! element {
 
 element!(f32, f32, F32, |x| x, |x| x, f64::from, |x| x as f32);
 element!(f64, f64, F64, |x| x, |x| x, |x| x, |x| x);
-element!(bf16, f32, Bf16, bf16_to_f32, bf16_from_f32, bf16::to_f64, bf16::from_f64);
-element!(f16, f32, F16, f16_to_f32, f16_from_f32, f16::to_f64, f16::from_f64);
+element!(bf16, f32, Bf16, bf16_to_f32, bf16_from_f32, bf16::to_f64, |x| bf16_from_f32(f32_to_odd(x)));
+element!(f16, f32, F16, f16_to_f32, f16_from_f32, f16::to_f64, |x| f16_from_f32(f32_to_odd(x)));
 
 // The conversions of crate half ask for the processor's features or branch on NaN at each element, which keeps loops from
 // being vectorised; these do not.
@@ -156,6 +156,16 @@ fn bf16_from_f32(x: f32) -> bf16 {
     let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16;
     let nan = bits & 0x7fff_ffff > 0x7f80_0000;
     bf16::from_bits(if nan { bits >> 16 | 0x40 } else { rounded } as u16)
+}
+
+/// The nearer to zero of the two f32 beside `x`, its last bit set if `x` lies between them. Rounded to a type with at least two bits
+/// fewer it is what `x` itself is rounded to, which the nearest f32 is not: that may be halfway where `x` is not.
+#[inline(always)]
+fn f32_to_odd(x: f64) -> f32 {
+    let nearest = x as f32;
+    let exact = f64::from(nearest) == x || x.is_nan();
+    let beyond = f64::from(nearest).abs() > x.abs();
+    f32::from_bits(if exact { nearest.to_bits() } else { (nearest.to_bits() - u32::from(beyond)) | 1 })
 }
 
 /// Moves the exponent's bias from 15 to 127. A subnormal gets exponent −14 and an implicit one that is then taken off.
@@ -239,6 +249,35 @@ mod tests {
                 check(upper << 16 | lower);
             }
         }
+    }
+
+    /// Doubles beside the points halfway between neighbours, nearer to them than an f32 can be, and at them.
+    #[test]
+    fn doubles_round_to_the_nearest() {
+        fn check<T: Element>(of_bits: fn(u16) -> T, infinity: u16) {
+            for bits in 0..infinity - 1 {
+                let [low, high] = [of_bits(bits), of_bits(bits + 1)];
+                let middle = f64::midpoint(low.to_f64(), high.to_f64());
+                let even = if bits % 2 == 0 { low } else { high };
+                for (x, expected) in [(middle.next_down(), low), (middle, even), (middle.next_up(), high)] {
+                    assert_eq!(T::from_f64(x), expected, "{x:e}");
+                    assert_eq!(T::from_f64(-x).to_f64(), -expected.to_f64(), "{x:e}");
+                }
+                assert_eq!(T::from_f64(low.to_f64()), low);
+            }
+            let largest = of_bits(infinity - 1).to_f64();
+            let step = largest - of_bits(infinity - 2).to_f64();
+            for (x, expected) in [(largest + step / 2.0, infinity), ((largest + step / 2.0).next_down(), infinity - 1)]
+            {
+                assert_eq!(T::from_f64(x), of_bits(expected), "{x:e}");
+            }
+            assert_eq!(T::from_f64(f64::MAX), of_bits(infinity));
+            assert_eq!(T::from_f64(f64::INFINITY), of_bits(infinity));
+            assert_eq!(T::from_f64(f64::from_bits(1)), of_bits(0));
+            assert!(T::from_f64(f64::NAN).to_f64().is_nan());
+        }
+        check(bf16::from_bits, 0x7f80);
+        check(f16::from_bits, 0x7c00);
     }
 
     #[test]

@@ -100,7 +100,9 @@ fn every_size_has_its_rule() {
 fn every_factor_has_its_rule() {
     refused(|f| f.rms_norm_eps = 0.0, "`rms_norm_eps` = 0: must be positive and finite");
     refused(|f| f.initializer_range = f64::NAN, "`initializer_range` = NaN: must be positive and finite");
-    refused(|f| f.scale = Some(-0.5), "`scale` = -0.5: must be positive and finite");
+    refused(|f| f.scale = Some(-0.5), "`scale` = -0.5: must be positive and finite, as an f32 too");
+    let dense = |f: &mut ModelFields| (f.attention, f.nsa, f.scale) = (AttentionKind::Dense, None, Some(1e300));
+    refused(dense, &format!("`scale` = {}: must be positive and finite, as an f32 too", 1e300));
     refused(|f| f.rope_theta = 1.0, "`rope_theta` = 1: must be finite and above 1");
     refused(|f| f.rope_theta = f64::INFINITY, "`rope_theta` = inf: must be finite and above 1");
     let scaled = |scaling| move |f: &mut ModelFields| f.rope_scaling = Some(scaling);

@@ -40,7 +40,10 @@ impl Write for HashWriter {
 }
 
 /// Writes a file whole: under another name, then renamed.
-pub(crate) fn write_atomic(path: &Path, content: &[u8]) -> Result<()> {
+///
+/// # Errors
+/// If it cannot be written; one of that name is as it was then.
+pub fn write_atomic(path: &Path, content: &[u8]) -> Result<()> {
     let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
     let unfinished = path.with_file_name(format!("{UNFINISHED}{}-{name}", std::process::id()));
     let write = || {

@@ -5,7 +5,7 @@
 //! - [`model`]: parameters, activations, forward and backward;
 //! - [`optim`], [`schedule`]: AdamW and its learning rate;
 //! - [`trainer`]: steps, validation, checkpoints; [`run`]: the loop around them;
-//! - [`checkpoint`], [`metrics`], [`plot`], [`eval`]: what a run leaves behind, and what it is worth.
+//! - [`checkpoint`], [`metrics`], [`plot`], [`eval`]: what a run leaves behind, and what it is worth; [`files`] writes it.
 //!
 //! ```
 //! use nsa_core::model::ModelConfig;
@@ -27,7 +27,7 @@ pub mod checkpoint;
 pub mod data;
 pub mod error;
 pub mod eval;
-mod files;
+pub mod files;
 mod mapped;
 pub mod metrics;
 pub mod model;

@@ -112,6 +112,23 @@ pub fn unit_roundoff(dtype: DType) -> f64 {
     0.5f64.powi(bits)
 }
 
+/// Largest difference of two outputs over the largest finite number expected: numbers that are equal, infinite ones too, differ by
+/// nothing, a NaN from anything by infinity.
+///
+/// # Panics
+/// If one has more elements than the other.
+pub fn difference(got: &[f32], expected: &[f32]) -> f32 {
+    assert_eq!(got.len(), expected.len());
+    let distance = |(&x, &y): (&f32, &f32)| match (x - y).abs() {
+        _ if x == y => 0.0,
+        distance if distance.is_nan() => f32::INFINITY,
+        distance => distance,
+    };
+    let worst = got.iter().zip(expected).map(distance).fold(0.0, f32::max);
+    let largest = expected.iter().filter(|x| x.is_finite()).fold(0.0f32, |max, x| max.max(x.abs()));
+    if worst == 0.0 { 0.0 } else { worst / largest }
+}
+
 /// An output of storage type `T` in its versions: truth, two rounded, the kernel's.
 pub(crate) fn compared<T: Element>(name: &str, versions: [Vec<f64>; 4], row: usize, magnitude: f64) -> Compared {
     let [truth, first, second, kernel] = versions;
@@ -144,6 +161,11 @@ impl Compared {
         if self.kernel.len() != self.truth.len() {
             let (kernel, truth) = (self.kernel.len(), self.truth.len());
             outcome.failure = Some(format!("{kernel} elements instead of {truth}"));
+            return outcome;
+        }
+        if let Some(version) = self.rounded.iter().find(|version| version.len() != self.truth.len()) {
+            let (rounded, truth) = (version.len(), self.truth.len());
+            outcome.failure = Some(format!("the rounded reference has {rounded} elements instead of {truth}"));
             return outcome;
         }
         if let Some(failure) = self.not_finite() {
@@ -180,9 +202,11 @@ impl Compared {
         }
     }
 
-    /// NaN anywhere, or infinities that are not the truth's (lse of a row without keys is −∞ in all three).
+    /// NaN anywhere, the truth included, or infinities that are not the truth's (lse of a row without keys is −∞ in all three).
     fn not_finite(&self) -> Option<String> {
-        let wrong = |x: f64, truth: f64| x.is_nan() || ((x.is_infinite() || truth.is_infinite()) && x != truth);
+        let wrong = |x: f64, truth: f64| {
+            x.is_nan() || truth.is_nan() || ((x.is_infinite() || truth.is_infinite()) && x != truth)
+        };
         (0..self.truth.len()).find(|&i| wrong(self.kernel[i], self.truth[i])).map(|i| {
             let (row, column) = (i / self.row.max(1), i % self.row.max(1));
             format!("row {row}, column {column}: {} instead of {}", self.kernel[i], self.truth[i])
@@ -292,5 +316,23 @@ mod tests {
         case.kernel[3] = f64::NEG_INFINITY;
         case.rounded[0][3] = f64::NEG_INFINITY;
         assert_eq!(case.judge().failure, None);
+        // Nothing is right beside a truth that is no number, or in part.
+        case.truth[4] = f64::NAN;
+        assert!(case.judge().failure.unwrap().contains("instead of NaN"));
+        case.truth[4] = case.kernel[4];
+        case.rounded[0].pop();
+        assert!(case.judge().failure.unwrap().contains("63 elements instead of 64"));
+    }
+
+    #[test]
+    fn differences_of_what_is_no_number_are_infinite() {
+        let inf = f32::INFINITY;
+        assert_eq!(difference(&[1.0, -inf, 2.5], &[1.0, -inf, 2.0]), 0.25);
+        assert_eq!(difference(&[0.0], &[0.0]), 0.0);
+        for (got, expected) in
+            [(f32::NAN, 1.0), (1.0, f32::NAN), (f32::NAN, f32::NAN), (inf, -inf), (1.0, inf), (1.0, 0.0)]
+        {
+            assert_eq!(difference(&[got, 1.0], &[expected, 1.0]).is_infinite(), expected != 0.0, "{got} {expected}");
+        }
     }
 }

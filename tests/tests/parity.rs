@@ -6,6 +6,7 @@ use nsa_core::model::{AttentionKind, ModelConfig, ModelFields};
 use nsa_core::tokenizer::Tokenizer;
 use nsa_decode::{Model as Decoder, ModelOptions, SessionOptions};
 use nsa_kernels::{Backend, Element};
+use nsa_tests::compare::difference;
 use nsa_train::TrainOptions;
 use nsa_train::checkpoint::DataState;
 use nsa_train::model::{Batch, Capacity, Workspace};
@@ -39,13 +40,6 @@ fn trained(attention: AttentionKind, precision: Precision, run: &std::path::Path
     }
     let folder = trainer.save(run).unwrap();
     (trainer, folder)
-}
-
-/// Largest difference, relative to the largest logit.
-fn difference(got: &[f32], expected: &[f32]) -> f32 {
-    assert_eq!(got.len(), expected.len());
-    let largest = expected.iter().fold(0.0f32, |max, x| max.max(x.abs()));
-    got.iter().zip(expected).map(|(x, y)| (x - y).abs()).fold(0.0, f32::max) / largest
 }
 
 /// Logits of all tokens as training computes them.

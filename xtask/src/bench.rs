@@ -27,7 +27,7 @@ use clap::{Args, Subcommand, ValueEnum};
 use decode::Decoding;
 use half::{bf16, f16};
 use heads::Heads;
-use nsa_core::NsaConfig;
+use nsa_core::{DType, NsaConfig};
 use nsa_kernels::{Backend, Element};
 use peer::{Job, PeerError, Ready, Work};
 use problem::{Inputs, Problem};
@@ -45,7 +45,8 @@ use work::Pass;
 pub struct Options {
     #[command(subcommand)]
     model: Option<OfModel>,
-    /// Run the criterion benchmarks of this name in nsa-kernels/benches instead
+    /// Run the criterion benchmarks of this name in nsa-kernels/benches instead, with sizes of their own, on the CPU
+    #[arg(exclusive = true)]
     op: Option<String>,
     /// Lengths of the sequence, and of the context of decoding
     #[arg(long, value_delimiter = ',', default_values_t = [1024, 2048, 4096, 8192], allow_negative_numbers = true)]
@@ -121,6 +122,23 @@ impl Dtype {
     }
 }
 
+impl From<Dtype> for DType {
+    fn from(dtype: Dtype) -> Self {
+        match dtype {
+            Dtype::F32 => Self::F32,
+            Dtype::Bf16 => Self::Bf16,
+            Dtype::F16 => Self::F16,
+        }
+    }
+}
+
+/// Checks a list of options that are timed side by side.
+fn check_each_once<T: PartialEq>(flag: &str, list: &[T], name: impl Fn(&T) -> &'static str) -> Result<()> {
+    let twice = list.iter().enumerate().find(|(at, item)| list[..*at].contains(item));
+    ensure!(twice.is_none(), "{flag} {}: must be named once", twice.map_or("", |(_, item)| name(item)));
+    Ok(())
+}
+
 /// Longest length of peers without `--peer-limit`: PyTorch's takes minutes there.
 const PEER_LIMIT: usize = 65_536;
 /// Part of the free memory that a run may plan with.
@@ -159,6 +177,10 @@ impl Options {
             ensure!(i32::try_from(tokens).is_ok(), "--tokens {tokens}: must be at most {}", i32::MAX);
         }
         self.inputs.validate()?;
+        let selects = !self.inputs.correlate() || self.has(Pass::Forward);
+        ensure!(selects, "--query-correlation: must come with --pass forward; decoding steps have one query");
+        check_each_once("--dtype", &self.dtype, |dtype| dtype.name())?;
+        check_each_once("--peer", &self.peer, |peer| peer.name())?;
         let counts = [("--batch", Some(self.batch)), ("--samples", Some(self.samples))];
         for (flag, count) in counts.into_iter().chain([("--peer-samples", self.peer_samples)]) {
             ensure!(count != Some(0), "{flag} 0: must be at least 1");
@@ -247,7 +269,7 @@ pub fn run(options: &Options) -> Result<()> {
     options.check_memory(&backend, &config, available)?;
     options.check_peers(&backend)?;
     let out = crate::files::out(options.out.as_deref(), "bench")?;
-    crate::check::quick(&backend)?;
+    crate::check::quick(&backend, &options.dtype.iter().map(|&dtype| dtype.into()).collect::<Vec<_>>())?;
     let load = load_note(&std::fs::read_to_string("/proc/loadavg").unwrap_or_default(), machine.threads);
     println!("{}{load}\nbackend {}: {why}", machine.line(), backend.name());
     if let Backend::Cuda(cuda) = &backend {
@@ -300,7 +322,13 @@ fn load_note(loadavg: &str, threads: usize) -> String {
 fn criterion(op: &str) -> Result<()> {
     let known = benchmarks()?;
     ensure!(known.iter().any(|name| name == op), "`{op}` has no benchmark: there are {}", known.join(", "));
-    crate::check::quick(&Backend::pick(None)?.0)?;
+    let (backend, _) = Backend::pick(None)?;
+    ensure!(
+        backend.computes_in_host_memory(),
+        "`{op}` is measured on the CPU, and NSA_BACKEND asks for {}",
+        backend.name()
+    );
+    crate::check::quick(&backend, &[DType::F32, DType::Bf16])?;
     println!("{}", Machine::here().line());
     let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     command.current_dir(crate::files::root()).args(["bench", "--package", "nsa-kernels", "--bench", op]);
@@ -315,8 +343,9 @@ fn criterion(op: &str) -> Result<()> {
 fn benchmarks() -> Result<Vec<String>> {
     let folder = crate::files::root().join("nsa-kernels/benches");
     let entries = std::fs::read_dir(&folder).with_context(|| format!("cannot read {}", folder.display()))?;
-    let name = |entry: std::io::Result<std::fs::DirEntry>| entry.ok()?.path().file_stem()?.to_str().map(str::to_owned);
-    let mut names: Vec<String> = entries.filter_map(name).collect();
+    let files =
+        entries.filter_map(|entry| Some(entry.ok()?.path())).filter(|path| path.extension() == Some("rs".as_ref()));
+    let mut names: Vec<String> = files.filter_map(|path| Some(path.file_stem()?.to_str()?.to_owned())).collect();
     names.sort();
     Ok(names)
 }
@@ -550,6 +579,10 @@ mod tests {
             ("--peer-limit 9", ["--peer", "required"]),
             ("--peer-python python3", ["--peer", "required"]),
             ("--query-correlation 1", ["--query-correlation 1", "less than 1"]),
+            ("--query-correlation 0.5 --pass decode", ["--query-correlation", "--pass forward"]),
+            ("--dtype f32,bf16,f32", ["--dtype f32", "once"]),
+            ("--peer torch,torch", ["--peer torch", "once"]),
+            ("slc --tokens 64", ["[OP]", "cannot be used"]),
             ("--query-correlation nan", ["--query-correlation NaN", "at least 0"]),
             ("--dtype f64", ["f64", "bf16"]),
             ("--peer numpy", ["numpy", "lucidrains"]),
@@ -558,6 +591,13 @@ mod tests {
             ("--out Cargo.toml", ["--out Cargo.toml", "folder"]),
         ];
         arguments::assert_refused(parse, &cases);
+    }
+
+    #[test]
+    fn benchmarks_are_files_that_have_a_target() {
+        let names = benchmarks().expect("a folder");
+        assert!(names.contains(&"slc".to_owned()) && !names.contains(&"operands".to_owned()), "{names:?}");
+        assert_eq!(parse("slc").expect("legal").op.as_deref(), Some("slc"));
     }
 
     #[test]

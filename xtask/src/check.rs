@@ -2,17 +2,18 @@
 
 mod memory;
 
-use crate::engine::{Choice, Engine};
+use crate::engine::{Choice, Engine, Kind};
 use crate::machine::Machine;
-use anyhow::{Result, bail};
+use anyhow::{Result, bail, ensure};
 use clap::{Args, ValueEnum};
 use comfy_table::{Table, presets};
 use nsa_core::DType;
 use nsa_kernels::Backend;
+use nsa_kernels::error::NO_KERNEL;
 use nsa_tests::check::{self, Op, Report};
 use nsa_tests::{Case, case, sim};
 use rayon::prelude::*;
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 
 /// Options of `cargo xtask check`.
 #[derive(Args, Debug)]
@@ -32,8 +33,8 @@ pub struct Options {
     /// On the simulator, the cases of many tokens too
     #[arg(long)]
     full: bool,
-    /// Only the memory beside inputs and outputs at 65,536 tokens, forward and backward (Linux; some minutes)
-    #[arg(long, conflicts_with_all = ["op", "case", "dtype", "all"])]
+    /// Only the memory beside inputs and outputs at 65,536 tokens, forward and backward (Linux, the CPU's backend; some minutes)
+    #[arg(long, conflicts_with_all = ["op", "case", "dtype", "all", "full"])]
     memory: bool,
     #[command(flatten)]
     choice: Choice,
@@ -78,11 +79,17 @@ fn parse_op(name: &str) -> Result<Op, String> {
 /// # Errors
 /// If anything is red, or the backend asked for is not there.
 pub fn run(options: &Options) -> Result<()> {
+    options.validate()?;
     if options.choice.ran_on_simulator()? {
         return Ok(());
     }
     let (backend, why) = backend(&options.choice)?;
     if options.memory {
+        ensure!(
+            backend.computes_in_host_memory(),
+            "--memory: {} has its own; must be the CPU's backend",
+            backend.name()
+        );
         return memory::run(|| Ok(self::backend(&options.choice)?.0), &why);
     }
     let cases: Vec<Case> = case::cases().into_iter().filter(|case| chosen(&options.case, &case.name)).collect();
@@ -94,26 +101,27 @@ pub fn run(options: &Options) -> Result<()> {
     }
     let ops = if options.op.is_empty() { Op::ALL.to_vec() } else { options.op.clone() };
     let dtypes: Vec<DType> = match (options.dtype.as_slice(), &backend) {
-        ([], Backend::Cuda(_)) => vec![DType::F32, DType::Bf16, DType::F16],
+        ([], Backend::Cuda(_)) => CUDA_DTYPES.to_vec(),
         ([], _) => vec![DType::F32, DType::Bf16, DType::F16, DType::F64],
         (list, _) => list.iter().map(|&dtype| dtype.into()).collect(),
     };
     println!("{} ({why}), {} cases; {}", backend.name(), cases.len(), Machine::here().line());
-    let mut lines = Lines { list: Vec::new(), missing: BTreeSet::new(), all: options.all };
-    let mut red = Vec::new();
+    let mut lines = Lines { list: Vec::new(), missing: BTreeMap::new(), all: options.all };
+    let (mut red, mut compared) = (Vec::new(), 0);
     let cases_of = |op, dtype| cases.iter().map(move |case| Job { op, dtype, case });
     let jobs: Vec<_> = ops.iter().flat_map(|&op| dtypes.iter().flat_map(move |&dtype| cases_of(op, dtype))).collect();
     for (Job { op, dtype, case }, report) in jobs.iter().zip(reports(&jobs, &backend, &options.choice)?) {
         if report.is_missing() && options.op.is_empty() {
-            lines.missing.insert(op.to_string());
+            *lines.missing.entry(op.name()).or_default() += 1;
             continue;
         }
+        compared += 1;
         red.extend(report.failures().into_iter().map(|failure| format!("{op} {} {dtype}: {failure}", case.name)));
         lines.take(*op, *dtype, case, &report);
     }
     println!("{}", lines.table());
-    for op in &lines.missing {
-        println!("{op}: {} has no kernel for all of it yet; `--op {op}` says which", backend.name());
+    for (op, count) in &lines.missing {
+        println!("{op}: not compared {count} times, as {} {NO_KERNEL} it; `--op {op}` says for what", backend.name());
     }
     if cases.is_empty() {
         bail!("no case has {} in its name", options.case.join(" or "));
@@ -121,8 +129,25 @@ pub fn run(options: &Options) -> Result<()> {
     if !red.is_empty() {
         bail!("{} red:\n{}", red.len(), red.join("\n"));
     }
-    println!("all green");
+    ensure!(compared > 0, "nothing was compared");
+    println!("all green: {compared} of {} comparisons", jobs.len());
     Ok(())
+}
+
+/// What the CUDA kernels compute in.
+const CUDA_DTYPES: [DType; 3] = [DType::F32, DType::Bf16, DType::F16];
+
+impl Options {
+    /// The rules that the argument parser does not know.
+    fn validate(&self) -> Result<()> {
+        let cuda = self.choice.backend == Some(Kind::Cuda);
+        ensure!(!(cuda && self.memory), "--memory: must come with the CPU's backend, not --backend cuda");
+        ensure!(
+            !(cuda && self.dtype.contains(&Dtype::F64)),
+            "--dtype f64: must be f32, bf16 or f16 with --backend cuda"
+        );
+        Ok(())
+    }
 }
 
 /// An operation on a case in a type.
@@ -160,18 +185,27 @@ fn backend(choice: &Choice) -> Result<(Backend, String)> {
     }
 }
 
-/// The whole operator and full attention on one small case in f32: what must be green before any time is printed.
+/// Cases with far more blocks than a query selects, and with a model's dims.
+const QUICK: [&str; 2] = ["far-group-4", "dims-128"];
+
+/// The whole operator, full attention and decoding steps on two small cases in the types that are to be timed: what must be green before
+/// any time is printed.
 ///
 /// # Errors
 /// If they are red.
-pub fn quick(backend: &Backend) -> Result<()> {
-    let case = case::cases().into_iter().min_by_key(|case| (case.tokens().abs_diff(128), case.name.clone()));
-    let case = case.expect("the table has cases");
-    let failures = [Op::Nsa, Op::Dense].map(|op| check::check(op, &case, DType::F32, backend).failures()).concat();
-    if !failures.is_empty() {
-        bail!("case {} is red, so nothing is timed:\n{}", case.name, failures.join("\n"));
+pub fn quick(backend: &Backend, dtypes: &[DType]) -> Result<()> {
+    for name in QUICK {
+        let case = case::find(name).expect("a case of the table");
+        for (op, &dtype) in
+            [Op::Nsa, Op::Dense, Op::Decode].into_iter().flat_map(|op| dtypes.iter().map(move |t| (op, t)))
+        {
+            let failures = check::check(op, &case, dtype, backend).failures();
+            ensure!(failures.is_empty(), "{op} {name} {dtype} is red, so nothing is timed:\n{}", failures.join("\n"));
+        }
     }
-    println!("correct against the reference (case {}; `cargo xtask check` runs them all)", case.name);
+    let dtypes: Vec<String> = dtypes.iter().map(DType::to_string).collect();
+    let (cases, dtypes) = (QUICK.join(", "), dtypes.join(", "));
+    println!("correct against the reference in {dtypes} (cases {cases}; `cargo xtask check` runs them all)");
     Ok(())
 }
 
@@ -193,8 +227,8 @@ struct Line {
 /// The worst of each operation, dtype and output, or of each operation and dtype.
 struct Lines {
     list: Vec<Line>,
-    /// Operations that the backend has no kernel for.
-    missing: BTreeSet<String>,
+    /// How often the backend had no kernel for an operation.
+    missing: BTreeMap<&'static str, usize>,
     all: bool,
 }
 

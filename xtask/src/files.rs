@@ -16,7 +16,11 @@ pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
         _ => Path::new("."),
     };
     let write = || -> Result<()> {
-        let mut file = tempfile::Builder::new().prefix(".partial-").tempfile_in(folder)?;
+        let mut temporary = tempfile::Builder::new();
+        // Else its owner alone could read it.
+        #[cfg(unix)]
+        temporary.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
+        let mut file = temporary.prefix(".partial-").tempfile_in(folder)?;
         file.write_all(bytes)?;
         file.as_file().sync_all()?;
         file.persist(path)?;
@@ -44,6 +48,18 @@ pub fn out(asked: Option<&Path>, name: &str) -> Result<PathBuf> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[cfg(unix)]
+    #[test]
+    fn what_is_written_is_as_open_as_other_files() {
+        use std::os::unix::fs::PermissionsExt;
+        let folder = tempfile::tempdir().expect("room");
+        let [atomic, plain] = ["atomic", "plain"].map(|name| folder.path().join(name));
+        write_atomic(&atomic, b"content").expect("room");
+        std::fs::write(&plain, b"content").expect("room");
+        let mode = |path: &Path| std::fs::metadata(path).expect("there").permissions().mode();
+        assert_eq!(mode(&atomic), mode(&plain));
+    }
 
     #[test]
     fn a_folder_that_keeps_nothing_is_named() {

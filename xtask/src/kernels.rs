@@ -125,6 +125,10 @@ impl Arch {
 /// # Errors
 /// If a kernel does not compile, or takes more than its budget.
 pub fn run(options: &Options) -> Result<()> {
+    ensure!(
+        !options.dtype.contains(&Dtype::F64),
+        "--dtype f64: must be f32, bf16 or f16, which the kernels compute in"
+    );
     // NVRTC is found where the simulator's processes find it.
     if !sim::inside() {
         let mut command = sim::this_program().map_err(|message| anyhow!(message))?;

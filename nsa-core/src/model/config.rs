@@ -1,6 +1,6 @@
 //! The model's configuration: `config.json`, field names in the Hugging Face manner.
 
-use crate::config::{check_i32, paper};
+use crate::config::{check_i32, check_scale, paper};
 use crate::object::{self, Object};
 use crate::{CompressKind, ConfigError, NsaConfig};
 use serde::{Deserialize, Serialize};
@@ -452,7 +452,7 @@ fn check_heads(fields: &ModelFields) -> Result<(), ConfigError> {
 fn check_factors(fields: &ModelFields) -> Result<(), ConfigError> {
     check_positive("rms_norm_eps", fields.rms_norm_eps)?;
     check_positive("initializer_range", fields.initializer_range)?;
-    fields.scale.map_or(Ok(()), |scale| check_positive("scale", scale))?;
+    fields.scale.map_or(Ok(()), check_scale)?;
     if !(fields.rope_theta.is_finite() && fields.rope_theta > 1.0) {
         return Err(ConfigError::new("rope_theta", fields.rope_theta, "must be finite and above 1"));
     }

@@ -52,6 +52,12 @@ impl ParamSpec {
         self.shape.iter().product()
     }
 
+    /// Whether it belongs to φ, its position embedding included: a decoding step needs it only where a compression block becomes
+    /// complete.
+    pub fn is_of_phi(&self) -> bool {
+        [".self_attn.phi_", ".self_attn.pe_"].into_iter().any(|part| self.name.contains(part))
+    }
+
     /// Whether it belongs to a routed expert, which only some tokens visit.
     fn is_routed_expert(&self) -> bool {
         self.name.contains(".mlp.experts.")

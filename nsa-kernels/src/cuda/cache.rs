@@ -57,7 +57,11 @@ impl Cache {
 fn write(file: &Path, text: &str) -> std::io::Result<()> {
     let folder = file.parent().expect("a file in the folder");
     std::fs::create_dir_all(folder)?;
-    let mut temporary = tempfile::NamedTempFile::new_in(folder)?;
+    let mut options = tempfile::Builder::new();
+    // Else processes of other users could not read what was compiled for them, too.
+    #[cfg(unix)]
+    options.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
+    let mut temporary = options.tempfile_in(folder)?;
     write!(temporary, "{}\n{text}", hash(&[text]))?;
     temporary.persist(file)?;
     Ok(())
@@ -88,6 +92,18 @@ mod tests {
         cache.put(&["a", "b"], "text\nof two lines\n");
         assert_eq!(cache.get(&["a", "b"]).as_deref(), Some("text\nof two lines\n"));
         assert_eq!(cache.get(&["ab", ""]), None);
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_text_is_for_other_users_too() {
+        use std::os::unix::fs::PermissionsExt;
+        let folder = tempfile::tempdir().unwrap();
+        let (cache, plain) = (Cache::at(folder.path()), folder.path().join("plain"));
+        cache.put(&["key"], "some text");
+        std::fs::write(&plain, "").unwrap();
+        let mode = |path: &Path| std::fs::metadata(path).unwrap().permissions().mode();
+        assert_eq!(mode(&cache.file(&["key"]).unwrap()), mode(&plain));
     }
 
     #[test]

@@ -1,9 +1,10 @@
 //! `nsa-train plan`, `presets`, `config`, `plot`.
 
 use super::ModelArgs;
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use nsa_core::model::{ModelConfig, PRESETS, memory_plan, param_counts};
 use nsa_train::TrainOptions;
+use nsa_train::files::write_atomic;
 use nsa_train::metrics::{self, Line};
 use nsa_train::plot::{PLOT_FILE, loss_curve};
 use std::path::PathBuf;
@@ -71,7 +72,7 @@ pub fn config(args: &ConfigArgs) -> Result<ExitCode> {
     json.push('\n');
     match &args.output {
         None => print!("{json}"),
-        Some(path) => std::fs::write(path, json).with_context(|| path.display().to_string())?,
+        Some(path) => write_atomic(path, json.as_bytes())?,
     }
     Ok(ExitCode::SUCCESS)
 }

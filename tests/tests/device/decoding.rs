@@ -6,6 +6,7 @@ use nsa_core::CompressKind;
 use nsa_core::model::AttentionKind::{self, Dense, Nsa};
 use nsa_decode::{Batch, GenerateOptions, Model, ModelOptions, Precision, Sampling, Session, SessionOptions};
 use nsa_kernels::Backend;
+use nsa_tests::compare::difference;
 use nsa_tests::sim::{leave_free, on_a_small_a100, on_an_a100, on_simulator};
 use nsa_train::TrainOptions;
 use safetensors::tensor::TensorView;
@@ -97,7 +98,7 @@ fn same_text([cuda, cpu]: [Model; 2], limit: f32) {
         rest.iter().for_each(|&token| all.extend_from_slice(session.append(&[token]).expect("logits")));
         all
     };
-    let worst = kit::difference(&logits(&cuda), &logits(&cpu));
+    let worst = difference(&logits(&cuda), &logits(&cpu));
     assert!(worst < limit, "{worst}");
 }
 
@@ -205,7 +206,7 @@ fn assert_recorded(attention: AttentionKind) {
         for (at, all) in first.iter().enumerate() {
             for (logits, expected) in all.iter().zip(&one_by_one) {
                 let expected: Vec<f32> = expected[at].iter().copied().map(f32::from_bits).collect();
-                assert!(kit::difference(logits, &expected) < 2e-5, "as alone, but for the products' order of sums");
+                assert!(difference(logits, &expected) < 2e-5, "as alone, but for the products' order of sums");
             }
         }
         let all_bits = |steps: Vec<Vec<Vec<f32>>>| -> Vec<_> { steps.concat().iter().map(|x| bits(x)).collect() };
@@ -274,8 +275,8 @@ fn assert_goes_on(attention: AttentionKind) {
             let mut logits = vec![bits(session.logits().expect("logits"))];
             logits.extend(recorded_on(session, &tokens[1..]));
             let numbers = |all: &[Vec<u32>]| all.concat().into_iter().map(f32::from_bits).collect::<Vec<_>>();
-            let difference = kit::difference(&numbers(&logits), &numbers(expected));
-            assert!(difference < 2e-5, "{attention:?}, {left:?} bytes left: {difference}");
+            let worst = difference(&numbers(&logits), &numbers(expected));
+            assert!(worst < 2e-5, "{attention:?}, {left:?} bytes left: {worst}");
         }
         let mut host = vec![0.0; elsewhere.len()];
         elsewhere.read(&mut host).expect("there");

@@ -77,11 +77,3 @@ pub fn data(folder: &Path, seed: u64) -> Data {
 pub fn trainer(backend: &Backend, folder: &Path, config: ModelConfig, options: TrainOptions) -> Trainer {
     Trainer::new(backend, config, options, data(folder, options.seed), None).expect("a trainer")
 }
-
-/// Largest difference, relative to the largest number expected; infinite if there is a NaN.
-pub fn difference(got: &[f32], expected: &[f32]) -> f32 {
-    assert_eq!(got.len(), expected.len());
-    let largest = expected.iter().fold(0.0f32, |max, x| max.max(x.abs()));
-    let distance = |(x, y): (&f32, &f32)| if (x - y).is_nan() { f32::INFINITY } else { (x - y).abs() };
-    got.iter().zip(expected).map(distance).fold(0.0, f32::max) / largest
-}

@@ -173,7 +173,8 @@ impl Options {
         }
         self.inputs.validate()?;
         let limit = self.dense_limit;
-        if self.peer.is_none() {
+        let attends = self.pass.iter().any(|&pass| pass != Pass::Decode);
+        if self.peer.is_none() && attends {
             ensure!(self.lengths().len() > 1, "--tokens: must be at least two lengths for a law");
             let dense = self.lengths_of((Who::Dense, Pass::Forward)).len();
             ensure!(
@@ -183,7 +184,6 @@ impl Options {
         }
         if let Some(peer) = self.peer {
             ensure!(peer == Peer::Fla, "--peer {}: must be fla, whose kernels compile without a GPU", peer.name());
-            let attends = self.pass.iter().any(|&pass| pass != Pass::Decode);
             ensure!(attends, "--pass decode: must have forward or backward beside it with --peer");
         }
         Ok(())
@@ -455,7 +455,8 @@ fn bytes(config: &NsaConfig, (who, pass): Job, tokens: usize) -> f64 {
             // Keys and values are read by both, and their gradients written.
             let keys = rows * all_rows * (2.0 * ELEMENT_BYTES + 4.0);
             let gate = if who == Who::Nsa { ELEMENT_BYTES * n * heads * 4.0 * v + 12.0 * n * heads } else { 0.0 };
-            let pooled = if who == Who::Nsa { rows * (4.0 * blocks + 8.0 * n) } else { 0.0 };
+            // φ's gradients: those of blocks are read, those of tokens written.
+            let pooled = if who == Who::Nsa { rows * 4.0 * (blocks + n) } else { 0.0 };
             branches * branch + keys + gate + pooled
         }
     }
@@ -495,6 +496,7 @@ mod tests {
         arguments::assert_refused(parse, &cases);
         assert_eq!(parse("--peer fla --tokens 128").expect("one length has ratios").lengths(), [128]);
         assert_eq!(parse("--tokens 128,64,128").expect("legal").lengths(), [64, 128]);
+        parse("--tokens 128 --pass decode").expect("steps are counted at the length of the estimate itself");
     }
 
     #[test]

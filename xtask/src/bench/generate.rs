@@ -1,7 +1,7 @@
 //! `cargo xtask bench generate`: decoding speed of a model with random weights, against the speed of memory.
 //!
-//! A step reads every weight once for the whole batch, so that tokens times bytes of the weights over the time is the
-//! bandwidth used. The weights are written to a temporary checkpoint and opened as any other.
+//! A step reads every weight once for the whole batch, φ's where a compression block becomes complete, so that tokens times bytes of
+//! the weights over the time is the bandwidth used. The weights are written to a temporary checkpoint and opened as any other.
 
 use super::columns::{self, field};
 use super::train::load_model;
@@ -132,6 +132,7 @@ pub fn run(options: &Options) -> Result<()> {
     let machine = Machine::here();
     let load = super::load_note(&std::fs::read_to_string("/proc/loadavg").unwrap_or_default(), machine.threads);
     println!("{}{load}\nbackend {}: {why}", machine.line(), backend.name());
+    crate::check::quick(&backend, &[options.precision.dtype()])?;
     let folder = tempfile::tempdir().context("cannot make a folder for the checkpoint")?;
     let weight_bytes = write_checkpoint(&config, options.dtype, options.precision, folder.path())?;
     let memory_gb_per_s = memory_speed(&backend)?;
@@ -143,10 +144,12 @@ pub fn run(options: &Options) -> Result<()> {
     report(options, &rows, memory_gb_per_s, &out)
 }
 
-/// Writes random weights; returns the bytes that a step reads of them in that precision.
+/// Writes random weights; returns the bytes that a step reads of them in that precision, on average.
 fn write_checkpoint(config: &ModelConfig, dtype: super::Dtype, precision: Precision, folder: &Path) -> Result<u64> {
     let mut rng = ChaCha8Rng::seed_from_u64(1);
     let mut value = || rng.random_range(-WEIGHT..WEIGHT);
+    // Sequences of a batch are equally long, so that they complete their blocks together.
+    let stride = config.nsa_config().map_or(1, |nsa| nsa.compress_stride() as u64);
     let (mut tensors, mut read) = (Vec::new(), 0);
     for spec in manifest(config) {
         let count = spec.numel();
@@ -161,7 +164,8 @@ fn write_checkpoint(config: &ModelConfig, dtype: super::Dtype, precision: Precis
         };
         // Of an embedding that is no head, a step reads a row.
         if config.tie_word_embeddings() || !spec.name.contains("embed_tokens") {
-            read += bytes.len().min(count * precision.dtype().size_bytes()) as u64;
+            let steps = if spec.is_of_phi() { stride } else { 1 };
+            read += bytes.len().min(count * precision.dtype().size_bytes()) as u64 / steps;
         }
         tensors.push((spec.name.clone(), storage, spec.shape.clone(), bytes));
     }
@@ -281,6 +285,7 @@ fn report(options: &Options, rows: &[Row], memory_gb_per_s: f64, out: &Path) -> 
 mod tests {
     use super::*;
     use crate::bench::arguments;
+    use nsa_core::model::ParamSpec;
 
     fn parse(arguments: &str) -> Result<Options, String> {
         let options: Options = arguments::parse(arguments)?;
@@ -310,7 +315,10 @@ mod tests {
             let bytes = write_checkpoint(&config, options.dtype, options.precision, folder.path());
             let bytes = bytes.expect("written");
             let embedding = (config.vocab_size() * config.hidden_size()) as u64;
-            let count: u64 = manifest(&config).iter().map(|spec| spec.numel() as u64).sum();
+            let stride = config.nsa_config().map_or(1, |nsa| nsa.compress_stride());
+            let of_step =
+                |spec: &ParamSpec| spec.numel() / if spec.name.contains(".self_attn.phi_") { stride } else { 1 };
+            let count: u64 = manifest(&config).iter().map(|spec| of_step(spec) as u64).sum();
             assert_eq!(bytes, 2 * (count - embedding), "{arguments}");
             let backend = Backend::pick(None).expect("a backend").0;
             let precision = ModelOptions { precision: options.precision };

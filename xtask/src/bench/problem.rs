@@ -21,6 +21,11 @@ pub struct Inputs {
 }
 
 impl Inputs {
+    /// Whether queries resemble the ones before.
+    pub fn correlate(&self) -> bool {
+        self.query_correlation > 0.0
+    }
+
     /// The rule that the argument parser does not know.
     ///
     /// # Errors

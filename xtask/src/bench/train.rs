@@ -93,7 +93,10 @@ impl Options {
         let budget = self.budget;
         ensure!(budget.is_finite() && budget > 0.0, "--budget {budget}: must be a positive number of seconds");
         ensure!(!self.dtype.contains(&Dtype::F16), "--dtype f16: training computes in f32 or bf16");
-        ensure!(self.peer != Some(Peer::Lucidrains), "--peer lucidrains: must be torch, the peer that trains a model");
+        if let Some(peer) = self.peer {
+            ensure!(peer == Peer::Torch, "--peer {}: must be torch, the peer that trains a model", peer.name());
+        }
+        super::check_each_once("--dtype", &self.dtype, |dtype| dtype.name())?;
         Ok(())
     }
 
@@ -156,6 +159,8 @@ trait Step {
 
 impl<T: Element<Acc = f32>> Step for Training<T> {
     fn step(&mut self) -> Result<(f64, Profile)> {
+        // What a device has yet to do is whose it was asked by.
+        self.model.backend().synchronize()?;
         let start = Instant::now();
         self.steps += 1;
         let count = self.grads.len();
@@ -167,6 +172,7 @@ impl<T: Element<Acc = f32>> Step for Training<T> {
         let clip = (self.options.clip / norm).min(1.0);
         let step = (self.steps, self.options.lr, clip);
         self.optimizer.step(&mut self.model, &self.grads, &self.options, step)?;
+        self.model.backend().synchronize()?;
         Ok((start.elapsed().as_secs_f64(), self.workspace.take_profile()))
     }
 }
@@ -261,7 +267,7 @@ pub fn run(options: &Options) -> Result<()> {
     let (sparse, dense) = (sparse?, dense?);
     let (backend, why) = Backend::pick(options.backend.as_deref())?;
     let out = crate::files::out(options.out.as_deref(), "bench")?;
-    crate::check::quick(&backend)?;
+    crate::check::quick(&backend, &options.dtype.iter().map(|&dtype| dtype.into()).collect::<Vec<_>>())?;
     let machine = Machine::here();
     let load = super::load_note(&std::fs::read_to_string("/proc/loadavg").unwrap_or_default(), machine.threads);
     println!("{}{load}\nbackend {}: {why}", machine.line(), backend.name());
@@ -272,7 +278,7 @@ pub fn run(options: &Options) -> Result<()> {
     for &shape in &options.shape {
         rows.extend(contest(options, &backend, [&sparse, &dense], shape, peer.as_mut())?);
     }
-    report(&rows, &out)
+    report(&rows, &backend, &out)
 }
 
 /// A contender that is ready, or why it is not.
@@ -379,12 +385,15 @@ impl Row {
 }
 
 /// Prints the tables; writes `train.csv` into `out`.
-fn report(rows: &[Row], out: &Path) -> Result<()> {
+fn report(rows: &[Row], backend: &Backend, out: &Path) -> Result<()> {
     println!("{}", table(rows));
     for row in rows.iter().filter(|row| !row.note.is_empty()) {
         println!("{} {} {}: {}", row.name, row.shape, row.dtype.name(), row.note);
     }
-    println!("Where the time of our steps goes, ms:\n{}", phases(rows));
+    // A device does its work after it was handed over.
+    if backend.computes_in_host_memory() {
+        println!("Where the time of our steps goes, ms:\n{}", phases(rows));
+    }
     columns::write(out, "train.csv", &csv(rows)?)
 }
 
@@ -450,6 +459,8 @@ mod tests {
             ("--budget nan", ["--budget NaN", "positive"]),
             ("--dtype f16", ["--dtype f16", "bf16"]),
             ("--peer lucidrains", ["--peer lucidrains", "torch"]),
+            ("--peer fla", ["--peer fla", "torch"]),
+            ("--dtype bf16,bf16", ["--dtype bf16", "once"]),
             ("--peer-python python3", ["--peer", "required"]),
             ("--model giant", ["--model giant", "bench-4m"]),
         ];
