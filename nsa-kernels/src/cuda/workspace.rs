@@ -54,6 +54,13 @@ struct Arena {
     tables: HashMap<Vec<u8>, Arc<DeviceBuffer<u8>>>,
 }
 
+impl Arena {
+    /// Bytes of its memory.
+    fn held(&self) -> usize {
+        self.memory.as_ref().map_or(0, DeviceBuffer::len)
+    }
+}
+
 /// Which bytes are taken: the last ones are given back first, others when all behind them are.
 #[derive(Debug, Default)]
 pub(super) struct Places {
@@ -110,19 +117,20 @@ impl Workspace {
 
     /// Bytes of device memory that it holds, those of tables not included.
     pub fn bytes(&self) -> usize {
-        self.arena.lock().memory.as_ref().map_or(0, DeviceBuffer::len)
+        self.arena.lock().held()
     }
 
-    /// Makes room for so many bytes, if nothing of it is in use.
+    /// Makes room for what the work in it has needed, if nothing of it is in use. Without memory for that it is empty.
     fn grow(&mut self) -> Result<()> {
         let mut arena = self.arena.lock();
-        let most = arena.places.most;
-        if !arena.places.ends.is_empty() || arena.memory.as_ref().map_or(0, DeviceBuffer::len) >= most {
+        if !arena.places.ends.is_empty() || arena.held() >= arena.places.most {
             return Ok(());
         }
-        // The old memory is given back first.
+        // The old memory is given back first, and what was needed is forgotten: the next work may need less.
         arena.memory = None;
+        let most = std::mem::take(&mut arena.places.most);
         arena.memory = Some(DeviceBuffer::unwritten(&self.cuda, most)?);
+        arena.places.most = most;
         Ok(())
     }
 }
@@ -145,8 +153,14 @@ impl Cuda {
         let before = self.lend(Some(workspace.arena.clone()));
         let result = {
             let _restored = Restored { cuda: self, before };
-            work()?
+            work()
         };
+        if result.is_err() {
+            // It grows for work that is done, not for what there was no memory for.
+            let mut arena = workspace.arena.lock();
+            arena.places.most = arena.held();
+        }
+        let result = result?;
         workspace.grow()?;
         Ok(result)
     }

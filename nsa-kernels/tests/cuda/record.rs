@@ -91,6 +91,29 @@ fn tables_say_what_is_copied() {
     });
 }
 
+/// More copies than a grid has rows of blocks: of steps of thousands of sequences.
+#[test]
+fn a_table_has_any_number_of_copies() {
+    on_an_a100("record::a_table_has_any_number_of_copies", || {
+        const COPIES: usize = (1 << 16) + 3;
+        let (backend, _) = device();
+        let source = backend.upload(&numbers(0, COPIES));
+        let mut target = backend.alloc::<f32>(COPIES);
+        let mut table = Table::new(&backend, 1, COPIES).expect("memory");
+        let mut rest = target.tensor_mut([COPIES]).expect("inside");
+        let mut copies = Vec::new();
+        for at in 0..COPIES {
+            let (target, after) = rest.split_at(1).expect("inside");
+            copies.push(Piece { source: source.tensor_at(at, [1]).expect("inside"), target });
+            rest = after;
+        }
+        table.set(0, copies).expect("as many as it has");
+        table.send().expect("sent");
+        table.run(0).expect("copied");
+        assert_eq!(read(&target), numbers(0, COPIES));
+    });
+}
+
 /// y = x·Wᵀ, of many rows by cuBLAS and a copy of the weight in another type, then the sigmoid.
 struct Work {
     backend: Backend,
@@ -241,6 +264,51 @@ fn no_record_outlives_its_memory() {
             assert_eq!(work.of(3, |work| recorder.run(0, || work.run(ROWS))), expected);
         }
         assert!(read(&elsewhere).iter().all(|x| *x == -1.0));
+    });
+}
+
+/// Work that fails leaves no trace: what it needed is not asked for by the next, and records go on in the memory that they have.
+#[test]
+fn work_that_fails_changes_nothing() {
+    on_a_small_a100("record::work_that_fails_changes_nothing", 64 << 20, || {
+        let (backend, cuda) = device();
+        let (mut work, mut wide) = (Work::new(&backend), Work::of_outputs(&backend, 9 * OUTPUTS));
+        let expected = work.of(3, |work| work.run(ROWS));
+        let mut recorder = backend.recorder::<usize>().expect("a device records");
+        for key in [0, 0, 1] {
+            work.of(3, |work| recorder.run(key, || work.run(ROWS)));
+        }
+        let failed = recorder.run(2, || {
+            wide.run(ROWS)?;
+            linear::forward(
+                &backend,
+                linear::Forward {
+                    x: wide.x.tensor([ROWS, WIDTH])?,
+                    weight: wide.x.tensor([ROWS, WIDTH])?,
+                    bias: None,
+                    y: wide.y.tensor_mut([1, 1])?,
+                    accumulate: false,
+                },
+            )
+        });
+        failed.expect_err("a product of another shape");
+        // No memory is left: what is recorded needs none.
+        let taken = leave_free(&backend, 0);
+        for key in [1, 0, 1] {
+            assert_eq!(work.of(3, |work| recorder.run(key, || work.run(ROWS))), expected, "key {key}");
+        }
+        assert_eq!(recorder.len(), 2);
+        drop(taken);
+
+        let mut workspace = nsa_kernels::cuda::workspace::Workspace::new(&cuda);
+        let taken = leave_free(&backend, 0);
+        cuda.with_workspace(&mut workspace, || wide.run(ROWS)).expect_err("no memory");
+        assert_eq!(workspace.bytes(), 0);
+        drop(taken);
+        cuda.with_workspace(&mut workspace, || work.run(ROWS)).expect("runs");
+        let held = workspace.bytes();
+        cuda.with_workspace(&mut workspace, || wide.run(ROWS)).expect("runs");
+        assert!(workspace.bytes() > held, "as much as was needed, and no more");
     });
 }
 

@@ -52,10 +52,10 @@ pub(super) fn build() -> Build {
     Build::new(&PROGRAM, Constants::new(DType::F32), &[("copy_segments", THREADS), ("copy_table", THREADS)])
 }
 
-/// Blocks of threads for so many copies, the longest of so many bytes.
+/// Blocks of threads for so many copies, the longest of so many bytes. Copies are any number, which only the first axis takes.
 fn geometry(longest: u64, copies: usize) -> Geometry {
     let blocks = longest.div_ceil(16 * u64::from(THREADS)).min(BLOCKS);
-    Geometry { grid: [blocks, copies as u64, 1], threads: THREADS, shared_bytes: 0 }
+    Geometry { grid: [copies as u64, blocks, 1], threads: THREADS, shared_bytes: 0 }
 }
 
 /// The places of a copy.

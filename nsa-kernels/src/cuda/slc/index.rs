@@ -2,6 +2,7 @@
 
 use crate::Result;
 use crate::cuda::ahead::Build;
+use crate::cuda::attention::unsupported;
 use crate::cuda::geometry::{Extent, Geometry};
 use crate::cuda::launch::Call;
 use crate::cuda::params::{Field, In, Out, Params, params};
@@ -116,6 +117,18 @@ impl IndexSizes {
         Self { part_tokens, parts, blocks, entries, works: works.most(entries, blocks) }
     }
 
+    /// Checks that places in lists are i32, as kernels have them.
+    ///
+    /// # Errors
+    /// If there are more.
+    fn check(&self, call: &Call<'_>) -> Result<()> {
+        if i32::try_from(self.entries).is_ok() {
+            return Ok(());
+        }
+        let what = format!("{} selected blocks in a call", self.entries);
+        Err(unsupported(call.cuda(), call.op(), &what, "call it with fewer tokens"))
+    }
+
     /// Numbers of counts, masks, totals, starts, lists, works and where these start.
     fn lens(&self) -> [usize; 7] {
         let Self { parts, blocks, entries, works, .. } = *self;
@@ -148,6 +161,7 @@ impl Index {
     ) -> Result<Self> {
         let Extent { first_token, tokens, first_block, blocks } = extent;
         let sizes = IndexSizes::new(config, extent, works);
+        sizes.check(call)?;
         let IndexSizes { part_tokens, parts, blocks: all, entries, works: most } = sizes;
         let lens = sizes.lens();
         let mut counts = call.zeros::<i32>(lens[0])?;
@@ -317,6 +331,15 @@ mod tests {
                     check(&cuda, &[290, 0, 15, 600], works);
                 }
             }
+            let config = NsaConfig::builder(16, 16, 16, 16).compress_kind(CompressKind::Mean).build().expect("valid");
+            let extent = |tokens| Extent { first_token: 0, tokens, first_block: 0, blocks: 1 };
+            let sizes = |tokens| {
+                IndexSizes::new(&config, extent(tokens), Works { queries: 1, all_blocks: true, places: false })
+            };
+            let call = Call::new::<f32>(&cuda, "slc::index").expect("a type");
+            let error = sizes(1 << 23).check(&call).expect_err("2^31 places").to_string();
+            assert!(error.contains("slc::index") && error.contains("2147483648 selected blocks in a call"), "{error}");
+            sizes((1 << 23) - 1).check(&call).expect("as many as an i32 counts");
             // More blocks than one block of threads has threads.
             check(&cuda, &[5000, 5000], Works { queries: 300, all_blocks: true, places: false });
         });
