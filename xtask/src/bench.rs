@@ -8,6 +8,7 @@
 mod arguments;
 mod columns;
 mod count;
+mod criterion;
 mod decode;
 mod fit;
 mod generate;
@@ -22,7 +23,7 @@ mod turns;
 mod work;
 
 use crate::machine::Machine;
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Result, ensure};
 use clap::{Args, Subcommand, ValueEnum};
 use decode::Decoding;
 use half::{bf16, f16};
@@ -34,7 +35,6 @@ use problem::{Inputs, Problem};
 use progress::Progress;
 use report::{Report, Row, Who};
 use std::path::PathBuf;
-use std::process::Command;
 use std::time::Duration;
 use turns::{Outcome, Plan, Seconds, Times};
 use work::Pass;
@@ -256,7 +256,7 @@ pub fn run(options: &Options) -> Result<()> {
         Some(OfModel::Count(options)) => return count::run(options),
     }
     if let Some(op) = &options.op {
-        return criterion(op);
+        return criterion::run(op);
     }
     options.validate()?;
     let config = options.heads.config()?;
@@ -316,38 +316,6 @@ fn load_note(loadavg: &str, threads: usize) -> String {
         Some(Ok(load)) => format!(", load {load} before"),
         _ => String::new(),
     }
-}
-
-/// The criterion benchmarks of one operation, after the quick check.
-fn criterion(op: &str) -> Result<()> {
-    let known = benchmarks()?;
-    ensure!(known.iter().any(|name| name == op), "`{op}` has no benchmark: there are {}", known.join(", "));
-    let (backend, _) = Backend::pick(None)?;
-    ensure!(
-        backend.computes_in_host_memory(),
-        "`{op}` is measured on the CPU, and NSA_BACKEND asks for {}",
-        backend.name()
-    );
-    crate::check::quick(&backend, &[DType::F32, DType::Bf16])?;
-    println!("{}", Machine::here().line());
-    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    command.current_dir(crate::files::root()).args(["bench", "--package", "nsa-kernels", "--bench", op]);
-    let status = command.status()?;
-    if !status.success() {
-        bail!("cargo bench --bench {op} failed ({status})");
-    }
-    Ok(())
-}
-
-/// Names of the criterion benchmarks that there are.
-fn benchmarks() -> Result<Vec<String>> {
-    let folder = crate::files::root().join("nsa-kernels/benches");
-    let entries = std::fs::read_dir(&folder).with_context(|| format!("cannot read {}", folder.display()))?;
-    let files =
-        entries.filter_map(|entry| Some(entry.ok()?.path())).filter(|path| path.extension() == Some("rs".as_ref()));
-    let mut names: Vec<String> = files.filter_map(|path| Some(path.file_stem()?.to_str()?.to_owned())).collect();
-    names.sort();
-    Ok(names)
 }
 
 /// A contender of a length: one of ours or the peer of this number.
@@ -594,13 +562,6 @@ mod tests {
     }
 
     #[test]
-    fn benchmarks_are_files_that_have_a_target() {
-        let names = benchmarks().expect("a folder");
-        assert!(names.contains(&"slc".to_owned()) && !names.contains(&"operands".to_owned()), "{names:?}");
-        assert_eq!(parse("slc").expect("legal").op.as_deref(), Some("slc"));
-    }
-
-    #[test]
     fn a_busy_machine_is_told() {
         assert_eq!(load_note("0.42 1.00 2.00 1/99 7\n", 2), ", load 0.42 before");
         assert!(load_note("1.20 1.00 2.00 1/99 7\n", 2).contains("warning"));
@@ -614,6 +575,7 @@ mod tests {
         assert_eq!((options.tokens.len(), options.dtype.len(), options.peer.len()), (2, 2, 2));
         assert!(options.has(Pass::Decode) && !options.has(Pass::Forward));
         assert!(Options::short(PathBuf::from("out")).validate().is_ok());
+        assert_eq!(parse("slc").expect("legal").op.as_deref(), Some("slc"));
     }
 
     #[test]
