@@ -316,8 +316,8 @@ mod tests {
             let bytes = bytes.expect("written");
             let embedding = (config.vocab_size() * config.hidden_size()) as u64;
             let stride = config.nsa_config().map_or(1, |nsa| nsa.compress_stride());
-            let of_step =
-                |spec: &ParamSpec| spec.numel() / if spec.name.contains(".self_attn.phi_") { stride } else { 1 };
+            let of_phi = |name: &str| ["phi_", "pe_"].iter().any(|part| name.contains(&format!(".self_attn.{part}")));
+            let of_step = |spec: &ParamSpec| spec.numel() / if of_phi(&spec.name) { stride } else { 1 };
             let count: u64 = manifest(&config).iter().map(|spec| of_step(spec) as u64).sum();
             assert_eq!(bytes, 2 * (count - embedding), "{arguments}");
             let backend = Backend::pick(None).expect("a backend").0;
