@@ -347,6 +347,11 @@ impl<A: Checks, B: Checks> Checks for (A, B) {
         self.1.object_wait(warp, offset);
     }
 
+    fn end(&self) -> Result<(), (Finding, u32, u32)> {
+        self.0.end()?;
+        self.1.end()
+    }
+
     fn counts(self) -> Option<Counts> {
         self.0.counts().or_else(|| self.1.counts())
     }

@@ -228,6 +228,13 @@ impl Checks for Checker {
         self.clocks.tick(warp);
     }
 
+    fn end(&self) -> Result<(), (Finding, u32, u32)> {
+        match self.pipes.open(&self.clocks) {
+            None => Ok(()),
+            Some(((warp, lane, pc), write)) => Err(((FaultKind::OpenCopy { write }, lane), warp, pc)),
+        }
+    }
+
     fn object_wait(&mut self, warp: u32, offset: u64) {
         if let Some(known) = self.objects.get(&offset) {
             self.clocks.warps[warp as usize].join(known);
@@ -249,7 +256,7 @@ impl Checker {
     fn touch_shared(&mut self, warp: u32, touch: &Touch<'_>) -> Result<(), Finding> {
         let mut visit = visit(touch);
         if let TouchKind::AsyncWrite { object } = touch.kind {
-            visit.object = Some(self.pipes.write(object, warp, touch.active.trailing_zeros()));
+            visit.object = Some(self.pipes.write(object, (warp, touch.active.trailing_zeros(), touch.pc)));
         }
         if visit.strong {
             lanes(touch.active).for_each(|lane| self.strong_shared(warp, touch, touch.at[lane]));

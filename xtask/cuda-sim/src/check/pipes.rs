@@ -35,9 +35,12 @@ pub struct Pipes {
     warps: Vec<Reads>,
     /// The numbers of barrier objects among the warps of a clock.
     objects: HashMap<u64, u32>,
-    /// Times of these, and who started the last copy: warp and lane.
-    times: Vec<(u32, u32, u32)>,
+    /// Times of these, and who started the last copy.
+    times: Vec<(u32, By)>,
 }
+
+/// Who started something: warp, lane and operation.
+type By = (u32, u32, u32);
 
 impl Pipes {
     /// Pipes of so many warps.
@@ -94,7 +97,7 @@ impl Pipes {
     }
 
     /// Who reads bytes at an offset: warp, lane and operation.
-    pub fn reader(&self, offset: u64, bytes: u32) -> Option<(u32, u32, u32)> {
+    pub fn reader(&self, offset: u64, bytes: u32) -> Option<By> {
         let overlaps =
             |read: &&Read| read.offset < offset + u64::from(bytes) && offset < read.offset + u64::from(read.bytes);
         (0..)
@@ -103,16 +106,16 @@ impl Pipes {
     }
 
     /// The number and time of a write that a barrier object completes.
-    pub fn write(&mut self, object: u64, warp: u32, lane: u32) -> (u8, u32) {
+    pub fn write(&mut self, object: u64, by: By) -> (u8, u32) {
         let first = self.warps.len() as u32;
         let next = self.objects.len() as u32;
         let number = *self.objects.entry(object).or_insert(first + next % (LAST - first));
         let at = (number - first) as usize;
         if self.times.len() <= at {
-            self.times.resize(at + 1, (0, 0, 0));
+            self.times.resize(at + 1, (0, by));
         }
         let time = self.times[at].0 + 1;
-        self.times[at] = (time, warp, lane);
+        self.times[at] = (time, by);
         (number as u8, time)
     }
 
@@ -129,6 +132,21 @@ impl Pipes {
     /// Who started the copies of a number that stands for a barrier object.
     pub fn starter(&self, number: u8) -> Option<(u32, u32)> {
         let at = usize::from(number).checked_sub(self.warps.len())?;
-        self.times.get(at).map(|(_, warp, lane)| (*warp, *lane))
+        self.times.get(at).map(|(_, (warp, lane, _))| (*warp, *lane))
+    }
+
+    /// A bulk copy that no warp waited for, and whether it writes shared memory. What a warp waits for is over before it
+    /// ends; shared memory may be another CTA's when the last one has.
+    pub fn open(&self, clocks: &Clocks) -> Option<(By, bool)> {
+        let read = (0..).zip(&self.warps).find_map(|(warp, reads)| {
+            let read = reads.open.iter().find(|read| read.pipe == Pipe::Bulk)?;
+            Some(((warp, read.lane, read.pc), false))
+        });
+        read.or_else(|| {
+            let numbered = (self.warps.len()..).zip(&self.times);
+            let known = |number: usize| clocks.warps.iter().filter_map(|clock| clock.own.get(number)).max();
+            let mut open = numbered.filter(|(number, (time, _))| known(*number).is_none_or(|known| known < time));
+            open.next().map(|(_, (_, by))| (*by, true))
+        })
     }
 }

@@ -105,6 +105,13 @@ pub trait Checks: Send + Sized {
     fn object_filled(&mut self, warp: u32, offset: u64);
     /// A warp saw a phase of a barrier object complete.
     fn object_wait(&mut self, warp: u32, offset: u64);
+    /// The CTA ends.
+    ///
+    /// # Errors
+    /// What it leaves open, with the warp and the operation that began it.
+    fn end(&self) -> Result<(), (Finding, u32, u32)> {
+        Ok(())
+    }
     /// What was counted.
     fn counts(self) -> Option<Counts> {
         None

@@ -156,6 +156,7 @@ impl<'a, C: Checks> Cta<'a, C> {
                 }
             }
             if self.warps.iter().all(|warp| warp.groups.is_empty()) {
+                self.checks.end().map_err(|(finding, warp, pc)| self.fault(finding, warp, pc))?;
                 return Ok((self.checks, self.operations));
             }
             if !moved {

@@ -63,6 +63,11 @@ pub enum FaultKind {
         /// Who started it.
         other: Party,
     },
+    /// A CTA that ends while a bulk copy still reads or writes its shared memory.
+    OpenCopy {
+        /// Whether the copy writes shared memory.
+        write: bool,
+    },
     /// A use of a register of a product that was not waited for.
     PendingProduct,
     /// Lanes that a collective waits for cannot come.
@@ -186,6 +191,10 @@ impl fmt::Display for FaultKind {
             }
             Self::PendingRead { address, other } => {
                 write!(f, "shared memory: write at {address:#x} while an asynchronous read of it is pending: {other}")
+            }
+            Self::OpenCopy { write } => {
+                let kind = verb(*write);
+                write!(f, "the CTA ends, and nobody waited for this copy's {kind} of its shared memory")
             }
             Self::PendingProduct => f.write_str("a register of a wgmma is used before the wait for its group"),
             Self::DivergentCollective { missing } => {

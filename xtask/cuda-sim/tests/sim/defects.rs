@@ -47,6 +47,7 @@ fn name(kind: &FaultKind) -> &'static str {
         FaultKind::Race { .. } => "race",
         FaultKind::PendingCopy { .. } => "pending copy",
         FaultKind::PendingRead { .. } => "pending read",
+        FaultKind::OpenCopy { .. } => "open copy",
         FaultKind::PendingProduct => "pending product",
         FaultKind::DivergentCollective { .. } => "divergent",
         FaultKind::Deadlock { .. } => "deadlock",

@@ -31,6 +31,16 @@ macro_rules! load {
     };
 }
 
+/// Two loads of 64 bytes that one thread starts, the second so many bytes behind the first's place.
+macro_rules! loads {
+    ($at:literal) => {
+        concat!(
+            "@!first bra GO;\nmbarrier.arrive.expect_tx.shared.b64 _, [mb], 128;\ncp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [s], [in], 64, [mb];\n\
+             cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [s+", $at, "], [in+64], 64, [mb];\nGO:\n"
+        )
+    };
+}
+
 /// The wait for it.
 macro_rules! wait {
     () => {
@@ -82,18 +92,7 @@ fn bulk_copies() {
             concat!(load!(), "@first st.shared.u32 [s], tid;\n", wait!()),
             concat!(load!(), wait!(), "@first st.shared.u32 [s], tid;\n"),
         ),
-        defect(
-            "two loads to one place",
-            "pending copy",
-            concat!(
-                load!(),
-                "@first cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [s], [in+64], 64, [mb];\n"
-            ),
-            concat!(
-                load!(),
-                "@first cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [s+64], [in+64], 64, [mb];\n"
-            ),
-        ),
+        defect("two loads to one place", "pending copy", concat!(loads!("0"), wait!()), concat!(loads!("64"), wait!())),
         defect(
             "the source of a store is overwritten before the wait",
             "pending read",
@@ -120,6 +119,46 @@ fn bulk_copies() {
                 store!(),
                 "cp.async.bulk.wait_group.read 0;\nEND:\nbar.sync 0;\nsetp.eq.u32 p1, tid, 32;\n@p1 st.shared.u32 [s+8], tid;"
             ),
+        ),
+    ];
+    check_by(run, &defects);
+}
+
+/// Shared memory is another CTA's once the last warp ended: copies must be over by then.
+#[test]
+fn copies_at_the_end() {
+    let defects = [
+        defect(
+            "a load that nobody waits for",
+            "open copy",
+            load!(),
+            concat!(load!(), "@!first bra END;\n", wait!(), "END:"),
+        ),
+        defect(
+            "a second load that nobody waits for",
+            "open copy",
+            concat!(
+                load!(),
+                wait!(),
+                "bar.sync 0;\n@!first bra GO2;\nmbarrier.arrive.expect_tx.shared.b64 _, [mb], 64;\ncp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [s+64], [in], 64, [mb];\nGO2:\n"
+            ),
+            concat!(
+                load!(),
+                wait!(),
+                "bar.sync 0;\n@!first bra GO2;\nmbarrier.arrive.expect_tx.shared.b64 _, [mb], 64;\ncp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [s+64], [in], 64, [mb];\nGO2:\nL2:\nmbarrier.try_wait.parity.shared.b64 p0, [mb], 1;\n@!p0 bra L2;\n"
+            ),
+        ),
+        defect(
+            "a store that is not waited for",
+            "open copy",
+            concat!(store!(), "END:"),
+            concat!(store!(), "cp.async.bulk.wait_group.read 0;\nEND:"),
+        ),
+        defect(
+            "a store in no group",
+            "open copy",
+            "@!first bra END;\ncp.async.bulk.global.shared::cta.bulk_group [out], [s], 64;\ncp.async.bulk.wait_group.read 0;\nEND:",
+            concat!(store!(), "cp.async.bulk.wait_group 0;\nEND:"),
         ),
     ];
     check_by(run, &defects);
