@@ -347,6 +347,11 @@ impl<A: Checks, B: Checks> Checks for (A, B) {
         self.1.object_wait(warp, offset);
     }
 
+    fn product(&mut self, warp: u32, pc: u32) -> Result<(), Finding> {
+        self.0.product(warp, pc)?;
+        self.1.product(warp, pc)
+    }
+
     fn end(&self) -> Result<(), (Finding, u32, u32)> {
         self.0.end()?;
         self.1.end()

@@ -2,6 +2,7 @@
 
 mod clock;
 mod global;
+mod groups;
 mod pipes;
 mod registers;
 mod shared;
@@ -19,6 +20,7 @@ use crate::memory::Allocation;
 use crate::ptx::Space;
 use clock::{Clock, Clocks, Public};
 use global::View;
+use groups::Groups;
 use pipes::Pipes;
 use registers::Defined;
 use shared::{SharedShadow, Visit, Wrong};
@@ -91,6 +93,7 @@ pub struct Checker {
     undefined: Undefined,
     copies: Vec<Copies>,
     pipes: Pipes,
+    groups: Groups,
     barriers: [(Clock, Vec<u32>); 16],
     objects: HashMap<u64, Clock>,
     /// What is known at shared addresses of strong accesses.
@@ -115,6 +118,7 @@ impl Checks for Checker {
             undefined: Undefined::default(),
             copies: vec![Copies::default(); warps],
             pipes: Pipes::new(warps),
+            groups: Groups::new(warps),
             barriers: std::array::from_fn(|_| (Clock::default(), Vec::new())),
             objects: HashMap::new(),
             places: HashMap::new(),
@@ -228,11 +232,16 @@ impl Checks for Checker {
         self.clocks.tick(warp);
     }
 
+    fn product(&mut self, warp: u32, pc: u32) -> Result<(), Finding> {
+        self.groups.product(warp, pc)
+    }
+
     fn end(&self) -> Result<(), (Finding, u32, u32)> {
-        match self.pipes.open(&self.clocks) {
-            None => Ok(()),
-            Some(((warp, lane, pc), write)) => Err(((FaultKind::OpenCopy { write }, lane), warp, pc)),
-        }
+        let copy = || {
+            let ((warp, lane, pc), write) = self.pipes.open(&self.clocks)?;
+            Some(((FaultKind::OpenCopy { write }, lane), warp, pc))
+        };
+        self.groups.open().or_else(copy).map_or(Ok(()), Err)
     }
 
     fn object_wait(&mut self, warp: u32, offset: u64) {

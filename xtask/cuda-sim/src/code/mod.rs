@@ -453,6 +453,8 @@ pub enum Op {
     CopyCommit,
     /// Waits until at most so many groups are open; all copies if none.
     CopyWait(Option<u32>),
+    /// Orders a warp's registers before products that read them.
+    ProductFence,
     /// Closes a group of bulk copies or products.
     AsyncCommit(Pipe),
     /// Waits until at most so many groups are open.

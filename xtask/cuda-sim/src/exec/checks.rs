@@ -99,6 +99,13 @@ pub trait Checks: Send + Sized {
     fn async_commit(&mut self, warp: u32, active: u32, pipe: Pipe);
     /// Lanes wait for all but so many groups of a pipe.
     fn async_wait(&mut self, warp: u32, active: u32, pipe: Pipe, groups: u32);
+    /// A warp executes a product of its warpgroup.
+    ///
+    /// # Errors
+    /// The warpgroup's other warps do not.
+    fn product(&mut self, _warp: u32, _pc: u32) -> Result<(), Finding> {
+        Ok(())
+    }
     /// A warp arrives at a barrier object.
     fn object_arrive(&mut self, warp: u32, offset: u64);
     /// A bulk copy is complete: those who wait for the object know what it wrote.

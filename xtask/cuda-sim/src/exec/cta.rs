@@ -7,7 +7,7 @@ use super::fault::{Fault, FaultKind, Finding};
 use super::mbarrier::Mbarriers;
 use super::regs::{Class, LANES};
 use super::warp::{Group, State, Warp, lanes};
-use crate::code::{Inst, MaskKind, Op, Special};
+use crate::code::{Inst, MaskKind, Op, Pipe, Special};
 use rand::seq::SliceRandom;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -335,8 +335,8 @@ impl<'a, C: Checks> Cta<'a, C> {
                 warp.late.land(active, *groups, &mut self.shared);
                 self.checks.copy_wait(warp.index, active, *groups);
             }
-            Op::AsyncCommit(pipe) => self.checks.async_commit(warp.index, active, *pipe),
-            Op::AsyncWait(pipe, groups) => self.checks.async_wait(warp.index, active, *pipe, *groups),
+            Op::AsyncCommit(Pipe::Bulk) => self.checks.async_commit(warp.index, active, Pipe::Bulk),
+            Op::AsyncWait(Pipe::Bulk, groups) => self.checks.async_wait(warp.index, active, Pipe::Bulk, *groups),
             Op::Mbarrier(op) => {
                 if self.mbarrier(warp, op, active)? {
                     return Ok(Next::Turn);
@@ -419,7 +419,13 @@ impl<'a, C: Checks> Cta<'a, C> {
         match op {
             Op::WarpSync(_) => self.checks.warp_sync(warp.index, needed, warp.live()),
             Op::Matrix(matrix) => self.matrix(warp, matrix, pc)?,
-            Op::Wgmma(wgmma) => self.wgmma(warp, wgmma, pc)?,
+            Op::Wgmma(wgmma) => {
+                self.checks.product(warp.index, pc)?;
+                self.wgmma(warp, wgmma, pc)?;
+            }
+            Op::AsyncCommit(pipe) => self.checks.async_commit(warp.index, active, *pipe),
+            Op::AsyncWait(pipe, groups) => self.checks.async_wait(warp.index, active, *pipe, *groups),
+            Op::ProductFence => {}
             Op::Mma(mma) => super::mma::multiply(&mut warp.regs, mma),
             _ => super::lanes::exchange(&mut warp.regs, op, active),
         }

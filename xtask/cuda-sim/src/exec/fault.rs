@@ -70,6 +70,11 @@ pub enum FaultKind {
     },
     /// A use of a register of a product that was not waited for.
     PendingProduct,
+    /// A warp of the warpgroup that does not execute this product with the others.
+    DivergentProduct {
+        /// The warp.
+        warp: u32,
+    },
     /// Lanes that a collective waits for cannot come.
     DivergentCollective {
         /// The lanes that are missing.
@@ -197,6 +202,9 @@ impl fmt::Display for FaultKind {
                 write!(f, "the CTA ends, and nobody waited for this copy's {kind} of its shared memory")
             }
             Self::PendingProduct => f.write_str("a register of a wgmma is used before the wait for its group"),
+            Self::DivergentProduct { warp } => {
+                write!(f, "the four warps of the warpgroup must execute this, and warp {warp} does not in its place")
+            }
             Self::DivergentCollective { missing } => {
                 write!(f, "lanes that this instruction waits for cannot reach it: mask {missing:#010x}")
             }

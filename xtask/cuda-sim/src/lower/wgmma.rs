@@ -19,7 +19,7 @@ impl<'m> Lower<'m> {
             return self.fail(format!("`{}` needs .sync.aligned", i.opcode));
         }
         match what {
-            Some("fence") => self.emit(Op::Nothing, &[], &[]),
+            Some("fence") => self.emit(Op::ProductFence, &[], &[]),
             Some("commit_group") => self.emit(Op::AsyncCommit(Pipe::Product), &[], &[]),
             Some("wait_group") => {
                 let groups = self.groups(i)?;

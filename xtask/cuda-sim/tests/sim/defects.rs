@@ -49,6 +49,7 @@ fn name(kind: &FaultKind) -> &'static str {
         FaultKind::PendingRead { .. } => "pending read",
         FaultKind::OpenCopy { .. } => "open copy",
         FaultKind::PendingProduct => "pending product",
+        FaultKind::DivergentProduct { .. } => "divergent product",
         FaultKind::DivergentCollective { .. } => "divergent",
         FaultKind::Deadlock { .. } => "deadlock",
         FaultKind::BadOperand { .. } => "operand",

@@ -228,6 +228,86 @@ fn products() {
     check_by(run, &defects);
 }
 
+/// Products are the work of all four warps.
+#[test]
+fn warpgroups() {
+    let defects = [
+        defect(
+            "a warp that skips a product",
+            "divergent product",
+            concat!("setp.ge.u32 p1, tid, 96;\n@p1 bra END;\n", product!(), "wgmma.wait_group.sync.aligned 0;\nEND:"),
+            concat!("setp.ge.u32 p1, tid, 128;\n@p1 bra END;\n", product!(), "wgmma.wait_group.sync.aligned 0;\nEND:"),
+        ),
+        defect(
+            "a warp that ends before the second product",
+            "divergent product",
+            concat!(
+                product!(),
+                "wgmma.wait_group.sync.aligned 0;\nsetp.lt.u32 p1, tid, 32;\n@p1 exit;\n",
+                product!(),
+                "wgmma.wait_group.sync.aligned 0;"
+            ),
+            concat!(
+                product!(),
+                "wgmma.wait_group.sync.aligned 0;\n",
+                product!(),
+                "wgmma.wait_group.sync.aligned 0;\nsetp.lt.u32 p1, tid, 32;\n@p1 exit;"
+            ),
+        ),
+        defect(
+            "a warp that multiplies elsewhere",
+            "divergent product",
+            concat!(
+                "setp.lt.u32 p1, tid, 32;\n@p1 bra A;\n",
+                product!(),
+                "wgmma.wait_group.sync.aligned 0;\nbra END;\nA:\n",
+                product!(),
+                "wgmma.wait_group.sync.aligned 0;\nEND:"
+            ),
+            concat!(
+                "@never bra A;\n",
+                product!(),
+                "wgmma.wait_group.sync.aligned 0;\nbra END;\nA:\n",
+                product!(),
+                "wgmma.wait_group.sync.aligned 0;\nEND:"
+            ),
+        ),
+        defect(
+            "a warp that multiplies once more",
+            "divergent product",
+            concat!(
+                "shr.u32 r9, tid, 5;\nadd.u32 r9, r9, 1;\nmin.u32 r9, r9, 3;\nmov.u32 r8, 0;\nL:\n",
+                product!(),
+                "wgmma.wait_group.sync.aligned 0;\nadd.u32 r8, r8, 1;\nsetp.lt.u32 p1, r8, r9;\n@p1 bra L;"
+            ),
+            concat!(
+                "mov.u32 r9, 3;\nmov.u32 r8, 0;\nL:\n",
+                product!(),
+                "wgmma.wait_group.sync.aligned 0;\nadd.u32 r8, r8, 1;\nsetp.lt.u32 p1, r8, r9;\n@p1 bra L;"
+            ),
+        ),
+        defect(
+            "a wait of half a warp",
+            "divergent",
+            concat!(product!(), "and.b32 r8, tid, 16;\nsetp.eq.u32 p1, r8, 0;\n@p1 wgmma.wait_group.sync.aligned 0;"),
+            concat!(product!(), "wgmma.wait_group.sync.aligned 0;"),
+        ),
+        defect(
+            "a group that half a warp closes",
+            "divergent",
+            "and.b32 r8, tid, 16;\nsetp.eq.u32 p1, r8, 0;\n@p1 wgmma.commit_group.sync.aligned;",
+            "wgmma.commit_group.sync.aligned;",
+        ),
+        defect(
+            "a fence of half a warp",
+            "divergent",
+            "and.b32 r8, tid, 16;\nsetp.eq.u32 p1, r8, 0;\n@p1 wgmma.fence.sync.aligned;",
+            "wgmma.fence.sync.aligned;",
+        ),
+    ];
+    check_by(run, &defects);
+}
+
 /// A kernel that copies `in` to `out` by way of shared memory, with a wait or without.
 fn copied(wait: &str, seed: Option<u64>) -> Vec<u32> {
     let text = format!(
