@@ -347,6 +347,11 @@ impl<A: Checks, B: Checks> Checks for (A, B) {
         self.1.object_wait(warp, offset);
     }
 
+    fn exchange(&mut self, warp: &Warp, op: &Op, site: &Site, active: u32) {
+        self.0.exchange(warp, op, site, active);
+        self.1.exchange(warp, op, site, active);
+    }
+
     fn product(&mut self, warp: u32, pc: u32) -> Result<(), Finding> {
         self.0.product(warp, pc)?;
         self.1.product(warp, pc)

@@ -143,7 +143,12 @@ impl Checks for Checker {
             }
             _ => {}
         }
-        defined.follow(inst, site, mask, active)
+        defined.follow(warp, inst, site, (mask, active))
+    }
+
+    #[inline(always)]
+    fn exchange(&mut self, warp: &Warp, op: &Op, site: &Site, active: u32) {
+        self.defined[warp.index as usize].exchange(warp, op, site, active);
     }
 
     fn touch(

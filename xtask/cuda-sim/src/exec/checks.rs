@@ -4,7 +4,7 @@ use super::Launch;
 use super::access::Addresses;
 use super::fault::Finding;
 use super::warp::Warp;
-use crate::code::{Inst, Order, Pipe, Site};
+use crate::code::{Inst, Op, Order, Pipe, Site};
 use crate::count::Counts;
 use crate::memory::Allocation;
 use crate::ptx::Space;
@@ -70,6 +70,8 @@ pub trait Checks: Send + Sized {
     /// # Errors
     /// A register is read that was never written.
     fn before(&mut self, warp: &Warp, inst: &Inst, site: &Site, mask: u32, active: u32) -> Result<(), Finding>;
+    /// Lanes of a warp are about to exchange values, or to multiply matrices.
+    fn exchange(&mut self, _warp: &Warp, _op: &Op, _site: &Site, _active: u32) {}
     /// An access that lies within bounds.
     ///
     /// # Errors

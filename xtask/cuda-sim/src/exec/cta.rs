@@ -416,6 +416,9 @@ impl<'a, C: Checks> Cta<'a, C> {
     }
 
     fn together(&mut self, warp: &mut Warp, op: &Op, pc: u32, active: u32, needed: u32) -> Result<(), Finding> {
+        if C::ON {
+            self.checks.exchange(warp, op, &self.launch.kernel.sites[pc as usize], active);
+        }
         match op {
             Op::WarpSync(_) => self.checks.warp_sync(warp.index, needed, warp.live()),
             Op::Matrix(matrix) => self.matrix(warp, matrix, pc)?,

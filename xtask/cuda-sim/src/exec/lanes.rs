@@ -59,10 +59,11 @@ pub fn exchange(regs: &mut Regs, op: &Op, active: u32) {
     }
 }
 
-/// `shfl.sync`: the clamp operand holds a segment mask in bits 8 to 12 and a clamp in bits 0 to 4.
-fn shuffle(regs: &mut Regs, mode: ShuffleMode, rows: &[u32; 5], valid: Option<u32>, active: u32) {
-    let (source, offset, clamp) = (*regs.word(rows[1]), *regs.word(rows[2]), *regs.word(rows[3]));
-    let mut in_range = 0u32;
+/// The lanes that a `shfl.sync` reads, and those whose source was in range. The clamp operand holds a segment mask in bits 8
+/// to 12 and a clamp in bits 0 to 4.
+pub fn sources(regs: &Regs, mode: ShuffleMode, rows: &[u32; 5], active: u32) -> ([u8; LANES], u32) {
+    let (offset, clamp) = (regs.word(rows[2]), regs.word(rows[3]));
+    let (mut sources, mut in_range) = ([0; LANES], 0u32);
     for lane in lanes(active) {
         let (b, c) = (offset[lane] & 31, clamp[lane]);
         let (segment, limit) = (c >> 8 & 31, c & 31);
@@ -74,10 +75,17 @@ fn shuffle(regs: &mut Regs, mode: ShuffleMode, rows: &[u32; 5], valid: Option<u3
             ShuffleMode::Butterfly => (own ^ b, (own ^ b) <= max),
             ShuffleMode::Index => (min | b & !segment, (min | b & !segment) <= max),
         };
-        let from = if ok { from & 31 } else { own };
-        regs.words[rows[0] as usize][lane] = source[from as usize];
+        sources[lane] = if ok { from & 31 } else { own } as u8;
         in_range |= u32::from(ok) << lane;
     }
+    (sources, in_range)
+}
+
+fn shuffle(regs: &mut Regs, mode: ShuffleMode, rows: &[u32; 5], valid: Option<u32>, active: u32) {
+    let source = *regs.word(rows[1]);
+    let (sources, in_range) = sources(regs, mode, rows, active);
+    let row = &mut regs.words[rows[0] as usize];
+    lanes(active).for_each(|lane| row[lane] = source[sources[lane] as usize]);
     if let Some(valid) = valid {
         let row = &mut regs.predicates[valid as usize];
         *row = *row & !active | in_range;

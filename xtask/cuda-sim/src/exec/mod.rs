@@ -7,7 +7,7 @@ mod bulk;
 pub mod checks;
 mod cta;
 mod fault;
-mod lanes;
+pub mod lanes;
 mod late;
 mod matrix;
 mod mbarrier;

@@ -4,14 +4,14 @@ use crate::kit::Sim;
 use cuda_sim::exec::{Fault, FaultKind, Summary};
 
 /// A defect: what it is called, what must be found, a body that has it and one that has not.
-pub struct Defect {
-    name: &'static str,
-    found: &'static str,
-    bad: &'static str,
-    good: &'static str,
+pub struct Defect<'d> {
+    name: &'d str,
+    found: &'d str,
+    bad: &'d str,
+    good: &'d str,
 }
 
-pub const fn defect(name: &'static str, found: &'static str, bad: &'static str, good: &'static str) -> Defect {
+pub const fn defect<'d>(name: &'d str, found: &'d str, bad: &'d str, good: &'d str) -> Defect<'d> {
     Defect { name, found, bad, good }
 }
 
@@ -59,12 +59,12 @@ fn name(kind: &FaultKind) -> &'static str {
     }
 }
 
-fn check(defects: &[Defect]) {
+fn check(defects: &[Defect<'_>]) {
     check_by(run, defects);
 }
 
 /// Each defect must be found where a body is run, and nothing in its repaired twin.
-pub fn check_by(run: impl Fn(&str) -> Result<Summary, Box<Fault>>, defects: &[Defect]) {
+pub fn check_by(run: impl Fn(&str) -> Result<Summary, Box<Fault>>, defects: &[Defect<'_>]) {
     let mut wrong = Vec::new();
     for defect in defects {
         match run(defect.bad) {
@@ -227,6 +227,65 @@ fn values_never_written() {
         ),
         defect("an address", "register", "ld.global.u32 r0, [d7];", "mov.u64 d7, in;\nld.global.u32 r0, [d7];"),
         defect("a guard", "register", "@p3 mov.u32 r0, 1;", "setp.ne.u32 p3, tid, 1;\n@p3 mov.u32 r0, 1;"),
+    ]);
+}
+
+/// Registers of one lane that others come to hold.
+#[test]
+fn values_that_lanes_exchange() {
+    const MMA: &str = "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {r8, r9, r10, r11}, {r2, r2, r2, r3}, {r2, r4}, {r2, r2, r2, r2};";
+    let product = |set: &str, lane: u32| {
+        format!(
+            "mov.u32 r2, 0;\nsetp.eq.u32 p1, lane, 5;\n{set}\n{MMA}\nsetp.eq.u32 p2, lane, {lane};\n@p2 st.global.u32 [lout], r8;"
+        )
+    };
+    let (a, b) = ("mov.u32 r4, 0;\n@!p1 mov.u32 r3, 0;", "mov.u32 r3, 0;\n@!p1 mov.u32 r4, 0;");
+    let products = [product(a, 7), product(a, 8), product(b, 12), product(b, 13)];
+    check(&[
+        defect(
+            "a shuffle of a lane that has no value",
+            "register",
+            "setp.eq.u32 p1, lane, 5;\n@!p1 mov.u32 r9, 1;\nshfl.sync.bfly.b32 r9, r9, 1, 31, -1;\nsetp.eq.u32 p2, lane, 4;\n@p2 st.global.u32 [lout], r9;",
+            "setp.eq.u32 p1, lane, 5;\n@!p1 mov.u32 r9, 1;\nshfl.sync.bfly.b32 r9, r9, 1, 31, -1;\nsetp.ne.u32 p2, lane, 4;\n@p2 st.global.u32 [lout], r9;",
+        ),
+        defect(
+            "a shuffle of a lane that does not take part",
+            "register",
+            "setp.lt.u32 p0, lane, 8;\n@!p0 bra END;\nshfl.sync.idx.b32 r8, tid, 9, 31, 0xff;\nst.global.u32 [lout], r8;\nEND:",
+            "setp.lt.u32 p0, lane, 8;\n@!p0 bra END;\nshfl.sync.idx.b32 r8, tid, 9, 31, 0xff;\nshfl.sync.idx.b32 r8, tid, 7, 31, 0xff;\nst.global.u32 [lout], r8;\nEND:",
+        ),
+        defect(
+            "a vote of a lane that has no value",
+            "register",
+            "setp.eq.u32 p1, lane, 5;\n@!p1 setp.lt.u32 p2, tid, 40;\nvote.sync.ballot.b32 r8, p2, -1;\n@!p1 st.global.u32 [lout], r8;",
+            "setp.eq.u32 p1, lane, 5;\nsetp.lt.u32 p2, tid, 40;\nvote.sync.ballot.b32 r8, p2, -1;\n@!p1 st.global.u32 [lout], r8;",
+        ),
+        defect(
+            "a match with a lane that has no value",
+            "register",
+            "setp.eq.u32 p1, lane, 5;\n@!p1 mov.u32 r9, 1;\nmatch.any.sync.b32 r8, r9, -1;\n@!p1 st.global.u32 [lout], r8;",
+            "setp.eq.u32 p1, lane, 5;\nmov.u32 r9, 1;\nmatch.any.sync.b32 r8, r9, -1;\n@!p1 st.global.u32 [lout], r8;",
+        ),
+        defect(
+            "a reduction over a lane that has no value",
+            "register",
+            "setp.eq.u32 p1, lane, 5;\n@!p1 mov.u32 r9, 1;\nredux.sync.add.u32 r8, r9, -1;\n@!p1 st.global.u32 [lout], r8;",
+            "setp.eq.u32 p1, lane, 5;\n@!p1 mov.u32 r9, 1;\n@p1 bra END;\nredux.sync.add.u32 r8, r9, 0xffffffdf;\nst.global.u32 [lout], r8;\nEND:",
+        ),
+        defect(
+            "a member mask that was never set",
+            "register",
+            "shfl.sync.bfly.b32 r8, tid, 1, 31, r9;",
+            "mov.u32 r9, -1;\nshfl.sync.bfly.b32 r8, tid, 1, 31, r9;",
+        ),
+        defect(
+            "a choice of a register that has no value",
+            "register",
+            "setp.eq.u32 p1, lane, 5;\n@!p1 mov.u32 r9, 1;\nselp.u32 r8, r9, tid, p1;\nst.global.u32 [lout], r8;",
+            "setp.eq.u32 p1, lane, 5;\n@!p1 mov.u32 r9, 1;\nselp.u32 r8, tid, r9, p1;\nst.global.u32 [lout], r8;",
+        ),
+        defect("a row of a product without a value", "register", &products[0], &products[1]),
+        defect("a column of a product without a value", "register", &products[2], &products[3]),
     ]);
 }
 

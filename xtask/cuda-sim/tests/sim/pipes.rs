@@ -228,6 +228,28 @@ fn products() {
     check_by(run, &defects);
 }
 
+/// A product's result is undefined where what it adds to, or a row that it multiplies, is.
+#[test]
+fn values_never_written() {
+    let body = |set: &str, product: &str, lane: u32| {
+        format!(
+            "{set}\n{product}\nwgmma.wait_group.sync.aligned 0;\nand.b32 r9, tid, 31;\nsetp.eq.u32 p2, r9, {lane};\nshl.b32 r8, tid, 2;\ncvt.u64.u32 d5, r8;\nadd.u64 d5, d5, out;\n@p2 st.global.f32 [d5], f1;"
+        )
+    };
+    let zeros = "mov.f32 f0, 0f00000000;\nmov.f32 f1, f0;\nmov.f32 f2, f0;\nmov.f32 f3, f0;";
+    let adds = product!().replace("never", "p1");
+    let set = "setp.lt.u32 p1, tid, 1000;";
+    let lacks = product_of_registers!()
+        .replace("mov.u32 r5, 0;", "and.b32 r9, tid, 31;\nsetp.eq.u32 p1, r9, 5;\n@!p1 mov.u32 r5, 0;");
+    let bodies =
+        [body(set, &adds, 0), body(&format!("{set}\n{zeros}"), &adds, 0), body("", &lacks, 6), body("", &lacks, 8)];
+    let defects = [
+        defect("accumulators that nobody set", "register", &bodies[0], &bodies[1]),
+        defect("a row without a value", "register", &bodies[2], &bodies[3]),
+    ];
+    check_by(run, &defects);
+}
+
 /// Products are the work of all four warps.
 #[test]
 fn warpgroups() {
