@@ -1,6 +1,6 @@
 //! Counters of a launch: instructions, tensor-core work, memory traffic, bank conflicts, divergence.
 
-use crate::code::{Inst, Left, Op, Pipe, Site};
+use crate::code::{Inst, Left, Op, Pipe, Scope, Site};
 use crate::exec::checks::{Checks, Touch, TouchKind};
 use crate::exec::regs::LANES;
 use crate::exec::warp::{Warp, lanes};
@@ -252,7 +252,7 @@ impl Checks for Counter {
     }
 
     fn local_written(&mut self, _: u32, _: u32, _: u32, _: u32) {}
-    fn fence(&mut self, _: u32) {}
+    fn fence(&mut self, _: u32, _: Scope) {}
     fn warp_sync(&mut self, _: u32, _: u32, _: u32) {}
     fn barrier_arrive(&mut self, _: u32, _: u32, _: bool) {}
     fn barrier_complete(&mut self, _: u32) {}
@@ -292,9 +292,9 @@ impl<A: Checks, B: Checks> Checks for (A, B) {
         self.1.local_written(warp, lane, address, bytes);
     }
 
-    fn fence(&mut self, warp: u32) {
-        self.0.fence(warp);
-        self.1.fence(warp);
+    fn fence(&mut self, warp: u32, scope: Scope) {
+        self.0.fence(warp, scope);
+        self.1.fence(warp, scope);
     }
 
     fn warp_sync(&mut self, warp: u32, members: u32, live: u32) {

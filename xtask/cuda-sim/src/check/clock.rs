@@ -1,5 +1,6 @@
 //! Vector clocks: what each warp knows to have happened.
 
+use crate::code::Scope;
 use std::collections::BTreeMap;
 
 /// Times of all warps that a warp knows: those of its own CTA, and of others that it heard of.
@@ -29,27 +30,45 @@ impl Clock {
         }
     }
 
-    /// Learns what was left at a place that all CTAs see.
-    pub fn join_public(&mut self, cta: u32, public: &Public) {
-        for (other, times) in &public.times {
-            let to = if *other == cta { &mut self.own } else { self.others.entry(*other).or_default() };
-            join_times(to, times);
+    /// Learns what was left at a place that all CTAs see, for an access of a scope by a warp of a CTA.
+    pub fn join_public(&mut self, cta: u32, public: &Public, scope: Scope) {
+        if let Some(within) = public.within.get(&cta) {
+            self.join(within);
+        }
+        if scope == Scope::Device {
+            for (other, times) in &public.times {
+                let to = if *other == cta { &mut self.own } else { self.others.entry(*other).or_default() };
+                join_times(to, times);
+            }
         }
     }
+}
+
+/// What a strong write leaves at its place: for its own CTA, and for others.
+#[derive(Clone, Debug)]
+pub struct Left {
+    within: Clock,
+    others: Option<Clock>,
 }
 
 /// What is known at a place that all CTAs see.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Public {
+    /// By accesses of the device's scope.
     times: BTreeMap<u32, Vec<u32>>,
+    /// What warps of a CTA left for each other.
+    within: BTreeMap<u32, Clock>,
 }
 
 impl Public {
-    /// Adds what a warp of a CTA knows.
-    pub fn join(&mut self, cta: u32, clock: &Clock) {
-        join_times(self.times.entry(cta).or_default(), &clock.own);
-        for (other, times) in &clock.others {
-            join_times(self.times.entry(*other).or_default(), times);
+    /// Adds what a warp of a CTA leaves.
+    pub fn join(&mut self, cta: u32, left: &Left) {
+        self.within.entry(cta).or_default().join(&left.within);
+        if let Some(clock) = &left.others {
+            join_times(self.times.entry(cta).or_default(), &clock.own);
+            for (other, times) in &clock.others {
+                join_times(self.times.entry(*other).or_default(), times);
+            }
         }
     }
 }
@@ -63,8 +82,8 @@ pub struct Clocks {
     full: Vec<u32>,
     /// The same for pairs of lanes, where only some synchronised.
     pairs: Vec<Option<Box<[[u32; 32]; 32]>>>,
-    /// What a warp's last fence covers.
-    fenced: Vec<Option<Clock>>,
+    /// What a warp's last fence covers, and its last one for other CTAs.
+    fenced: Vec<(Option<Clock>, Option<Clock>)>,
     /// What relaxed reads saw: known after a fence.
     seen: Vec<Public>,
 }
@@ -81,7 +100,7 @@ impl Clocks {
             warps: (0..warps).map(clock).collect(),
             full: vec![0; warps],
             pairs: vec![None; warps],
-            fenced: vec![None; warps],
+            fenced: vec![(None, None); warps],
             seen: vec![Public::default(); warps],
         }
     }
@@ -122,23 +141,41 @@ impl Clocks {
     }
 
     /// A fence: what came before may be published by relaxed writes, and what relaxed reads saw is known.
-    pub fn fence(&mut self, warp: u32, cta: u32) {
-        let at = warp as usize;
-        let seen = std::mem::take(&mut self.seen[at]);
-        self.warps[at].join_public(cta, &seen);
-        self.fenced[at] = Some(self.warps[at].clone());
+    pub fn fence(&mut self, warp: u32, cta: u32, scope: Scope) {
+        let (clock, seen) = (&mut self.warps[warp as usize], &mut self.seen[warp as usize]);
+        clock.join_public(cta, seen, scope);
+        let fenced = &mut self.fenced[warp as usize];
+        fenced.0 = Some(clock.clone());
+        if scope == Scope::Device {
+            fenced.1 = Some(clock.clone());
+            *seen = Public::default();
+        }
         self.tick(warp);
     }
 
-    /// What a relaxed write of a warp publishes.
-    pub fn published(&self, warp: u32) -> Option<&Clock> {
-        self.fenced[warp as usize].as_ref()
+    /// What a release of a warp leaves.
+    pub fn released(&self, warp: u32, scope: Scope) -> Left {
+        let clock = &self.warps[warp as usize];
+        Left { within: clock.clone(), others: (scope == Scope::Device).then(|| clock.clone()) }
     }
 
-    /// A relaxed read saw this.
-    pub fn saw(&mut self, warp: u32, public: &Public) {
-        for (cta, times) in &public.times {
-            join_times(self.seen[warp as usize].times.entry(*cta).or_default(), times);
+    /// What a relaxed write of a warp publishes.
+    pub fn published(&self, warp: u32, scope: Scope) -> Option<Left> {
+        let (within, others) = &self.fenced[warp as usize];
+        let others = others.as_ref().filter(|_| scope == Scope::Device);
+        within.as_ref().map(|within| Left { within: within.clone(), others: others.cloned() })
+    }
+
+    /// A relaxed read of a warp of a CTA saw this.
+    pub fn saw(&mut self, warp: u32, cta: u32, public: &Public, scope: Scope) {
+        let seen = &mut self.seen[warp as usize];
+        if let Some(within) = public.within.get(&cta) {
+            seen.within.entry(cta).or_default().join(within);
+        }
+        if scope == Scope::Device {
+            for (cta, times) in &public.times {
+                join_times(seen.times.entry(*cta).or_default(), times);
+            }
         }
     }
 }

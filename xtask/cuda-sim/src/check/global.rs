@@ -2,6 +2,7 @@
 
 use super::clock::{Knows, Public};
 use super::shared::{Kind, Visit};
+use crate::code::Scope;
 use crate::exec::checks::TouchKind;
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
@@ -94,12 +95,22 @@ impl View<'_> {
 
     #[inline(always)]
     fn clash(&self, lane: u32, stamp: &Stamp) -> bool {
-        stamp.kind != Kind::None && !(self.visit.strong && stamp.kind == Kind::Strong) && !self.ordered(lane, stamp)
+        // Two strong accesses do not clash if each is strong for the other's CTA.
+        let strong = match stamp.kind {
+            Kind::Strong => self.visit.scope == Scope::Device || stamp.cta == self.cta,
+            Kind::Within => stamp.cta == self.cta,
+            _ => false,
+        };
+        stamp.kind != Kind::None && !(self.visit.strong && strong) && !self.ordered(lane, stamp)
     }
 
     #[inline(always)]
     fn stamp(&self, lane: u32) -> Stamp {
-        let kind = if self.visit.strong { Kind::Strong } else { Kind::Plain };
+        let kind = match (self.visit.strong, self.visit.scope) {
+            (false, _) => Kind::Plain,
+            (true, Scope::Device) => Kind::Strong,
+            (true, Scope::Cta) => Kind::Within,
+        };
         let Knows { warp, time, .. } = self.knows;
         Stamp { cta: self.cta, time, pc: self.visit.pc, warp: warp as u8, lane: lane as u8, kind }
     }

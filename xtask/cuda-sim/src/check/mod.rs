@@ -9,7 +9,7 @@ mod shared;
 
 pub use global::GlobalShadow;
 
-use crate::code::{Inst, Op, Order, Pipe, Site};
+use crate::code::{Inst, Op, Order, Pipe, Scope, Site};
 use crate::exec::access::find;
 use crate::exec::checks::{Checks, Touch, TouchKind};
 use crate::exec::regs::Reg;
@@ -18,7 +18,7 @@ use crate::exec::{FaultKind, Finding, Launch, Party};
 use crate::lower::{LOCAL_BASE, SHARED_BASE};
 use crate::memory::Allocation;
 use crate::ptx::Space;
-use clock::{Clock, Clocks, Public};
+use clock::{Clock, Clocks, Left, Public};
 use global::View;
 use groups::Groups;
 use pipes::Pipes;
@@ -172,8 +172,8 @@ impl Checks for Checker {
         written[first..first + bytes as usize].iter_mut().for_each(|lanes| *lanes |= 1 << lane);
     }
 
-    fn fence(&mut self, warp: u32) {
-        self.clocks.fence(warp, self.linear);
+    fn fence(&mut self, warp: u32, scope: Scope) {
+        self.clocks.fence(warp, self.linear, scope);
     }
 
     fn warp_sync(&mut self, warp: u32, members: u32, live: u32) {
@@ -258,7 +258,7 @@ impl Checks for Checker {
 
 fn visit(touch: &Touch<'_>) -> Visit {
     let strong = touch.kind == TouchKind::Atomic || touch.order != Order::Weak;
-    Visit { pc: touch.pc, kind: touch.kind, strong, object: None }
+    Visit { pc: touch.pc, kind: touch.kind, strong, scope: touch.scope, object: None }
 }
 
 impl Checker {
@@ -439,18 +439,18 @@ impl Checker {
 
     fn learn(&mut self, warp: u32, touch: &Touch<'_>, known: &Public) {
         if matches!(touch.order, Order::Acquire | Order::AcquireRelease) {
-            self.clocks.warps[warp as usize].join_public(self.linear, known);
+            self.clocks.warps[warp as usize].join_public(self.linear, known, touch.scope);
         } else {
-            self.clocks.saw(warp, known);
+            self.clocks.saw(warp, self.linear, known, touch.scope);
         }
     }
 
     /// What an access publishes, if it writes.
-    fn leaves(&self, warp: u32, touch: &Touch<'_>) -> Option<Clock> {
+    fn leaves(&self, warp: u32, touch: &Touch<'_>) -> Option<Left> {
         match (touch.kind, touch.order) {
             (TouchKind::Read | TouchKind::Copy, _) => None,
-            (_, Order::Release | Order::AcquireRelease) => Some(self.clocks.warps[warp as usize].clone()),
-            _ => self.clocks.published(warp).cloned(),
+            (_, Order::Release | Order::AcquireRelease) => Some(self.clocks.released(warp, touch.scope)),
+            _ => self.clocks.published(warp, touch.scope),
         }
     }
 }
@@ -460,7 +460,7 @@ fn reads(touch: &Touch<'_>) -> bool {
 }
 
 /// A plain write begins anew what is known at a place; an atomic adds to it.
-fn change(public: &mut Public, cta: u32, left: &Clock, replaces: bool) {
+fn change(public: &mut Public, cta: u32, left: &Left, replaces: bool) {
     if replaces {
         *public = Public::default();
     }

@@ -1,6 +1,7 @@
 //! What is known of each piece of a CTA's shared memory.
 
 use super::clock::{Clocks, Knows};
+use crate::code::Scope;
 use crate::exec::checks::TouchKind;
 
 /// What an access left behind.
@@ -13,6 +14,8 @@ pub enum Kind {
     Plain,
     /// An atomic or another strong access.
     Strong,
+    /// One that is strong for its own CTA alone.
+    Within,
     /// The start of a copy.
     Pending,
 }
@@ -72,6 +75,8 @@ pub struct Visit {
     pub kind: TouchKind,
     /// It does not race with other strong ones.
     pub strong: bool,
+    /// Whom it is strong for.
+    pub scope: Scope,
     /// Number and time of the barrier object that completes it, where it is a bulk copy's write.
     pub object: Option<(u8, u32)>,
 }

@@ -159,6 +159,8 @@ pub struct Access {
     pub place: Place,
     /// Ordering.
     pub order: Order,
+    /// Whom it is ordered for.
+    pub scope: Scope,
 }
 
 /// What an access promises about order.
@@ -174,6 +176,15 @@ pub enum Order {
     Release,
     /// Both.
     AcquireRelease,
+}
+
+/// Who an ordered access or a fence is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Scope {
+    /// Threads of the CTA, and of its cluster, which holds no other.
+    Cta,
+    /// Threads of all CTAs.
+    Device,
 }
 
 /// What an atomic does.
@@ -239,6 +250,8 @@ pub struct Atomic {
     pub swap: Option<Reg>,
     /// Ordering.
     pub order: Order,
+    /// Whom it is ordered for.
+    pub scope: Scope,
     /// Flush subnormal results (f32 in global memory).
     pub flush: bool,
 }
@@ -256,6 +269,7 @@ impl Atomic {
             src: Box::new([]),
             swap: None,
             order: Order::Relaxed,
+            scope: Scope::Device,
             flush: false,
         }
     }
@@ -435,8 +449,8 @@ pub enum Op {
     WarpSync(u32),
     /// Barrier of a CTA.
     Barrier(Box<Barrier>),
-    /// Orders memory.
-    Fence,
+    /// Orders memory for a scope's threads; none where it orders proxies of one thread alone.
+    Fence(Option<Scope>),
     /// Gives way to other warps.
     Yield,
     /// Loads or stores 8 by 8 matrices.

@@ -243,7 +243,7 @@ impl<C: Checks> Cta<'_, C> {
         self.aligned(space, at, bytes, active)?;
         self.places(space, at, bytes, (active, kind != TouchKind::Read), places)?;
         if C::ON {
-            let touch = Touch { space, at, active, bytes, kind, order: access.order, pc };
+            let touch = Touch { space, at, active, bytes, kind, order: access.order, scope: access.scope, pc };
             self.checks.touch(warp, &touch, &self.launch.memory, &mut self.hint)?;
         }
         Ok(())

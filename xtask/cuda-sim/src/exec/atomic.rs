@@ -41,6 +41,7 @@ impl<C: Checks> Cta<'_, C> {
                     bytes: total,
                     kind: TouchKind::Atomic,
                     order: atomic.order,
+                    scope: atomic.scope,
                     pc,
                 };
                 self.checks.touch(warp.index, &touch, &self.launch.memory, &mut self.hint)?;

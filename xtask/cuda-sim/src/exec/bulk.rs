@@ -7,7 +7,7 @@ use super::fault::{FaultKind, Finding};
 use super::regs::{Class, LANES, Reg};
 use super::swizzle::swizzle;
 use super::warp::{Warp, lanes};
-use crate::code::{Atomic, AtomicOp, AtomicType, Bulk, Order, Pipe, Place};
+use crate::code::{Atomic, AtomicOp, AtomicType, Bulk, Order, Pipe, Place, Scope};
 use crate::lower::SHARED_BASE;
 use crate::ptx::Space;
 use crate::tensor_map::{self, TensorMap, element_bytes};
@@ -78,7 +78,16 @@ impl<C: Checks> Cta<'_, C> {
             return Ok(());
         }
         let at = [address; LANES];
-        let touch = Touch { space, at: &at, active: 1 << by.lane, bytes, kind, order: Order::Weak, pc: by.pc };
+        let touch = Touch {
+            space,
+            at: &at,
+            active: 1 << by.lane,
+            bytes,
+            kind,
+            order: Order::Weak,
+            scope: Scope::Device,
+            pc: by.pc,
+        };
         self.checks.touch(by.warp, &touch, &self.launch.memory, &mut self.hint).map_err(|finding| finding.0)
     }
 

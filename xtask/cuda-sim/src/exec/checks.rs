@@ -4,7 +4,7 @@ use super::Launch;
 use super::access::Addresses;
 use super::fault::Finding;
 use super::warp::Warp;
-use crate::code::{Inst, Op, Order, Pipe, Site};
+use crate::code::{Inst, Op, Order, Pipe, Scope, Site};
 use crate::count::Counts;
 use crate::memory::Allocation;
 use crate::ptx::Space;
@@ -55,6 +55,8 @@ pub struct Touch<'t> {
     pub kind: TouchKind,
     /// Its order.
     pub order: Order,
+    /// Whom it is ordered for.
+    pub scope: Scope,
     /// The operation.
     pub pc: u32,
 }
@@ -85,8 +87,8 @@ pub trait Checks: Send + Sized {
     ) -> Result<(), Finding>;
     /// A function of the runtime wrote local memory.
     fn local_written(&mut self, warp: u32, lane: u32, address: u32, bytes: u32);
-    /// A fence.
-    fn fence(&mut self, warp: u32);
+    /// A fence for a scope's threads.
+    fn fence(&mut self, warp: u32, scope: Scope);
     /// Lanes of a warp synchronise.
     fn warp_sync(&mut self, warp: u32, members: u32, live: u32);
     /// A warp arrives at a barrier.
@@ -142,7 +144,7 @@ impl Checks for Unchecked {
         Ok(())
     }
     fn local_written(&mut self, _: u32, _: u32, _: u32, _: u32) {}
-    fn fence(&mut self, _: u32) {}
+    fn fence(&mut self, _: u32, _: Scope) {}
     fn warp_sync(&mut self, _: u32, _: u32, _: u32) {}
     fn barrier_arrive(&mut self, _: u32, _: u32, _: bool) {}
     fn barrier_complete(&mut self, _: u32) {}

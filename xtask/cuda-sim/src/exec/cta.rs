@@ -319,7 +319,7 @@ impl<'a, C: Checks> Cta<'a, C> {
                 }
             }
             Op::Trap if active != 0 => return Err((FaultKind::Trap, active.trailing_zeros())),
-            Op::Fence => self.checks.fence(warp.index),
+            Op::Fence(Some(scope)) => self.checks.fence(warp.index, *scope),
             Op::Clock(reg) => {
                 let now = self.operations;
                 lanes(active).for_each(|lane| warp.regs.set(*reg, lane, now));
@@ -343,7 +343,7 @@ impl<'a, C: Checks> Cta<'a, C> {
                 }
             }
             Op::Yield => return Ok(Next::Turn),
-            Op::Trap | Op::Nothing | Op::Alu { .. } | Op::Branch(_) => {}
+            Op::Trap | Op::Nothing | Op::Fence(None) | Op::Alu { .. } | Op::Branch(_) => {}
             _ => return self.collective(warp, op, pc, *mask, active),
         }
         Ok(Next::Step)

@@ -6,7 +6,7 @@ use super::cta::Cta;
 use super::fault::{FaultKind, Finding};
 use super::regs::{LANES, Row};
 use super::warp::{Warp, lanes};
-use crate::code::{CopyAsync, Matrix, Order};
+use crate::code::{CopyAsync, Matrix, Order, Scope};
 use crate::ptx::Space;
 
 /// Bytes of a matrix's row.
@@ -23,7 +23,16 @@ impl<C: Checks> Cta<'_, C> {
         self.shared_offsets(&at, ROW, (active, matrix.store), &mut offsets)?;
         if C::ON {
             let kind = if matrix.store { TouchKind::Write { uniform: false } } else { TouchKind::Read };
-            let touch = Touch { space: Space::Shared, at: &at, active, bytes: ROW, kind, order: Order::Weak, pc };
+            let touch = Touch {
+                space: Space::Shared,
+                at: &at,
+                active,
+                bytes: ROW,
+                kind,
+                order: Order::Weak,
+                scope: Scope::Device,
+                pc,
+            };
             self.checks.touch(warp.index, &touch, &self.launch.memory, &mut self.hint)?;
         }
         for (number, reg) in matrix.regs.iter().enumerate() {
@@ -75,8 +84,16 @@ impl<C: Checks> Cta<'_, C> {
         self.shared_offsets(&to, copy.bytes, (active, true), &mut targets)?;
         if C::ON {
             let kind = TouchKind::Copy;
-            let touch =
-                Touch { space: Space::Shared, at: &to, active, bytes: copy.bytes, kind, order: Order::Weak, pc };
+            let touch = Touch {
+                space: Space::Shared,
+                at: &to,
+                active,
+                bytes: copy.bytes,
+                kind,
+                order: Order::Weak,
+                scope: Scope::Device,
+                pc,
+            };
             self.checks.touch(warp.index, &touch, &self.launch.memory, &mut self.hint)?;
         }
         let mut counts = [0; LANES];
@@ -103,7 +120,8 @@ impl<C: Checks> Cta<'_, C> {
             let alike = lanes(rest).filter(|lane| counts[*lane] == bytes).fold(0, |mask, lane| mask | 1 << lane);
             rest &= !alike;
             let (kind, order) = (TouchKind::Read, Order::Weak);
-            let touch = Touch { space: Space::Global, at: &from, active: alike, bytes, kind, order, pc };
+            let touch =
+                Touch { space: Space::Global, at: &from, active: alike, bytes, kind, order, scope: Scope::Device, pc };
             self.checks.touch(warp.index, &touch, &self.launch.memory, &mut self.hint)?;
         }
         Ok(())

@@ -8,7 +8,7 @@ use super::product::{self, ROWS, Vectors, WithVectors};
 use super::regs::{LANES, Reg, Regs};
 use super::swizzle::swizzle;
 use super::warp::Warp;
-use crate::code::{Accumulator, Element, Left, Order, Pipe, Wgmma};
+use crate::code::{Accumulator, Element, Left, Order, Pipe, Scope, Wgmma};
 use crate::number::{BF16, TF32};
 use crate::ptx::Space;
 
@@ -162,8 +162,16 @@ impl<C: Checks> Cta<'_, C> {
         }
         if C::ON {
             let (active, kind) = ((1 << PIECES) - 1, TouchKind::AsyncRead(Pipe::Product));
-            let touch =
-                Touch { space: Space::Shared, at: &at, active, bytes: PIECE_BYTES, kind, order: Order::Weak, pc };
+            let touch = Touch {
+                space: Space::Shared,
+                at: &at,
+                active,
+                bytes: PIECE_BYTES,
+                kind,
+                order: Order::Weak,
+                scope: Scope::Device,
+                pc,
+            };
             self.checks.touch(warp, &touch, &self.launch.memory, &mut self.hint)?;
         }
         Ok(())

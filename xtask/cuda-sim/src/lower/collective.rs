@@ -2,7 +2,7 @@
 
 use super::Lower;
 use super::opcode::Opcode;
-use crate::code::{Barrier, BarrierKind, Op, ReduxOp, ShuffleMode, VoteMode};
+use crate::code::{Barrier, BarrierKind, Op, ReduxOp, Scope, ShuffleMode, VoteMode};
 use crate::error::At;
 use crate::exec::regs::{Class, Reg};
 use crate::ptx::{Instruction, Kind, Operand, Type};
@@ -157,7 +157,7 @@ impl<'m> Lower<'m> {
             for modifier in ["release", "relaxed", "acquire", "aligned"] {
                 o.flag(modifier);
             }
-            return self.emit(Op::Fence, &[], &[]);
+            return self.emit(Op::Fence(Some(Scope::Cta)), &[], &[]);
         }
         o.flag("cta");
         let aligned = o.flag("aligned") || o.base == "bar";
@@ -205,17 +205,23 @@ impl<'m> Lower<'m> {
     fn fence(&mut self, o: &mut Opcode<'_>, i: &'m Instruction) -> Result<(), At> {
         if o.flag("proxy") {
             let known = ["async", "async.shared::cta", "alias", "tensormap::generic"];
-            if o.one_of(&known).is_none() {
-                return self.unsupported(i);
-            }
-            for modifier in ["global", "shared::cta", "shared::cluster", "acquire", "release", "gpu", "sys", "cta"] {
+            let Some(proxy) = o.one_of(&known) else { return self.unsupported(i) };
+            for modifier in ["global", "shared::cta", "shared::cluster", "acquire", "release"] {
                 o.flag(modifier);
             }
-            return self.emit(Op::Fence, &[], &[]);
+            let scope = Self::scope_of(o);
+            // Only that of tensor maps is a release or an acquire too.
+            let scope = (proxy == "tensormap::generic").then_some(scope);
+            return self.emit(Op::Fence(scope), &[], &[]);
         }
-        for modifier in ["sc", "acq_rel", "acquire", "release", "mbarrier_init", "cta", "cluster", "gpu", "gl", "sys"] {
+        let scope = Self::scope_of(o);
+        if o.flag("mbarrier_init") {
+            o.flag("release");
+            return self.emit(Op::Fence(None), &[], &[]);
+        }
+        for modifier in ["sc", "acq_rel", "acquire", "release"] {
             o.flag(modifier);
         }
-        self.emit(Op::Fence, &[], &[])
+        self.emit(Op::Fence(Some(scope)), &[], &[])
     }
 }

@@ -2,7 +2,7 @@
 
 use super::opcode::Opcode;
 use super::{Lower, class_of};
-use crate::code::{Access, Atomic, AtomicOp, AtomicType, Op, Order, Place};
+use crate::code::{Access, Atomic, AtomicOp, AtomicType, Op, Order, Place, Scope};
 use crate::error::At;
 use crate::exec::regs::{Class, Reg};
 use crate::ptx::{Address, Instruction, Kind, Operand, Space, Type};
@@ -33,15 +33,23 @@ impl<'m> Lower<'m> {
         policy
     }
 
-    fn order(o: &mut Opcode<'_>) -> Order {
+    fn order(o: &mut Opcode<'_>) -> (Order, Scope) {
         let order = o.one_of(&["weak", "volatile", "relaxed", "acquire", "release", "acq_rel", "mmio"]);
-        o.one_of(&["cta", "cluster", "gpu", "sys"]);
-        match order {
+        let order = match order {
             None | Some("weak") => Order::Weak,
             Some("acquire") => Order::Acquire,
             Some("release") => Order::Release,
             Some("acq_rel") => Order::AcquireRelease,
             _ => Order::Relaxed,
+        };
+        (order, Self::scope_of(o))
+    }
+
+    /// The scope of an access or a fence; that of the device without one.
+    pub(super) fn scope_of(o: &mut Opcode<'_>) -> Scope {
+        match o.one_of(&["cta", "cluster", "gpu", "gl", "sys"]) {
+            Some("cta" | "cluster") => Scope::Cta,
+            _ => Scope::Device,
         }
     }
 
@@ -119,7 +127,7 @@ impl<'m> Lower<'m> {
     }
 
     fn load(&mut self, o: &mut Opcode<'_>, i: &'m Instruction) -> Result<(), At> {
-        let order = Self::order(o);
+        let (order, scope) = Self::order(o);
         let policy = Self::drop_hints(o);
         o.one_of(&["unified"]);
         self.arity(i, if policy { 3..=3 } else { 2..=2 })?;
@@ -139,12 +147,13 @@ impl<'m> Lower<'m> {
             regs: regs.clone().into(),
             place,
             order,
+            scope,
         };
         self.emit(Op::Load(Box::new(access)), &reads, &regs)
     }
 
     fn store(&mut self, o: &mut Opcode<'_>, i: &'m Instruction) -> Result<(), At> {
-        let order = Self::order(o);
+        let (order, scope) = Self::order(o);
         let policy = Self::drop_hints(o);
         self.arity(i, if policy { 3..=3 } else { 2..=2 })?;
         let space = self.space(o, &i.operands[0])?;
@@ -161,7 +170,7 @@ impl<'m> Lower<'m> {
         let place = self.place(&i.operands[0])?;
         self.note_width(space, lanes as u32 * ty.bytes());
         let reads = Self::place_reads(&place, &regs);
-        let access = Access { space, bytes: ty.bytes(), signed: false, width, regs: regs.into(), place, order };
+        let access = Access { space, bytes: ty.bytes(), signed: false, width, regs: regs.into(), place, order, scope };
         self.emit(Op::Store(Box::new(access)), &reads, &[])
     }
 
@@ -195,7 +204,7 @@ impl<'m> Lower<'m> {
     }
 
     fn atomic(&mut self, o: &mut Opcode<'_>, i: &'m Instruction) -> Result<(), At> {
-        let order = Self::order(o);
+        let (order, scope) = Self::order(o);
         let returns = o.base == "atom";
         if o.flag("async") {
             return self.fail("red.async is not supported");
@@ -227,6 +236,7 @@ impl<'m> Lower<'m> {
             src: src.into(),
             swap,
             order,
+            scope,
             flush: ty.kind == Kind::Float && ty.bits == 32 && op == AtomicOp::Add && space != Space::Shared,
         };
         self.emit(Op::Atomic(Box::new(atomic)), &reads, &dst)

@@ -401,6 +401,61 @@ fn races_in_global_memory() {
     ]);
 }
 
+/// What is ordered for the threads of a CTA alone orders nothing for another.
+#[test]
+fn scopes() {
+    /// A word and a flag that one thread of the first CTA sets and one of the second waits for.
+    fn handed(before: &str, set: &str, wait: &str) -> String {
+        format!(
+            "mov.u32 r5, 1;\n@!first bra END;\n@!cta0 bra WAIT;\nst.global.u32 [out], r5;\n{before}\n{set}.global.u32 [flag], r5;\nbra END;\n\
+             WAIT:\n{wait}.global.u32 r6, [flag];\nsetp.eq.u32 p0, r6, 0;\n@p0 bra WAIT;\nld.global.u32 r7, [out];\nEND:"
+        )
+    }
+    /// The same between warps of each CTA.
+    fn within(before: &str, set: &str, wait: &str, after: &str) -> String {
+        format!(
+            "mov.u32 r5, 1;\nmul.wide.u32 d1, cta, 4;\nadd.u64 d2, d1, flag;\nadd.u64 d1, d1, out;\nsetp.eq.u32 p1, tid, 32;\n@p1 bra WAIT;\n@!first bra END;\n\
+             st.global.u32 [d1], r5;\n{before}\n{set}.global.u32 [d2], r5;\nbra END;\n\
+             WAIT:\n{wait}.global.u32 r6, [d2];\nsetp.eq.u32 p0, r6, 0;\n@p0 bra WAIT;\n{after}\nld.global.u32 r7, [d1];\nEND:"
+        )
+    }
+    let (release, acquire) = ("st.release.gpu", "ld.acquire.gpu");
+    let good = handed("", release, acquire);
+    let fenced = handed("fence.acq_rel.gpu;", "st.relaxed.gpu", acquire);
+    check(&[
+        defect("a release for the CTA", "race", &handed("", "st.release.cta", acquire), &good),
+        defect("an acquire for the CTA", "race", &handed("", release, "ld.acquire.cta"), &good),
+        defect("a fence for the CTA", "race", &handed("fence.acq_rel.cta;", "st.relaxed.gpu", acquire), &fenced),
+        defect("a membar for the CTA", "race", &handed("membar.cta;", "st.relaxed.gpu", acquire), &fenced),
+        defect("a fence of the cluster", "race", &handed("fence.acq_rel.cluster;", "st.relaxed.gpu", acquire), &fenced),
+        defect("a fence between proxies", "race", &handed("fence.proxy.alias;", "st.relaxed.gpu", acquire), &fenced),
+        defect(
+            "an atomic for the CTA",
+            "race",
+            "@first red.relaxed.cta.global.add.u32 [flag], 1;",
+            "red.relaxed.cta.global.add.u32 [lin], 1;\n@first red.relaxed.gpu.global.add.u32 [flag], 1;",
+        ),
+        defect(
+            "no release within a CTA",
+            "race",
+            &within("", "st.relaxed.cta", "ld.acquire.cta", ""),
+            &within("", "st.release.cta", "ld.acquire.cta", ""),
+        ),
+        defect(
+            "no acquire within a CTA",
+            "race",
+            &within("fence.acq_rel.cta;", "st.relaxed.gpu", "ld.relaxed.cta", ""),
+            &within("fence.acq_rel.cta;", "st.relaxed.gpu", "ld.relaxed.cta", "fence.acq_rel.cta;"),
+        ),
+        defect(
+            "no release for the CTA by an access for the device",
+            "race",
+            &within("", "st.relaxed.gpu", "ld.relaxed.gpu", "fence.acq_rel.cta;"),
+            &within("", "st.release.gpu", "ld.relaxed.gpu", "fence.acq_rel.cta;"),
+        ),
+    ]);
+}
+
 #[test]
 fn copies() {
     check(&[
