@@ -1,11 +1,13 @@
 //! cudarc, unmodified, on the simulator: contexts, copies, modules, launches, events, errors.
 
+use cuda_sim::toolchain::Toolchain;
 use cudarc::cublas::sys::{cublasOperation_t, cublasStatus_t};
 use cudarc::cublas::{CudaBlas, Gemm, GemmConfig, StridedBatchedConfig};
 use cudarc::driver::{
     CudaContext, CudaFunction, CudaGraph, CudaSlice, CudaStream, DevicePtr, DriverError, LaunchConfig,
 };
 use cudarc::driver::{PushKernelArg, result, sys};
+use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
 use sys::{CUgraphInstantiate_flags as Flags, CUresult, CUstreamCaptureMode as Mode, CUstreamCaptureStatus as Status};
@@ -104,6 +106,40 @@ fn modules_that_are_none_are_refused() {
 /// Row i, column j of a matrix that lies column by column.
 fn product(a: impl Fn(usize, usize) -> f64, b: impl Fn(usize, usize) -> f64, depth: usize, i: usize, j: usize) -> f64 {
     (0..depth).map(|k| a(i, k) * b(k, j)).sum()
+}
+
+/// A kernel of so many registers that all must be loaded before the first is stored.
+fn many_registers(bounds: &str) -> String {
+    let each = |line: &str| -> String { (0..100).map(|n| line.replace('#', &n.to_string()) + "\n").collect() };
+    format!(
+        ".version 8.0\n.target sm_80\n.address_size 64\n.visible .entry many(.param .u64 x) {bounds}\n{{\n.reg .b64 d;\n.reg .b32 r<100>;\n\
+         ld.param.u64 d, [x];\n{}{}ret;\n}}\n",
+        each("ld.volatile.global.u32 r#, [d+#00];"),
+        each("st.volatile.global.u32 [d+#00], r#;")
+    )
+}
+
+/// A CTA whose registers no multiprocessor has is not launched; launch bounds make it small enough.
+#[test]
+fn registers_bound_a_block() {
+    Toolchain::find_or_fetch(&Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target/toolchain")).unwrap();
+    on_simulator("registers_bound_a_block", || {
+        let context = CudaContext::new(0).unwrap();
+        let stream = context.new_stream().unwrap();
+        let mut x = stream.alloc_zeros::<u8>(100 * 100).unwrap();
+        let mut launch = |bounds: &str, threads: u32| {
+            let module = context.load_module(many_registers(bounds).into()).unwrap();
+            let kernel = module.load_function("many").unwrap();
+            let shape = LaunchConfig { grid_dim: (1, 1, 1), block_dim: (threads, 1, 1), shared_mem_bytes: 0 };
+            let mut builder = stream.launch_builder(&kernel);
+            builder.arg(&mut x);
+            // SAFETY: the kernel stays within `x`, where its threads store what is there.
+            unsafe { builder.launch(shape) }.map(|_| ()).map_err(|error| error.0)
+        };
+        assert_eq!(launch("", 1024), Err(CUresult::CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES));
+        assert_eq!(launch("", 512), Ok(()));
+        assert_eq!(launch(".maxntid 1024, 1, 1", 1024), Ok(()));
+    });
 }
 
 #[test]

@@ -22,14 +22,19 @@ pub fn active_ctas(device: &Profile, threads: u32, registers: u32, shared_bytes:
     }
     let warps = threads.div_ceil(32);
     let by_warps = (WARPS / warps).min(CTAS);
-    let by_registers = if registers == 0 {
-        CTAS
-    } else {
-        let of_warp = (registers * 32).next_multiple_of(REGISTER_UNIT);
-        let warps_of_quarter = REGISTERS / QUARTERS / of_warp;
-        warps_of_quarter * QUARTERS / warps
-    };
+    let by_registers = if registers == 0 { CTAS } else { warps_by_registers(registers) / warps };
     let shared = (shared_bytes + SHARED_RESERVED).next_multiple_of(SHARED_UNIT);
     let by_shared = device.shared_multiprocessor / shared;
     by_warps.min(by_registers).min(by_shared)
+}
+
+/// Warps whose registers a multiprocessor holds.
+fn warps_by_registers(registers: u32) -> u32 {
+    let of_warp = (registers * 32).next_multiple_of(REGISTER_UNIT);
+    REGISTERS / QUARTERS / of_warp * QUARTERS
+}
+
+/// Whether a multiprocessor has the registers of a CTA.
+pub fn registers_suffice(threads: u32, registers: u32) -> bool {
+    registers == 0 || threads.div_ceil(32) <= warps_by_registers(registers)
 }

@@ -40,10 +40,13 @@ impl Assembled {
 
     /// What a kernel takes.
     pub fn taken(&self, kernel: &Kernel) -> Taken {
-        match self.found.get_or_init(|| self.assemble()).get(&kernel.name) {
-            Some(found) => Taken { registers: found.registers, local_bytes: found.stack_bytes },
-            None => bound(kernel),
-        }
+        self.known(kernel).unwrap_or_else(|| bound(kernel))
+    }
+
+    /// What a kernel takes, where ptxas says it.
+    pub fn known(&self, kernel: &Kernel) -> Option<Taken> {
+        let found = self.found.get_or_init(|| self.assemble()).get(&kernel.name)?;
+        Some(Taken { registers: found.registers, local_bytes: found.stack_bytes })
     }
 
     /// Asks ptxas. Where there is none, or it refuses, that is said once a module.

@@ -4,7 +4,7 @@ use super::capture::{Captures, Mark};
 use super::device::{Profile, SHARED_DEFAULT};
 use super::error::CuError;
 use super::graph::{Executable, Work};
-use super::occupancy::active_ctas;
+use super::occupancy::{active_ctas, registers_suffice};
 use super::resources::{Assembled, Taken};
 use crate::code::Kernel;
 use crate::exec::{Launch, Options};
@@ -19,6 +19,9 @@ const FIRST_HANDLE: usize = 0x5100_0000;
 const PTX_VERSION: (u32, u32) = (9, 0);
 /// The most threads of a CTA.
 const MAX_THREADS: u32 = 1024;
+
+/// The most registers of a thread.
+const MOST_REGISTERS: u32 = 255;
 
 /// How a simulated driver is set up; from the environment in the shim.
 #[derive(Clone, Debug)]
@@ -337,7 +340,16 @@ impl State {
         if dynamic > function.dynamic_limit {
             return Err(CuError::INVALID_VALUE);
         }
-        let module = self.modules.get(&function.module).ok_or(CuError::INVALID_HANDLE)?.module.clone();
+        let loaded = self.modules.get(&function.module).ok_or(CuError::INVALID_HANDLE)?;
+        // ptxas keeps to launch bounds, and fewer threads have room for whatever it takes: the others are worth asking it.
+        let bounded = kernel.required_threads.is_some() || kernel.max_threads.is_some();
+        if !bounded && !registers_suffice(threads as u32, MOST_REGISTERS) {
+            let known = loaded.assembled.known(kernel);
+            if known.is_some_and(|taken| !registers_suffice(threads as u32, taken.registers)) {
+                return Err(CuError::LAUNCH_OUT_OF_RESOURCES);
+            }
+        }
+        let module = loaded.module.clone();
         Ok(Ready { module, name: function.name.clone(), shape: (grid, block), shared: dynamic })
     }
 
