@@ -157,6 +157,9 @@ impl<'m> Lower<'m> {
         if bytes_too && operand.is_none() {
             return self.fail("expect_tx needs a number of bytes");
         }
+        if operand.is_some() && !bytes_too && self.target.is_some_and(|target| !target.counts_arrivals()) {
+            return self.fail(format!("`{}` of a number of arrivals needs .target sm_90", i.opcode));
+        }
         reads.extend(operand);
         let (bytes, count) = if bytes_too { (operand, None) } else { (None, operand) };
         let writes: Vec<Reg> = state.into_iter().collect();

@@ -16,6 +16,7 @@ mod memory;
 mod moves;
 mod opcode;
 mod scope;
+mod target;
 mod tensor;
 mod wgmma;
 
@@ -28,6 +29,7 @@ use opcode::Opcode;
 use scope::{Binding, Scopes};
 use std::collections::HashMap;
 use std::sync::Arc;
+use target::Target;
 
 pub use layout::{LOCAL_BASE, SHARED_BASE, Symbols};
 
@@ -35,6 +37,8 @@ pub use layout::{LOCAL_BASE, SHARED_BASE, Symbols};
 const MAX_INLINE: usize = 16;
 /// Operations of a kernel, at most.
 const MAX_CODE: usize = 1 << 22;
+/// Bytes of static shared memory of a kernel, at most, on every device.
+const STATIC_SHARED: u32 = 48 * 1024;
 
 /// Lowers all entries of a module. `symbols` holds the addresses of its global and constant variables.
 pub fn kernels(module: &Module, symbols: &Symbols) -> Result<Vec<Kernel>, At> {
@@ -68,6 +72,7 @@ struct Lower<'m> {
     location: Option<Location>,
     opcode: Arc<str>,
     opcodes: HashMap<String, Arc<str>>,
+    target: Option<Target>,
 }
 
 impl<'m> Lower<'m> {
@@ -102,6 +107,7 @@ impl<'m> Lower<'m> {
             location: None,
             opcode: "".into(),
             opcodes: HashMap::new(),
+            target: Target::named(&module.target),
         };
         lower.entry(entry)?;
         Ok(lower)
@@ -131,6 +137,10 @@ impl<'m> Lower<'m> {
             }
             _ => 0,
         });
+        if self.shared.bytes() > STATIC_SHARED {
+            let what = format!("{} bytes of static shared memory: {STATIC_SHARED} at most", self.shared.bytes());
+            return Err(At::new(entry.line, what));
+        }
         Ok(Kernel {
             name: entry.name.clone(),
             declared_registers: declared.sum(),
@@ -193,6 +203,9 @@ impl<'m> Lower<'m> {
             return self.fail("the kernel is too large");
         }
         if !self.opcodes.contains_key(&i.opcode) {
+            if let Some(needed) = self.target.and_then(|target| target.lacks(&i.opcode)) {
+                return self.fail(format!("`{}` needs .target {needed}", i.opcode));
+            }
             self.opcodes.insert(i.opcode.clone(), i.opcode.as_str().into());
         }
         self.opcode = self.opcodes[&i.opcode].clone();

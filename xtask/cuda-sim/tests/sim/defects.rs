@@ -427,7 +427,6 @@ fn scopes() {
         defect("an acquire for the CTA", "race", &handed("", release, "ld.acquire.cta"), &good),
         defect("a fence for the CTA", "race", &handed("fence.acq_rel.cta;", "st.relaxed.gpu", acquire), &fenced),
         defect("a membar for the CTA", "race", &handed("membar.cta;", "st.relaxed.gpu", acquire), &fenced),
-        defect("a fence of the cluster", "race", &handed("fence.acq_rel.cluster;", "st.relaxed.gpu", acquire), &fenced),
         defect("a fence between proxies", "race", &handed("fence.proxy.alias;", "st.relaxed.gpu", acquire), &fenced),
         defect(
             "an atomic for the CTA",
@@ -606,12 +605,6 @@ fn barrier_objects() {
             "operand",
             "mbarrier.arrive.shared.b64 d1, [s];",
             "@first mbarrier.init.shared.b64 [s], 64;\nbar.sync 0;\nmbarrier.arrive.shared.b64 d1, [s];",
-        ),
-        defect(
-            "an arrival too many",
-            "operand",
-            "@first mbarrier.init.shared.b64 [s], 100;\nbar.sync 0;\n@first mbarrier.arrive.shared.b64 d1, [s], 101;",
-            "@first mbarrier.init.shared.b64 [s], 100;\nbar.sync 0;\n@first mbarrier.arrive.shared.b64 d1, [s], 100;",
         ),
         defect(
             "an arrival that never comes",

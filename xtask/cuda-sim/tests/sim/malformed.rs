@@ -36,6 +36,56 @@ fn errors_name_line_and_text() {
     }
 }
 
+/// What ptxas refuses for a target, and takes for the next one.
+#[test]
+fn a_target_has_its_instructions() {
+    let load = |target: &str, body: &str| {
+        let text = format!(
+            ".version 8.0\n.target {target}\n.address_size 64\n.visible .entry k(.param .u64 p)\n{{\n.shared .align 128 .b8 s[1024];\n.reg .b32 r<8>;\n.reg .b64 d<8>;\n.reg .b16 h<4>;\n.reg .pred q;\n{body}\nret;\n}}\n"
+        );
+        Module::load(&text, &DeviceMemory::new(1 << 20)).map(|_| ()).map_err(|error| error.to_string())
+    };
+    for (least, body) in [
+        ("sm_80", "cp.async.wait_all;"),
+        ("sm_80", "redux.sync.add.u32 r3, r2, -1;"),
+        ("sm_80", "mbarrier.init.shared.b64 [r1], r2;"),
+        ("sm_80", "mbarrier.test_wait.parity.shared.b64 q, [r1], r2;"),
+        ("sm_90", "mbarrier.try_wait.parity.shared.b64 q, [r1], r2;"),
+        ("sm_90", "mbarrier.arrive.shared.b64 d1, [r1], 3;"),
+        ("sm_90", "mbarrier.arrive.expect_tx.shared.b64 _, [r1], r2;"),
+        ("sm_90", "mbarrier.expect_tx.relaxed.cta.shared.b64 [r1], r2;"),
+        ("sm_90", "elect.sync r3|q, -1;"),
+        ("sm_90", "fence.proxy.async;"),
+        ("sm_90", "fence.mbarrier_init.release.cluster;"),
+        ("sm_90", "fence.acq_rel.cluster;"),
+        ("sm_90", "griddepcontrol.wait;"),
+        ("sm_90", "stmatrix.sync.aligned.m8n8.x1.shared.b16 [r1], {r2};"),
+        ("sm_90", "barrier.cluster.arrive;"),
+        ("sm_90", "cp.async.bulk.commit_group;"),
+        ("sm_90", "ld.shared::cluster.u32 r3, [r1];"),
+        ("sm_90", "ld.relaxed.cluster.global.u32 r3, [d0];"),
+        ("sm_90", "prefetch.tensormap [d0];"),
+        ("sm_90", "red.global.add.noftz.bf16x2 [d0], r2;"),
+        ("sm_90", "sub.bf16x2 r3, r1, r2;"),
+        ("sm_90a", "setmaxnreg.inc.sync.aligned.u32 128;"),
+        ("sm_90a", "wgmma.fence.sync.aligned;"),
+        ("sm_75", "fence.proxy.alias;"),
+        ("sm_75", "ld.shared::cta.u32 r3, [r1];"),
+        ("sm_75", "fence.acq_rel.cta;"),
+    ] {
+        for target in ["sm_75", "sm_80", "sm_90", "sm_90a"] {
+            let found = load(target, body);
+            let refused = found.as_ref().is_err_and(|error| error.contains("needs .target sm_"));
+            assert!(if target < least { refused } else { found.is_ok() }, "{target}, {body}: {found:?}");
+        }
+    }
+    for (bytes, good) in [(48 * 1024 - 1024, true), (48 * 1024 - 1023, false)] {
+        let found = load("sm_90a", &format!(".shared .align 1 .b8 more[{bytes}];"));
+        assert_eq!(found.is_ok(), good, "{found:?}");
+        assert!(good || found.unwrap_err().contains("49153 bytes of static shared memory"));
+    }
+}
+
 #[test]
 fn what_is_not_ptx_is_refused() {
     for text in

@@ -250,6 +250,17 @@ fn values_never_written() {
     check_by(run, &defects);
 }
 
+#[test]
+fn barrier_objects() {
+    let defects = [defect(
+        "an arrival too many",
+        "operand",
+        "@first mbarrier.arrive.shared.b64 d1, [mb], 2;",
+        "@first mbarrier.arrive.shared.b64 d1, [mb], 1;",
+    )];
+    check_by(run, &defects);
+}
+
 /// Products are the work of all four warps.
 #[test]
 fn warpgroups() {
