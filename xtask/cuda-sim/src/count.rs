@@ -1,10 +1,10 @@
 //! Counters of a launch: instructions, tensor-core work, memory traffic, bank conflicts, divergence.
 
 use crate::code::{Inst, Left, Op, Pipe, Scope, Site};
-use crate::exec::checks::{Checks, Touch, TouchKind};
+use crate::exec::checks::{Checks, ObjectUse, Touch, TouchKind};
 use crate::exec::regs::LANES;
 use crate::exec::warp::{Warp, lanes};
-use crate::exec::{Finding, Launch};
+use crate::exec::{FaultKind, Finding, Launch};
 use crate::memory::Allocation;
 use crate::ptx::Space;
 use std::collections::HashSet;
@@ -345,6 +345,11 @@ impl<A: Checks, B: Checks> Checks for (A, B) {
     fn object_wait(&mut self, warp: u32, offset: u64) {
         self.0.object_wait(warp, offset);
         self.1.object_wait(warp, offset);
+    }
+
+    fn object_used(&mut self, by: (u32, u32, u32), offset: u64, how: ObjectUse) -> Result<(), FaultKind> {
+        self.0.object_used(by, offset, how)?;
+        self.1.object_used(by, offset, how)
     }
 
     fn exchange(&mut self, warp: &Warp, op: &Op, site: &Site, active: u32) {

@@ -11,7 +11,7 @@ pub use global::GlobalShadow;
 
 use crate::code::{Inst, Op, Order, Pipe, Scope, Site};
 use crate::exec::access::find;
-use crate::exec::checks::{Checks, Touch, TouchKind};
+use crate::exec::checks::{Checks, ObjectUse, Touch, TouchKind};
 use crate::exec::regs::Reg;
 use crate::exec::warp::{Warp, lanes};
 use crate::exec::{FaultKind, Finding, Launch, Party};
@@ -232,6 +232,14 @@ impl Checks for Checker {
         self.pipes.fill(offset, self.objects.entry(offset).or_default());
     }
 
+    fn object_used(&mut self, by: (u32, u32, u32), offset: u64, how: ObjectUse) -> Result<(), FaultKind> {
+        let (warp, lane, pc) = by;
+        let knows = self.clocks.view(warp);
+        self.shared
+            .use_object(&knows, (lane, offset, pc), how)
+            .map_err(|(offset, wrong)| self.shared_fault(true, offset + SHARED_BASE, wrong))
+    }
+
     fn object_arrive(&mut self, warp: u32, offset: u64) {
         self.objects.entry(offset).or_default().join(&self.clocks.warps[warp as usize]);
         self.clocks.tick(warp);
@@ -258,7 +266,7 @@ impl Checks for Checker {
 
 fn visit(touch: &Touch<'_>) -> Visit {
     let strong = touch.kind == TouchKind::Atomic || touch.order != Order::Weak;
-    Visit { pc: touch.pc, kind: touch.kind, strong, scope: touch.scope, object: None }
+    Visit { pc: touch.pc, kind: touch.kind, strong, scope: touch.scope, owns: false, object: None }
 }
 
 impl Checker {
@@ -280,7 +288,7 @@ impl Checker {
             let offset = touch.at[lane] - SHARED_BASE;
             let found = self.shared.visit(&knows, &visit, (lane as u32, offset, touch.bytes));
             if let Err((offset, wrong)) = found {
-                return Err((self.shared_fault(touch, offset + SHARED_BASE, wrong), lane as u32));
+                return Err((self.shared_fault(touch.kind.writes(), offset + SHARED_BASE, wrong), lane as u32));
             }
         }
         match touch.kind {
@@ -340,9 +348,12 @@ impl Checker {
         }
     }
 
-    fn shared_fault(&self, touch: &Touch<'_>, address: u64, wrong: Wrong) -> FaultKind {
-        let (space, write) = (Space::Shared, touch.kind.writes());
+    fn shared_fault(&self, write: bool, address: u64, wrong: Wrong) -> FaultKind {
+        let space = Space::Shared;
         match wrong {
+            Wrong::Object(stamp) => {
+                FaultKind::LiveObject { address, write, other: self.party(self.id, stamp.by(), stamp.pc, true) }
+            }
             Wrong::Unwritten => FaultKind::Uninitialised { space, address },
             Wrong::Race(stamp, other) => match self.pipes.starter(stamp.warp) {
                 // A bulk copy that the barrier object did not tell of.

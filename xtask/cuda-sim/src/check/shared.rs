@@ -2,7 +2,10 @@
 
 use super::clock::{Clocks, Knows};
 use crate::code::Scope;
-use crate::exec::checks::TouchKind;
+use crate::exec::checks::{ObjectUse, TouchKind};
+
+/// Bytes of a barrier object.
+const OBJECT_BYTES: u32 = 8;
 
 /// What an access left behind.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -18,6 +21,8 @@ pub enum Kind {
     Within,
     /// The start of a copy.
     Pending,
+    /// The initialisation of a barrier object that lives.
+    Object,
 }
 
 /// An access: who, when, where in the code.
@@ -64,6 +69,8 @@ pub enum Wrong {
     Pending(Stamp),
     /// A bulk copy or a product may still read it.
     Held,
+    /// A barrier object lives there.
+    Object(Stamp),
 }
 
 /// What a warp's access does.
@@ -77,6 +84,8 @@ pub struct Visit {
     pub strong: bool,
     /// Whom it is strong for.
     pub scope: Scope,
+    /// It is of the barrier object that lives there.
+    pub owns: bool,
     /// Number and time of the barrier object that completes it, where it is a bulk copy's write.
     pub object: Option<(u8, u32)>,
 }
@@ -140,6 +149,7 @@ impl SharedShadow {
         match stamp.kind {
             Kind::None => Ok(()),
             Kind::Pending => Err(Wrong::Pending(*stamp)),
+            Kind::Object if !visit.owns => Err(Wrong::Object(*stamp)),
             Kind::Strong if visit.strong => Ok(()),
             _ => {
                 let other = stamp.by();
@@ -218,6 +228,26 @@ impl SharedShadow {
                     return Err(Wrong::Race(stamp, false));
                 }
             }
+        }
+        Ok(())
+    }
+
+    /// Checks a lane's use of a barrier object and remembers it. Gives the offset of what is wrong.
+    pub fn use_object(
+        &mut self,
+        knows: &Knows<'_>,
+        (lane, offset, pc): (u32, u64, u32),
+        how: ObjectUse,
+    ) -> Result<(), (u64, Wrong)> {
+        let strong = how == ObjectUse::Strong;
+        // Strong uses leave the initialisation in its place, which all of them must follow: they are kept as reads.
+        let kind = if strong { TouchKind::Read } else { TouchKind::Write { uniform: false } };
+        let owns = how != ObjectUse::Begin;
+        let visit = Visit { pc, kind, strong, scope: Scope::Cta, owns, object: None };
+        self.visit(knows, &visit, (lane, offset, OBJECT_BYTES))?;
+        if how == ObjectUse::Begin {
+            let cells = self.cells(offset, OBJECT_BYTES);
+            self.writes[cells].iter_mut().for_each(|stamp| stamp.kind = Kind::Object);
         }
         Ok(())
     }

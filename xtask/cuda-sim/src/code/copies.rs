@@ -128,3 +128,18 @@ pub enum Mbarrier {
         noinc: bool,
     },
 }
+
+impl Mbarrier {
+    /// Where the object is.
+    pub fn place(&self) -> &Place {
+        match self {
+            Self::Init { place, .. }
+            | Self::Invalidate { place }
+            | Self::Expect { place, .. }
+            | Self::Complete { place, .. }
+            | Self::Arrive { place, .. }
+            | Self::Test { place, .. }
+            | Self::CopyArrive { place, .. } => place,
+        }
+    }
+}

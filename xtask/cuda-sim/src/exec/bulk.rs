@@ -1,7 +1,7 @@
 //! Bulk copies between global and shared memory, of bytes and of tiles of tensors.
 
 use super::access::{read_words, resolve, write_words};
-use super::checks::{Checks, Touch, TouchKind};
+use super::checks::{Checks, ObjectUse, Touch, TouchKind};
 use super::cta::Cta;
 use super::fault::{FaultKind, Finding};
 use super::regs::{Class, LANES, Reg};
@@ -141,6 +141,7 @@ impl<C: Checks> Cta<'_, C> {
 
     /// A copy's bytes count for a barrier object, and what it wrote is known to those who wait for it.
     fn complete(&mut self, bytes: u32, by: By) -> Result<(), FaultKind> {
+        self.checks.object_used((by.warp, by.lane as u32, by.pc), by.object, ObjectUse::Strong)?;
         self.checks.object_filled(by.warp, by.object);
         self.complete_bytes(by.object, i64::from(bytes))
     }

@@ -2,7 +2,7 @@
 
 use super::Launch;
 use super::access::Addresses;
-use super::fault::Finding;
+use super::fault::{FaultKind, Finding};
 use super::warp::Warp;
 use crate::code::{Inst, Op, Order, Pipe, Scope, Site};
 use crate::count::Counts;
@@ -38,6 +38,17 @@ impl TouchKind {
     pub fn writes(self) -> bool {
         !matches!(self, Self::Read | Self::AsyncRead(_))
     }
+}
+
+/// What an instruction does to a barrier object.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ObjectUse {
+    /// Begins its life: a plain write.
+    Begin,
+    /// Ends it: a plain write.
+    End,
+    /// Arrives, tests or counts bytes: strong accesses, which do not race with each other.
+    Strong,
 }
 
 /// An access of a warp to one space.
@@ -108,6 +119,13 @@ pub trait Checks: Send + Sized {
     /// # Errors
     /// The warpgroup's other warps do not.
     fn product(&mut self, _warp: u32, _pc: u32) -> Result<(), Finding> {
+        Ok(())
+    }
+    /// A lane of a warp is about to use a barrier object.
+    ///
+    /// # Errors
+    /// It is not ordered behind what others did there, or the object is in the way.
+    fn object_used(&mut self, _by: (u32, u32, u32), _offset: u64, _how: ObjectUse) -> Result<(), FaultKind> {
         Ok(())
     }
     /// A warp arrives at a barrier object.

@@ -338,7 +338,7 @@ impl<'a, C: Checks> Cta<'a, C> {
             Op::AsyncCommit(Pipe::Bulk) => self.checks.async_commit(warp.index, active, Pipe::Bulk),
             Op::AsyncWait(Pipe::Bulk, groups) => self.checks.async_wait(warp.index, active, Pipe::Bulk, *groups),
             Op::Mbarrier(op) => {
-                if self.mbarrier(warp, op, active)? {
+                if self.mbarrier(warp, op, pc, active)? {
                     return Ok(Next::Turn);
                 }
             }

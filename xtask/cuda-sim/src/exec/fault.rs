@@ -63,6 +63,15 @@ pub enum FaultKind {
         /// Who started it.
         other: Party,
     },
+    /// An access that is none of a barrier object's own to one that lives.
+    LiveObject {
+        /// The address.
+        address: u64,
+        /// Whether this access writes.
+        write: bool,
+        /// Who initialised the object.
+        other: Party,
+    },
     /// A CTA that ends while a bulk copy still reads or writes its shared memory.
     OpenCopy {
         /// Whether the copy writes shared memory.
@@ -196,6 +205,10 @@ impl fmt::Display for FaultKind {
             }
             Self::PendingRead { address, other } => {
                 write!(f, "shared memory: write at {address:#x} while an asynchronous read of it is pending: {other}")
+            }
+            Self::LiveObject { address, write, other } => {
+                let kind = verb(*write);
+                write!(f, "shared memory: {kind} at {address:#x}, where a barrier object lives: {other}")
             }
             Self::OpenCopy { write } => {
                 let kind = verb(*write);

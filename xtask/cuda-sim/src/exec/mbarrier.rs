@@ -1,7 +1,7 @@
 //! Barrier objects in shared memory: arrivals and bytes.
 
 use super::access::resolve;
-use super::checks::Checks;
+use super::checks::{Checks, ObjectUse};
 use super::cta::Cta;
 use super::fault::{FaultKind, Finding};
 use super::regs::Class;
@@ -9,6 +9,9 @@ use super::warp::{Warp, lanes};
 use crate::code::{Mbarrier, Place};
 use crate::ptx::Space;
 use std::collections::HashMap;
+
+/// The most bytes that may be missing at an object, or be there too early.
+const MOST_BYTES: i64 = (1 << 20) - 1;
 
 #[derive(Clone, Copy, Debug)]
 struct Object {
@@ -29,6 +32,15 @@ pub struct Mbarriers {
 }
 
 impl Object {
+    fn count_bytes(&mut self, bytes: i64) -> Result<(), FaultKind> {
+        self.bytes += bytes;
+        if self.bytes.abs() > MOST_BYTES {
+            let what = format!("a barrier object that {} bytes are missing at: {MOST_BYTES} at most", self.bytes);
+            return Err(FaultKind::BadOperand { what });
+        }
+        Ok(())
+    }
+
     fn settle(&mut self) {
         if self.pending == 0 && self.bytes == 0 {
             self.phase += 1;
@@ -39,10 +51,10 @@ impl Object {
 
 impl<C: Checks> Cta<'_, C> {
     /// Runs an instruction on barrier objects; `true` where the warp should give way to others.
-    pub fn mbarrier(&mut self, warp: &mut Warp, op: &Mbarrier, active: u32) -> Result<bool, Finding> {
+    pub fn mbarrier(&mut self, warp: &mut Warp, op: &Mbarrier, pc: u32, active: u32) -> Result<bool, Finding> {
         let mut turn = false;
         for lane in lanes(active) {
-            turn |= self.mbarrier_lane(warp, op, lane).map_err(|kind| (kind, lane as u32))?;
+            turn |= self.mbarrier_lane(warp, op, pc, lane).map_err(|kind| (kind, lane as u32))?;
         }
         Ok(turn)
     }
@@ -73,38 +85,42 @@ impl<C: Checks> Cta<'_, C> {
     /// Bytes of a copy are there.
     pub fn complete_bytes(&mut self, offset: u64, bytes: i64) -> Result<(), FaultKind> {
         let object = self.object(offset)?;
-        object.bytes -= bytes;
+        object.count_bytes(-bytes)?;
         object.settle();
         Ok(())
     }
 
-    fn mbarrier_lane(&mut self, warp: &mut Warp, op: &Mbarrier, lane: usize) -> Result<bool, FaultKind> {
+    fn mbarrier_lane(&mut self, warp: &mut Warp, op: &Mbarrier, pc: u32, lane: usize) -> Result<bool, FaultKind> {
+        let offset = self.object_offset(warp, op.place(), lane)?;
+        let how = match op {
+            Mbarrier::Init { .. } => ObjectUse::Begin,
+            Mbarrier::Invalidate { .. } => ObjectUse::End,
+            _ => ObjectUse::Strong,
+        };
+        if how != ObjectUse::Begin {
+            self.object(offset)?;
+        }
+        self.checks.object_used((warp.index, lane as u32, pc), offset, how)?;
         match op {
-            Mbarrier::Init { place, count } => {
-                let offset = self.object_offset(warp, place, lane)?;
+            Mbarrier::Init { count, .. } => {
                 let count = warp.regs.value(*count, lane) as u32;
                 if count == 0 || count >= 1 << 20 {
                     return Err(FaultKind::BadOperand { what: format!("a barrier object for {count} arrivals") });
                 }
                 self.mbarriers.objects.insert(offset, Object { count, pending: count, bytes: 0, phase: 0 });
             }
-            Mbarrier::Invalidate { place } => {
-                let offset = self.object_offset(warp, place, lane)?;
-                self.object(offset)?;
+            Mbarrier::Invalidate { .. } => {
                 self.mbarriers.objects.remove(&offset);
             }
-            Mbarrier::Expect { place, bytes } => {
-                let offset = self.object_offset(warp, place, lane)?;
+            Mbarrier::Expect { bytes, .. } => {
                 let bytes = warp.regs.value(*bytes, lane) as i64;
-                self.object(offset)?.bytes += bytes;
+                self.object(offset)?.count_bytes(bytes)?;
             }
-            Mbarrier::Complete { place, bytes } => {
-                let offset = self.object_offset(warp, place, lane)?;
+            Mbarrier::Complete { bytes, .. } => {
                 let bytes = warp.regs.value(*bytes, lane) as i64;
                 self.complete_bytes(offset, bytes)?;
             }
-            Mbarrier::Arrive { place, state, bytes, count } => {
-                let offset = self.object_offset(warp, place, lane)?;
+            Mbarrier::Arrive { state, bytes, count, .. } => {
                 let bytes = bytes.map_or(0, |reg| warp.regs.value(reg, lane) as i64);
                 let count = count.map_or(1, |reg| warp.regs.value(reg, lane) as u32);
                 let phase = self.arrive_at(warp.index, offset, bytes, count)?;
@@ -112,9 +128,8 @@ impl<C: Checks> Cta<'_, C> {
                     warp.regs.set(*state, lane, phase);
                 }
             }
-            Mbarrier::CopyArrive { place, noinc } => {
+            Mbarrier::CopyArrive { noinc, .. } => {
                 // The copies are as late as they may be, which is here.
-                let offset = self.object_offset(warp, place, lane)?;
                 warp.late.land(1 << lane, None, &mut self.shared);
                 self.checks.copy_wait(warp.index, 1 << lane, None);
                 if !noinc {
@@ -122,8 +137,7 @@ impl<C: Checks> Cta<'_, C> {
                 }
                 self.arrive_at(warp.index, offset, 0, 1)?;
             }
-            Mbarrier::Test { place, done, phase, parity, waits } => {
-                let offset = self.object_offset(warp, place, lane)?;
+            Mbarrier::Test { done, phase, parity, waits, .. } => {
                 let phase = warp.regs.value(*phase, lane);
                 let over = self.object(offset)?.phase;
                 let holds = if *parity { over & 1 != phase & 1 } else { over > phase };
@@ -146,7 +160,7 @@ impl<C: Checks> Cta<'_, C> {
             });
         }
         let phase = object.phase;
-        object.bytes += bytes;
+        object.count_bytes(bytes)?;
         object.pending -= count;
         object.settle();
         Ok(phase)

@@ -117,6 +117,7 @@ impl<'m> Lower<'m> {
         match what {
             "init" => {
                 self.arity(i, 2..=2)?;
+                self.note_width(Space::Shared, 8);
                 let (place, mut reads) = self.shared_place(&i.operands[0])?;
                 let count = self.source(&i.operands[1], U32)?;
                 reads.push(count);

@@ -47,6 +47,7 @@ fn name(kind: &FaultKind) -> &'static str {
         FaultKind::Race { .. } => "race",
         FaultKind::PendingCopy { .. } => "pending copy",
         FaultKind::PendingRead { .. } => "pending read",
+        FaultKind::LiveObject { .. } => "live object",
         FaultKind::OpenCopy { .. } => "open copy",
         FaultKind::PendingProduct => "pending product",
         FaultKind::DivergentProduct { .. } => "divergent product",

@@ -252,12 +252,62 @@ fn values_never_written() {
 
 #[test]
 fn barrier_objects() {
-    let defects = [defect(
-        "an arrival too many",
-        "operand",
-        "@first mbarrier.arrive.shared.b64 d1, [mb], 2;",
-        "@first mbarrier.arrive.shared.b64 d1, [mb], 1;",
-    )];
+    let defects = [
+        defect(
+            "an arrival too many",
+            "operand",
+            "@first mbarrier.arrive.shared.b64 d1, [mb], 2;",
+            "@first mbarrier.arrive.shared.b64 d1, [mb], 1;",
+        ),
+        defect(
+            "a store over an object",
+            "live object",
+            "@first st.shared.u32 [mb+4], tid;",
+            "@first mbarrier.inval.shared.b64 [mb];\n@first st.shared.u32 [mb+4], tid;",
+        ),
+        defect(
+            "a load of an object",
+            "live object",
+            "@first ld.shared.u64 d1, [mb];",
+            "@first mbarrier.inval.shared.b64 [mb];\nmov.u64 d1, 0;\n@first st.shared.u64 [mb], d1;\n@first ld.shared.u64 d1, [mb];",
+        ),
+        defect(
+            "a copy over an object",
+            "live object",
+            "@first mbarrier.init.shared.b64 [s+32], 1;\nbar.sync 0;\n@first cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [s], [in], 64, [mb];",
+            concat!("@first mbarrier.init.shared.b64 [s+64], 1;\nbar.sync 0;\n", load!(), wait!()),
+        ),
+        defect(
+            "an object that is initialised twice",
+            "live object",
+            "@first mbarrier.init.shared.b64 [mb], 1;",
+            "@first mbarrier.inval.shared.b64 [mb];\n@first mbarrier.init.shared.b64 [mb], 1;",
+        ),
+        defect(
+            "an object that ends while others test it",
+            "race",
+            "mbarrier.test_wait.parity.shared.b64 p0, [mb], 0;\nsetp.eq.u32 p1, tid, 96;\n@p1 mbarrier.inval.shared.b64 [mb];",
+            "mbarrier.test_wait.parity.shared.b64 p0, [mb], 0;\nsetp.eq.u32 p1, tid, 96;\nbar.sync 0;\n@p1 mbarrier.inval.shared.b64 [mb];",
+        ),
+        defect(
+            "an arrival that does not wait for the initialisation",
+            "race",
+            "@first mbarrier.init.shared.b64 [s], 128;\nmbarrier.arrive.shared.b64 _, [s];",
+            "@first mbarrier.init.shared.b64 [s], 128;\nbar.sync 0;\nmbarrier.arrive.shared.b64 _, [s];",
+        ),
+        defect(
+            "an initialisation over what another stores",
+            "race",
+            "setp.eq.u32 p1, tid, 32;\n@first st.shared.u32 [s], tid;\n@p1 mbarrier.init.shared.b64 [s], 1;",
+            "setp.eq.u32 p1, tid, 32;\n@first st.shared.u32 [s], tid;\nbar.sync 0;\n@p1 mbarrier.init.shared.b64 [s], 1;",
+        ),
+        defect(
+            "more bytes than an object counts",
+            "operand",
+            "@first mbarrier.expect_tx.relaxed.cta.shared.b64 [mb], 1048575;\n@first mbarrier.expect_tx.relaxed.cta.shared.b64 [mb], 1;",
+            "@first mbarrier.expect_tx.relaxed.cta.shared.b64 [mb], 1048575;",
+        ),
+    ];
     check_by(run, &defects);
 }
 
