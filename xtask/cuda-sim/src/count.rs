@@ -254,7 +254,7 @@ impl Checks for Counter {
     fn local_written(&mut self, _: u32, _: u32, _: u32, _: u32) {}
     fn fence(&mut self, _: u32, _: Scope) {}
     fn warp_sync(&mut self, _: u32, _: u32, _: u32) {}
-    fn barrier_arrive(&mut self, _: u32, _: u32, _: bool) {}
+    fn barrier_arrive(&mut self, _: u32, _: u32, _: bool, _: bool) {}
     fn barrier_complete(&mut self, _: u32) {}
     fn async_commit(&mut self, _: u32, _: u32, _: Pipe) {}
     fn async_wait(&mut self, _: u32, _: u32, _: Pipe, _: u32) {}
@@ -302,9 +302,9 @@ impl<A: Checks, B: Checks> Checks for (A, B) {
         self.1.warp_sync(warp, members, live);
     }
 
-    fn barrier_arrive(&mut self, warp: u32, id: u32, waits: bool) {
-        self.0.barrier_arrive(warp, id, waits);
-        self.1.barrier_arrive(warp, id, waits);
+    fn barrier_arrive(&mut self, warp: u32, id: u32, waits: bool, whole: bool) {
+        self.0.barrier_arrive(warp, id, waits, whole);
+        self.1.barrier_arrive(warp, id, waits, whole);
     }
 
     fn barrier_complete(&mut self, id: u32) {

@@ -94,7 +94,7 @@ pub struct Checker {
     copies: Vec<Copies>,
     pipes: Pipes,
     groups: Groups,
-    barriers: [(Clock, Vec<u32>); 16],
+    barriers: [(Clock, Vec<(u32, bool)>); 16],
     objects: HashMap<u64, Clock>,
     /// What is known at shared addresses of strong accesses.
     places: HashMap<u64, Public>,
@@ -180,11 +180,13 @@ impl Checks for Checker {
         self.clocks.synchronise(warp, members, live);
     }
 
-    fn barrier_arrive(&mut self, warp: u32, id: u32, waits: bool) {
+    fn barrier_arrive(&mut self, warp: u32, id: u32, waits: bool, whole: bool) {
         let (known, waiting) = &mut self.barriers[id as usize];
         known.join(&self.clocks.warps[warp as usize]);
         if waits {
-            waiting.push(warp);
+            waiting.push((warp, whole));
+        }
+        if waits && whole {
             self.clocks.synchronise(warp, u32::MAX, u32::MAX);
         } else {
             self.clocks.tick(warp);
@@ -193,7 +195,13 @@ impl Checks for Checker {
 
     fn barrier_complete(&mut self, id: u32) {
         let (known, waiting) = std::mem::take(&mut self.barriers[id as usize]);
-        waiting.iter().for_each(|warp| self.clocks.warps[*warp as usize].join(&known));
+        for (warp, whole) in waiting {
+            self.clocks.warps[warp as usize].join(&known);
+            if !whole {
+                // Lanes that came apart are in order from here on.
+                self.clocks.synchronise(warp, u32::MAX, u32::MAX);
+            }
+        }
     }
 
     fn copy_commit(&mut self, warp: u32, active: u32) {

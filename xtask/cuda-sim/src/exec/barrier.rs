@@ -10,10 +10,12 @@ use crate::code::{Barrier, BarrierKind};
 /// Barriers that a CTA has.
 const COUNT: usize = 16;
 
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 struct State {
     /// Warps that arrived in this phase.
     arrived: u32,
+    /// Other warps and their lanes that did, while others of theirs did not.
+    partly: Vec<(u32, u32)>,
     /// Warps that must; 0 for all that live.
     expected: u32,
     /// Threads whose predicate holds.
@@ -33,15 +35,21 @@ pub struct Barriers {
 }
 
 impl Barriers {
-    /// The numbers of the barriers that complete now.
-    pub fn complete<C: Checks>(&mut self, live: u32, checks: &mut C) -> Vec<u32> {
+    /// The numbers of the barriers that complete now. A warp of which some lanes came has arrived when the others that live
+    /// have come or ended.
+    pub fn complete<C: Checks>(&mut self, warps: &[Warp], checks: &mut C) -> Vec<u32> {
         let mut done = Vec::new();
         for (id, state) in self.states.iter_mut().enumerate() {
-            let expected = if state.expected == 0 { live } else { state.expected };
-            if state.arrived > 0 && state.arrived >= expected {
-                state.result = (state.holds, state.holds == state.asked, state.holds > 0);
-                let all = state.all;
-                *state = State { result: state.result, all, ..State::default() };
+            if state.arrived == 0 && state.partly.is_empty() {
+                continue;
+            }
+            let live = || warps.iter().filter(|warp| warp.live() != 0).count() as u32;
+            let whole = |(warp, came): &&(u32, u32)| warps[*warp as usize].live() & !came == 0;
+            let arrived = state.arrived + state.partly.iter().filter(whole).count() as u32;
+            let expected = if state.expected == 0 { live() } else { state.expected };
+            if arrived >= expected {
+                let result = (state.holds, state.holds == state.asked, state.holds > 0);
+                *state = State { result, all: state.all, ..State::default() };
                 checks.barrier_complete(id as u32);
                 done.push(id as u32);
             }
@@ -84,18 +92,25 @@ impl<C: Checks> Cta<'_, C> {
             expected = threads / LANES as u32;
         }
         let state = &mut self.barriers.states[id as usize];
-        if state.arrived > 0 && state.expected != expected {
+        if (state.arrived > 0 || !state.partly.is_empty()) && state.expected != expected {
             return bad(format!("barrier {id} is used with different numbers of threads at once"));
         }
         state.expected = expected;
-        state.arrived += 1;
+        let whole = warp.live() & !active == 0;
+        // Lanes that came before make up one arrival with these, if none of them came twice.
+        let others = state.partly.iter_mut().find(|(of, came)| *of == warp.index && came & active == 0);
+        match others {
+            Some((_, came)) => *came |= active,
+            None if whole => state.arrived += 1,
+            None => state.partly.push((warp.index, active)),
+        }
         if let Some((_, predicate)) = barrier.reduce {
             state.holds += (warp.encoded(predicate) & active).count_ones();
             state.asked += lanes(active).count() as u32;
             state.all = barrier.kind == BarrierKind::And;
         }
         let waits = barrier.kind != BarrierKind::Arrive;
-        self.checks.barrier_arrive(warp.index, id as u32, waits);
+        self.checks.barrier_arrive(warp.index, id as u32, waits, whole);
         Ok(waits.then_some((id as u32, barrier.reduce.map(|(result, _)| result))))
     }
 }

@@ -102,8 +102,8 @@ pub trait Checks: Send + Sized {
     fn fence(&mut self, warp: u32, scope: Scope);
     /// Lanes of a warp synchronise.
     fn warp_sync(&mut self, warp: u32, members: u32, live: u32);
-    /// A warp arrives at a barrier.
-    fn barrier_arrive(&mut self, warp: u32, id: u32, waits: bool);
+    /// A warp arrives at a barrier, or some of its lanes.
+    fn barrier_arrive(&mut self, warp: u32, id: u32, waits: bool, whole: bool);
     /// A barrier completes.
     fn barrier_complete(&mut self, id: u32);
     /// Copies so far become a group.
@@ -164,7 +164,7 @@ impl Checks for Unchecked {
     fn local_written(&mut self, _: u32, _: u32, _: u32, _: u32) {}
     fn fence(&mut self, _: u32, _: Scope) {}
     fn warp_sync(&mut self, _: u32, _: u32, _: u32) {}
-    fn barrier_arrive(&mut self, _: u32, _: u32, _: bool) {}
+    fn barrier_arrive(&mut self, _: u32, _: u32, _: bool, _: bool) {}
     fn barrier_complete(&mut self, _: u32) {}
     fn copy_commit(&mut self, _: u32, _: u32) {}
     fn copy_wait(&mut self, _: u32, _: u32, _: Option<u32>) {}

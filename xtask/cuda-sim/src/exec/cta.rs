@@ -206,8 +206,7 @@ impl<'a, C: Checks> Cta<'a, C> {
     }
 
     fn complete_barriers(&mut self) -> Result<(), Box<Fault>> {
-        let live = self.warps.iter().filter(|warp| warp.live() != 0).count() as u32;
-        for id in self.barriers.complete(live, &mut self.checks) {
+        for id in self.barriers.complete(&self.warps, &mut self.checks) {
             for warp in &mut self.warps {
                 let Warp { groups, regs, .. } = warp;
                 for group in groups.iter_mut().filter(|group| group.state == State::Barrier(id)) {

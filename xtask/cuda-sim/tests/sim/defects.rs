@@ -562,6 +562,24 @@ fn collectives() {
             "@warp0 bra END;\nbar.sync 1, 64;\nEND:",
             "@warp0 bra END;\nbar.sync 1, 32;\nEND:",
         ),
+        defect(
+            "a warp that comes in two halves counts once",
+            "deadlock",
+            "@!warp0 bra END;\nsetp.lt.u32 p0, lane, 16;\n@p0 bra A;\nbarrier.sync 1, 64;\nbra END;\nA:\nbarrier.sync 1, 64;\nEND:",
+            "setp.lt.u32 p0, lane, 16;\n@p0 bra A;\nbarrier.sync 1, 64;\nbra END;\nA:\nbarrier.sync 1, 64;\nEND:",
+        ),
+        defect(
+            "half a warp that goes on to another barrier",
+            "deadlock",
+            "setp.lt.u32 p0, lane, 16;\n@p0 bra A;\nbarrier.sync 1, 64;\nbra END;\nA:\nbarrier.sync 2, 64;\nEND:",
+            "setp.lt.u32 p0, lane, 16;\n@p0 exit;\nbarrier.sync 1, 64;",
+        ),
+        defect(
+            "half a warp that reads before the barrier",
+            "race",
+            "mov.u32 r4, 0;\nst.shared.u32 [ms], r4;\nbar.sync 0;\nsetp.lt.u32 p0, lane, 16;\n@!p0 bra B;\nst.shared.u32 [ms], tid;\nbarrier.sync 0;\nbra END;\nB:\nld.shared.u32 r3, [ms-64];\nbarrier.sync 0;\nEND:",
+            "mov.u32 r4, 0;\nst.shared.u32 [ms], r4;\nbar.sync 0;\nsetp.lt.u32 p0, lane, 16;\n@!p0 bra B;\nst.shared.u32 [ms], tid;\nbarrier.sync 0;\nbra END;\nB:\nbarrier.sync 0;\nld.shared.u32 r3, [ms-64];\nEND:",
+        ),
         defect("a count that is no multiple of 32", "operand", "bar.sync 1, 40;", "bar.sync 1, 64;"),
         defect("a barrier that does not exist", "operand", "bar.sync 16;", "bar.sync 15;"),
         defect(
