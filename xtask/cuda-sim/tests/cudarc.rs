@@ -203,6 +203,92 @@ fn products_of_cublas() {
     });
 }
 
+/// What the documentation of cuBLAS refuses: combinations of types, columns that overlap, workspaces that are none.
+#[test]
+fn misuse_of_cublas() {
+    use cudarc::cublas::sys as blas_sys;
+    use cudarc::driver::{DevicePtr, DevicePtrMut};
+    on_simulator("misuse_of_cublas", || {
+        let context = CudaContext::new(0).unwrap();
+        let stream = context.default_stream();
+        let blas = CudaBlas::new(stream.clone()).unwrap();
+        let factors = stream.alloc_zeros::<u8>(1024).unwrap();
+        let mut out = stream.alloc_zeros::<u8>(1024).unwrap();
+        let (from, _kept) = factors.device_ptr(&stream);
+        let (to, _held) = out.device_ptr_mut(&stream);
+        // Zeros in every type.
+        let zeros = [0u64; 2];
+        let multiply = |[a, b, c]: [u32; 3], compute: u32, ldc: i32, batch: bool| {
+            let kind = |number: u32| -> blas_sys::cudaDataType {
+                use blas_sys::cudaDataType_t::*;
+                [CUDA_R_32F, CUDA_R_64F, CUDA_R_16F, CUDA_R_16BF][number as usize]
+            };
+            use blas_sys::cublasComputeType_t::*;
+            let computes = [
+                CUBLAS_COMPUTE_16F,
+                CUBLAS_COMPUTE_32F,
+                CUBLAS_COMPUTE_32F_FAST_16F,
+                CUBLAS_COMPUTE_32F_FAST_16BF,
+                CUBLAS_COMPUTE_32F_FAST_TF32,
+                CUBLAS_COMPUTE_64F,
+            ];
+            let (operation, algorithm) =
+                (cublasOperation_t::CUBLAS_OP_N, blas_sys::cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT);
+            let (handle, scale) = (*blas.handle(), zeros.as_ptr().cast());
+            let (a, b, c, compute) = (kind(a), kind(b), kind(c), computes[compute as usize]);
+            let (x, y) = (from as *const _, to as *mut _);
+            // SAFETY: matrices of 4 by 4 lie within the memory, and the scales are read before the call returns.
+            unsafe {
+                if batch {
+                    blas_sys::cublasGemmStridedBatchedEx(
+                        handle, operation, operation, 4, 4, 4, scale, x, a, 4, 16, x, b, 4, 16, scale, y, c, ldc, 16,
+                        2, compute, algorithm,
+                    )
+                } else {
+                    blas_sys::cublasGemmEx(
+                        handle, operation, operation, 4, 4, 4, scale, x, a, 4, x, b, 4, scale, y, c, ldc, compute,
+                        algorithm,
+                    )
+                }
+            }
+        };
+        let [single, double, half, brain] = [0, 1, 2, 3];
+        // A's and B's type, C's, and the type of sums.
+        let known = [
+            (half, half, 0),
+            (brain, brain, 1),
+            (half, half, 1),
+            (brain, single, 1),
+            (half, single, 1),
+            (single, single, 1),
+            (single, single, 2),
+            (single, single, 3),
+            (single, single, 4),
+            (double, double, 5),
+        ];
+        for (number, batch) in (0..4 * 4 * 4 * 6).flat_map(|number| [(number, false), (number, true)]) {
+            let [a, b, c, compute] = [number % 4, number / 4 % 4, number / 16 % 4, number / 64];
+            let expected = if a == b && known.contains(&(a, c, compute)) {
+                cublasStatus_t::CUBLAS_STATUS_SUCCESS
+            } else {
+                cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED
+            };
+            assert_eq!(multiply([a, b, c], compute, 4, batch), expected, "{a} {b} {c}, sums {compute}, {batch}");
+        }
+        let invalid = cublasStatus_t::CUBLAS_STATUS_INVALID_VALUE;
+        assert_eq!(multiply([single; 3], 1, 3, false), invalid);
+        // SAFETY: what is no workspace is refused.
+        let workspace = |address: u64, bytes: usize| unsafe {
+            blas_sys::cublasSetWorkspace_v2(*blas.handle(), address as *mut _, bytes)
+        };
+        assert_eq!(workspace(to, 1024), cublasStatus_t::CUBLAS_STATUS_SUCCESS);
+        assert_eq!(workspace(0, 0), cublasStatus_t::CUBLAS_STATUS_SUCCESS);
+        assert_eq!(workspace(to + 128, 512), invalid);
+        assert_eq!(workspace(to, 1 << 40), invalid);
+        assert_eq!(workspace((&raw const zeros) as u64 / 256 * 256, 16), invalid);
+    });
+}
+
 /// A context with a stream and the kernel `add`: y += a x over four numbers, at the start of a capture.
 struct Capturing {
     context: Arc<CudaContext>,

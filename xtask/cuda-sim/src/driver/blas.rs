@@ -30,6 +30,18 @@ impl Stored {
         }
     }
 
+    /// Whether products of these types are made where sums are of a `cublasComputeType_t`: the table of `cublasGemmEx`.
+    pub fn multiply([a, b, c]: [Self; 3], compute: i32) -> bool {
+        a == b
+            && match compute {
+                64 | 65 => (a, c) == (Self::Half, Self::Half),
+                68 | 69 => a != Self::Double && (c == a || c == Self::Single),
+                74 | 75 | 77 => (a, c) == (Self::Single, Self::Single),
+                70 | 71 => (a, c) == (Self::Double, Self::Double),
+                _ => false,
+            }
+    }
+
     fn bytes(self) -> u64 {
         match self {
             Self::Half | Self::Brain => 2,
@@ -90,12 +102,14 @@ pub struct Gemm {
 }
 
 impl Matrix {
+    /// Whether columns lie apart, of a matrix that has so many rows and columns.
+    fn holds(&self, rows: i64, columns: i64) -> bool {
+        self.leading >= if self.transposed { columns } else { rows }.max(1)
+    }
+
     /// Element numbers of a matrix of a batch that has so many rows and columns, and its bytes.
     fn read(&self, memory: &DeviceMemory, number: i64, rows: usize, columns: usize) -> Result<Vec<f64>, CuError> {
         let (height, width) = if self.transposed { (columns, rows) } else { (rows, columns) };
-        if self.leading < height.max(1) as i64 {
-            return Err(CuError::INVALID_VALUE);
-        }
         let size = self.stored.bytes() as usize;
         let mut out = vec![0.0; rows * columns];
         let mut bytes = vec![0; height * size];
@@ -116,14 +130,24 @@ impl Matrix {
 }
 
 impl Gemm {
-    /// Computes all products of the batch.
+    /// Checks the sizes.
     ///
     /// # Errors
-    /// Sizes that make no sense, or matrices beyond their memory.
-    pub fn run(&self, memory: &DeviceMemory) -> Result<(), CuError> {
-        if self.sizes.iter().any(|size| *size < 0) || self.batch < 0 || self.c.transposed {
+    /// Sizes that make no sense.
+    pub fn check(&self) -> Result<(), CuError> {
+        let [m, n, k] = self.sizes;
+        let apart = self.a.holds(m, k) && self.b.holds(k, n) && self.c.holds(m, n);
+        if self.sizes.iter().any(|size| *size < 0) || self.batch < 0 || !apart {
             return Err(CuError::INVALID_VALUE);
         }
+        Ok(())
+    }
+
+    /// Computes all products of the batch, whose sizes were checked.
+    ///
+    /// # Errors
+    /// Matrices beyond their memory.
+    pub fn run(&self, memory: &DeviceMemory) -> Result<(), CuError> {
         let [rows, columns, depth] = self.sizes.map(|size| size as usize);
         if rows == 0 || columns == 0 {
             return Ok(());

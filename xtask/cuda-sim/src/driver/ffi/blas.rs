@@ -82,8 +82,15 @@ fn gemm(
         scales: [scale(alpha, compute)?, scale(beta, compute)?],
         batch: i64::from(batch),
     };
-    submit(stream, Work::Product(gemm)).map_err(|error| if error == CuError::INVALID_VALUE { INVALID } else { FAILED })
+    if !Stored::multiply([gemm.a.stored, gemm.b.stored, gemm.c.stored], compute) {
+        return Err(UNSUPPORTED);
+    }
+    gemm.check().map_err(|_| INVALID)?;
+    submit(stream, Work::Product(gemm)).map_err(|_| FAILED)
 }
+
+/// What the address of a workspace is a multiple of.
+const WORKSPACE_ALIGNMENT: u64 = 256;
 
 /// `CUBLAS_COMPUTE_32F` and `_64F`.
 const COMPUTE: [c_int; 2] = [68, 70];
@@ -105,8 +112,15 @@ exports! {
         Ok(())
     }
 
-    /// No workspace is needed.
-    fn cublasSetWorkspace_v2(handle: usize, _workspace: *mut c_void, _bytes: usize) { check(handle) }
+    /// No workspace is needed, but one that is given must be there.
+    fn cublasSetWorkspace_v2(handle: usize, workspace: *mut c_void, bytes: usize) {
+        check(handle)?;
+        let address = workspace as u64;
+        if bytes > 0 {
+            state().map_err(|_| FAILED)?.memory.find(address, bytes as u64).map_err(|_| INVALID)?;
+        }
+        if address.is_multiple_of(WORKSPACE_ALIGNMENT) { Ok(()) } else { Err(INVALID) }
+    }
 
     /// Products are exact in every mode.
     fn cublasSetMathMode(handle: usize, _mode: c_int) { check(handle) }
