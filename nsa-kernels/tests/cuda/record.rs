@@ -309,6 +309,17 @@ fn work_that_fails_changes_nothing() {
         let held = workspace.bytes();
         cuda.with_workspace(&mut workspace, || wide.run(ROWS)).expect("runs");
         assert!(workspace.bytes() > held, "as much as was needed, and no more");
+        // Nor what there was no memory to grow to.
+        let (mut workspace, mut taken) = (nsa_kernels::cuda::workspace::Workspace::new(&cuda), None);
+        let grown = cuda.with_workspace(&mut workspace, || {
+            wide.run(ROWS)?;
+            taken = Some(leave_free(&backend, 0));
+            Ok::<_, Error>(())
+        });
+        grown.expect_err("no memory");
+        drop(taken);
+        cuda.with_workspace(&mut workspace, || work.run(ROWS)).expect("runs");
+        assert_eq!(workspace.bytes(), held);
     });
 }
 
