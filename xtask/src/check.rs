@@ -94,6 +94,7 @@ pub fn run(options: &Options) -> Result<()> {
     }
     let cases: Vec<Case> = case::cases().into_iter().filter(|case| chosen(&options.case, &case.name)).collect();
     let all = cases.len();
+    ensure!(all > 0, "no case has {} in its name", options.case.join(" or "));
     let short = |case: &Case| !sim::inside() || options.full || !options.case.is_empty() || case.tokens() <= SIM_TOKENS;
     let cases: Vec<Case> = cases.into_iter().filter(short).collect();
     if cases.len() < all {
@@ -122,9 +123,6 @@ pub fn run(options: &Options) -> Result<()> {
     println!("{}", lines.table());
     for (op, count) in &lines.missing {
         println!("{op}: not compared {count} times, as {} {NO_KERNEL} it; `--op {op}` says for what", backend.name());
-    }
-    if cases.is_empty() {
-        bail!("no case has {} in its name", options.case.join(" or "));
     }
     if !red.is_empty() {
         bail!("{} red:\n{}", red.len(), red.join("\n"));
