@@ -1,7 +1,7 @@
 //! Where a kernel rounds. The same loops run exactly (the truth) or rounded (the error model of the tests).
 
 use half::{bf16, f16};
-use nsa_core::DType;
+use nsa_core::{DType, Element};
 
 /// The places where a kernel rounds.
 pub trait Arithmetic {
@@ -74,10 +74,13 @@ impl Arithmetic for Rounded {
 
 /// The value of `dtype` nearest to `x`, ties to even.
 pub fn round_to(dtype: DType, x: f64) -> f64 {
+    fn through<T: Element>(x: f64) -> f64 {
+        T::from_f64(x).to_f64()
+    }
     match dtype {
-        DType::Bf16 => bf16::from_f64(x).to_f64(),
-        DType::F16 => f16::from_f64(x).to_f64(),
-        DType::F32 => f64::from(x as f32),
+        DType::Bf16 => through::<bf16>(x),
+        DType::F16 => through::<f16>(x),
+        DType::F32 => through::<f32>(x),
         DType::F64 => x,
     }
 }
