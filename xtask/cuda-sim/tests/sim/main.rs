@@ -1,5 +1,6 @@
 //! The simulator through its library: kernels from PTX text, no driver.
 
+mod collectives;
 mod counters;
 mod coverage;
 mod defects;
