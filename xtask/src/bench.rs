@@ -22,13 +22,14 @@ mod train;
 mod turns;
 mod work;
 
+use crate::dtype::Dtype;
 use crate::machine::Machine;
 use anyhow::{Result, ensure};
-use clap::{Args, Subcommand, ValueEnum};
+use clap::{Args, Subcommand};
 use decode::Decoding;
 use half::{bf16, f16};
 use heads::Heads;
-use nsa_core::{DType, NsaConfig};
+use nsa_core::NsaConfig;
 use nsa_kernels::{Backend, Element};
 use peer::{Job, PeerError, Ready, Work};
 use problem::{Inputs, Problem};
@@ -102,34 +103,6 @@ enum OfModel {
     Generate(generate::Options),
     /// What the CUDA kernels move and compute, counted on the simulator
     Count(count::Options),
-}
-
-/// Names of `--dtype`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum Dtype {
-    F32,
-    Bf16,
-    F16,
-}
-
-impl Dtype {
-    const fn name(self) -> &'static str {
-        match self {
-            Self::F32 => "f32",
-            Self::Bf16 => "bf16",
-            Self::F16 => "f16",
-        }
-    }
-}
-
-impl From<Dtype> for DType {
-    fn from(dtype: Dtype) -> Self {
-        match dtype {
-            Dtype::F32 => Self::F32,
-            Dtype::Bf16 => Self::Bf16,
-            Dtype::F16 => Self::F16,
-        }
-    }
 }
 
 /// Checks a list of options that are timed side by side.
@@ -269,7 +242,7 @@ pub fn run(options: &Options) -> Result<()> {
     options.check_memory(&backend, &config, available)?;
     options.check_peers(&backend)?;
     let out = crate::files::out(options.out.as_deref(), "bench")?;
-    crate::check::quick(&backend, &options.dtype.iter().map(|&dtype| dtype.into()).collect::<Vec<_>>())?;
+    crate::check::quick(&backend, options.dtype.iter().copied())?;
     let load = load_note(&std::fs::read_to_string("/proc/loadavg").unwrap_or_default(), machine.threads);
     println!("{}{load}\nbackend {}: {why}", machine.line(), backend.name());
     if let Backend::Cuda(cuda) = &backend {

@@ -2,10 +2,11 @@
 
 mod memory;
 
-use crate::engine::{Choice, Engine, Kind};
+use crate::dtype::Dtype;
+use crate::engine::{Choice, Engine};
 use crate::machine::Machine;
 use anyhow::{Result, bail, ensure};
-use clap::{Args, ValueEnum};
+use clap::Args;
 use comfy_table::{Table, presets};
 use nsa_core::DType;
 use nsa_kernels::Backend;
@@ -24,9 +25,9 @@ pub struct Options {
     /// Only the cases whose names contain one of these
     #[arg(long, value_delimiter = ',')]
     case: Vec<String>,
-    /// Only these dtypes
-    #[arg(long, value_enum, value_delimiter = ',')]
-    dtype: Vec<Dtype>,
+    /// Only these dtypes: f32, bf16, f16, f64 (f64 on the CPU alone)
+    #[arg(long, value_parser = parse_dtype, value_delimiter = ',')]
+    dtype: Vec<DType>,
     /// A line for every output, not only the worst of each operation and dtype
     #[arg(long)]
     all: bool,
@@ -40,30 +41,6 @@ pub struct Options {
     choice: Choice,
 }
 
-/// Names of `--dtype`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Dtype {
-    /// float32
-    F32,
-    /// bfloat16
-    Bf16,
-    /// float16
-    F16,
-    /// float64
-    F64,
-}
-
-impl From<Dtype> for DType {
-    fn from(dtype: Dtype) -> Self {
-        match dtype {
-            Dtype::F32 => Self::F32,
-            Dtype::Bf16 => Self::Bf16,
-            Dtype::F16 => Self::F16,
-            Dtype::F64 => Self::F64,
-        }
-    }
-}
-
 /// Tokens of the cases that the simulator runs unless it is asked for all.
 const SIM_TOKENS: usize = 200;
 
@@ -74,12 +51,19 @@ fn parse_op(name: &str) -> Result<Op, String> {
     })
 }
 
+fn parse_dtype(name: &str) -> Result<DType, String> {
+    let known = Dtype::ALL.map(DType::from).into_iter().chain([DType::F64]);
+    known.clone().find(|dtype| dtype.to_string() == name).ok_or_else(|| {
+        let names: Vec<String> = known.map(|dtype| dtype.to_string()).collect();
+        format!("there are {}", names.join(", "))
+    })
+}
+
 /// Runs the command.
 ///
 /// # Errors
 /// If anything is red, or the backend asked for is not there.
 pub fn run(options: &Options) -> Result<()> {
-    options.validate()?;
     if options.choice.ran_on_simulator()? {
         return Ok(());
     }
@@ -101,11 +85,7 @@ pub fn run(options: &Options) -> Result<()> {
         println!("{} cases of more than {SIM_TOKENS} tokens are left out; --full runs them", all - cases.len());
     }
     let ops = if options.op.is_empty() { Op::ALL.to_vec() } else { options.op.clone() };
-    let dtypes: Vec<DType> = match (options.dtype.as_slice(), &backend) {
-        ([], Backend::Cuda(_)) => CUDA_DTYPES.to_vec(),
-        ([], _) => vec![DType::F32, DType::Bf16, DType::F16, DType::F64],
-        (list, _) => list.iter().map(|&dtype| dtype.into()).collect(),
-    };
+    let dtypes = dtypes(&options.dtype, &backend)?;
     println!("{} ({why}), {} cases; {}", backend.name(), cases.len(), Machine::here().line());
     let mut lines = Lines { list: Vec::new(), missing: BTreeMap::new(), all: options.all };
     let (mut red, mut compared) = (Vec::new(), 0);
@@ -124,28 +104,26 @@ pub fn run(options: &Options) -> Result<()> {
     for (op, count) in &lines.missing {
         println!("{op}: not compared {count} times, as {} {NO_KERNEL} it; `--op {op}` says for what", backend.name());
     }
-    if !red.is_empty() {
-        bail!("{} red:\n{}", red.len(), red.join("\n"));
-    }
-    ensure!(compared > 0, "nothing was compared");
-    println!("all green: {compared} of {} comparisons", jobs.len());
+    println!("{}", verdict(compared, jobs.len(), &red)?);
     Ok(())
 }
 
-/// What the CUDA kernels compute in.
-const CUDA_DTYPES: [DType; 3] = [DType::F32, DType::Bf16, DType::F16];
+/// The types to check: those asked for, else all that the backend has kernels for.
+fn dtypes(asked: &[DType], backend: &Backend) -> Result<Vec<DType>> {
+    let cuda = matches!(backend, Backend::Cuda(_));
+    ensure!(!(cuda && asked.contains(&DType::F64)), "--dtype f64: must be f32, bf16 or f16 on {}", backend.name());
+    let all = Dtype::ALL.into_iter().map(DType::from).chain((!cuda).then_some(DType::F64));
+    Ok(if asked.is_empty() { all.collect() } else { asked.to_vec() })
+}
 
-impl Options {
-    /// The rules that the argument parser does not know.
-    fn validate(&self) -> Result<()> {
-        let cuda = self.choice.backend == Some(Kind::Cuda);
-        ensure!(!(cuda && self.memory), "--memory: must come with the CPU's backend, not --backend cuda");
-        ensure!(
-            !(cuda && self.dtype.contains(&Dtype::F64)),
-            "--dtype f64: must be f32, bf16 or f16 with --backend cuda"
-        );
-        Ok(())
-    }
+/// What the run says at its end.
+///
+/// # Errors
+/// If anything is red, or nothing was compared.
+fn verdict(compared: usize, jobs: usize, red: &[String]) -> Result<String> {
+    ensure!(red.is_empty(), "{} red:\n{}", red.len(), red.join("\n"));
+    ensure!(compared > 0, "nothing was compared");
+    Ok(format!("all green: {compared} of {jobs} comparisons"))
 }
 
 /// An operation on a case in a type.
@@ -191,7 +169,8 @@ const QUICK: [&str; 2] = ["far-group-4", "dims-128"];
 ///
 /// # Errors
 /// If they are red.
-pub fn quick(backend: &Backend, dtypes: &[DType]) -> Result<()> {
+pub fn quick(backend: &Backend, dtypes: impl IntoIterator<Item: Into<DType>>) -> Result<()> {
+    let dtypes: Vec<DType> = dtypes.into_iter().map(Into::into).collect();
     for name in QUICK {
         let case = case::find(name).expect("a case of the table");
         for (op, &dtype) in
@@ -290,5 +269,49 @@ impl Lines {
             ]);
         }
         table
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nsa_tests::check::check_faulty;
+    use nsa_tests::fault::Fault;
+
+    #[test]
+    fn what_is_red_or_was_not_compared_is_an_error() {
+        let message = |compared, red: &[String]| verdict(compared, 9, red).expect_err("not green").to_string();
+        assert_eq!(verdict(7, 9, &[]).expect("green"), "all green: 7 of 9 comparisons");
+        assert_eq!(message(0, &[]), "nothing was compared");
+        assert_eq!(message(9, &["one".to_owned(), "two".to_owned()]), "2 red:\none\ntwo");
+    }
+
+    #[test]
+    fn types_are_named() {
+        let (backend, _) = Backend::pick(Some("cpu")).expect("the CPU");
+        assert_eq!(dtypes(&[], &backend).expect("all").len(), 4);
+        assert_eq!(dtypes(&[DType::F64], &backend).expect("f64"), [DType::F64]);
+        assert_eq!(parse_dtype("bf16"), Ok(DType::Bf16));
+        assert_eq!(parse_dtype("f8"), Err("there are f32, bf16, f16, f64".to_owned()));
+    }
+
+    /// What must be green before anything is timed sees every fault that can be planted in the whole operator and in steps.
+    #[test]
+    fn the_quick_cases_notice_faults() {
+        let (backend, _) = Backend::pick(Some("cpu")).expect("the CPU");
+        let cases = QUICK.map(|name| case::find(name).expect("a case of the table"));
+        for op in [Op::Nsa, Op::Dense, Op::Decode] {
+            let mut planted = 0;
+            for fault in Fault::ALL {
+                let reports = cases
+                    .iter()
+                    .filter_map(|case| check_faulty(op, case, DType::Bf16, &backend, fault).expect("compared"));
+                let red: Vec<bool> = reports.map(|report| !report.failures().is_empty()).collect();
+                planted += usize::from(!red.is_empty());
+                assert!(red.is_empty() || red.contains(&true), "{op}: {fault:?} is not noticed");
+            }
+            assert!(planted > 3, "{op}: {planted} faults");
+        }
+        quick(&backend, Dtype::ALL).expect("green");
     }
 }

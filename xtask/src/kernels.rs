@@ -3,7 +3,7 @@
 
 mod sass;
 
-use crate::check::Dtype;
+use crate::dtype::Dtype;
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use clap::Args;
 use comfy_table::{Table, presets};
@@ -125,10 +125,6 @@ impl Arch {
 /// # Errors
 /// If a kernel does not compile, or takes more than its budget.
 pub fn run(options: &Options) -> Result<()> {
-    ensure!(
-        !options.dtype.contains(&Dtype::F64),
-        "--dtype f64: must be f32, bf16 or f16, which the kernels compute in"
-    );
     // NVRTC is found where the simulator's processes find it.
     if !sim::inside() {
         let mut command = sim::this_program().map_err(|message| anyhow!(message))?;

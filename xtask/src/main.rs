@@ -5,6 +5,7 @@ mod attend;
 mod bench;
 mod check;
 mod demo;
+mod dtype;
 mod engine;
 mod files;
 mod info;

@@ -1,8 +1,8 @@
 //! `cargo xtask bench NAME`: the criterion benchmarks of `nsa-kernels`.
 
+use crate::dtype::Dtype;
 use crate::machine::Machine;
 use anyhow::{Context, Result, bail, ensure};
-use nsa_core::DType;
 use nsa_kernels::Backend;
 use std::process::Command;
 
@@ -16,7 +16,7 @@ pub(super) fn run(op: &str) -> Result<()> {
         "`{op}` is measured on the CPU, and NSA_BACKEND asks for {}",
         backend.name()
     );
-    crate::check::quick(&backend, &[DType::F32, DType::Bf16])?;
+    crate::check::quick(&backend, [Dtype::F32, Dtype::Bf16])?;
     println!("{}", Machine::here().line());
     let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     command.current_dir(crate::files::root()).args(["bench", "--package", "nsa-kernels", "--bench", op]);

@@ -6,6 +6,7 @@
 use super::columns::{self, field};
 use super::train::load_model;
 use super::turns::{self, Plan, Times};
+use crate::dtype::Dtype;
 use crate::machine::Machine;
 use anyhow::{Context, Result, ensure};
 use clap::{Args, ValueEnum};
@@ -38,8 +39,8 @@ pub struct Options {
     #[arg(long, value_enum)]
     attention: Option<Attention>,
     /// Type of the weights
-    #[arg(long, value_enum, default_value_t = super::Dtype::Bf16)]
-    dtype: super::Dtype,
+    #[arg(long, value_enum, default_value_t = Dtype::Bf16)]
+    dtype: Dtype,
     /// Type of activations and caches
     #[arg(long, default_value_t = Precision::F32)]
     precision: Precision,
@@ -132,7 +133,7 @@ pub fn run(options: &Options) -> Result<()> {
     let machine = Machine::here();
     let load = super::load_note(&std::fs::read_to_string("/proc/loadavg").unwrap_or_default(), machine.threads);
     println!("{}{load}\nbackend {}: {why}", machine.line(), backend.name());
-    crate::check::quick(&backend, &[options.precision.dtype()])?;
+    crate::check::quick(&backend, [options.precision.dtype()])?;
     let folder = tempfile::tempdir().context("cannot make a folder for the checkpoint")?;
     let weight_bytes = write_checkpoint(&config, options.dtype, options.precision, folder.path())?;
     let memory_gb_per_s = memory_speed(&backend)?;
@@ -145,7 +146,7 @@ pub fn run(options: &Options) -> Result<()> {
 }
 
 /// Writes random weights; returns the bytes that a step reads of them in that precision, on average.
-fn write_checkpoint(config: &ModelConfig, dtype: super::Dtype, precision: Precision, folder: &Path) -> Result<u64> {
+fn write_checkpoint(config: &ModelConfig, dtype: Dtype, precision: Precision, folder: &Path) -> Result<u64> {
     let mut rng = ChaCha8Rng::seed_from_u64(1);
     let mut value = || rng.random_range(-WEIGHT..WEIGHT);
     // Sequences of a batch are equally long, so that they complete their blocks together.
@@ -154,13 +155,9 @@ fn write_checkpoint(config: &ModelConfig, dtype: super::Dtype, precision: Precis
     for spec in manifest(config) {
         let count = spec.numel();
         let (storage, bytes): (_, Vec<u8>) = match dtype {
-            super::Dtype::F32 => (Storage::F32, (0..count).flat_map(|_| value().to_le_bytes()).collect()),
-            super::Dtype::Bf16 => {
-                (Storage::BF16, (0..count).flat_map(|_| bf16::from_f32(value()).to_le_bytes()).collect())
-            }
-            super::Dtype::F16 => {
-                (Storage::F16, (0..count).flat_map(|_| f16::from_f32(value()).to_le_bytes()).collect())
-            }
+            Dtype::F32 => (Storage::F32, (0..count).flat_map(|_| value().to_le_bytes()).collect()),
+            Dtype::Bf16 => (Storage::BF16, (0..count).flat_map(|_| bf16::from_f32(value()).to_le_bytes()).collect()),
+            Dtype::F16 => (Storage::F16, (0..count).flat_map(|_| f16::from_f32(value()).to_le_bytes()).collect()),
         };
         // Of an embedding that is no head, a step reads a row.
         if config.tie_word_embeddings() || !spec.name.contains("embed_tokens") {

@@ -8,7 +8,8 @@ use super::columns::{self, field};
 use super::peer::{Peer, Ready, Work};
 use super::progress::Progress;
 use super::turns::{self, Outcome, Plan, Times};
-use super::{Dtype, MEMORY_SHARE, SETTLE, about_the_shape};
+use super::{MEMORY_SHARE, SETTLE, about_the_shape};
+use crate::dtype::Dtype;
 use crate::machine::Machine;
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
@@ -267,7 +268,7 @@ pub fn run(options: &Options) -> Result<()> {
     let (sparse, dense) = (sparse?, dense?);
     let (backend, why) = Backend::pick(options.backend.as_deref())?;
     let out = crate::files::out(options.out.as_deref(), "bench")?;
-    crate::check::quick(&backend, &options.dtype.iter().map(|&dtype| dtype.into()).collect::<Vec<_>>())?;
+    crate::check::quick(&backend, options.dtype.iter().copied())?;
     let machine = Machine::here();
     let load = super::load_note(&std::fs::read_to_string("/proc/loadavg").unwrap_or_default(), machine.threads);
     println!("{}{load}\nbackend {}: {why}", machine.line(), backend.name());
