@@ -197,7 +197,8 @@ struct Line {
     tensor: String,
     case: String,
     share: f64,
-    cells: [f64; 3],
+    /// RMS error over the truth's size, largest error, RMS error over the rounded reference's.
+    cells: [Option<f64>; 3],
     near_ties: usize,
 }
 
@@ -212,7 +213,9 @@ struct Lines {
 impl Lines {
     fn take(&mut self, op: Op, dtype: DType, case: &Case, report: &Report) {
         for outcome in &report.outcomes {
-            let over = |kernel: f64, rounded: f64| if kernel == 0.0 { 0.0 } else { kernel / rounded };
+            // Of nothing there is no part, as of gradients that are zero.
+            let over =
+                |kernel: f64, whole: f64| (kernel == 0.0 || whole > 0.0).then(|| kernel / whole.max(f64::MIN_POSITIVE));
             let (kernel, rounded) = (outcome.kernel, outcome.rounded);
             let line = Line {
                 op,
@@ -220,7 +223,7 @@ impl Lines {
                 tensor: outcome.tensor.clone(),
                 case: case.name.clone(),
                 share: outcome.worst_share(),
-                cells: [kernel.rms / outcome.size.max(f64::MIN_POSITIVE), kernel.max, over(kernel.rms, rounded.rms)],
+                cells: [over(kernel.rms, outcome.size), Some(kernel.max), over(kernel.rms, rounded.rms)],
                 near_ties: report.near_ties,
             };
             let same = |other: &&mut Line| {
@@ -254,6 +257,7 @@ impl Lines {
             "near ties",
         ];
         table.set_header(header);
+        let cell = |x: Option<f64>, format: fn(f64) -> String| x.map_or_else(|| "-".to_owned(), format);
         for line in &self.list {
             let [relative, max, over] = line.cells;
             table.add_row([
@@ -262,9 +266,9 @@ impl Lines {
                 line.tensor.clone(),
                 line.case.clone(),
                 format!("{:.2}", line.share),
-                format!("{relative:.1e}"),
-                format!("{max:.1e}"),
-                format!("{over:.2}"),
+                cell(relative, |x| format!("{x:.1e}")),
+                cell(max, |x| format!("{x:.1e}")),
+                cell(over, |x| format!("{x:.2}")),
                 line.near_ties.to_string(),
             ]);
         }
