@@ -21,23 +21,19 @@ struct Group {
 #[derive(Debug)]
 pub struct Groups {
     groups: Vec<Group>,
-    warps: u32,
 }
 
 impl Groups {
-    /// Those of so many warps.
+    /// Those of so many warps. Of a warpgroup that is no whole one some warp never executes what the others do.
     pub fn new(warps: usize) -> Self {
-        Self { groups: vec![Group::default(); warps.div_ceil(WARPS as usize)], warps: warps as u32 }
+        Self { groups: vec![Group::default(); warps.div_ceil(WARPS as usize)] }
     }
 
     /// A warp executes a product.
     ///
     /// # Errors
-    /// Its warpgroup is no whole one, or another of its warps executed another product in this one's place.
+    /// Another warp of its warpgroup executed another product in this one's place.
     pub fn product(&mut self, warp: u32, pc: u32) -> Result<(), Finding> {
-        if warp / WARPS * WARPS + WARPS > self.warps {
-            return Err((FaultKind::DivergentProduct { warp: self.warps }, 0));
-        }
         let group = &mut self.groups[(warp / WARPS) as usize];
         let ran = &mut group.ran[(warp % WARPS) as usize];
         match group.open.get((*ran - group.over) as usize) {

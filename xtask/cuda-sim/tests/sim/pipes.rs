@@ -4,9 +4,14 @@ use crate::defects::{check_by, defect};
 use crate::kit::Sim;
 use cuda_sim::exec::{Fault, Summary};
 
-/// One CTA of 128 threads. `in` holds 1024 words, `out` as many. `s` is shared memory of 4096 bytes that holds zeros, `ms`
-/// the thread's 16 bytes of its first half, `mb` a barrier object for one arrival.
+/// One CTA of 128 threads.
 fn run(body: &str) -> Result<Summary, Box<Fault>> {
+    run_of(128, body)
+}
+
+/// One CTA. `in` holds 1024 words, `out` as many. `s` is shared memory of 4096 bytes that holds zeros, `ms`
+/// the thread's 16 bytes of its first half, `mb` a barrier object for one arrival.
+fn run_of(threads: u32, body: &str) -> Result<Summary, Box<Fault>> {
     let text = format!(
         ".version 8.0\n.target sm_90a\n.address_size 64\n\
          .visible .entry k(.param .u64 pin, .param .u64 pout)\n{{\n\
@@ -21,7 +26,7 @@ fn run(body: &str) -> Result<Summary, Box<Fault>> {
     let mut sim = Sim::new(&text);
     sim.options.budget = 2_000_000;
     let (input, out) = (sim.words(&[3; 1024]), sim.blank(4096));
-    sim.launch("k", 1, 128, &[input, out])
+    sim.launch("k", 1, threads, &[input, out])
 }
 
 /// A load of 64 bytes that one thread starts.
@@ -389,6 +394,8 @@ fn warpgroups() {
         ),
     ];
     check_by(run, &defects);
+    let three_warps = concat!(product_of_registers!(), "wgmma.wait_group.sync.aligned 0;");
+    check_by(|body| run_of(96, body), &[defect("a warpgroup of three warps", "divergent product", three_warps, "")]);
 }
 
 /// A kernel that copies `in` to `out` by way of shared memory, with a wait or without.
