@@ -13,6 +13,12 @@ fn values_that_lanes_exchange() {
     };
     let (a, b) = ("mov.u32 r4, 0;\n@!p1 mov.u32 r3, 0;", "mov.u32 r3, 0;\n@!p1 mov.u32 r4, 0;");
     let products = [product(a, 7), product(a, 8), product(b, 12), product(b, 13)];
+    // One lane's last addend has no value, and nothing but its last sum depends on it.
+    let sum = |stored: &str| {
+        let values = "mov.u32 r2, 0;\nmov.u32 r3, 0;\nmov.u32 r4, 0;\nsetp.eq.u32 p1, lane, 5;\n@!p1 mov.u32 r5, 0;";
+        let product = MMA.replace("{r2, r2, r2, r2};", "{r2, r2, r2, r5};");
+        format!("{values}\n{product}\nst.global.u32 [lout], {stored};")
+    };
     check(&[
         defect(
             "a shuffle of a lane that has no value",
@@ -51,6 +57,24 @@ fn values_that_lanes_exchange() {
             "mov.u32 r9, -1;\nshfl.sync.bfly.b32 r8, tid, 1, 31, r9;",
         ),
         defect(
+            "a vote's member mask that was never set",
+            "register",
+            "setp.lt.u32 p2, tid, 40;\nvote.sync.ballot.b32 r8, p2, r9;",
+            "mov.u32 r9, -1;\nsetp.lt.u32 p2, tid, 40;\nvote.sync.ballot.b32 r8, p2, r9;",
+        ),
+        defect(
+            "a match's member mask that was never set",
+            "register",
+            "match.any.sync.b32 r8, tid, r9;",
+            "mov.u32 r9, -1;\nmatch.any.sync.b32 r8, tid, r9;",
+        ),
+        defect(
+            "a reduction's member mask that was never set",
+            "register",
+            "redux.sync.add.u32 r8, tid, r9;",
+            "mov.u32 r9, -1;\nredux.sync.add.u32 r8, tid, r9;",
+        ),
+        defect(
             "a choice of a register that has no value",
             "register",
             "setp.eq.u32 p1, lane, 5;\n@!p1 mov.u32 r9, 1;\nselp.u32 r8, r9, tid, p1;\nst.global.u32 [lout], r8;",
@@ -58,6 +82,7 @@ fn values_that_lanes_exchange() {
         ),
         defect("a row of a product without a value", "register", &products[0], &products[1]),
         defect("a column of a product without a value", "register", &products[2], &products[3]),
+        defect("an addend of a product without a value", "register", &sum("r11"), &sum("r10")),
     ]);
 }
 
